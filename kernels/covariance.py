@@ -1,0 +1,115 @@
+"""Off-diagonal energy of a (cross-)covariance: sum over k != l of (X^T Y)_kl^2.
+
+D side:  C = X^T Y, its squares without the diagonal;         2 n D^2 of arithmetic, twice that backward
+N side:  ||X^T Y||_F^2 = <X X^T, Y Y^T>, minus sum_k C_kk^2;   4 n^2 D, cheaper where n < D / 2
+
+Legend: n local rows, D columns, c columns of a block. Source: the covariance term of VICReg (Bardes et al. 2022)
+and the redundancy term of Barlow Twins (Zbontar et al. 2021).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssd_addon import _checks, _dist
+from ssd_addon.kernels.dispatch import choose_backend, compute_dtype
+
+
+def off_diagonal_energy(
+    x: Tensor, y: Tensor | None = None, *, backend: str = "auto", group: Any = None, chunk: int = 512
+) -> Tensor:
+    """sum_{k != l} (sum_i x_ik y_il)^2, a scalar in max(float32, type of x), differentiable in x and y.
+
+    >>> off_diagonal_energy(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))  # X^T X = [[1, 2], [2, 5]]
+    tensor(8.)
+
+    Args:
+        x: [n, D] rows, already centred (and standardised) as the loss wants them.
+        y: [n, D]; None means x.
+        backend: "eager", "streaming" (recomputes in the backward, picks the cheaper side), or "auto".
+        group: None computes on the local rows; for a process group X^T Y is summed over ranks, by "eager" (the D x D
+            matrix is what the ranks exchange); backward assumes that gradients are averaged over ranks.
+        chunk: columns of a block of the streaming backend.
+
+    Raises:
+        TypeError, ValueError: not floating point, not [n, D], or x and y of different shapes.
+    """
+    for name, t in (("x", x), ("y", y)):
+        if t is None:
+            continue
+        _checks.floating(t, f"off_diagonal_energy, {name}")
+        if t.ndim != 2 or t.shape != x.shape:
+            raise ValueError(f"off_diagonal_energy: expected x and y [n, D], alike: got {name} {_checks.shape(t)}")
+    n, d = x.shape
+    dtype = compute_dtype(x.dtype)
+    # Streaming is the faster one as soon as it can leave out work; D x D is what eager keeps for the backward.
+    name = choose_backend(backend, matrix_elements=d * d if 2 * n >= d else 16 * d * d, dtype=dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(dtype)
+        y = x if y is None else y.to(dtype)
+        if name == "eager" or group is not None:
+            return _eager(x, y, group)
+        return _Streaming.apply(x, y, x is y, chunk)
+
+
+def _eager(x: Tensor, y: Tensor, group: Any) -> Tensor:
+    c = _dist.all_sum(x.T @ y, group)
+    return (c - torch.diag(c.diagonal())).square().sum()
+
+
+class _Streaming(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, symmetric: bool, chunk: int) -> Tensor:
+        ctx.save_for_backward(x, y)
+        ctx.static = (symmetric, chunk)
+        n, d = x.shape
+        if 2 * n < d:
+            g = x @ x.T
+            h = g if symmetric else y @ y.T
+            diagonal = (x * y).sum(dim=0)
+            # Sums in float64: near decorrelation the two parts are of one size.
+            energy = (g.double() * h.double()).sum() - diagonal.double().square().sum()
+            return energy.to(x.dtype)
+        energy = x.new_zeros((), dtype=torch.float64)
+        for k in range(0, d, chunk):
+            a = k if symmetric else 0  # symmetric: the triangle right of the block's diagonal, counted twice
+            c = x[:, k : k + chunk].T @ y[:, a:]
+            c.diagonal(offset=k - a).zero_()
+            w = c.shape[0]
+            if symmetric:
+                energy += c[:, :w].square().sum() + 2 * c[:, w:].square().sum()
+            else:
+                energy += c.square().sum()
+        return energy.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "off_diagonal_energy: the streaming backend has no second derivative (create_graph=True); "
+                "use backend='eager'"
+            )
+        x, y = ctx.saved_tensors
+        symmetric, chunk = ctx.static
+        n, d = x.shape
+        if 2 * n < d:
+            g = x @ x.T
+            diagonal = (x * y).sum(dim=0)
+            if symmetric:
+                return (g @ x - diagonal * x).mul_(4 * grad), None, None, None
+            h = y @ y.T
+            return (h @ x - diagonal * y).mul_(2 * grad), (g @ y - diagonal * x).mul_(2 * grad), None, None
+        dx = torch.zeros_like(x)
+        dy = dx if symmetric else torch.zeros_like(y)
+        for k in range(0, d, chunk):
+            a = k if symmetric else 0
+            block = slice(k, min(k + chunk, d))
+            c = x[:, block].T @ y[:, a:]
+            c.diagonal(offset=k - a).zero_()
+            dx[:, block].addmm_(y[:, a:], c.T)
+            rest = c[:, block.stop - a :] if symmetric else c
+            dy[:, block.stop if symmetric else 0 :].addmm_(x[:, block], rest)
+        if symmetric:
+            return dx.mul_(4 * grad), None, None, None
+        return dx.mul_(2 * grad), dy.mul_(2 * grad), None, None

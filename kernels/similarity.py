@@ -1,0 +1,327 @@
+"""Log-sum-exp over the rows of all other images.
+
+N rows z_i in R^D, image ids a_i, temperature tau, s_ij = <z_i, z_j> / tau:
+
+    lse_i     = log sum_{j : a_j != a_i} exp(s_ij)
+    dL/dz_i   = (1/tau) sum_{j : a_j != a_i} exp(s_ij) (c_i + c_j) z_j,     c_i = (dL/dlse_i) exp(-lse_i)
+    dL/dtau   = -(1/(2 tau)) sum_i <z_i, dL/dz_i>
+
+Legend: n local rows, N rows over all ranks, C rows of a block, E the levels (1, or 2 with `prefix`).
+Source: Eastwood et al., arXiv 2311.08815, the entropy term; the derivation is in kernels/README.md.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssd_addon import _checks, _dist
+from ssd_addon.kernels.dispatch import checks_are_on, choose_backend, compute_dtype
+
+EXPONENT = 80.0
+"""exp(80) and N * exp(80) stay inside float32, and so do their inverses."""
+
+
+def negative_lse(
+    z: Tensor,
+    image_ids: Tensor,
+    temperature: float | Tensor,
+    *,
+    prefix: int | None = None,
+    backend: str = "auto",
+    group: Any = None,
+    validate: bool | str = "auto",
+    chunk: int | None = None,
+) -> Tensor:
+    """log sum over the rows of other images of exp(<z_i, z_j> / temperature), for every row i.
+
+    >>> z = torch.eye(3)[:, :2]
+    >>> negative_lse(z, torch.arange(3), 1.0).exp()
+    tensor([2., 2., 2.])
+
+    Args:
+        z: [N, D] rows, float16 to float64; meant to be at most unit length, longer ones are summed with a running
+            maximum. Strided and expanded tensors are fine.
+        image_ids: [N] integers in any order: rows of equal id are left out of each other's sum.
+        temperature: above 0; a float or a scalar tensor, which gets a gradient.
+        prefix: d0. Also returns the log-sum over the first d0 columns alone: [N, 2], (columns :d0, all columns).
+        backend: "auto", "eager", "streaming".
+        group: None computes on the local rows; a process group gathers the rows of all ranks (ids are global), and
+            backward assumes that gradients are averaged over ranks.
+        validate: raise on NaN, infinities and rows without a negative; off, these rows come out as NaN.
+        chunk: rows of a block of the streaming backend; None chooses by cache. Any value gives the same result
+            to rounding.
+
+    Returns:
+        [N] (or [N, 2]) in max(float32, type of z); for a group the n local rows.
+
+    Raises:
+        TypeError, ValueError: wrong type, shape or device, temperature not above 0, prefix outside 1..D-1, no row
+            of another image, NaN or infinity.
+    """
+    _check_arguments(z, image_ids, temperature, prefix)
+    n, d = z.shape
+    dtype = compute_dtype(z.dtype)
+    values = _values_header(z, image_ids, temperature) if checks_are_on(validate) else None
+    shards, headers = _dist.shards(n, values or [], z.device, group)
+    if values is not None:
+        _check_values(headers, shards.total)
+    name = choose_backend(backend, matrix_elements=n * shards.total, dtype=dtype)
+    with torch.autocast(z.device.type, enabled=False):
+        rows = z.to(dtype)
+        tau = torch.as_tensor(temperature, dtype=dtype, device=z.device).reshape(())
+        levels = ((0, d),) if prefix is None else ((0, prefix), (prefix, d))
+        if name == "eager":
+            lse = _eager(rows, image_ids, tau, levels, shards)
+        else:
+            lse = _Streaming.apply(rows, tau, image_ids, levels, shards, chunk)
+    return lse[:, 0] if prefix is None else lse
+
+
+def _eager(z: Tensor, ids: Tensor, tau: Tensor, levels: tuple[tuple[int, int], ...], s: _dist.Shards) -> Tensor:
+    """The truth: the matrix, its mask, its log-sum-exp. [n, E]"""
+    every, every_id = _dist.gather(z, s), _dist.gather(ids, s)
+    same = ids[:, None] == every_id[None, :]
+    alone = same.all(dim=1)
+    out = []
+    for _, stop in levels:
+        s_ij = z[:, :stop] @ every[:, :stop].T / tau
+        lse = s_ij.masked_fill(same, -math.inf).logsumexp(dim=1)
+        out.append(torch.where(alone, math.nan, lse))
+    return torch.stack(out, dim=1)
+
+
+# ---------------------------------------------------------------------------------------------- streaming
+
+
+class _Streaming(torch.autograd.Function):
+    """Blocks of rows I times blocks of rows J; nothing of size N x N. One process: I <= J, the triangle only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        tau: Tensor,
+        ids: Tensor,
+        levels: tuple[tuple[int, int], ...],
+        s: _dist.Shards,
+        chunk: int | None,
+    ) -> Tensor:
+        every, every_id = _dist.gather(z, s), _dist.gather(ids, s)
+        blocks = _Blocks(z, ids, every, every_id, 1.0 / tau.item(), levels, s, chunk)
+        shift = blocks.analytic_shift()
+        lse = blocks.lse_by_maximum() if shift is None else blocks.lse_by_shift(shift)
+        ctx.save_for_backward(z, tau, ids, every, every_id, lse)
+        ctx.static = (levels, s, chunk, shift)
+        return lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "negative_lse: the streaming backend has no second derivative (create_graph=True); use backend='eager'"
+            )
+        z, tau, ids, every, every_id, lse = ctx.saved_tensors
+        levels, s, chunk, shift = ctx.static
+        blocks = _Blocks(z, ids, every, every_id, 1.0 / tau.item(), levels, s, chunk)
+        dz = blocks.gradient(lse, grad, shift)
+        dtau = -(z * dz).sum() / (2 * tau) if ctx.needs_input_grad[1] else None
+        return dz, dtau, None, None, None, None
+
+
+class _Blocks:
+    """The loop over pairs of blocks, shared by forward and backward."""
+
+    def __init__(
+        self,
+        z: Tensor,
+        ids: Tensor,
+        every: Tensor,
+        every_id: Tensor,
+        scale: float,
+        levels: tuple[tuple[int, int], ...],
+        s: _dist.Shards,
+        chunk: int | None,
+    ) -> None:
+        self.z, self.ids, self.every, self.every_id = z, ids, every, every_id
+        self.scale, self.levels, self.shards = scale, levels, s
+        self.triangle = s.group is None
+        self.c = chunk or block_rows(z.shape[1], z.device)
+        self.rows = self._split(ids)
+        self.columns = self.rows if self.triangle else self._split(every_id)
+        elements = min(self.c, max(z.shape[0], 1)) * min(self.c, max(every.shape[0], 1))
+        self.buffers = [z.new_empty(elements) for _ in levels] + [z.new_empty(elements)]
+
+    def _split(self, ids: Tensor) -> list[tuple[int, int, int, int]]:
+        """(start, stop, smallest id, largest id) of each block: blocks of disjoint id ranges need no comparison."""
+        starts = range(0, ids.shape[0], self.c)
+        if not len(starts):
+            return []
+        parts = ids.split(self.c)
+        low = torch.stack([p.min() for p in parts]).tolist()
+        high = torch.stack([p.max() for p in parts]).tolist()
+        return [(a, min(a + self.c, ids.shape[0]), lo, hi) for a, lo, hi in zip(starts, low, high, strict=True)]
+
+    def _buffer(self, k: int, i: slice, j: slice) -> Tensor:
+        h, w = i.stop - i.start, j.stop - j.start
+        return self.buffers[k][: h * w].view(h, w)
+
+    def pairs(self) -> Any:
+        """(I, J, s_IJ per level): s of each level is the sum of the columns up to it; same images are -inf.
+
+        The levels share their accumulator: use (and overwrite) what is yielded before asking for the next.
+        """
+        for p, (a, b, low, high) in enumerate(self.rows):
+            i = slice(a, b)
+            for e, f, lo, hi in self.columns[p:] if self.triangle else self.columns:
+                j = slice(e, f)
+                logits: list[Tensor] = []
+                for k, (first, last) in enumerate(self.levels):
+                    acc = self._buffer(k, i, j)
+                    zi, zj = self.z[i, first:last], self.every[j, first:last].T
+                    if k:
+                        torch.addmm(logits[-1], zi, zj, beta=1, alpha=self.scale, out=acc)
+                    else:
+                        torch.addmm(acc, zi, zj, beta=0, alpha=self.scale, out=acc)
+                        if low <= hi and lo <= high:
+                            acc.masked_fill_(self.ids[i, None] == self.every_id[None, j], -math.inf)
+                    logits.append(acc)
+                yield i, j, logits
+
+    def analytic_shift(self) -> float | None:
+        """A constant that keeps every exp inside the range of float32, or None where there is none.
+
+        |s_ij| <= R/tau with R the largest squared length. Over- and underflow are both excluded when
+        2 R/tau + log N <= 160; otherwise the row maximum is taken.
+        """
+        if self.z.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        n = self.every.shape[0]
+        if not n:
+            return None
+        bound = torch.linalg.vector_norm(self.every, dim=1).max().square().item() * self.scale
+        if not 2 * bound + math.log(n) <= 2 * EXPONENT:
+            return None
+        return max(0.0, bound + math.log(n) - EXPONENT)
+
+    def lse_by_shift(self, shift: float) -> Tensor:
+        total = self.z.new_zeros(len(self.levels), self.z.shape[0])
+        for i, j, logits in self.pairs():
+            # The last level first: it may overwrite its accumulator, the others are still being read.
+            for k in reversed(range(len(logits))):
+                e = logits[k].sub_(shift).exp_() if shift else logits[k].exp_()
+                total[k, i] += e.sum(dim=1)
+                if self.triangle and i.start != j.start:
+                    total[k, j] += e.sum(dim=0)
+        return torch.where(total > 0, total.log() + shift, math.nan).T.contiguous()
+
+    def lse_by_maximum(self) -> Tensor:
+        """Row by row with a running maximum: any length of the rows, any temperature."""
+        triangle, self.triangle = self.triangle, False
+        e = len(self.levels)
+        top = self.z.new_full((e, self.z.shape[0]), -math.inf)
+        total = self.z.new_zeros(e, self.z.shape[0])
+        for i, _, logits in self.pairs():
+            for k, s in enumerate(logits):
+                new = torch.maximum(top[k, i], s.amax(dim=1))
+                safe = torch.where(new == -math.inf, 0.0, new)
+                total[k, i] *= (top[k, i] - safe).exp()
+                work = torch.sub(s, safe[:, None], out=self.buffers[-1][: s.numel()].view_as(s))
+                total[k, i] += work.exp_().sum(dim=1)
+                top[k, i] = new
+        self.triangle = triangle
+        return torch.where(total > 0, total.log() + top, total + math.nan).T.contiguous()
+
+    def gradient(self, lse: Tensor, grad: Tensor, shift: float | None) -> Tensor:
+        """dL/dz of the local rows. Across ranks the n coefficients are gathered, not the gradients of N rows."""
+        by_shift = shift is not None
+        c = grad * torch.exp((shift or 0.0) - lse) if by_shift else grad
+        if self.triangle:
+            c_all, lse_all = c, lse
+        else:
+            c_all, lse_all = _dist.gather(c, self.shards), _dist.gather(lse, self.shards)
+        dz = torch.zeros_like(self.z)
+        for i, j, logits in self.pairs():
+            weights: Tensor | None = None
+            for k in reversed(range(len(logits))):
+                work = self.buffers[-1][: logits[k].numel()].view_as(logits[k])
+                if by_shift:
+                    w = logits[k].sub_(shift).exp_() if shift else logits[k].exp_()
+                    w.mul_(torch.add(c[i, k, None], c_all[None, j, k], out=work))
+                else:
+                    torch.sub(logits[k], lse[i, k, None], out=work).exp_().mul_(c[i, k, None])
+                    w = logits[k].sub_(lse_all[None, j, k]).exp_().mul_(c_all[None, j, k]).add_(work)
+                # A column of level k is in the similarities of level k and of all levels above it.
+                weights = w if weights is None else weights.add_(w)
+                first, last = self.levels[k]
+                dz[i, first:last].addmm_(weights, self.every[j, first:last], alpha=self.scale)
+                if self.triangle and i.start != j.start:
+                    dz[j, first:last].addmm_(weights.T, self.z[i, first:last], alpha=self.scale)
+        return dz
+
+
+def block_rows(width: int, device: torch.device) -> int:
+    """Rows of a block: the C x C buffers should stay in the cache (CPU), or fill the device (CUDA)."""
+    return 4096 if device.type == "cuda" else 1024
+
+
+# ------------------------------------------------------------------------------------------------- checks
+
+
+def _check_arguments(z: Tensor, ids: Tensor, temperature: float | Tensor, prefix: int | None) -> None:
+    _checks.floating(z, "negative_lse, z")
+    if z.ndim != 2:
+        raise ValueError(f"negative_lse, z: expected rows [N, D]: got {_checks.shape(z)}")
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"negative_lse, image_ids: expected integers, one image id per row: got {kind}")
+    if ids.shape != z.shape[:1]:
+        raise ValueError(f"negative_lse, image_ids: expected one id per row, [{z.shape[0]}]: got {_checks.shape(ids)}")
+    if ids.device != z.device:
+        raise ValueError(f"negative_lse, image_ids: expected the device of z, {z.device}: got {ids.device}")
+    if prefix is not None and not 0 < prefix < z.shape[1]:
+        raise ValueError(
+            f"negative_lse, prefix: expected 1 to {z.shape[1] - 1}, a part of the {z.shape[1]} columns: got {prefix}"
+        )
+    check_temperature(temperature)
+
+
+def check_temperature(temperature: float | Tensor) -> None:
+    if not isinstance(temperature, Tensor):
+        _checks.positive(temperature, "temperature", "it divides the cosine similarity")
+    elif temperature.numel() != 1 or not temperature.is_floating_point():
+        raise ValueError(
+            f"temperature: expected a number or a floating-point tensor of one element: got {temperature.dtype} "
+            f"{_checks.shape(temperature)}"
+        )
+
+
+def _check_temperature_value(temperature: Tensor) -> None:
+    _checks.positive(temperature.item(), "temperature", "it divides the cosine similarity")
+
+
+_ID_LIMIT = 2**62
+
+
+def _values_header(z: Tensor, ids: Tensor, temperature: float | Tensor) -> list[int]:
+    """What every rank must know before anyone computes: are values finite, which ids are there."""
+    if isinstance(temperature, Tensor):
+        _check_temperature_value(temperature)
+    if not z.shape[0]:
+        return [1, _ID_LIMIT, -_ID_LIMIT]
+    return [int(bool(torch.isfinite(z).all())), int(ids.min()), int(ids.max())]
+
+
+def _check_values(headers: Tensor, total: int) -> None:
+    if total < 2:
+        raise ValueError(f"negative_lse: expected the rows of at least 2 images, a row needs a negative: got {total}")
+    bad = [r for r, ok in enumerate(headers[:, 0].tolist()) if not ok]
+    if bad:
+        where = f" on rank {', '.join(map(str, bad))}" if len(headers) > 1 else ""
+        raise ValueError(f"negative_lse, z: expected finite values: got NaN or infinity{where}")
+    if headers[:, 1].min() == headers[:, 2].max():
+        raise ValueError(
+            f"negative_lse: expected the rows of at least 2 images, so that each has a negative: all {total} rows "
+            f"carry the image id {int(headers[:, 2].max())}"
+        )

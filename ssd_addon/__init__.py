@@ -1,0 +1,41 @@
+"""Self-supervised disentanglement as an add-on: content and style in spaces of their own.
+
+    views = StructuredViews({"color": [...], "spatial": [...]})          images -> structured views      augment
+    batch = views(images)                                                ViewBatch [V, B, C, H, W]       batch, collate
+    model = StyleHeads(backbone, {"content": 256, "color": 64, ...})     backbone -> one space a group   heads
+    z = model(batch)                                                     Embeddings name -> [V, B, d]    batch
+    loss = JointEntropyLoss("simclr")(z)                                 invariance and joint entropy    losses
+    metrics.r2_matrix(embeddings, factors)                               what each space knows           metrics
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "StructuredViews": "augment",
+    "presets": "augment",
+    "ViewPlan": "batch",
+    "ViewBatch": "batch",
+    "Embeddings": "batch",
+    "StructuredCollate": "collate",
+    "StyleHeads": "heads",
+    "JointEntropyLoss": "losses",
+    "DualAscent": "losses",
+}
+_MODULES = ("augment", "batch", "collate", "heads", "kernels", "losses", "metrics", "plots")
+__all__ = [*_HOME, *_MODULES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Names are resolved when asked for, so that the loss needs torch alone (PEP 562)."""
+    if name in _HOME:
+        return getattr(import_module(f"ssd_addon.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"ssd_addon.{name}")
+    raise AttributeError(f"module 'ssd_addon' has no attribute {name!r}: it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

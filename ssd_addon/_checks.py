@@ -1,0 +1,106 @@
+"""The only place that words a shape or value error: what was expected, what it means, what came."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def shape(t: Tensor) -> str:
+    return "[" + ", ".join(map(str, t.shape)) + "]"
+
+
+def names(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values)) or "nothing"
+
+
+def spaces(value: Sequence[str], what: str) -> tuple[str, ...]:
+    """Space names: at least one, unique strings, content first."""
+    if isinstance(value, str):
+        raise TypeError(f"{what}: expected a sequence of space names, such as ('content', 'color'): got {value!r}")
+    out = tuple(value)
+    if not out:
+        raise ValueError(f"{what}: expected at least the space 'content': got no space at all")
+    for name in out:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"{what}: a space is named by a non-empty string: got {name!r}")
+    if len(set(out)) != len(out):
+        raise ValueError(f"{what}: every space needs a name of its own: got {names(out)}")
+    if "content" not in out:
+        raise ValueError(f"{what}: the space 'content' is missing; it is invariant to every group: got {names(out)}")
+    if out[0] != "content":
+        raise ValueError(f"{what}: 'content' must be the first space, the styles follow it: got {names(out)}")
+    return out
+
+
+def same_names(got: Iterable[str], expected: Sequence[str], what: str, owner: str) -> None:
+    """Two sets of space names must agree; says which are missing and which nobody knows."""
+    got = list(got)
+    missing = [n for n in expected if n not in got]
+    extra = [n for n in got if n not in expected]
+    if missing or extra:
+        parts = []
+        if missing:
+            parts.append(f"missing: {names(missing)}")
+        if extra:
+            parts.append(f"not named by the {owner}: {names(extra)}")
+        raise ValueError(f"{what}: expected the spaces {names(expected)} of the {owner}: {'; '.join(parts)}")
+
+
+def positive(value: float, what: str, meaning: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{what}: expected a finite number above 0 ({meaning}): got {value!r}")
+    return float(value)
+
+
+def not_negative(value: float, what: str, meaning: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{what}: expected a finite number, 0 or more ({meaning}): got {value!r}")
+    return float(value)
+
+
+def choice(value: Any, allowed: Sequence[Any], what: str) -> Any:
+    if value not in allowed:
+        raise ValueError(f"{what}: expected one of {', '.join(map(repr, allowed))}: got {value!r}")
+    return value
+
+
+def floating(t: Tensor, what: str) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{what}: expected a floating-point tensor: got {type(t).__name__}")
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{what}: expected float16, bfloat16, float32 or float64: got {t.dtype}")
+
+
+def embeddings(tensors: Mapping[str, Tensor], num_views: int, plan: str) -> tuple[int, torch.device]:
+    """Every space [V, B, d] with the V of the plan, one B and one device. Returns (B, device)."""
+    batch: int | None = None
+    device: torch.device | None = None
+    first = ""
+    for name, t in tensors.items():
+        floating(t, f"embeddings of space {name!r}")
+        if t.ndim == 2:
+            raise ValueError(
+                f"space {name!r}: expected views [V, B, d]: got {shape(t)}, a plain batch; "
+                "the loss compares views of an image, so give the heads views [V, B, ...]"
+            )
+        if t.ndim != 3:
+            raise ValueError(f"space {name!r}: expected [V, B, d]: got {t.ndim} dimensions {shape(t)}")
+        if t.shape[0] != num_views:
+            raise ValueError(f"{plan} need {num_views} views: got {t.shape[0]} in space {name!r} {shape(t)}")
+        if t.shape[2] < 1:
+            raise ValueError(f"space {name!r}: expected a width of at least 1: got {shape(t)}")
+        if batch is None:
+            batch, device, first = t.shape[1], t.device, name
+        if t.shape[1] != batch:
+            raise ValueError(
+                f"space {name!r}: expected the {batch} images of space {first!r}: got {t.shape[1]} {shape(t)}"
+            )
+        if t.device != device:
+            raise ValueError(f"space {name!r}: expected the device {device} of space {first!r}: got {t.device}")
+    assert batch is not None and device is not None
+    return batch, device

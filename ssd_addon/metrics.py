@@ -1,0 +1,656 @@
+"""Which space knows which factor: a matrix of held-out probe scores, and how many directions a space uses.
+
+n samples, d the width of a space, k the columns of a factor, C its classes.
+
+    r2_matrix(embeddings, factors)                       *pure*: factor from the space alone
+    r2_matrix(embeddings, factors, given=("content",))   *conditional*: factor from the space and the true content
+
+Disentangled spaces give a matrix near 1 on the diagonal and near 0 off it. Conditional high and pure low is *twisting*:
+the space holds its style turned by the content, R(c) phi(s). Twisting is a product of the two, so a kernel or an MLP
+probe can see it and a linear one cannot.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssd_addon import _checks
+
+RIDGE_ALPHAS = tuple(10.0**e for e in range(-6, 4))  # times the training rows; inputs are standardised
+KERNEL_ALPHAS = tuple(10.0**e for e in range(-8, 1))  # times the training rows; k(x, x) = 1
+BANDWIDTHS = (0.5, 1.0, 2.0)  # times the median distance
+MIN_ROWS = 5  # on either side of the split
+CHUNK = 2**23  # elements of a float64 block: 64 MiB
+
+Predict = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Circular:
+    """An angle of an object with k-fold symmetry, scored as the two columns (cos k*theta, sin k*theta).
+
+    A square looks the same after a quarter turn (k = 4), an ellipse after half a turn (2), a heart after a whole one
+    (1); a disc has no angle (k = 0), and such samples are left out of this factor. The columns are pooled over samples
+    whatever their k, so where k varies a linear probe has to serve all symmetries at once: give each shape a factor of
+    its own (k = 0 elsewhere) to score them apart.
+
+    Args:
+        angle: [n] float, radians.
+        fold: k, an integer, or [n] integers, one per sample.
+
+    Raises:
+        ValueError: an angle that is not [n] float; a fold that is negative, not an integer or of another length.
+
+    >>> Circular(torch.tensor([0.0, math.pi / 2]), fold=2).target()[0].round().long()
+    tensor([[ 1,  0],
+            [-1,  0]])
+    """
+
+    angle: Tensor
+    fold: int | Tensor = 1
+
+    def __post_init__(self) -> None:
+        angle, k = self.angle, torch.as_tensor(self.fold)
+        if not angle.is_floating_point() or angle.ndim != 1:
+            raise ValueError(
+                f"Circular: expected radians [n], floating point: got {_checks.shape(angle)} {angle.dtype}"
+            )
+        if k.is_floating_point() or k.is_complex() or k.dtype == torch.bool or (k < 0).any():
+            raise ValueError(f"Circular: expected fold as an integer of 0 (no angle) or more: got {self.fold!r}")
+        if k.ndim and k.shape != angle.shape:
+            raise ValueError(f"Circular: expected a fold per angle {_checks.shape(angle)}: got {_checks.shape(k)}")
+
+    def target(self) -> tuple[Tensor, Tensor]:
+        """(cos k*theta, sin k*theta) [n, 2] float64, zero where k = 0; and [n] bool, where k > 0."""
+        k = torch.as_tensor(self.fold, device=self.angle.device).expand_as(self.angle)
+        phase = k * self.angle.double()
+        valid = k > 0
+        return torch.where(valid[:, None], torch.stack((phase.cos(), phase.sin()), 1), 0.0), valid
+
+
+Factor = Tensor | Circular
+Cell = tuple[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreTable:
+    """Scores of every factor from every space: `table[space, factor]`, NaN where there is none to give.
+
+    Attributes:
+        spaces, factors: names, in order.
+        scores: (space, factor) -> score.
+        intervals: (space, factor) -> (low, high), 95 %; no entry without a score or with bootstrap=0.
+        notes: (space, factor) -> why a cell has no score, or what was left out of it.
+        probe, given: what was asked.
+        n_train, n_test: rows that a probe was fitted on and scored on; a note says where a factor has fewer.
+
+    >>> table = ScoreTable(("content",), ("hue",), {("content", "hue"): 0.018}, {}, {}, "ridge", (), 50, 50)
+    >>> print(table)
+              hue
+    content  0.02
+    ridge probe, 50 samples to train, 50 held out
+    """
+
+    spaces: tuple[str, ...]
+    factors: tuple[str, ...]
+    scores: Mapping[Cell, float]
+    intervals: Mapping[Cell, tuple[float, float]]
+    notes: Mapping[Cell, str]
+    probe: str
+    given: tuple[str, ...]
+    n_train: int
+    n_test: int
+
+    def __getitem__(self, cell: Cell) -> float:
+        if cell not in self.scores:
+            known = f"spaces {_checks.names(self.spaces)}; factors {_checks.names(self.factors)}"
+            raise KeyError(f"expected table[space, factor] with {known}: got {cell!r}")
+        return self.scores[cell]
+
+    def to_json(self) -> dict[str, Any]:
+        """Dictionaries, lists, strings and numbers alone; NaN becomes None."""
+
+        def number(value: float) -> float | None:
+            return None if math.isnan(value) else value
+
+        out: dict[str, Any] = {name: getattr(self, name) for name in ("probe", "n_train", "n_test")}
+        out |= {name: list(getattr(self, name)) for name in ("spaces", "factors", "given")}
+        out["cells"] = [{"space": s, "factor": f, "score": number(v)} for (s, f), v in self.scores.items()]
+        for cell in out["cells"]:
+            key = cell["space"], cell["factor"]
+            cell["interval"] = [number(v) for v in self.intervals[key]] if key in self.intervals else None
+            cell["note"] = self.notes.get(key)
+        return out
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "ScoreTable":
+        """The table that `to_json` wrote."""
+
+        def number(value: float | None) -> float:
+            return math.nan if value is None else value
+
+        cells = {(c["space"], c["factor"]): c for c in data["cells"]}
+        return cls(
+            tuple(data["spaces"]),
+            tuple(data["factors"]),
+            {k: number(c["score"]) for k, c in cells.items()},
+            {k: (number(c["interval"][0]), number(c["interval"][1])) for k, c in cells.items() if c["interval"]},
+            {k: c["note"] for k, c in cells.items() if c["note"]},
+            data["probe"],
+            tuple(data["given"]),
+            data["n_train"],
+            data["n_test"],
+        )
+
+    def __str__(self) -> str:
+        def shown(value: float) -> str:
+            return "n/a" if math.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00")
+
+        rows = [["", *self.factors], *([s, *(shown(self[s, f]) for f in self.factors)] for s in self.spaces)]
+        left, *widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join([r[0].ljust(left), *(c.rjust(w) for c, w in zip(r[1:], widths, strict=True))]) for r in rows]
+        given = f" given {_checks.names(self.given)}" if self.given else ""
+        lines.append(f"{self.probe} probe{given}, {self.n_train} samples to train, {self.n_test} held out")
+        return "\n".join([*lines, *dict.fromkeys(f"{f}: {note}" for (_, f), note in self.notes.items())])
+
+
+def r2_matrix(
+    embeddings: Mapping[str, Tensor],
+    factors: Mapping[str, Factor],
+    *,
+    probe: str = "ridge",
+    given: Sequence[str] | None = None,
+    train_fraction: float = 0.5,
+    folds: int = 5,
+    bootstrap: int = 200,
+    kernel_rows: int = 5000,
+    seed: int = 0,
+) -> ScoreTable:
+    """How well each factor is predicted from each space, on held-out samples.
+
+    Numbers and angles: R^2 = 1 - sum (y - yhat)^2 / sum (y - mean y)^2 over the held-out rows, averaged over columns
+    with equal weight. Classes: (accuracy - chance) / (1 - chance), chance being the share of the most frequent class in
+    the training split. 1 is perfect, 0 is knowing nothing, below 0 is worse than that.
+
+    Probes, all on inputs standardised by the training split:
+    *ridge*: linear with intercept, float64; classes by ridge onto one-hot columns, then the largest. The penalty of
+    each factor comes from k-fold cross-validation of the squared error. Bounded memory: Gram matrices by row chunks.
+    *kernel*: ridge with an RBF kernel and an intercept, bandwidth and penalty cross-validated; each of the space and
+    the given blocks has the same weight in the distance, whatever its width.
+    *mlp*: one hidden layer of 256, Adam, stopped early on a fifth of the training split.
+
+    Args:
+        embeddings: space -> [n, d] floating point, on any device, where the probes then run.
+        factors: name -> [n] or [n, k] floating point (numbers), [n] integers or bool (classes), or `Circular`.
+        probe: "ridge", "kernel" or "mlp".
+        given: names for the conditional score: each space is scored together with them. A name is looked up in
+            `factors` first (the true factor), then in `embeddings`. The row of a given space is scored alone, and the
+            column of a given factor has no score in the other rows.
+        train_fraction: share of the samples that the probes are fitted on; one random split for all cells.
+        folds: k of the cross-validation.
+        bootstrap: resamples of the held-out rows behind the 95 % intervals, with the fitted probes; 0 for none.
+        kernel_rows: at most so many training rows for the kernel probe.
+        seed: of the split, the resamples and the MLP. The global generator is neither read nor moved.
+
+    Returns:
+        `ScoreTable`. A factor that cannot be scored (constant, one class, NaN, no valid sample) gives NaN and a note.
+
+    Raises:
+        ValueError: embeddings that are not [n, d], floating point and finite; factors of another length or shape;
+            fewer than 5 samples on a side of the split; an unknown name or probe.
+
+    >>> g = torch.Generator().manual_seed(0)
+    >>> content, hue = torch.randn(200, 3, generator=g), torch.rand(200, generator=g)
+    >>> table = r2_matrix({"content": content @ torch.randn(3, 3, generator=g)}, {"content": content, "hue": hue})
+    >>> print(f"{table['content', 'content']:.2f}", table["content", "hue"] < 0.1)
+    1.00 True
+
+    Source: Eastwood et al., arXiv 2311.08815, and von Kuegelgen et al., arXiv 2106.04619 (R^2 of latents from blocks).
+    """
+    n, device = _check(embeddings, factors, train_fraction)
+    _checks.choice(probe, tuple(PROBES), "probe")
+    for what, value, least in (
+        ("folds", folds, 2),
+        ("bootstrap", bootstrap, 0),
+        ("kernel_rows", kernel_rows, MIN_ROWS),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{what}: expected an integer of {least} or more: got {value!r}")
+    if isinstance(given, str):
+        raise TypeError(f"given: expected a sequence of names, such as ('content',): got {given!r}")
+    asked = tuple(given or ())
+    generator = torch.Generator("cpu").manual_seed(seed)
+    train, test = _split(n, train_fraction, generator, device)
+    if probe == "kernel":
+        train = train[:kernel_rows]
+    draws = torch.zeros(bootstrap, len(test), dtype=torch.int16, device="cpu")  # how often each held-out row is drawn
+    for draw in draws:
+        draw += torch.randint(len(test), (len(test),), generator=generator, device="cpu").bincount(minlength=len(test))
+    weights = draws.to(device)
+    scores: dict[Cell, float] = {}
+    intervals: dict[Cell, tuple[float, float]] = {}
+    notes: dict[Cell, str] = {}
+
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        blocks = [_given(name, embeddings, factors, device) for name in asked]
+        made = {name: _target(factor, train, test) for name, factor in factors.items()}
+        for space, z in embeddings.items():
+            alone = space in asked
+            groups: dict[bytes, list[tuple[str, _Target]]] = {}  # factors that are defined on the same rows
+            for name, target in made.items():
+                note = target if isinstance(target, str) else target.note
+                if not alone and name in asked and name in factors:
+                    target = note = "given, so any space would score it"
+                if note:
+                    notes[space, name] = note
+                scores[space, name] = math.nan
+                if not isinstance(target, str):
+                    groups.setdefault(target.valid.cpu().numpy().tobytes(), []).append((name, target))
+            for group in groups.values():
+                valid = group[0][1].valid
+                rows, held_out, w = train[valid[train]], test[valid[test]], weights[:, valid[test]]
+                x = _Inputs([z] if alone else [z, *blocks], rows, balance=probe == "kernel")
+                problem = _Problem(x, rows, [t for _, t in group], min(folds, len(rows)), seed)
+                stats = problem.held_out(PROBES[probe](problem), held_out)
+                for (name, target), each in zip(group, stats, strict=True):
+                    scores[space, name] = float(target.score(each.sum(0), each.new_tensor(len(each))))
+                    if bootstrap:
+                        resampled = target.score(torch.cat([c.double() @ each for c in w.split(64)]), w.sum(1))
+                        low, high = resampled.nanquantile(resampled.new_tensor([0.025, 0.975])).tolist()
+                        intervals[space, name] = (low, high)
+    return ScoreTable(tuple(embeddings), tuple(factors), scores, intervals, notes, probe, asked, len(train), len(test))
+
+
+def effective_rank(z: Tensor) -> float:
+    """How many directions the embeddings use: exp(-sum_i p_i log p_i), p_i = sigma_i / sum_j sigma_j.
+
+    sigma are the singular values of the centred embeddings: d for white noise, 1 on a line, 0 where all rows are equal.
+    Singular values below the resolution of the type (eps times the norm of z) count as 0.
+
+    Args:
+        z: [n, d] floating point, n >= 2.
+
+    Returns:
+        Between 0 and min(n - 1, d).
+
+    Raises:
+        ValueError: not [n, d] floating point with at least two finite rows.
+
+    >>> line = torch.arange(5.0)[:, None] * torch.tensor([[1.0, 2.0, 3.0]])
+    >>> round(effective_rank(line), 6)
+    1.0
+
+    Source: Roy and Vetterli, The effective rank: a measure of effective dimensionality, EUSIPCO 2007.
+    """
+    _check_space("effective_rank", z, 2)
+    _check_finite("effective_rank", z)
+    with torch.no_grad():
+        x = z.double()
+        sigma = torch.linalg.svdvals(x - x.mean(0))
+        sigma = sigma[sigma > torch.finfo(z.dtype).eps * x.norm()]
+        return float(torch.special.entr(sigma / sigma.sum()).sum().exp()) if len(sigma) else 0.0
+
+
+# ---- what comes in
+
+
+def _check_space(what: str, z: Tensor, least: int) -> None:
+    if not isinstance(z, Tensor):
+        raise TypeError(f"{what}: expected a tensor [n, d]: got {type(z).__name__}")
+    if z.dtype not in _checks.FLOATS:
+        raise ValueError(f"{what}: expected floating-point embeddings: got {z.dtype}")
+    if z.ndim != 2 or z.shape[1] < 1:
+        hint = "; give one view, z[v]" if z.ndim == 3 else ""
+        raise ValueError(f"{what}: expected embeddings [n, d], a row per sample: got {_checks.shape(z)}{hint}")
+    if len(z) < least:
+        raise ValueError(f"{what}: expected at least {least} samples: got {len(z)}")
+
+
+def _check_finite(what: str, z: Tensor) -> None:
+    if not all(bool(c.isfinite().all()) for c in z.split(max(1, CHUNK // z.shape[1]))):
+        raise ValueError(f"{what}: expected finite embeddings: got NaN or inf, so the network has diverged")
+
+
+def _check(
+    embeddings: Mapping[str, Tensor], factors: Mapping[str, Factor], fraction: float
+) -> tuple[int, torch.device]:
+    """Shapes, types and lengths. Returns (n, device)."""
+    if not embeddings or not factors:
+        raise ValueError(f"expected spaces and factors: got {len(embeddings)} spaces and {len(factors)} factors")
+    for space, z in embeddings.items():
+        _check_space(f"space {space!r}", z, 2 * MIN_ROWS)
+    first, z = next(iter(embeddings.items()))
+    n, device = len(z), z.device
+    for space, z in embeddings.items():
+        if len(z) != n:
+            raise ValueError(f"space {space!r}: expected the {n} samples of space {first!r}: got {len(z)}")
+        if z.device != device:
+            raise ValueError(f"space {space!r}: expected the device {device} of space {first!r}: got {z.device}")
+        _check_finite(f"space {space!r}", z)
+    for name, factor in factors.items():
+        t = factor.angle if isinstance(factor, Circular) else factor
+        if not isinstance(t, Tensor):
+            raise TypeError(f"factor {name!r}: expected a tensor or Circular: got {type(t).__name__}")
+        numbers = t.is_floating_point()
+        if t.is_complex() or t.ndim not in ((1, 2) if numbers else (1,)) or t.shape[1:].numel() < 1:
+            expected = "numbers [n] or [n, k]" if numbers else "classes, integers [n]"
+            raise ValueError(f"factor {name!r}: expected {expected}: got {_checks.shape(t)} {t.dtype}")
+        if len(t) != n:
+            raise ValueError(f"factor {name!r}: expected a value for each of the {n} samples: got {len(t)}")
+    if not 0 < fraction < 1 or min(_sizes(n, fraction)) < MIN_ROWS:
+        need = f"a share of the {n} samples with at least {MIN_ROWS} on either side"
+        raise ValueError(f"train_fraction: expected {need}: got {fraction!r}")
+    return n, device
+
+
+def _sizes(n: int, train_fraction: float) -> tuple[int, int]:
+    return round(train_fraction * n), n - round(train_fraction * n)
+
+
+def _split(n: int, train_fraction: float, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows held out, both in random order."""
+    order = torch.randperm(n, generator=generator, device="cpu").to(device)
+    train, test = order.split(_sizes(n, train_fraction))
+    return train, test
+
+
+def _given(name: str, embeddings: Mapping[str, Tensor], factors: Mapping[str, Factor], device: torch.device) -> Tensor:
+    """The block [n, d] that a name in `given` stands for: numbers as they are, classes one-hot, angles two columns."""
+    if name not in factors and name not in embeddings:
+        known = f"a factor ({_checks.names(factors)}) or a space ({_checks.names(embeddings)})"
+        raise ValueError(f"given: expected the name of {known}: got {name!r}")
+    if name not in factors:
+        return embeddings[name]
+    factor = factors[name]
+    if isinstance(factor, Circular):
+        block = factor.target()[0]
+    elif factor.is_floating_point():
+        block = factor.reshape(len(factor), -1)
+    else:
+        block = F.one_hot(factor.long().unique(return_inverse=True)[1]).to(torch.float32)
+    if not block.isfinite().all():
+        raise ValueError(f"given: expected factor {name!r} to have a finite value for every sample: got NaN or inf")
+    return block.to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class _Target:
+    """One factor: numbers [n, k] standardised by the training split, or classes [n] coded 0..C-1, -1 if not trained."""
+
+    values: Tensor
+    valid: Tensor  # [n] bool: the samples that count
+    classes: int = 0
+    chance: float = 0.0
+    note: str = ""
+
+    @property
+    def width(self) -> int:
+        return self.classes or self.values.shape[1]
+
+    def columns(self, rows: Tensor) -> Tensor:
+        v = self.values[rows]
+        return F.one_hot(v, self.classes).double() if self.classes else v
+
+    def error(self, prediction: Tensor, rows: Tensor) -> Tensor:
+        if self.classes:
+            return (prediction.argmax(1) == self.values[rows])[:, None].double()
+        return (self.values[rows] - prediction) ** 2
+
+    def score(self, sums: Tensor, count: Tensor) -> Tensor:
+        """Sums [..., q] over rows of what `_stats` gives, and the number of rows [...], to scores [...]."""
+        if self.classes:
+            return (sums[..., 0] / count - self.chance) / (1 - self.chance)
+        sse, y, yy = sums.chunk(3, -1)
+        sst = yy - y**2 / count[..., None]
+        return torch.where(sst > 1e-12 * yy, 1 - sse / sst, math.nan).mean(-1)
+
+
+def _target(factor: Factor, train: Tensor, test: Tensor) -> _Target | str:
+    """What to predict, or the reason why there is nothing to."""
+    device, note = train.device, ""
+    if isinstance(factor, Circular):
+        values, valid = (t.to(device) for t in factor.target())
+        resolution = torch.full((2,), 1e-6, device=device)
+        if not valid.all():
+            note = f"scored on {int(valid.sum())} of {len(valid)} samples: the angle of the others is not defined"
+    else:
+        values = factor.to(device)
+        valid = torch.ones(len(values), dtype=torch.bool, device=device)
+        if factor.is_floating_point():
+            values = values.reshape(len(values), -1).double()
+            resolution = 2 * torch.finfo(factor.dtype).eps * values.abs().amax(0)
+    bad = int((~values[valid].isfinite()).sum())
+    if bad:
+        return f"{bad} of {values[valid].numel()} values are NaN or inf"
+    rows, held_out = train[valid[train]], test[valid[test]]
+    if min(len(rows), len(held_out)) < MIN_ROWS:
+        return f"defined for {len(rows)} training and {len(held_out)} held-out samples, fewer than {MIN_ROWS}"
+    if not values.is_floating_point():
+        values = values.long()
+        known, counts = values[rows].unique(return_counts=True)
+        if len(known) < 2:
+            return "one class in the training split"
+        code = torch.searchsorted(known, values).clamp(max=len(known) - 1)
+        code = torch.where(known[code] == values, code, -1)
+        return _Target(code, valid, len(known), int(counts.max()) / len(rows))
+    spread = torch.stack([values[r].amax(0) - values[r].amin(0) for r in (rows, held_out)]).amin(0)
+    varies = spread > resolution
+    if not varies.any():
+        return "constant"
+    if not varies.all():
+        note = "; ".join(filter(None, [note, f"columns {torch.nonzero(~varies).flatten().tolist()} are constant"]))
+    values = values[:, varies]
+    values = (values - values[rows].mean(0)) / values[rows].std(0)
+    return _Target(values, valid, note=note)
+
+
+class _Inputs:
+    """Rows of one or more blocks [n, d_i] side by side, standardised by the training rows, in float64.
+
+    A column that is constant on the training rows becomes 0. `balance` divides each block by the root of its number of
+    columns, so that every block has the same share of a distance.
+    """
+
+    def __init__(self, blocks: Sequence[Tensor], train: Tensor, *, balance: bool = False) -> None:
+        self.blocks, self.sizes = blocks, [b.shape[1] for b in blocks]
+        self.width = sum(self.sizes)
+        self.mean: Tensor | float = 0.0
+        self.scale: Tensor | float = 1.0
+        self.mean = mean = sum((self(r).sum(0) for r in self.chunks(train)), train.new_zeros(1)) / len(train)
+        std = (sum(((self(r) ** 2).sum(0) for r in self.chunks(train)), train.new_zeros(1)) / len(train)).sqrt()
+        used = std > 1e-12 * mean.abs()
+        self.scale = torch.where(used, 1 / std, 0.0)
+        if balance:
+            counts = [used[None].sum().clamp(min=1).expand(len(used)) for used in used.split(self.sizes)]
+            self.scale /= torch.cat(counts).sqrt()
+
+    def chunks(self, rows: Tensor, width: int = 0) -> Iterable[Tensor]:
+        return rows.split(max(1, CHUNK // max(self.width, width)))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return (torch.cat([b[rows].double() for b in self.blocks], 1) - self.mean) * self.scale
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """One space and the factors that are defined on the same rows; K columns over all T factors. A probe solves it."""
+
+    x: _Inputs
+    rows: Tensor  # to train on
+    targets: Sequence[_Target]
+    folds: int
+    seed: int = 0
+
+    @property
+    def widths(self) -> list[int]:
+        return [t.width for t in self.targets]
+
+    def y(self, rows: Tensor) -> Tensor:
+        return torch.cat([t.columns(rows) for t in self.targets], 1)
+
+    def per_column(self, values: Tensor) -> Tensor:
+        """[T] to [K]."""
+        return values.repeat_interleave(torch.tensor(self.widths, device=values.device))
+
+    def best(self, errors: Tensor) -> tuple[Tensor, Tensor]:
+        """Errors [A, K] to the least of the A for each factor [T], and its place [T]."""
+        least = torch.stack([e.sum(1) for e in errors.split(self.widths, 1)], 1).min(0)
+        return least.values, least.indices
+
+    def held_out(self, predict: Predict, rows: Tensor) -> list[Tensor]:
+        """Per factor what `_Target.score` sums, [r, q]: right or wrong; or (y - yhat)^2, y and y^2, y from its mean."""
+        parts = []
+        for r in self.x.chunks(rows, sum(self.widths)):
+            predicted = predict(r).split(self.widths, 1)
+            parts.append([t.error(p, r) for t, p in zip(self.targets, predicted, strict=True)])
+        stats = [torch.cat(p) for p in zip(*parts, strict=True)]
+        for i, t in enumerate(self.targets):
+            if not t.classes:
+                y = t.values[rows] - t.values[rows].mean(0)
+                stats[i] = torch.cat([stats[i], y, y**2], 1)
+        return stats
+
+
+# ---- the probes
+
+
+def _ridge(p: _Problem, alphas: Sequence[float] = ()) -> Predict:
+    """yhat = x w + b with w = argmin |y - x w - b|^2 + alpha |w|^2, by the smaller of the d x d and n x n systems."""
+    solve = _primal if p.x.width < len(p.rows) else _dual_ridge
+    w, b = solve(p, alphas or [a * len(p.rows) for a in RIDGE_ALPHAS])
+    return lambda r: p.x(r) @ w + b
+
+
+def _primal(p: _Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """w [d, K] and b [K] from moments per fold, m = [x, 1]^T [x, 1, y]; a training part is the total less its fold."""
+    d, k = p.x.width, sum(p.widths)
+    m = torch.zeros(p.folds, d + 1, d + 1 + k, dtype=torch.float64, device=p.rows.device)
+    yy = m.new_zeros(p.folds, k)
+    for f in range(p.folds):
+        for r in p.x.chunks(p.rows[f :: p.folds], d + 1 + k):
+            x, y = F.pad(p.x(r), (0, 1), value=1.0), p.y(r)
+            m[f] += x.T @ torch.cat([x, y], 1)
+            yy[f] += (y**2).sum(0)
+
+    def about(m: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """sum (x - mean_x) (x - mean_x)^T [d, d] and sum (x - mean_x) (y - mean_y)^T [d, K]."""
+        shifted = m - torch.outer(m[:, d], mean)
+        return (shifted - torch.outer(mean[: d + 1], shifted[d]))[:d].split([d, 1, k], 1)[::2]
+
+    def path(m: Tensor) -> tuple[Tensor, Callable[[Tensor | float], Tensor]]:
+        """Means of [x, 1, y], and alpha (one, or one per column) -> w [d, K]."""
+        mean = m[d] / m[d, d]
+        gram, cross = about(m, mean)
+        lam, v = torch.linalg.eigh(gram)
+        rotated, lam = v.T @ cross, lam.clamp(min=0)[:, None]
+        return mean, lambda alpha: v @ (rotated / (lam + alpha))
+
+    total, errors = m.sum(0), m.new_zeros(len(alphas), k)
+    for fold, yy_fold in zip(m, yy, strict=True):
+        mean, solution = path(total - fold)
+        gram, cross = about(fold, mean)
+        mean_y = mean[d + 1 :]
+        sst = yy_fold - 2 * mean_y * fold[d, d + 1 :] + fold[d, d] * mean_y**2
+        for i, alpha in enumerate(alphas):
+            w = solution(alpha)
+            errors[i] += sst - 2 * (w * cross).sum(0) + (w * (gram @ w)).sum(0)
+    mean, solution = path(total)
+    w = solution(p.per_column(m.new_tensor(alphas)[p.best(errors)[1]]))
+    return w, mean[d + 1 :] - mean[:d] @ w
+
+
+def _dual(p: _Problem, k: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel ridge with intercept, yhat = k(x, .) a + b. From k [n, n]: CV error per factor [T], a [n, K], b [K].
+
+    With H the smoother, I - H = V diag(alpha / (lam + alpha)) V^T - 1 1^T / n on the centred kernel V diag(lam) V^T;
+    the residuals of a left-out fold F are (I - H)_FF^-1 ((I - H) y)_F: exact cross-validation, one decomposition.
+    """
+    y = p.y(p.rows)
+    n, mean_k, mean_y = len(k), k.mean(0), y.mean(0)
+    lam, v = torch.linalg.eigh(k - mean_k - mean_k[:, None] + mean_k.mean())
+    rotated, lam = v.T @ (y - mean_y), lam.clamp(min=0)[:, None]
+    errors = y.new_zeros(len(alphas), y.shape[1])
+    for i, alpha in enumerate(alphas):
+        shrink = alpha / (lam + alpha)
+        residual = v @ (shrink * rotated)
+        for f in range(p.folds):
+            vf = v[f :: p.folds]
+            left_out = torch.linalg.solve((vf * shrink.T) @ vf.T - 1 / n, residual[f :: p.folds])
+            errors[i] += (left_out**2).sum(0)
+    least, place = p.best(errors)
+    a = v @ (rotated / (lam + p.per_column(y.new_tensor(alphas)[place])))
+    return least, a, mean_y - mean_k @ a
+
+
+def _dual_ridge(p: _Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The same w [d, K] and b [K] as `_primal`, from the linear kernel."""
+    x = p.x(p.rows)
+    _, a, b = _dual(p, x @ x.T, alphas)
+    return x.T @ a, b
+
+
+def _kernel(p: _Problem, alphas: Sequence[float] = (), bandwidths: Sequence[float] = ()) -> Predict:
+    """yhat = sum_i a_i k(x_i, x) + b, k(x, x') = exp(-|x - x'|^2 / (2 h^2)); h and alpha by CV, for each factor."""
+    train = p.x(p.rows)
+
+    def squared(x: Tensor) -> Tensor:
+        return ((x**2).sum(1)[:, None] + (train**2).sum(1) - 2 * x @ train.T).clamp(min=0)
+
+    distances = squared(train)
+    some = distances[:1000, :1000]
+    some = some[some > 1e-12]
+    median = float(some.median().sqrt()) if len(some) else 1.0
+    bandwidths = bandwidths or [median * m for m in BANDWIDTHS]
+    alphas = alphas or [a * len(p.rows) for a in KERNEL_ALPHAS]
+    fits = [_dual(p, torch.exp(distances / (-2 * h**2)), alphas) for h in bandwidths]
+    place = p.per_column(torch.stack([least for least, _, _ in fits]).argmin(0))
+
+    def predict(r: Tensor) -> Tensor:
+        distances, out = squared(p.x(r)), train.new_empty(len(r), len(place))
+        for i, (h, (_, a, b)) in enumerate(zip(bandwidths, fits, strict=True)):
+            out[:, place == i] = torch.exp(distances / (-2 * h**2)) @ a[:, place == i] + b[place == i]
+        return out
+
+    return predict
+
+
+def _mlp(p: _Problem) -> Predict:
+    """yhat = GELU(x w1 + b1) w2 + b2 in float32, one net per factor; every fifth training row decides when to stop."""
+    x = torch.cat([p.x(r).float() for r in p.x.chunks(p.rows)])
+    every = torch.arange(len(x), device=x.device)
+    check, fit = every[every % 5 == 0], every[every % 5 > 0]
+    nets: list[list[Tensor]] = []
+
+    def forward(net: Sequence[Tensor], x: Tensor) -> Tensor:
+        return F.gelu(x @ net[0] + net[1]) @ net[2] + net[3]
+
+    for t in p.targets:
+        generator = torch.Generator("cpu").manual_seed(p.seed)
+        y = t.values[p.rows] if t.classes else t.values[p.rows].float()
+        loss = F.cross_entropy if t.classes else F.mse_loss
+        first = torch.randn(p.x.width, 256, generator=generator, device="cpu") / math.sqrt(p.x.width)
+        net = [first.to(x), *(x.new_zeros(s) for s in ((256,), (256, t.width), (t.width,)))]
+        optimiser = torch.optim.Adam([w.requires_grad_() for w in net], lr=2e-3)
+        best, kept, waited = math.inf, net, 0
+        for _ in range(200):
+            value = float(loss(forward(net, x[check]), y[check]))
+            waited += 1
+            if value < best:
+                best, kept, waited = value, [w.detach().clone() for w in net], 0
+            if waited == 20:
+                break
+            for batch in fit[torch.randperm(len(fit), generator=generator, device="cpu").to(x.device)].split(256):
+                optimiser.zero_grad()
+                with torch.enable_grad():
+                    loss(forward(net, x[batch]), y[batch]).backward()
+                optimiser.step()
+        nets.append(kept)
+    return lambda r: torch.cat([forward(net, p.x(r).float()) for net in nets], 1).double()
+
+
+PROBES: dict[str, Callable[[_Problem], Predict]] = {"ridge": _ridge, "kernel": _kernel, "mlp": _mlp}
