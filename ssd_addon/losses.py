@@ -440,7 +440,7 @@ class JointEntropyLoss(nn.Module):
             backend=self.backend,
             group=s.group,
             validate=self.validate,
-        ).view(v * b, -1)
+        ).view(v * b, 2 if with_content else 1)  # -1 would not do: a rank may hold no row
         entropy = s.mean(lse.sum(dim=0), v * s.total)
         query = {name: t[0] for name, t in unit.items()}
         return _Parts(

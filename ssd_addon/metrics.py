@@ -184,6 +184,8 @@ def r2_matrix(
     the given blocks has the same weight in the distance, whatever its width.
     *mlp*: one hidden layer of 256, Adam, stopped early on a fifth of the training split.
 
+    Rows count as independent: give one view of each image, or views of one image land on both sides of the split.
+
     Args:
         embeddings: space -> [n, d] floating point, on any device, where the probes then run.
         factors: name -> [n] or [n, k] floating point (numbers), [n] integers or bool (classes), or `Circular`.
@@ -244,7 +246,7 @@ def r2_matrix(
             groups: dict[bytes, list[tuple[str, _Target]]] = {}  # factors that are defined on the same rows
             for name, target in made.items():
                 note = target if isinstance(target, str) else target.note
-                if not alone and name in asked and name in factors:
+                if not alone and name in asked:
                     target = note = "given, so any space would score it"
                 if note:
                     notes[space, name] = note
@@ -255,7 +257,7 @@ def r2_matrix(
                 valid = group[0][1].valid
                 rows, held_out, w = train[valid[train]], test[valid[test]], weights[:, valid[test]]
                 x = _Inputs([z] if alone else [z, *blocks], rows, balance=probe == "kernel")
-                problem = _Problem(x, rows, [t for _, t in group], min(folds, len(rows)), seed)
+                problem = _Problem(x, rows, [t for _, t in group], folds, seed)
                 stats = problem.held_out(PROBES[probe](problem), held_out)
                 for (name, target), each in zip(group, stats, strict=True):
                     scores[space, name] = float(target.score(each.sum(0), each.new_tensor(len(each))))
@@ -402,7 +404,7 @@ class _Target:
         return (self.values[rows] - prediction) ** 2
 
     def score(self, sums: Tensor, count: Tensor) -> Tensor:
-        """Sums [..., q] over rows of what `_stats` gives, and the number of rows [...], to scores [...]."""
+        """Sums [..., q] over rows of what `_Problem.held_out` gives, and the number of rows [...], to scores [...]."""
         if self.classes:
             return (sums[..., 0] / count - self.chance) / (1 - self.chance)
         sse, y, yy = sums.chunk(3, -1)
@@ -530,12 +532,10 @@ def _primal(p: _Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
     """w [d, K] and b [K] from moments per fold, m = [x, 1]^T [x, 1, y]; a training part is the total less its fold."""
     d, k = p.x.width, sum(p.widths)
     m = torch.zeros(p.folds, d + 1, d + 1 + k, dtype=torch.float64, device=p.rows.device)
-    yy = m.new_zeros(p.folds, k)
     for f in range(p.folds):
         for r in p.x.chunks(p.rows[f :: p.folds], d + 1 + k):
-            x, y = F.pad(p.x(r), (0, 1), value=1.0), p.y(r)
-            m[f] += x.T @ torch.cat([x, y], 1)
-            yy[f] += (y**2).sum(0)
+            x = F.pad(p.x(r), (0, 1), value=1.0)
+            m[f] += x.T @ torch.cat([x, p.y(r)], 1)
 
     def about(m: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         """sum (x - mean_x) (x - mean_x)^T [d, d] and sum (x - mean_x) (y - mean_y)^T [d, K]."""
@@ -547,21 +547,18 @@ def _primal(p: _Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
         mean = m[d] / m[d, d]
         gram, cross = about(m, mean)
         lam, v = torch.linalg.eigh(gram)
-        rotated, lam = v.T @ cross, lam.clamp(min=0)[:, None]
-        return mean, lambda alpha: v @ (rotated / (lam + alpha))
+        rotated = v.T @ cross
+        return mean, lambda alpha: v @ (rotated / (lam[:, None] + alpha))
 
     total, errors = m.sum(0), m.new_zeros(len(alphas), k)
-    for fold, yy_fold in zip(m, yy, strict=True):
+    for fold in m:
         mean, solution = path(total - fold)
         gram, cross = about(fold, mean)
-        mean_y = mean[d + 1 :]
-        sst = yy_fold - 2 * mean_y * fold[d, d + 1 :] + fold[d, d] * mean_y**2
         for i, alpha in enumerate(alphas):
             w = solution(alpha)
-            errors[i] += sst - 2 * (w * cross).sum(0) + (w * (gram @ w)).sum(0)
+            errors[i] += (w * (gram @ w)).sum(0) - 2 * (w * cross).sum(0)  # and |y - mean_y|^2, the same for all alpha
     mean, solution = path(total)
-    w = solution(p.per_column(m.new_tensor(alphas)[p.best(errors)[1]]))
-    return w, mean[d + 1 :] - mean[:d] @ w
+    return solution(p.per_column(m.new_tensor(alphas)[p.best(errors)[1]])), mean[d + 1 :]
 
 
 def _dual(p: _Problem, k: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -573,7 +570,7 @@ def _dual(p: _Problem, k: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tens
     y = p.y(p.rows)
     n, mean_k, mean_y = len(k), k.mean(0), y.mean(0)
     lam, v = torch.linalg.eigh(k - mean_k - mean_k[:, None] + mean_k.mean())
-    rotated, lam = v.T @ (y - mean_y), lam.clamp(min=0)[:, None]
+    rotated, lam = v.T @ (y - mean_y), lam[:, None]
     errors = y.new_zeros(len(alphas), y.shape[1])
     for i, alpha in enumerate(alphas):
         shrink = alpha / (lam + alpha)
@@ -599,7 +596,7 @@ def _kernel(p: _Problem, alphas: Sequence[float] = (), bandwidths: Sequence[floa
     train = p.x(p.rows)
 
     def squared(x: Tensor) -> Tensor:
-        return ((x**2).sum(1)[:, None] + (train**2).sum(1) - 2 * x @ train.T).clamp(min=0)
+        return (x**2).sum(1)[:, None] + (train**2).sum(1) - 2 * x @ train.T
 
     distances = squared(train)
     some = distances[:1000, :1000]

@@ -1,0 +1,358 @@
+"""Content and style spaces from a folder of photographs, ImageNet's layout, on one process or many.
+
+    python examples/imagenet.py --data DIR --out runs/imagenet                          # one GPU, or a patient CPU
+    torchrun --nproc-per-node 8 examples/imagenet.py --data DIR --out runs/imagenet --batch-size 64 --load-size 288
+
+DIR holds train/CLASS/*.jpg and, for the probes, val/CLASS/*.jpg; without train/ the folder itself is trained on. The
+defaults are the paper's recipe: ResNet-50, 100 epochs, LARS with 10 warm-up epochs, a total batch of 512.
+
+Small and quick, two CPU cores, 32-pixel photographs of ten classes (CIFAR-10's 50,000 take 10 minutes an epoch):
+
+    python examples/imagenet.py --data DIR --out runs/small --backbone resnet18 --size 32 --batch-size 128 --epochs 10 \
+        --warmup-epochs 1 --hidden 512,512 --widths content=128,spatial=64,color=64 --optimizer adamw
+
+Expect: after ten epochs of 4,000 such photographs (EXPECTED minutes), linear probes on 1,000 others near EXPECTED.
+RUN/ gets log.jsonl (every line a JSON object), views.png (what each key shares), curves.png and checkpoint.pt, from
+which `--resume` continues as if nothing had happened.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from timm.optim import Lars
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+
+from ssd_addon import DualAscent, JointEntropyLoss, StructuredCollate, StructuredViews, StyleHeads, plots, presets
+from ssd_addon.augment import MEAN, STD
+from ssd_addon.collate import ImageFiles
+
+BASE_LR = {"lars": {"simclr": 0.5, "vicreg": 0.3, "barlow": 0.2}, "adamw": dict.fromkeys(("simclr", "vicreg"), 1e-3)}
+FREE = ("data", "out", "resume", "steps", "workers", "log_every", "save_every", "broken")  # may change on --resume
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", type=Path, required=True)
+    p.add_argument("--out", type=Path, default=Path("runs/imagenet"))
+    p.add_argument("--resume", action="store_true", help="continue from OUT/checkpoint.pt")
+    p.add_argument("--method", choices=("ours", "content-only"), default="ours", help="content-only: ordinary SSL")
+    p.add_argument("--family", choices=("simclr", "vicreg", "barlow"), default="simclr")
+    p.add_argument("--plan", choices=("shared_query", "interleaved"), default="shared_query")
+    p.add_argument("--preset", choices=("color_spatial", "appearance_spatial"), default="color_spatial")
+    p.add_argument("--backbone", default="resnet50", help="a torchvision model, or timm:NAME")
+    p.add_argument("--hidden", default="8192,8192", help="widths of every head's hidden layers")
+    p.add_argument("--widths", default="", help="content=2048,color=512: widths of spaces, 2048 where not named")
+    p.add_argument("--dual-ascent", type=float, metavar="TOL", help="adapt lambda until every constraint is below TOL")
+    p.add_argument("--ascent-step", type=float, default=0.01)
+    p.add_argument("--size", type=int, default=224, help="edge of the views in pixels")
+    p.add_argument("--load-size", type=int, help="edge that photographs are loaded at, before crops (default: --size)")
+    p.add_argument("--batch-size", type=int, default=64, help="images per process")
+    p.add_argument("--epochs", type=int, default=100)
+    p.add_argument("--warmup-epochs", type=float, default=10)
+    p.add_argument("--steps", type=int, help="stop after this step; the schedule stays that of --epochs")
+    p.add_argument("--optimizer", choices=("lars", "adamw"), default="lars")
+    p.add_argument("--lr", type=float, help="for a total batch of 256 (default: by family and optimizer)")
+    p.add_argument("--weight-decay", type=float, default=1e-6, help="timm's LARS adapts only what decays: keep it > 0")
+    p.add_argument("--probe-lr", type=float, default=3e-3)
+    p.add_argument("--broken", choices=("skip", "raise"), default="raise", help="files that cannot be decoded")
+    p.add_argument("--workers", type=int, default=8)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--log-every", type=int, default=10)
+    p.add_argument("--save-every", type=int, default=1000, help="steps; also after every epoch")
+    args = p.parse_args(argv)
+    args.load_size = args.load_size or args.size
+    args.lr = args.lr or BASE_LR[args.optimizer].get(args.family, 1e-3)
+    return args
+
+
+class Photographs(Dataset):
+    """Image files, with a flag for each that was replaced because it is broken, whichever worker met it."""
+
+    def __init__(self, root: Path, broken: str) -> None:
+        self.files = ImageFiles(root, broken=broken)
+        self.replaced = torch.zeros(len(self.files), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int):
+        image, label, name = self.files[index]
+        if self.files.root / name != self.files.samples[index][0]:
+            self.replaced[index] = 1
+        return image, label, name
+
+
+class ResumableSampler(DistributedSampler):
+    """DistributedSampler that can begin within an epoch, `start` images in."""
+
+    start = 0
+
+    def __iter__(self):
+        return iter(list(super().__iter__())[self.start :])
+
+
+class Probes(nn.Module):
+    """One linear classifier per space, and one on the backbone."""
+
+    def __init__(self, widths: dict[str, int], classes: int) -> None:
+        super().__init__()
+        layers = {n: nn.Sequential(nn.BatchNorm1d(d, affine=False), nn.Linear(d, classes)) for n, d in widths.items()}
+        self.layers = nn.ModuleDict(layers)
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {n: layer(features[n].detach().float()) for n, layer in self.layers.items()}
+
+
+def build_model(args: argparse.Namespace, spaces: tuple[str, ...]) -> StyleHeads:
+    given = dict(part.split("=") for part in args.widths.split(",") if part)
+    if unknown := given.keys() - set(spaces):
+        raise ValueError(f"--widths: expected names of spaces ({', '.join(spaces)}): got {', '.join(sorted(unknown))}")
+    if args.backbone.startswith("timm:"):
+        backbone = timm.create_model(args.backbone.removeprefix("timm:"), num_classes=0)
+    else:
+        backbone = torchvision.models.get_model(args.backbone, weights=None)
+    hidden = [int(h) for h in args.hidden.split(",") if h]
+    return StyleHeads(backbone, {n: int(given.get(n, 2048)) for n in spaces}, hidden=hidden)
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},  # nor does LARS adapt these
+    ]
+    if args.optimizer == "lars":
+        return Lars(groups, lr=args.lr, momentum=0.9, trust_coeff=0.001, always_adapt=False)
+    return torch.optim.AdamW(groups, lr=args.lr)
+
+
+def lr_at(step: int, peak: float, warmup: float, total: int) -> float:
+    """Linear warm-up, then cosine from peak to 0.001 peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1.0, total - 1 - warmup)
+    return peak * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def train(args: argparse.Namespace, world: int, rank: int, device: torch.device) -> dict[str, float]:
+    say = print if rank == 0 else lambda *_, **__: None
+    gpu = device.type == "cuda"
+
+    # Data. The loader hands over uint8 images of one size; the views are made on the device.
+    data = Photographs(args.data / "train" if (args.data / "train").is_dir() else args.data, args.broken)
+    classes, targets = len(data.files.classes), torch.tensor(data.files.targets)
+    sampler = ResumableSampler(data, world, rank, shuffle=True, seed=args.seed)
+    draws = torch.Generator()  # the loader's own: the global generator belongs to the model
+    common = {"num_workers": args.workers, "pin_memory": gpu}
+    loader = DataLoader(
+        data, args.batch_size, sampler=sampler, collate_fn=StructuredCollate(args.load_size), drop_last=True,
+        generator=draws, **common,
+    )  # fmt: skip
+    per_epoch = len(loader)
+    if not per_epoch:
+        raise ValueError(f"expected at least one batch of {args.batch_size} x {world} images: got {len(data)} images")
+    total, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
+    stop = min(total, args.steps or total)
+
+    # Views, model, loss.
+    content_only = args.method == "content-only"
+    preset = presets("content_only" if content_only else args.preset, size=args.size)
+    views = StructuredViews(**preset, plan=args.plan, seed=args.seed)
+    torch.manual_seed(args.seed)
+    core = build_model(args, views.plan.spaces).to(device)
+    if world > 1 and gpu:
+        core = nn.SyncBatchNorm.convert_sync_batchnorm(core)
+    features: dict[str, Tensor] = {}
+    core.stacks[0].register_forward_pre_hook(lambda _, inputs: features.update(backbone=inputs[0].detach()))
+    wrap = {"device_ids": [device.index] if gpu else None}
+    model = DistributedDataParallel(core, **wrap) if world > 1 else core
+    criterion = JointEntropyLoss(args.family, gather_distributed=True)
+    ascent = None
+    if args.dual_ascent is not None:
+        ascent = DualAscent(criterion, tolerance=args.dual_ascent, step_size=args.ascent_step, warmup_steps=int(warmup))
+    optimizer, peak = build_optimizer(args, core), args.lr * args.batch_size * world / 256
+    half = (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16) if gpu else None
+    amp = torch.autocast(device.type, dtype=half) if gpu else contextlib.nullcontext()
+    scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
+
+    # Probes on labels: on queries while training, on whole images of val/ after each epoch.
+    val = probes = net = None
+    if classes < 2 or targets.bincount().max() < 2:
+        say(f"no probes: {classes} classes, {len(data)} images, so no class has a second image to be recognised by")
+    else:
+        probes = Probes({"backbone": core.in_features, **core.spaces}, classes).to(device)
+        net = DistributedDataParallel(probes, **wrap) if world > 1 else probes
+        probe_optimizer = torch.optim.Adam(probes.parameters(), lr=args.probe_lr)
+        if (args.data / "val").is_dir():
+            held_out = ImageFiles(args.data / "val", broken=args.broken)
+            if held_out.classes != data.files.classes:
+                raise ValueError(f"{args.data}: expected the same class folders in train and val")
+            mine = Subset(held_out, range(rank, len(held_out), world))
+            val = DataLoader(mine, args.batch_size, collate_fn=StructuredCollate(args.size), **common)
+        else:
+            say("no val folder: probes report accuracy on training images (augmented queries) only")
+    torch.manual_seed(args.seed + rank)
+
+    # Where the run stands.
+    checkpoint, log, step = args.out / "checkpoint.pt", args.out / "log.jsonl", 0
+    config = {k: v for k, v in vars(args).items() if k not in FREE}
+    config |= {"processes": world, "images": len(data), "classes": classes, "device": device.type}
+    parts = {"model": core, "optimizer": optimizer, "scaler": scaler, "views": views, "ascent": ascent}
+    parts |= {"probes": probes, "probe_optimizer": probe_optimizer} if probes else {}
+    parts = {name: part for name, part in parts.items() if part is not None}
+
+    def save() -> None:
+        state = [torch.get_rng_state(), torch.cuda.get_rng_state() if gpu else None]
+        states = [state]
+        if world > 1:
+            states = [None] * world
+            dist.all_gather_object(states, state)
+        if rank == 0:
+            content = {"config": config, "step": step, "epoch": step // per_epoch, "rng": states}
+            torch.save(content | {n: p.state_dict() for n, p in parts.items()}, checkpoint.with_suffix(".tmp"))
+            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+
+    def write(record: dict[str, float]) -> None:
+        if rank == 0:
+            with log.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def summed(counts: Tensor) -> Tensor:
+        if world > 1:
+            dist.all_reduce(counts)
+        return counts
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.resume:
+        stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        keys = sorted(config.keys() | stored["config"].keys())
+        there = stored["config"]
+        differ = [f"{k}: {there.get(k)} there, {config.get(k)} here" for k in keys if there.get(k) != config.get(k)]
+        if differ:
+            raise ValueError(f"{checkpoint} belongs to another configuration: {'; '.join(differ)}")
+        for name, part in parts.items():
+            part.load_state_dict(stored[name])
+        step = stored["step"]
+        torch.set_rng_state(stored["rng"][rank][0])
+        if gpu:
+            torch.cuda.set_rng_state(stored["rng"][rank][1])
+        if rank == 0:  # what was logged after the checkpoint happens again
+            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+            log.write_text("".join(line + "\n" for line in kept))
+    elif checkpoint.exists():
+        raise FileExistsError(f"{args.out} holds the checkpoint of another run: give --resume, or another --out")
+    elif rank == 0:
+        log.write_text("")
+    say(f"{len(data)} images, {classes} classes, {world} x {args.batch_size} a step, {per_epoch} steps an epoch")
+
+    record: dict[str, float] = {}
+    first, started = step, time.perf_counter()
+    while step < stop:
+        epoch = step // per_epoch
+        sampler.set_epoch(epoch)
+        sampler.start = (step % per_epoch) * args.batch_size
+        draws.manual_seed(args.seed + epoch)
+        correct = torch.zeros(2, len(probes.layers) if probes else 0, device=device)  # of training queries, then of val
+        seen = torch.zeros(2, device=device)
+        for images, labels, _ in loader:
+            lr = lr_at(step, peak, warmup, total)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            batch = views(images.to(device, non_blocking=True))
+            if step == 0 and rank == 0:
+                plots.views_strip(batch, args.out / "views.png", images=4, mean=MEAN, std=STD)
+            with amp:
+                z = model(batch)
+            terms = criterion.terms(z)
+            optimizer.zero_grad()
+            scaler.scale(terms.loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if ascent:
+                ascent.step(terms)
+            if probes:
+                labels, rows = labels.to(device), len(labels)
+                queries = {"backbone": features["backbone"][:rows], **{n: t[0] for n, t in z.items()}}
+                logits = net(queries)
+                probe_optimizer.zero_grad()
+                sum(F.cross_entropy(y, labels) for y in logits.values()).backward()
+                probe_optimizer.step()
+                correct[0] += torch.stack([(y.argmax(1) == labels).sum() for y in logits.values()])
+                seen[0] += rows
+            step += 1
+            if step % args.log_every == 0 or step == stop:
+                speed = (step - first) / (time.perf_counter() - started)  # steps a second
+                mean_loss = summed(terms.loss.detach().clone()).item() / world
+                rate = round(speed * args.batch_size * world, 1)
+                record = {"step": step, **terms.scalars(), "loss": mean_loss, "lr": lr, "images_per_s": rate}
+                if ascent:
+                    weights = criterion.lambdas(views.plan)
+                    record |= {f"lambda/{n}": float(w) for n, w in weights.items()}
+                write(record)
+                left = datetime.timedelta(seconds=round((stop - step) / speed))
+                where = f"epoch {epoch + 1}/{args.epochs}  step {step}/{stop}"
+                say(f"{where}  loss {mean_loss:.4f}  lr {lr:.3g}  {rate:.0f} images/s  {left} left", flush=True)
+            if step == stop or (step % per_epoch and step % args.save_every == 0):
+                save()
+            if step == stop:
+                break
+
+        # After the epoch: probes, broken files, checkpoint.
+        if val:
+            core.eval(), probes.eval()
+            with torch.no_grad(), amp:
+                for images, labels, _ in val:
+                    x = (images.to(device) / 255 - torch.tensor(MEAN, device=device).view(3, 1, 1))
+                    whole = core(x / torch.tensor(STD, device=device).view(3, 1, 1))
+                    logits = probes({"backbone": features["backbone"], **whole})
+                    labels = labels.to(device)
+                    correct[1] += torch.stack([(y.argmax(1) == labels).sum() for y in logits.values()])
+                    seen[1] += len(labels)
+            core.train(), probes.train()
+        broken = int((summed(data.replaced.to(device, torch.int64)) > 0).sum())
+        scores: dict[str, float] = {}
+        if probes:
+            accuracy = summed(correct) / summed(seen).clamp(min=1)[:, None]
+            for k, split in enumerate(("train", "val") if val else ("train",)):
+                scores |= {f"accuracy_{split}/{n}": a for n, a in zip(probes.layers, accuracy[k].tolist(), strict=True)}
+        write({"step": step, "epoch": epoch + 1, "broken_files": broken, **scores})
+        record |= scores | {"broken_files": broken}
+        shown = "  ".join(f"{name.removeprefix('accuracy_')} {value:.3f}" for name, value in scores.items())
+        say(f"epoch {epoch + 1}  {shown}" + (f"  {broken} broken files replaced" if broken else ""), flush=True)
+        save()
+    if rank == 0 and log.stat().st_size:
+        plots.curves([json.loads(line) for line in log.read_text().splitlines()], args.out / "curves.png")
+    return record
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Trains; returns the last numbers of the log."""
+    args = parse(argv)
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        return train(args, world, rank, device)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

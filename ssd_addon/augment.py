@@ -1,0 +1,712 @@
+"""Structured views: what each key shares with its query, and what it redraws.
+
+    view 0        the query, parameters theta
+    view 1        the content key: every group redrawn
+    view 1 + m    the key of style m: group m's parameters are the query's, every other group is redrawn
+
+Operations are Kornia's; drawing and applying are kept apart, so that sharing is exact and a view can be replayed.
+Legend: V views, B images, M groups. Source: Eastwood et al., arXiv 2311.08815, structured augmentations; cross-image
+keys are this project's own (docs/method.md).
+"""
+
+import copy
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import kornia.augmentation as K
+import torch
+import torch.distributed as dist
+from kornia.augmentation import AugmentationBase2D
+from torch import Tensor, nn
+from torch.utils.data import get_worker_info
+
+from ssd_addon import _checks
+from ssd_addon.batch import ViewBatch, ViewParameters, ViewPlan
+
+Parameters = dict[str, Tensor]
+Groups = Mapping[str, Sequence[nn.Module]]
+THEN = "then"
+GATE = "batch_prob"
+RANGE_SLACK = 1e-6
+"""How far outside [0, 1] the rounding of a resize may take a pixel."""
+
+
+class StructuredViews(nn.Module):
+    """Images -> structured views, on the images' device.
+
+    >>> views = StructuredViews({"color": [K.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8)],
+    ...                          "spatial": [K.RandomHorizontalFlip()]}, seed=0)
+    >>> batch = views(torch.rand(4, 3, 16, 16))
+    >>> batch.views.shape, batch.plan.spaces
+    (torch.Size([4, 4, 3, 16, 16]), ('content', 'color', 'spatial'))
+    >>> hue = [p["color"]["0.ColorJitter"]["hue_factor"] for p in batch.parameters]
+    >>> torch.equal(hue[2], hue[0]), torch.equal(hue[1], hue[0])  # the color key shares them, the content key does not
+    (True, False)
+
+    Args:
+        groups: name -> Kornia operations, applied in the order given. Every group gets a style space of its name.
+            `{}` is ordinary two-view SSL.
+        then: operations that are redrawn for every view and image and belong to no group (a final blur, Normalize).
+        plan: "shared_query" (V = M + 2) or "interleaved" (V = 2).
+        key_groups, key_then: other operations for the keys, by group. A key that shares a group runs the query's.
+        cross_image: groups whose key is made from another image of the batch (m rows away).
+        constrained_crop: a: the key of a style whose group holds no crop is cropped near the query's box, its area
+            a factor of 1 - a to 1 + a of the query's, its centre inside it.
+        seed: of the draws; None takes one from torch's global generator, as layers do. Every rank, data-loader worker
+            and call draws anew.
+        rank: of this process; None asks torch.distributed, then the environment variable RANK, then 0.
+
+    Every draw is per image. Draws made for a whole batch are made per image (the order of ColorJitter and ColorJiggle,
+    on/off gates of whole batches, any other by drawing and applying image by image). The global generator is left as
+    it was. Views are augmented in float32, outside autocast; on the CPU view by view, on other devices in one pass.
+
+    Raises:
+        TypeError, ValueError: no Kornia 2-D operation; one that is shared by the batch (same_on_batch=True), mixes
+            images, or draws while it is applied; images that are not [B, C, H, W] in [0, 1] or uint8.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        *,
+        then: Sequence[nn.Module] = (),
+        plan: str = "shared_query",
+        key_groups: Groups | None = None,
+        key_then: Sequence[nn.Module] | None = None,
+        cross_image: Sequence[str] = (),
+        constrained_crop: float | None = None,
+        seed: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(groups, Mapping):
+            raise TypeError(f"groups: expected a mapping name -> operations: got {type(groups).__name__}")
+        for name in groups:
+            if name in ("content", THEN):
+                raise ValueError(f"groups: {name!r} is taken; name the group after what it changes, such as 'color'")
+        _checks.choice(plan, ("shared_query", "interleaved"), "plan")
+        spaces = ("content", *groups)
+        self.plan = ViewPlan(plan, spaces)
+        for name in key_groups or {}:
+            if name not in groups:
+                raise ValueError(f"key_groups: expected names of groups ({_checks.names(groups)}): got {name!r}")
+        query = {name: _stage(ops, f"group {name!r}") for name, ops in groups.items()}
+        query[THEN] = _stage(then, "then", empty=True)
+        key = {name: _stage(ops, f"key_groups[{name!r}]") for name, ops in (key_groups or {}).items()}
+        if key_then is not None:
+            key[THEN] = _stage(key_then, "key_then", empty=True)
+        self.query, self.key = nn.ModuleDict(_prefixed(query)), nn.ModuleDict(_prefixed(key))
+        self.stages = (*groups, THEN)
+        if isinstance(cross_image, str):
+            raise TypeError(f"cross_image: expected a sequence of group names: got {cross_image!r}")
+        for name in cross_image:
+            if name not in groups:
+                raise ValueError(f"cross_image: expected names of groups ({_checks.names(groups)}): got {name!r}")
+        self.cross_image = tuple(cross_image)
+        self.constrained_crop = constrained_crop
+        if constrained_crop is not None:
+            if not 0 <= constrained_crop < 1:
+                raise ValueError(f"constrained_crop: expected a from 0 to below 1: got {constrained_crop!r}")
+            if not any(_crops(stage) for name, stage in query.items() if name != THEN):
+                raise ValueError("constrained_crop: expected a RandomResizedCrop in some group: got none to constrain")
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        self.seed, self._rank, self.call = int(seed), rank, 0
+
+    # ------------------------------------------------------------------------------------------------ calling
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> ViewBatch:
+        """Views of a batch of images [B, C, H, W], uint8 or floating point in [0, 1]."""
+        x = _unit_images(images)
+        b = x.shape[0]
+        index = self.plan.default_space_index(b) if self.plan.kind == "interleaved" else None
+        sources, ids = self._sources(b, index)
+        draw = _Draw((self.seed, self.rank, _worker_seed(), self.call))
+        self.call += 1
+        v = self.plan.num_views
+        with torch.autocast(x.device.type, enabled=False):
+            inputs = [x if s is None else x[s.to(x.device)] for s in sources]
+            if x.device.type == "cpu" or self.key:
+                out, parameters = self._view_by_view(inputs, draw, index)
+            else:
+                out, parameters = self._one_pass(inputs, draw, index)
+        if len({tuple(o.shape) for o in out}) > 1:
+            raise ValueError(f"all views must have one size: got {_checks.names(_checks.shape(o) for o in out)}")
+        assert len(out) == v
+        return ViewBatch(
+            torch.stack(out),
+            self.plan,
+            image_ids=None if ids is None else ids.to(x.device),
+            space_index=None if index is None else index.to(x.device),
+            parameters=parameters,
+        )
+
+    @torch.no_grad()
+    def apply(self, images: Tensor, parameters: ViewParameters | Mapping[str, Any]) -> Tensor:  # type: ignore[override]
+        """The pixels of one view again: `views.apply(images, batch.parameters[v])` equals `batch[v]`.
+
+        Args:
+            images: [B, C, H, W], those that the view was made from (for a cross-image key, images[batch.image_ids[v]]).
+            parameters: one entry of `ViewBatch.parameters`.
+        """
+        if callable(images):  # nn.Module.apply(fn), which initialisers use
+            return super().apply(images)  # type: ignore[return-value]
+        x = _unit_images(images)
+        from_key = getattr(parameters, "from_key", {})
+        _checks.same_names(parameters, self.stages, "parameters", "views")
+        with torch.autocast(x.device.type, enabled=False):
+            for name in self.stages:
+                queried = self._operations(name, False)
+                mask = from_key.get(name)
+                x = self._apply_stage(name, queried, x, parameters[name], mask)
+        return x
+
+    @property
+    def rank(self) -> int:
+        """The rank that the draws are made for."""
+        if self._rank is not None:
+            return self._rank
+        if dist.is_available() and dist.is_initialized():
+            return dist.get_rank()
+        return int(os.environ.get("RANK", 0))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """(seed, call): rank 0's restores every rank, as the rank enters each draw by itself."""
+        return {"seed": self.seed, "call": self.call}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:  # type: ignore[override]
+        if set(state) != {"seed", "call"}:
+            raise ValueError(f"StructuredViews state: expected seed and call: got {_checks.names(state)}")
+        self.seed, self.call = int(state["seed"]), int(state["call"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_rank"] = self.rank  # a spawned data-loader worker knows no process group
+        return state
+
+    def extra_repr(self) -> str:
+        return f"{self.plan}, cross_image={self.cross_image}, constrained_crop={self.constrained_crop}, seed={self.seed}"
+
+    # ------------------------------------------------------------------------------------------------ plan
+
+    def _sources(self, b: int, index: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
+        """Which image each row of each view is made from: [B] per view or None for its own; ids [V, B] or None."""
+        v = self.plan.num_views
+        if not self.cross_image:
+            return [None] * v, None
+        own = torch.arange(b)
+        ids = own.repeat(v, 1)
+        for name in self.cross_image:
+            m = self.plan.spaces.index(name)
+            rows = own if index is None else torch.nonzero(index == m).flatten()
+            if len(rows) == 0:
+                continue
+            if len(rows) == 1:
+                raise ValueError(
+                    f"cross_image: the key of {name!r} is made from another image: got a single image that serves it "
+                    f"in a batch of {b}"
+                )
+            shift = m
+            while shift % len(rows) == 0:
+                shift += 1
+            ids[1 if index is not None else 1 + m, rows] = rows.roll(shift)
+        sources = [None if torch.equal(row, own) else row for row in ids]
+        return sources, ids
+
+    def _shared_rows(self, view: int, stage: str, b: int, index: Tensor | None) -> bool | Tensor:
+        """Which rows of a view take this group's parameters from the query: all, none, or a mask [B]."""
+        if view == 0 or stage == THEN:
+            return False
+        m = self.plan.spaces.index(stage)
+        if index is not None:
+            return index == m
+        return view == 1 + m
+
+    def _operations(self, stage: str, from_key: bool) -> nn.ModuleDict:
+        name = _PREFIX + stage
+        return self.key[name] if from_key and name in self.key else self.query[name]  # type: ignore[return-value]
+
+    # ------------------------------------------------------------------------------------------------ drawing
+
+    def _view_by_view(
+        self, inputs: list[Tensor], draw: "_Draw", index: Tensor | None
+    ) -> tuple[list[Tensor], list[ViewParameters]]:
+        out: list[Tensor] = []
+        drawn: list[ViewParameters] = []
+        for view, x in enumerate(inputs):
+            mine = ViewParameters()
+            for stage in self.stages:
+                b = x.shape[0]
+                shared = self._shared_rows(view, stage, b, index)
+                keyed = view > 0 and (_PREFIX + stage) in self.key
+                query_ops = self._operations(stage, False)
+                if shared is True:
+                    parameters = {op: _clone(p) for op, p in drawn[0][stage].items()}
+                    x = _run(stage, query_ops, x, parameters)
+                elif not keyed:
+                    x, parameters = self._draw_and_run(stage, query_ops, x, draw, view, drawn, shared)
+                elif shared is False:
+                    x, parameters = self._draw_and_run(stage, self._operations(stage, True), x, draw, view, drawn, False)
+                    mine.from_key[stage] = torch.ones(b, dtype=torch.bool)
+                else:
+                    # Interleaved with operations of the key's own: the rows of this group run the query's.
+                    key_ops = self._operations(stage, True)
+                    _, parameters = self._draw_and_run(stage, key_ops, x, draw, view, drawn, False)
+                    parameters = _merged(stage, parameters, drawn[0][stage], shared)
+                    mine.from_key[stage] = ~shared  # type: ignore[operator]
+                    x = self._apply_stage(stage, query_ops, x, parameters, mine.from_key[stage])
+                mine[stage] = parameters
+            out.append(x)
+            drawn.append(mine)
+        return out, drawn
+
+    def _one_pass(
+        self, inputs: list[Tensor], draw: "_Draw", index: Tensor | None
+    ) -> tuple[list[Tensor], list[ViewParameters]]:
+        """All views as one batch of V*B images; the same draws as view by view."""
+        v, b = len(inputs), inputs[0].shape[0]
+        x = torch.cat(inputs)
+        drawn = [ViewParameters({stage: {} for stage in self.stages}) for _ in range(v)]
+        for stage in self.stages:
+            for name, op in self._operations(stage, False).items():
+                key = _unprefixed(name)
+                for view in range(v):
+                    parameters = self._draw(stage, key, op, (b, *x.shape[1:]), draw, view, drawn)
+                    shared = self._shared_rows(view, stage, b, index)
+                    if shared is not False:
+                        parameters = _take(parameters, drawn[0][stage][key], shared, f"{stage}: {key}")
+                    drawn[view][stage][key] = parameters
+                together = {p: torch.cat([d[stage][key][p] for d in drawn]) for p in drawn[0][stage][key]}
+                x = _apply_operation(stage, key, op, x, together)
+        return list(x.split(b)), drawn
+
+    def _draw_and_run(
+        self,
+        stage: str,
+        operations: nn.ModuleDict,
+        x: Tensor,
+        draw: "_Draw",
+        view: int,
+        drawn: list[ViewParameters],
+        shared: bool | Tensor,
+    ) -> tuple[Tensor, dict[str, Parameters]]:
+        parameters: dict[str, Parameters] = {}
+        for name, op in operations.items():
+            key = _unprefixed(name)
+            p = self._draw(stage, key, op, tuple(x.shape), draw, view, drawn)
+            if shared is not False:
+                p = _take(p, drawn[0][stage][key], shared, f"{stage}: {key}")
+            parameters[key] = p
+            x = _apply_operation(stage, key, op, x, p)
+        return x, parameters
+
+    def _draw(
+        self,
+        stage: str,
+        key: str,
+        op: nn.Module,
+        shape: tuple[int, ...],
+        draw: "_Draw",
+        view: int,
+        drawn: list[ViewParameters],
+    ) -> Parameters:
+        place = (view, self.stages.index(stage), int(key.split(".")[0]))
+        parameters = draw(op, shape, place, f"{stage}: {key}")
+        if self.constrained_crop is not None and stage != THEN and isinstance(op, K.RandomResizedCrop):
+            parameters = self._constrain(stage, key, op, parameters, shape, draw, place, view, drawn)
+        return parameters
+
+    def _constrain(
+        self,
+        stage: str,
+        key: str,
+        op: Any,
+        parameters: Parameters,
+        shape: tuple[int, ...],
+        draw: "_Draw",
+        place: tuple[int, ...],
+        view: int,
+        drawn: list[ViewParameters],
+    ) -> Parameters:
+        """Near the query's box, for the keys of styles whose group holds no crop."""
+        b = shape[0]
+        spaces = self.plan.spaces
+        free = torch.tensor(
+            [s == 0 or any(_is_crop(o) for o in self._operations(n, False).values()) for s, n in _numbered(spaces)]
+        )
+        if view == 0:
+            return parameters
+        if self.plan.kind == "interleaved":
+            rows = ~free[self.plan.default_space_index(b)]
+        else:
+            rows = torch.full((b,), view >= 1 and not bool(free[view - 1]))
+        if not rows.any() or key not in drawn[0].get(stage, {}):
+            return parameters
+        near = draw.near(drawn[0][stage][key]["src"], self.constrained_crop or 0.0, op, shape, place)
+        src = parameters["src"]
+        return parameters | {"src": torch.where(rows[:, None, None], near.to(src.dtype), src)}
+
+    def _apply_stage(
+        self, stage: str, query_ops: nn.ModuleDict, x: Tensor, parameters: dict[str, Parameters], mask: Tensor | None
+    ) -> Tensor:
+        """Apply a group; the rows of `mask` run the key's operations."""
+        if mask is None or not bool(mask.any()):
+            return _run(stage, query_ops, x, parameters)
+        key_ops = self._operations(stage, True)
+        if bool(mask.all()):
+            return _run(stage, key_ops, x, parameters)
+        parts = {}
+        for ops, rows in ((query_ops, torch.nonzero(~mask).flatten()), (key_ops, torch.nonzero(mask).flatten())):
+            some = {op: {k: t[rows.to(t.device)] for k, t in p.items()} for op, p in parameters.items()}
+            parts[ops] = (rows.to(x.device), _run(stage, ops, x[rows.to(x.device)], some))
+        (i, a), (j, c) = parts.values()
+        if a.shape[1:] != c.shape[1:]:
+            raise ValueError(
+                f"{stage}: the operations of query and key must give one size: got {_checks.shape(a)}, {_checks.shape(c)}"
+            )
+        out = a.new_empty((x.shape[0], *a.shape[1:]))
+        out[i], out[j] = a, c
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------- drawing
+
+
+class _Draw:
+    """Seeded draws of one call: each (view, stage, operation) has a generator state of its own."""
+
+    def __init__(self, seeds: tuple[int, ...]) -> None:
+        self.seeds = seeds
+
+    @contextmanager
+    def _seeded(self, *place: int) -> Iterator[None]:
+        """Kornia draws from the global CPU generator: put ours in, and the user's back."""
+        digest = hashlib.blake2b(repr((*self.seeds, *place)).encode(), digest_size=8).digest()
+        generator = torch.default_generator
+        state = generator.get_state()
+        try:
+            generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+            yield
+        finally:
+            generator.set_state(state)
+
+    def __call__(self, op: Any, shape: tuple[int, ...], place: tuple[int, ...], name: str) -> Parameters:
+        """Parameters of an operation for a batch [B, ...], every value per image."""
+        b = shape[0]
+        with self._seeded(*place, 0):
+            wide = _batch_wide(op, shape, name)
+            if not wide:
+                out = _rows(op.forward_parameters(torch.Size(shape)))
+            elif _has_order(op):
+                out = _rows(op.forward_parameters(torch.Size(shape)))
+                fixed = getattr(op, "_fixed_order", None)
+                if fixed is None:
+                    out["order"] = torch.rand(b, 4).argsort(dim=1)
+                else:
+                    out["order"] = torch.tensor(fixed).expand(b, -1).clone()
+            else:
+                each = [_rows(op.forward_parameters(torch.Size((1, *shape[1:])))) for _ in range(b)]
+                out = {k: torch.cat([e[k] for e in each]) for k in each[0]}
+            if 0 < op.p_batch < 1:  # a gate for the whole batch: one per image instead
+                out[GATE] = (torch.rand(b) < op.p * op.p_batch).to(out[GATE].dtype)
+        return out
+
+    def near(self, box: Tensor, a: float, op: Any, shape: tuple[int, ...], place: tuple[int, ...]) -> Tensor:
+        """Corners [B, 4, 2] of a crop near the query's corners: area, aspect and centre as in docs/method.md."""
+        b, h, w = shape[0], shape[-2], shape[-1]
+        low, high = box[:, 0].double(), box[:, 2].double() + 1  # (x, y), exclusive
+        ratio = torch.as_tensor(op._param_generator.ratio, dtype=torch.float64).log()
+        with self._seeded(*place, 1):
+            u = torch.rand(b, 4, dtype=torch.float64)
+        extent = high - low
+        area = extent.prod(dim=1) * (1 - a + 2 * a * u[:, 0])
+        aspect = (ratio[0] + (ratio[1] - ratio[0]) * u[:, 1]).exp()
+        size = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=1)
+        limit = torch.tensor([w, h], dtype=torch.float64)
+        # Where one edge meets the image, the other one keeps the area.
+        size = torch.minimum(torch.minimum(size, limit), limit)
+        size = torch.minimum(torch.maximum(size, area[:, None] / size.flip(1).clamp(min=1)), limit).round()
+        size = torch.minimum(size.clamp(min=1), limit)
+        start = low + extent * u[:, 2:] - size / 2
+        start = torch.minimum(start.round().clamp(min=0), limit - size)
+        stop = start + size - 1
+        x0, y0, x1, y1 = start[:, 0], start[:, 1], stop[:, 0], stop[:, 1]
+        corners = [torch.stack(c, dim=1) for c in ((x0, y0), (x1, y0), (x1, y1), (x0, y1))]
+        return torch.stack(corners, dim=1)
+
+
+def _rows(parameters: Mapping[str, Any]) -> Parameters:
+    """The per-image parameters, as tensors of our own."""
+    return {k: torch.as_tensor(t).clone() for k, t in parameters.items() if k not in ("forward_input_shape", "order")}
+
+
+def _has_order(op: Any) -> bool:
+    return isinstance(op, K.ColorJitter | K.ColorJiggle)
+
+
+def _batch_wide(op: Any, shape: tuple[int, ...], name: str) -> bool:
+    """Does the operation draw anything for the whole batch? Found by drawing for batches of two sizes, once."""
+    known = op.__dict__.get("_ssd_batch_wide")
+    if known is None:
+        small, large = (dict(op.forward_parameters(torch.Size((n, *shape[1:])))) for n in (5, 7))
+        for d in (small, large):
+            d.pop("forward_input_shape", None)
+        known = any(
+            not isinstance(t, Tensor) or t.ndim == 0 or t.shape[0] != 5 or large[k].shape[0] != 7
+            for k, t in small.items()
+        )
+        op.__dict__["_ssd_batch_wide"] = known
+    return known
+
+
+def _take(parameters: Parameters, query: Parameters, shared: bool | Tensor, name: str) -> Parameters:
+    """The query's parameters in the shared rows."""
+    if shared is True:
+        return _clone(query)
+    assert isinstance(shared, Tensor)
+    out = {}
+    for k, t in parameters.items():
+        if t.shape != query[k].shape:
+            raise ValueError(
+                f"{name}: its parameter {k!r} has another size in every draw ({_checks.shape(t)}, "
+                f"{_checks.shape(query[k])}), which an interleaved plan cannot share; use plan='shared_query'"
+            )
+        out[k] = torch.where(shared.view(-1, *[1] * (t.ndim - 1)), query[k], t)
+    return out
+
+
+def _merged(
+    stage: str, key: dict[str, Parameters], query: dict[str, Parameters], shared: Tensor
+) -> dict[str, Parameters]:
+    """Query and key ran other operations: rows of `shared` hold the query's values, the others the key's."""
+    out = {}
+    for name in dict.fromkeys((*query, *key)):
+        if name in query and name in key:
+            if query[name].keys() != key[name].keys():
+                raise ValueError(f"{stage}: {name} of query and key draw different parameters; give them other places")
+            out[name] = _take(key[name], query[name], shared, f"{stage}: {name}")
+        else:
+            out[name] = _clone(query.get(name) or key[name])
+    return out
+
+
+def _clone(parameters: Parameters) -> Parameters:
+    return {k: t.clone() for k, t in parameters.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- applying
+
+
+def _run(stage: str, operations: nn.ModuleDict, x: Tensor, parameters: dict[str, Parameters]) -> Tensor:
+    for name, op in operations.items():
+        key = _unprefixed(name)
+        if key not in parameters:
+            raise ValueError(f"parameters: {stage} needs those of {key}: got {_checks.names(parameters)}")
+        x = _apply_operation(stage, key, op, x, parameters[key])
+    return x
+
+
+def _apply_operation(stage: str, key: str, op: Any, x: Tensor, parameters: Parameters) -> Tensor:
+    """Run an operation on the images it fires on; the others stay as they are, bit for bit."""
+    b = x.shape[0]
+    if parameters[GATE].shape[0] != b:
+        raise ValueError(f"{stage}: {key}: expected parameters of {b} images: got {parameters[GATE].shape[0]}")
+    fires = parameters[GATE] > 0.5
+    if not bool(fires.any()):
+        return x
+    everywhere = bool(fires.all())
+    rows = torch.arange(b) if everywhere else torch.nonzero(fires.cpu()).flatten()
+    out: Tensor | None = None
+    for some in _batches(op, parameters, rows):
+        whole = everywhere and len(some) == b
+        picked = parameters if whole else {k: t[some.to(t.device)] for k, t in parameters.items()}
+        y = _call(stage, key, op, x if whole else x[some.to(x.device)], picked)
+        if whole:
+            return y
+        if out is None:
+            if y.shape[1:] == x.shape[1:]:
+                out = x.clone()
+            elif everywhere:
+                out = y.new_empty((b, *y.shape[1:]))
+            else:
+                raise ValueError(
+                    f"{stage}: {key} makes {_checks.shape(x[:1])} into {_checks.shape(y[:1])} where it fires and leaves "
+                    "the other images as they are; an operation that changes the size needs p=1"
+                )
+        out[some.to(x.device)] = y
+    assert out is not None
+    return out
+
+
+def _batches(op: Any, parameters: Parameters, rows: Tensor) -> list[Tensor]:
+    """Rows that one call may serve: all, those of one order of sub-operations, or one at a time."""
+    if not op.__dict__.get("_ssd_batch_wide", False):
+        return [rows]
+    if _has_order(op):
+        orders, which = parameters["order"][rows.to(parameters["order"].device)].cpu().unique(dim=0, return_inverse=True)
+        return [rows[which == k] for k in range(len(orders))]
+    return list(rows.split(1))
+
+
+def _call(stage: str, key: str, op: Any, x: Tensor, parameters: Parameters) -> Tensor:
+    given: dict[str, Any] = _clone(parameters)
+    if "order" in given:
+        given["order"] = given["order"][0]
+    given["forward_input_shape"] = torch.tensor(x.shape)
+    audited = op.__dict__.get("_ssd_audited", False)
+    state = None if audited else torch.default_generator.get_state()
+    try:
+        y = op(x, params=given)
+    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError, KeyError) as error:
+        raise ValueError(f"{stage}: {key} could not be applied to images {_checks.shape(x)}: {error}") from error
+    finally:
+        op._params = {}  # Kornia would keep the batch's parameters alive
+    if state is not None:
+        if not torch.equal(state, torch.default_generator.get_state()):
+            torch.default_generator.set_state(state)
+            raise ValueError(
+                f"{stage}: {key} draws random numbers while it is applied, beside its parameters, so no two views can "
+                "share them; leave it out, or put another operation in its place"
+            )
+        op.__dict__["_ssd_audited"] = True
+    return y
+
+
+# ---------------------------------------------------------------------------------------------------- operations
+
+_PREFIX = "_"  # nn.ModuleDict refuses names of its own attributes ("type", "keys") and dots
+
+
+def _prefixed(stages: dict[str, nn.ModuleDict]) -> dict[str, nn.Module]:
+    for name in stages:
+        if "." in name:
+            raise ValueError(f"a group's name is a word without dots: got {name!r}")
+    return {_PREFIX + name: stage for name, stage in stages.items()}
+
+
+def _unprefixed(name: str) -> str:
+    """"0_ColorJitter" -> "0.ColorJitter"."""
+    return name.replace("_", ".", 1)
+
+
+def _stage(operations: Sequence[nn.Module], where: str, *, empty: bool = False) -> nn.ModuleDict:
+    if isinstance(operations, nn.Module) or not isinstance(operations, Sequence):
+        raise TypeError(f"{where}: expected a sequence of Kornia operations: got {type(operations).__name__}")
+    if not operations and not empty:
+        raise ValueError(f"{where}: expected at least one operation: got none, so there is no style to keep")
+    out = nn.ModuleDict()
+    for i, op in enumerate(operations):
+        name = type(op).__name__
+        if not isinstance(op, AugmentationBase2D):
+            raise TypeError(
+                f"{where}: expected Kornia 2-D operations on single images (kornia.augmentation, no container, no "
+                f"mixing of images): got {name}"
+            )
+        if getattr(op, "same_on_batch", False):
+            raise ValueError(f"{where}: {name}(same_on_batch=True) gives all images one draw; every draw is per image")
+        op = copy.deepcopy(op)
+        op.set_rng_device_and_dtype(torch.device("cpu"), torch.float32)
+        if _has_order(op):
+            op.__dict__["_ssd_batch_wide"] = True
+        out[f"{i}_{name}"] = op
+    return out
+
+
+def _is_crop(op: nn.Module) -> bool:
+    return isinstance(op, K.RandomResizedCrop | K.RandomCrop)
+
+
+def _crops(stage: nn.ModuleDict) -> bool:
+    return any(isinstance(op, K.RandomResizedCrop) for op in stage.values())
+
+
+def _numbered(spaces: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """(0, any group) for content, whose entry is not looked at, then (m, group m)."""
+    return ((s, n if s else (spaces[1] if len(spaces) > 1 else THEN)) for s, n in enumerate(spaces))
+
+
+def _worker_seed() -> int:
+    info = get_worker_info()
+    return 0 if info is None else int(info.seed)
+
+
+def _unit_images(images: Tensor) -> Tensor:
+    """[B, C, H, W] float32 in [0, 1]."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a tensor [B, C, H, W]: got {type(images).__name__}")
+    if images.ndim != 4:
+        raise ValueError(f"images: expected [B, C, H, W]: got {images.ndim} dimensions {_checks.shape(images)}")
+    if 0 in images.shape:
+        raise ValueError(f"images: expected at least one image with pixels: got {_checks.shape(images)}")
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if not images.is_floating_point():
+        raise TypeError(f"images: expected uint8, or floating point in [0, 1]: got {images.dtype}")
+    low, high = (float(v) for v in torch.aminmax(images.detach()))
+    if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
+        what = "NaN among them" if math.isnan(low) else f"values from {low:.4g} to {high:.4g}"
+        raise ValueError(
+            f"images: expected values in [0, 1], as the operations clamp to that range: got {what}; scale them "
+            "(uint8 images are scaled for you) and put Normalize into `then`"
+        )
+    return images.float()
+
+
+# ---------------------------------------------------------------------------------------------------- presets
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def presets(name: str, *, size: int = 224, normalize: bool = True) -> dict[str, Any]:
+    """Arguments of `StructuredViews` for photographs: `StructuredViews(**presets("color_spatial", size=224))`.
+
+    Alternative partitions of one recipe (crop 0.08-1 bicubic, flip 0.5, jitter 0.4/0.4/0.2/0.1 with p 0.8, grey 0.2,
+    blur p 1.0 on the query and 0.1 on keys, solarise 0 and 0.2). The crop comes first, so nothing is computed on
+    pixels that it throws away.
+
+    Args:
+        name: "color_spatial" (blur belongs to no space), "appearance_spatial" (blur with the colours), or
+            "content_only" (ordinary two-view SSL).
+        size: edge of the views in pixels.
+        normalize: end with the ImageNet mean and standard deviation.
+
+    Source: the ImageNet recipe of Eastwood et al., arXiv 2311.08815 (groups) and BYOL/SimCLR (strengths).
+    """
+    _checks.choice(name, ("color_spatial", "appearance_spatial", "content_only"), "preset")
+    blur = max(3, int(0.1 * size) // 2 * 2 + 1)
+
+    def color(solarise: float) -> list[nn.Module]:
+        ops: list[nn.Module] = [K.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8), K.RandomGrayscale(p=0.2)]
+        return [*ops, K.RandomSolarize(thresholds=(0.5, 0.5), additions=(0.0, 0.0), p=solarise)]
+
+    def gaussian(p: float) -> list[nn.Module]:
+        return [K.RandomGaussianBlur((blur, blur), (0.1, 2.0), p=p)]
+
+    spatial = [
+        K.RandomResizedCrop((size, size), scale=(0.08, 1.0), resample="bicubic", cropping_mode="slice"),
+        K.RandomHorizontalFlip(p=0.5),
+    ]
+    end = [K.Normalize(torch.tensor(MEAN), torch.tensor(STD))] if normalize else []
+    if name == "color_spatial":
+        return {
+            "groups": {"spatial": spatial, "color": color(0.0)},
+            "key_groups": {"color": color(0.2)},
+            "then": [*gaussian(1.0), *end],
+            "key_then": [*gaussian(0.1), *end],
+        }
+    if name == "appearance_spatial":
+        return {
+            "groups": {"spatial": spatial, "appearance": [*color(0.0), *gaussian(1.0)]},
+            "key_groups": {"appearance": [*color(0.2), *gaussian(0.1)]},
+            "then": end,
+        }
+    return {
+        "groups": {},
+        "then": [*spatial, *color(0.0), *gaussian(1.0), *end],
+        "key_then": [*spatial, *color(0.2), *gaussian(0.1), *end],
+    }

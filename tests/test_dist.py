@@ -1,0 +1,480 @@
+"""Over ranks: gloo processes on the CPU against one process on the concatenated batch, in float64.
+
+Starting processes is slow, so every world starts once and runs all of its cases; failures come back together.
+"""
+
+import dataclasses
+import datetime
+import functools
+import itertools
+import traceback
+import warnings
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from ssd_addon import DualAscent, Embeddings, JointEntropyLoss, ViewPlan
+from ssd_addon._dist import shards
+from ssd_addon.kernels import dispatch, negative_lse, off_diagonal_energy
+
+FAMILIES = ("simclr", "vicreg", "barlow")
+WIDTHS = {"content": 4, "color": 3, "spatial": 2}
+SPACES = tuple(WIDTHS)
+INPUTS = 5
+RTOL, ATOL = 1e-8, 1e-11
+SIZES = {2: ((4, 4), (0, 5), (6, 1)), 3: ((3, 3, 3), (5, 0, 2), (1, 4, 2))}
+OPTIONS = (
+    {},
+    {"trim": 0.3},
+    {"content_keys": "all", "weights": {"spatial": 0.5, "content": 2.0, "color": 3.0}},
+    {"content_entropy": True},
+    {"trim": 0.4, "content_keys": "all", "content_entropy": True, "weights": (1.0, 0.0, 2.5)},
+)
+
+
+# ------------------------------------------------------------------------------------------------ the cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch, spread over ranks by `sizes`, and the criterion that runs on it."""
+
+    family: str
+    plan: str
+    sizes: tuple[int, ...]
+    backend: str = "eager"
+    ids: str = "none"  # none, local (row numbers of the shard), global (row numbers of the batch), far
+    own_index: bool = False  # interleaved: a drawn space_index instead of r mod S
+    options: dict = field(default_factory=dict)
+    learn: bool = False  # simclr: temperature is a parameter
+    seed: int = 0
+
+    def criterion(self, **kwargs):
+        options = self.options
+        if self.learn:
+            options = {**options, "temperature": nn.Parameter(torch.tensor(0.2, dtype=torch.float64))}
+        return JointEntropyLoss(self.family, backend=self.backend, **options, **kwargs)
+
+    def data(self):
+        """Inputs [V, B, 5] of every space, the maps, ids and index: of the whole batch."""
+        plan = getattr(ViewPlan, self.plan)(SPACES)
+        g = torch.Generator().manual_seed(self.seed)
+        v, b = plan.num_views, sum(self.sizes)
+        x = {n: torch.randn(v, b, INPUTS, generator=g, dtype=torch.float64) for n in SPACES}
+        maps = {n: torch.randn(INPUTS, d, generator=g, dtype=torch.float64) for n, d in WIDTHS.items()}
+        starts = [sum(self.sizes[:r]) for r in range(len(self.sizes))]
+        ids = index = None
+        if self.ids == "local":  # a style key from a neighbour within the shard
+            ids = torch.cat([crossed(v, n) + start for n, start in zip(self.sizes, starts, strict=True)], dim=1)
+        elif self.ids != "none":  # a style key from a neighbour in the batch, on another rank at the borders
+            ids = crossed(v, b)
+            if self.ids == "far":
+                ids = 10**12 - 7 * ids
+        if plan.kind == "interleaved":
+            index = torch.cat([torch.arange(n) % len(SPACES) for n in self.sizes])
+            if self.own_index:
+                index = torch.randint(len(SPACES), (b,), generator=g)
+        return plan, x, maps, ids, index
+
+    def embeddings(self, maps, rank=None):
+        """Of one rank as that rank holds them, or of the whole batch."""
+        plan, x, _, ids, index = self.data()
+        if rank is not None:
+            start = sum(self.sizes[:rank])
+            rows = slice(start, start + self.sizes[rank])
+            x = {n: t[:, rows] for n, t in x.items()}
+            ids = None if ids is None else ids[:, rows] - (start if self.ids == "local" else 0)
+            index = index[rows] if self.own_index and index is not None else None
+        return Embeddings({n: t @ maps[n] for n, t in x.items()}, plan, image_ids=ids, space_index=index)
+
+    def run(self, rank=None, **kwargs):
+        """Loss, gradients of all parameters, and terms."""
+        maps = {n: m.requires_grad_() for n, m in self.data()[2].items()}
+        criterion = self.criterion(**kwargs)
+        z = self.embeddings(maps, rank)
+        loss = criterion(z)
+        parameters = [*maps.values(), *criterion.parameters()]
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        with torch.no_grad():
+            terms = criterion.terms(z)
+        return loss.detach(), grads, flat(terms)
+
+
+def crossed(v, b):
+    ids = torch.arange(b).repeat(v, 1)
+    ids[-1] = ids[-1].roll(1)
+    return ids
+
+
+def flat(terms):
+    out = {"entropy": terms.entropy}
+    if terms.content_entropy is not None:
+        out["content_entropy"] = terms.content_entropy
+    for key in ("invariance", "constraint", "effective_rank", "rows"):
+        out |= {f"{key}/{n}": value.double() for n, value in getattr(terms, key).items()}
+    return out
+
+
+def loss_cases(world):
+    """All families, plans and options on all shards; backend, ids and index turn from case to case."""
+    out = []
+    for plan, options, sizes in itertools.product(("shared_query", "interleaved"), OPTIONS, SIZES[world]):
+        # SimCLR alone compares ids of all rows and has backends over ranks: it gets all combinations.
+        k = len(out)
+        ids = ("none", "local", "global", "far")
+        for i, backend in itertools.product(ids, ("eager", "streaming")):
+            own, learn = k // 2 % 2 == 1, k % 3 > 0
+            out.append(Case("simclr", plan, sizes, backend, i, own, options, learn, len(out)))
+            k += 1
+        for family in ("vicreg", "barlow"):
+            for i in (ids[len(out) % 2], ids[2 + len(out) // 2 % 2]):
+                out.append(Case(family, plan, sizes, ("eager", "streaming")[k % 2], i, k // 2 % 2 == 1, options, seed=k))
+                k += 1
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ the processes
+
+
+def in_world(world, tmp_path, job, expected):
+    """Run job(rank, expected) -> failures on every rank; a rank that raises reports and ends the test."""
+    torch.save(expected, tmp_path / "expected.pt")
+    mp.spawn(_worker, args=(world, str(tmp_path), job), nprocs=world)
+    failures = []
+    for rank in range(world):
+        failures += [f"rank {rank}: {line}" for line in torch.load(tmp_path / f"{rank}.pt")]
+    assert not failures, f"{len(failures)} failures\n" + "\n".join(failures[:40])
+
+
+def _worker(rank, world, folder, job):
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    failures = []
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=20),
+    )
+    try:
+        job(rank, torch.load(f"{folder}/expected.pt"), failures)
+    except Exception:
+        failures.append(traceback.format_exc())
+    torch.save(failures, f"{folder}/{rank}.pt")
+    if not any("Traceback" in f for f in failures):
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def close(failures, what, got, want, rtol=RTOL, atol=ATOL):
+    try:
+        torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+    except AssertionError as e:
+        failures.append(f"{what}: {' '.join(str(e).split())[:300]}")
+
+
+def averaged(t):
+    t = t.detach().clone()
+    dist.all_reduce(t)
+    return t / dist.get_world_size()
+
+
+def equal_everywhere(failures, what, t):
+    every = [torch.empty_like(t) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, t)
+    if not all(torch.equal(e, every[0]) for e in every):
+        failures.append(f"{what}: differs between ranks: {every}")
+
+
+def raises(failures, what, message, f):
+    try:
+        f()
+    except ValueError as e:
+        if message not in str(e):
+            failures.append(f"{what}: expected {message!r} in: {e}")
+    else:
+        failures.append(f"{what}: did not raise")
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+def compare(failures, case, rank, want):
+    loss, grads, terms = case.run(rank, gather_distributed=True)
+    close(failures, f"{case}: loss", averaged(loss), want[0])
+    for k, (g, w) in enumerate(zip(grads, want[1], strict=True)):
+        close(failures, f"{case}: gradient {k}", averaged(g), w)
+    if list(terms) != list(want[2]):
+        failures.append(f"{case}: terms {list(terms)}, expected {list(want[2])}")
+    for n, w in want[2].items():
+        close(failures, f"{case}: {n}", terms[n], w)
+    equal_everywhere(failures, f"{case}: terms", torch.stack(list(terms.values())))
+
+
+def job_losses(rank, expected, failures):
+    for case, want in zip(loss_cases(dist.get_world_size()), expected, strict=True):
+        compare(failures, case, rank, want)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_mean_over_ranks_is_the_one_process_loss(world, tmp_path):
+    in_world(world, tmp_path, job_losses, [case.run() for case in loss_cases(world)])
+
+
+# ------------------------------------------------------------------------------------------------ all the rest
+
+
+def lse_cases():
+    """(name, rows, ids, tau, options): 3 uneven ranks of 5, 0 and 8 rows; the image 4 lies on two of them."""
+    g = torch.Generator().manual_seed(3)
+    z = torch.randn(13, 6, generator=g, dtype=torch.float64)
+    unit = nn.functional.normalize(z, dim=1)
+    ids = torch.tensor([4, 7, 4, 9, 1, 9, 4, 2, 2, 7, 1, 1, 11])
+    for backend, prefix, (kind, rows, tau) in itertools.product(
+        ("eager", "streaming"),
+        (None, 2),
+        (("unit", unit, 0.15), ("maximum", unit, 0.01), ("long", 4 * z, 0.3), ("shift", unit, 0.0133)),
+    ):
+        options = {"backend": backend, "prefix": prefix, "chunk": 3}
+        yield f"negative_lse {kind} {backend} {prefix}", rows, ids, tau, options
+
+
+LSE_SIZES = (5, 0, 8)
+
+
+def run_lse(rows, ids, tau, options, sizes=None, rank=None):
+    """The values, and the gradients under one drawn cotangent."""
+    width = () if options["prefix"] is None else (2,)
+    cotangent = torch.randn(len(rows), *width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mine = slice(None)
+    if rank is not None:
+        mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        options = {**options, "group": dist.group.WORLD}
+    z = rows[mine].clone().requires_grad_()
+    t = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
+    lse = negative_lse(z, ids[mine], t, **options)
+    return lse.detach(), *torch.autograd.grad((lse * cotangent[mine]).sum(), (z, t))
+
+
+ENERGY_SIZES = (3, 0, 4)
+
+
+def energy_cases():
+    g = torch.Generator().manual_seed(5)
+    for d, cross, backend in itertools.product((3, 20), (False, True), ("eager", "streaming")):
+        x, y = torch.randn(2, sum(ENERGY_SIZES), d, generator=g, dtype=torch.float64)
+        yield f"energy {d} {cross} {backend}", x, y if cross else None, backend
+
+
+def run_energy(x, y, backend, rank=None):
+    mine = slice(None) if rank is None else slice(sum(ENERGY_SIZES[:rank]), sum(ENERGY_SIZES[: rank + 1]))
+    leaves = [t[mine].clone().requires_grad_() for t in (x, y) if t is not None]
+    energy = off_diagonal_energy(*leaves, backend=backend, group=None if rank is None else dist.group.WORLD)
+    return energy.detach(), *torch.autograd.grad(energy, leaves)
+
+
+ASCENT = [Case(f, p, (3, 1, 4), own_index=True, seed=9) for f in FAMILIES for p in ("shared_query", "interleaved")]
+
+
+def run_ascent(case, rank=None, **kwargs):
+    """lambda after three steps, on a batch of its own each."""
+    criterion = case.criterion(**kwargs)
+    ascent = DualAscent(criterion, tolerance={"content": 0.1, "color": 0.5, "spatial": 9.0}, step_size=0.3)
+    for seed in range(3):
+        batch = dataclasses.replace(case, seed=seed)
+        lam = ascent.step(criterion.terms(batch.embeddings(batch.data()[2], rank)))
+    return torch.stack(list(lam.values()))
+
+
+ALONE = [
+    Case(f, p, (4, 2, 5), backend=b, ids="local", own_index=True, options={"content_entropy": True}, seed=4)
+    for f in FAMILIES
+    for p, b in (("shared_query", "eager"), ("interleaved", "streaming"))
+]
+
+
+def expect_alone(case):
+    """gather_distributed=False: the loss of each shard; terms are means weighted by rows, or by images."""
+    whole, shard = case.run()[2], []
+    for rank in range(len(case.sizes)):
+        shard.append(case.run(rank))
+    images = torch.tensor(case.sizes, dtype=torch.float64)
+    want = {}
+    for n in whole:
+        key, _, space = n.partition("/")
+        values = torch.stack([s[2][n] for s in shard])
+        weight = torch.stack([s[2][f"rows/{space}"] for s in shard]) if space else images
+        if key == "rows":
+            want[n] = values.sum()
+        elif key == "effective_rank":  # Barlow Twins standardises by shard: then it is not that of the whole batch
+            want[n] = whole[n] if case.family != "barlow" else torch.tensor(torch.nan)
+        else:
+            want[n] = (values * weight).sum() / weight.sum()
+    return [s[0] for s in shard], [s[1] for s in shard], want
+
+
+def expect_rest():
+    return {
+        "lse": [run_lse(*c[1:]) for c in lse_cases()],
+        "energy": [run_energy(*c[1:]) for c in energy_cases()],
+        "ascent": [run_ascent(case) for case in ASCENT],
+        "alone": [expect_alone(case) for case in ALONE],
+        "auto": [case.run() for case in AUTO],
+    }
+
+
+AUTO = [Case(f, "shared_query", (6, 0, 1), backend="auto", seed=2) for f in FAMILIES]
+
+
+def job_rest(rank, expected, failures):
+    world = dist.get_world_size()
+    for (what, *args), want in zip(lse_cases(), expected["lse"], strict=True):
+        lse, dz, dtau = run_lse(*args, LSE_SIZES, rank)
+        mine = slice(sum(LSE_SIZES[:rank]), sum(LSE_SIZES[: rank + 1]))
+        close(failures, what, lse, want[0][mine])
+        close(failures, f"{what}: dz", dz, want[1][mine])  # the sum over the losses of all ranks
+        close(failures, f"{what}: dtau", averaged(dtau) * world, want[2])
+
+    for (what, *args), want in zip(energy_cases(), expected["energy"], strict=True):
+        energy, *grads = run_energy(*args, rank)
+        close(failures, what, energy, want[0])
+        mine = slice(sum(ENERGY_SIZES[:rank]), sum(ENERGY_SIZES[: rank + 1]))
+        for g, w in zip(grads, want[1:], strict=True):
+            close(failures, f"{what}: gradient", g / world, w[mine])
+
+    for case, want in zip(ASCENT, expected["ascent"], strict=True):
+        lam = run_ascent(case, rank, gather_distributed=True)
+        close(failures, f"lambda of {case}", lam, want)
+        equal_everywhere(failures, f"lambda of {case}", lam)
+        equal_everywhere(failures, f"lambda of {case}, not gathered", run_ascent(case, rank))
+
+    for case, (losses, grads, want) in zip(ALONE, expected["alone"], strict=True):
+        loss, grad, terms = case.run(rank)
+        close(failures, f"not gathered, {case}: loss", loss, losses[rank])
+        close(failures, f"not gathered, {case}: gradient", list(grad), list(grads[rank]))
+        for n, w in want.items():
+            if not w.isnan():
+                close(failures, f"not gathered, {case}: {n}", terms[n], w)
+        equal_everywhere(failures, f"not gathered, {case}", torch.stack(list(terms.values())))
+
+    # "auto" between the sizes of the shards: all ranks must take the same backend, their collectives differ.
+    limit, dispatch.EAGER_BYTES = dispatch.EAGER_BYTES, 4 * 4 * 28 * 4
+    try:
+        for case, want in zip(AUTO, expected["auto"], strict=True):
+            maps = {n: m.float().requires_grad_() for n, m in case.data()[2].items()}
+            z64 = case.embeddings({n: m.double() for n, m in maps.items()}, rank)
+            z = Embeddings({n: t.float() for n, t in z64.items()}, z64.plan)
+            criterion = case.criterion(gather_distributed=True)
+            terms = criterion.terms(z)
+            grad = torch.autograd.grad(terms.loss, list(maps.values()))
+            close(failures, f"auto, {case}: loss", averaged(terms.loss).double(), want[0], 1e-5, 1e-6)
+            for g, w in zip(grad, want[1], strict=True):
+                close(failures, f"auto, {case}: gradient", averaged(g).double(), w, 1e-4, 1e-4)
+            equal_everywhere(failures, f"auto, {case}", torch.tensor([terms.backend == "streaming"]).long())
+    finally:
+        dispatch.EAGER_BYTES = limit
+
+    job_refusals(rank, failures)
+
+
+def job_refusals(rank, failures):
+    """What is wrong on one rank raises on all of them, and the group goes on working."""
+    for family, value in itertools.product(FAMILIES, (torch.nan, torch.inf)):
+        case = Case(family, "interleaved", (3, 2, 2), own_index=True)
+        z = case.embeddings(case.data()[2], rank)
+        if rank == 1:
+            z["color"][1, 0, 2] = value
+        message = "got NaN or infinity in the space color on rank 1;"
+        raises(failures, f"NaN, {family}", message, functools.partial(case.criterion(gather_distributed=True), z))
+
+        z = case.embeddings(case.data()[2], rank)
+        if rank == 2:
+            z.space_index[0] = 3
+        criterion = case.criterion(gather_distributed=True)
+        raises(failures, f"index, {family}", "space_index: expected 0 to 2", functools.partial(criterion, z))
+
+        one = Case(family, "shared_query", (0, 1, 0))
+        z = one.embeddings(one.data()[2], rank)
+        criterion = one.criterion(gather_distributed=True)
+        raises(failures, f"one image, {family}", "got 1 over all ranks", functools.partial(criterion, z))
+
+    for backend in ("eager", "streaming"):
+        f = functools.partial(negative_lse, backend=backend, group=dist.group.WORLD)
+        z = torch.eye(3)
+        z[rank, rank] = 1.0 if rank == 1 else torch.nan
+        message = "got NaN or infinity on rank 0, 2"
+        raises(failures, "NaN, negative_lse", message, functools.partial(f, z, torch.arange(3), 0.1))
+        ids = torch.full((rank,), 8)
+        raises(failures, "no negative", "all 3 rows carry the image id 8", functools.partial(f, z[:0].new_ones(rank, 3), ids, 0.1))
+        lse = f(torch.eye(3)[:rank], torch.full((rank,), rank), 1.0)
+        want = torch.tensor([[], [torch.e + 1], [torch.e, 1.0]][rank]).log()
+        close(failures, "after the refusals", lse, want, 1e-5, 1e-6)
+
+    s, headers = shards(rank, [rank, -rank], torch.device("cpu"), dist.group.WORLD)
+    if (s.sizes, s.offset, s.size, s.total) != ((0, 1, 2), (0, 0, 1)[rank], rank, 3) or headers.tolist() != [
+        [r, -r] for r in range(3)
+    ]:
+        failures.append(f"shards: {s}, {headers.tolist()}")
+
+
+def test_kernels_terms_ascent_and_refusals(tmp_path):
+    in_world(3, tmp_path, job_rest, expect_rest())
+
+
+# ------------------------------------------------------------------------------------------------ DDP
+
+
+class Net(nn.Module):
+    """Two layers and one head a space, on rows [V, B, 5]; `spare` gets no gradient."""
+
+    def __init__(self, plan, spare=False):
+        super().__init__()
+        self.plan = plan
+        self.body = nn.Sequential(nn.Linear(INPUTS, 8), nn.Tanh())
+        self.heads = nn.ModuleDict({n: nn.Linear(8, d) for n, d in WIDTHS.items()})
+        if spare:
+            self.spare = nn.Linear(2, 2)
+
+    def forward(self, x):
+        h = self.body(x)
+        return Embeddings({n: head(h) for n, head in self.heads.items()}, self.plan)
+
+
+def ddp_cases():
+    return itertools.product(FAMILIES, ("eager", "streaming"), (False, True))
+
+
+def train(family, backend, spare, rank=None):
+    """Parameters after three steps of SGD, alone or under DDP with shards of 5 and 3 images."""
+    torch.manual_seed(11)
+    net: nn.Module = Net(ViewPlan.shared_query(SPACES), spare).double()
+    x = torch.randn(3, 4, 8, INPUTS, dtype=torch.float64)
+    criterion = JointEntropyLoss(
+        family, backend=backend, trim=0.25, content_entropy=True, gather_distributed=rank is not None
+    )
+    model = net
+    if rank is not None:
+        x = x[:, :, :5] if rank == 0 else x[:, :, 5:]
+        model = nn.parallel.DistributedDataParallel(net, find_unused_parameters=spare)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    for batch in x:
+        optimizer.zero_grad()
+        criterion(model(batch)).backward()
+        optimizer.step()
+    return nn.utils.parameters_to_vector(net.parameters()).detach()
+
+
+def job_ddp(rank, expected, failures):
+    for case, want in zip(ddp_cases(), expected, strict=True):
+        got = train(*case, rank)
+        close(failures, f"DDP {case}", got, want)
+        equal_everywhere(failures, f"DDP {case}", got)
+
+
+def test_training_under_ddp_is_training_in_one_process(tmp_path):
+    in_world(2, tmp_path, job_ddp, [train(*case) for case in ddp_cases()])
