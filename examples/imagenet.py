@@ -39,7 +39,7 @@ from ssd_addon import DualAscent, JointEntropyLoss, StructuredCollate, Structure
 from ssd_addon.augment import MEAN, STD
 from ssd_addon.collate import ImageFiles
 
-BASE_LR = {"lars": {"simclr": 0.5, "vicreg": 0.3, "barlow": 0.2}, "adamw": dict.fromkeys(("simclr", "vicreg"), 1e-3)}
+BASE_LR = {"simclr": 0.5, "vicreg": 0.3, "barlow": 0.2}  # LARS, for a total batch of 256; AdamW takes 1e-3
 FREE = ("data", "out", "resume", "steps", "workers", "log_every", "save_every", "broken")  # may change on --resume
 
 
@@ -56,7 +56,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--hidden", default="8192,8192", help="widths of every head's hidden layers")
     p.add_argument("--widths", default="", help="content=2048,color=512: widths of spaces, 2048 where not named")
     p.add_argument("--dual-ascent", type=float, metavar="TOL", help="adapt lambda until every constraint is below TOL")
-    p.add_argument("--ascent-step", type=float, default=0.01)
     p.add_argument("--size", type=int, default=224, help="edge of the views in pixels")
     p.add_argument("--load-size", type=int, help="edge that photographs are loaded at, before crops (default: --size)")
     p.add_argument("--batch-size", type=int, default=64, help="images per process")
@@ -66,7 +65,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--optimizer", choices=("lars", "adamw"), default="lars")
     p.add_argument("--lr", type=float, help="for a total batch of 256 (default: by family and optimizer)")
     p.add_argument("--weight-decay", type=float, default=1e-6, help="timm's LARS adapts only what decays: keep it > 0")
-    p.add_argument("--probe-lr", type=float, default=3e-3)
     p.add_argument("--broken", choices=("skip", "raise"), default="raise", help="files that cannot be decoded")
     p.add_argument("--workers", type=int, default=8)
     p.add_argument("--seed", type=int, default=0)
@@ -74,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--save-every", type=int, default=1000, help="steps; also after every epoch")
     args = p.parse_args(argv)
     args.load_size = args.load_size or args.size
-    args.lr = args.lr or BASE_LR[args.optimizer].get(args.family, 1e-3)
+    args.lr = args.lr or (BASE_LR[args.family] if args.optimizer == "lars" else 1e-3)
     return args
 
 
@@ -167,9 +165,8 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     stop = min(total, args.steps or total)
 
     # Views, model, loss.
-    content_only = args.method == "content-only"
-    preset = presets("content_only" if content_only else args.preset, size=args.size)
-    views = StructuredViews(**preset, plan=args.plan, seed=args.seed)
+    preset = "content_only" if args.method == "content-only" else args.preset
+    views = StructuredViews(**presets(preset, size=args.size), plan=args.plan, seed=args.seed)
     torch.manual_seed(args.seed)
     core = build_model(args, views.plan.spaces).to(device)
     if world > 1 and gpu:
@@ -181,7 +178,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     criterion = JointEntropyLoss(args.family, gather_distributed=True)
     ascent = None
     if args.dual_ascent is not None:
-        ascent = DualAscent(criterion, tolerance=args.dual_ascent, step_size=args.ascent_step, warmup_steps=int(warmup))
+        ascent = DualAscent(criterion, tolerance=args.dual_ascent, step_size=0.01, warmup_steps=int(warmup))
     optimizer, peak = build_optimizer(args, core), args.lr * args.batch_size * world / 256
     half = (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16) if gpu else None
     amp = torch.autocast(device.type, dtype=half) if gpu else contextlib.nullcontext()
@@ -194,7 +191,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     else:
         probes = Probes({"backbone": core.in_features, **core.spaces}, classes).to(device)
         net = DistributedDataParallel(probes, **wrap) if world > 1 else probes
-        probe_optimizer = torch.optim.Adam(probes.parameters(), lr=args.probe_lr)
+        probe_optimizer = torch.optim.Adam(probes.parameters(), lr=3e-3)
         if (args.data / "val").is_dir():
             held_out = ImageFiles(args.data / "val", broken=args.broken)
             if held_out.classes != data.files.classes:
@@ -298,23 +295,22 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
                 rate = round(speed * args.batch_size * world, 1)
                 record = {"step": step, **terms.scalars(), "loss": mean_loss, "lr": lr, "images_per_s": rate}
                 if ascent:
-                    weights = criterion.lambdas(views.plan)
-                    record |= {f"lambda/{n}": float(w) for n, w in weights.items()}
+                    record |= {f"lambda/{n}": float(w) for n, w in criterion.lambdas(views.plan).items()}
                 write(record)
                 left = datetime.timedelta(seconds=round((stop - step) / speed))
                 where = f"epoch {epoch + 1}/{args.epochs}  step {step}/{stop}"
                 say(f"{where}  loss {mean_loss:.4f}  lr {lr:.3g}  {rate:.0f} images/s  {left} left", flush=True)
-            if step == stop or (step % per_epoch and step % args.save_every == 0):
-                save()
             if step == stop:
                 break
+            if step % args.save_every == 0 and step % per_epoch:
+                save()
 
         # After the epoch: probes, broken files, checkpoint.
         if val:
             core.eval(), probes.eval()
             with torch.no_grad(), amp:
                 for images, labels, _ in val:
-                    x = (images.to(device) / 255 - torch.tensor(MEAN, device=device).view(3, 1, 1))
+                    x = images.to(device) / 255 - torch.tensor(MEAN, device=device).view(3, 1, 1)
                     whole = core(x / torch.tensor(STD, device=device).view(3, 1, 1))
                     logits = probes({"backbone": features["backbone"], **whole})
                     labels = labels.to(device)
@@ -332,7 +328,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
         shown = "  ".join(f"{name.removeprefix('accuracy_')} {value:.3f}" for name, value in scores.items())
         say(f"epoch {epoch + 1}  {shown}" + (f"  {broken} broken files replaced" if broken else ""), flush=True)
         save()
-    if rank == 0 and log.stat().st_size:
+    if rank == 0 and record:
         plots.curves([json.loads(line) for line in log.read_text().splitlines()], args.out / "curves.png")
     return record
 

@@ -27,7 +27,7 @@ def off_diagonal_energy(
     Args:
         x: [n, D] rows, already centred (and standardised) as the loss wants them.
         y: [n, D]; None means x.
-        backend: "eager", "streaming" (recomputes in the backward, picks the cheaper side), or "auto".
+        backend: "eager", "streaming" (keeps no D x D matrix, picks the cheaper side), or "auto".
         group: None computes on the local rows; for a process group X^T Y is summed over ranks, by "eager" (the D x D
             matrix is what the ranks exchange); backward assumes that gradients are averaged over ranks.
         chunk: columns of a block of the streaming backend.
@@ -61,16 +61,17 @@ def _eager(x: Tensor, y: Tensor, group: Any) -> Tensor:
 class _Streaming(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, symmetric: bool, chunk: int) -> Tensor:
-        ctx.save_for_backward(x, y)
         ctx.static = (symmetric, chunk)
         n, d = x.shape
         if 2 * n < d:
             g = x @ x.T
             h = g if symmetric else y @ y.T
             diagonal = (x * y).sum(dim=0)
+            ctx.save_for_backward(x, y, g, h, diagonal)  # n x n: less than half of x
             # Sums in float64: near decorrelation the two parts are of one size.
-            energy = (g.double() * h.double()).sum() - diagonal.double().square().sum()
+            energy = (g * h).sum(dtype=torch.float64) - diagonal.double().square().sum()
             return energy.to(x.dtype)
+        ctx.save_for_backward(x, y)
         energy = x.new_zeros((), dtype=torch.float64)
         for k in range(0, d, chunk):
             a = k if symmetric else 0  # symmetric: the triangle right of the block's diagonal, counted twice
@@ -90,16 +91,16 @@ class _Streaming(torch.autograd.Function):
                 "off_diagonal_energy: the streaming backend has no second derivative (create_graph=True); "
                 "use backend='eager'"
             )
-        x, y = ctx.saved_tensors
+        x, y, *sides = ctx.saved_tensors
         symmetric, chunk = ctx.static
-        n, d = x.shape
-        if 2 * n < d:
-            g = x @ x.T
-            diagonal = (x * y).sum(dim=0)
+        if sides:
+            g, h, diagonal = sides
             if symmetric:
-                return (g @ x - diagonal * x).mul_(4 * grad), None, None, None
-            h = y @ y.T
-            return (h @ x - diagonal * y).mul_(2 * grad), (g @ y - diagonal * x).mul_(2 * grad), None, None
+                return (g @ x).addcmul_(diagonal, x, value=-1).mul_(4 * grad), None, None, None
+            dx = (h @ x).addcmul_(diagonal, y, value=-1).mul_(2 * grad)
+            dy = (g @ y).addcmul_(diagonal, x, value=-1).mul_(2 * grad)
+            return dx, dy, None, None
+        d = x.shape[1]
         dx = torch.zeros_like(x)
         dy = dx if symmetric else torch.zeros_like(y)
         for k in range(0, d, chunk):

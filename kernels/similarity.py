@@ -70,7 +70,8 @@ def negative_lse(
     shards, headers = _dist.shards(n, values or [], z.device, group)
     if values is not None:
         _check_values(headers, shards.total)
-    name = choose_backend(backend, matrix_elements=n * shards.total, dtype=dtype)
+    # By the largest shard: every rank must come to the same choice, as the collectives of the backends differ.
+    name = choose_backend(backend, matrix_elements=max(shards.sizes) * shards.total, dtype=dtype)
     with torch.autocast(z.device.type, enabled=False):
         rows = z.to(dtype)
         tau = torch.as_tensor(temperature, dtype=dtype, device=z.device).reshape(())
@@ -86,12 +87,12 @@ def _eager(z: Tensor, ids: Tensor, tau: Tensor, levels: tuple[tuple[int, int], .
     """The truth: the matrix, its mask, its log-sum-exp. [n, E]"""
     every, every_id = _dist.gather(z, s), _dist.gather(ids, s)
     same = ids[:, None] == every_id[None, :]
-    alone = same.all(dim=1)
+    no_value = same.all(dim=1) | ~z.isfinite().all(dim=1)
     out = []
     for _, stop in levels:
         s_ij = z[:, :stop] @ every[:, :stop].T / tau
         lse = s_ij.masked_fill(same, -math.inf).logsumexp(dim=1)
-        out.append(torch.where(alone, math.nan, lse))
+        out.append(torch.where(no_value, math.nan, lse))
     return torch.stack(out, dim=1)
 
 

@@ -1,11 +1,11 @@
 """Self-supervised disentanglement as an add-on: content and style in spaces of their own.
 
-    views = StructuredViews({"color": [...], "spatial": [...]})          images -> structured views      augment
-    batch = views(images)                                                ViewBatch [V, B, C, H, W]       batch, collate
-    model = StyleHeads(backbone, {"content": 256, "color": 64, ...})     backbone -> one space a group   heads
-    z = model(batch)                                                     Embeddings name -> [V, B, d]    batch
-    loss = JointEntropyLoss("simclr")(z)                                 invariance and joint entropy    losses
-    metrics.r2_matrix(embeddings, factors)                               what each space knows           metrics
+views = StructuredViews({"color": [...], "spatial": [...]})          images -> structured views      augment
+batch = views(images)                                                ViewBatch [V, B, C, H, W]       batch, collate
+model = StyleHeads(backbone, {"content": 256, "color": 64, ...})     backbone -> one space a group   heads
+z = model(batch)                                                     Embeddings name -> [V, B, d]    batch
+loss = JointEntropyLoss("simclr")(z)                                 invariance and joint entropy    losses
+metrics.r2_matrix(embeddings, factors)                               what each space knows           metrics
 """
 
 from importlib import import_module

@@ -190,7 +190,9 @@ class StructuredViews(nn.Module):
         return state
 
     def extra_repr(self) -> str:
-        return f"{self.plan}, cross_image={self.cross_image}, constrained_crop={self.constrained_crop}, seed={self.seed}"
+        return (
+            f"{self.plan}, cross_image={self.cross_image}, constrained_crop={self.constrained_crop}, seed={self.seed}"
+        )
 
     # ------------------------------------------------------------------------------------------------ plan
 
@@ -251,7 +253,9 @@ class StructuredViews(nn.Module):
                 elif not keyed:
                     x, parameters = self._draw_and_run(stage, query_ops, x, draw, view, drawn, shared)
                 elif shared is False:
-                    x, parameters = self._draw_and_run(stage, self._operations(stage, True), x, draw, view, drawn, False)
+                    x, parameters = self._draw_and_run(
+                        stage, self._operations(stage, True), x, draw, view, drawn, False
+                    )
                     mine.from_key[stage] = torch.ones(b, dtype=torch.bool)
                 else:
                     # Interleaved with operations of the key's own: the rows of this group run the query's.
@@ -316,7 +320,7 @@ class StructuredViews(nn.Module):
         drawn: list[ViewParameters],
     ) -> Parameters:
         place = (view, self.stages.index(stage), int(key.split(".")[0]))
-        parameters = draw(op, shape, place, f"{stage}: {key}")
+        parameters = draw(op, shape, place)
         if self.constrained_crop is not None and stage != THEN and isinstance(op, K.RandomResizedCrop):
             parameters = self._constrain(stage, key, op, parameters, shape, draw, place, view, drawn)
         return parameters
@@ -367,7 +371,7 @@ class StructuredViews(nn.Module):
         (i, a), (j, c) = parts.values()
         if a.shape[1:] != c.shape[1:]:
             raise ValueError(
-                f"{stage}: the operations of query and key must give one size: got {_checks.shape(a)}, {_checks.shape(c)}"
+                f"{stage}: query and key must come out at one size: got {_checks.shape(a)}, {_checks.shape(c)}"
             )
         out = a.new_empty((x.shape[0], *a.shape[1:]))
         out[i], out[j] = a, c
@@ -395,11 +399,12 @@ class _Draw:
         finally:
             generator.set_state(state)
 
-    def __call__(self, op: Any, shape: tuple[int, ...], place: tuple[int, ...], name: str) -> Parameters:
+    def __call__(self, op: Any, shape: tuple[int, ...], place: tuple[int, ...]) -> Parameters:
         """Parameters of an operation for a batch [B, ...], every value per image."""
         b = shape[0]
+        with self._seeded(*place, 2):  # apart: only the first call looks, and all calls must draw alike
+            wide = _batch_wide(op, shape)
         with self._seeded(*place, 0):
-            wide = _batch_wide(op, shape, name)
             if not wide:
                 out = _rows(op.forward_parameters(torch.Size(shape)))
             elif _has_order(op):
@@ -449,7 +454,7 @@ def _has_order(op: Any) -> bool:
     return isinstance(op, K.ColorJitter | K.ColorJiggle)
 
 
-def _batch_wide(op: Any, shape: tuple[int, ...], name: str) -> bool:
+def _batch_wide(op: Any, shape: tuple[int, ...]) -> bool:
     """Does the operation draw anything for the whole batch? Found by drawing for batches of two sizes, once."""
     known = op.__dict__.get("_ssd_batch_wide")
     if known is None:
@@ -548,7 +553,9 @@ def _batches(op: Any, parameters: Parameters, rows: Tensor) -> list[Tensor]:
     if not op.__dict__.get("_ssd_batch_wide", False):
         return [rows]
     if _has_order(op):
-        orders, which = parameters["order"][rows.to(parameters["order"].device)].cpu().unique(dim=0, return_inverse=True)
+        orders, which = (
+            parameters["order"][rows.to(parameters["order"].device)].cpu().unique(dim=0, return_inverse=True)
+        )
         return [rows[which == k] for k in range(len(orders))]
     return list(rows.split(1))
 
@@ -590,7 +597,7 @@ def _prefixed(stages: dict[str, nn.ModuleDict]) -> dict[str, nn.Module]:
 
 
 def _unprefixed(name: str) -> str:
-    """"0_ColorJitter" -> "0.ColorJitter"."""
+    """ "0_ColorJitter" -> "0.ColorJitter"."""
     return name.replace("_", ".", 1)
 
 
@@ -607,7 +614,8 @@ def _stage(operations: Sequence[nn.Module], where: str, *, empty: bool = False) 
                 f"{where}: expected Kornia 2-D operations on single images (kornia.augmentation, no container, no "
                 f"mixing of images): got {name}"
             )
-        if getattr(op, "same_on_batch", False):
+        draws = op._param_generator is not None or 0 < op.p < 1 or 0 < op.p_batch < 1
+        if op.same_on_batch and draws:  # Normalize, CenterCrop and Resize set it too, and draw nothing
             raise ValueError(f"{where}: {name}(same_on_batch=True) gives all images one draw; every draw is per image")
         op = copy.deepcopy(op)
         op.set_rng_device_and_dtype(torch.device("cpu"), torch.float32)

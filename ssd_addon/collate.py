@@ -91,10 +91,13 @@ class StructuredCollate:
                     f"collate: expected an image [C, H, W], uint8 or floating point: got {image.dtype} "
                     f"{_checks.shape(image)}"
                 )
-            new = _scaled(*image.shape[1:], _ratio(*image.shape[1:], h, w, self.fit), h, w, self.fit)
+            height, width = image.shape[1:]
+            new = _scaled(height, width, _ratio(height, width, h, w, self.fit), h, w, self.fit)
             tensor = image
             if new != tuple(image.shape[1:]):
-                scaled = F.interpolate(image[None].float(), new, mode="bilinear", antialias=True, align_corners=False)[0]
+                scaled = F.interpolate(image[None].float(), new, mode="bilinear", antialias=True, align_corners=False)[
+                    0
+                ]
                 tensor = scaled.round().to(torch.uint8) if image.dtype == torch.uint8 else scaled
         else:
             raise TypeError(f"collate: expected a PIL image, an array or a tensor: got {type(image).__name__}")

@@ -4,6 +4,7 @@ Legend: V views, B images, F backbone width, S spaces, h hidden width, d_s width
 """
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ class StyleHeads(nn.Module):
     def head(self, name: str) -> nn.Sequential:
         """One head as plain layers (a copy): [N, F] -> [N, d]. `nn.Sequential(model.backbone, ...)` runs it alone."""
         for stack in self.stacks:
+            assert isinstance(stack, HeadStack)
             if name in stack.widths:
                 return stack.head(name)
         raise KeyError(f"there is no head {name!r}: the spaces are {_checks.names(self.spaces)}")
@@ -163,7 +165,9 @@ class StyleHeads(nn.Module):
         try:
             self.load_state_dict(state_dict)
         except RuntimeError as error:
-            raise ValueError(f"the checkpoint belongs to another backbone than {_name(self.backbone)}: {error}") from error
+            raise ValueError(
+                f"the checkpoint belongs to another backbone than {_name(self.backbone)}: {error}"
+            ) from error
 
     # ------------------------------------------------------------------------------------ inside
 
@@ -188,7 +192,8 @@ class StyleHeads(nn.Module):
         if not isinstance(y, Tensor):
             inside = f" with keys {_checks.names(y)}" if isinstance(y, Mapping) else ""
             raise TypeError(
-                f"backbone: expected one tensor of features: got {type(y).__name__}{inside} from {_name(self.backbone)}; "
+                f"backbone: expected one tensor of features: got {type(y).__name__}{inside} from "
+                f"{_name(self.backbone)}; "
                 "wrap it in a module that returns the features"
             )
         f = self.in_features
@@ -228,7 +233,7 @@ class HeadStack(nn.Module):
         self.first = nn.Linear(in_features, s * hidden[0], bias=False) if hidden else None
         self.norms = nn.ModuleList([nn.BatchNorm1d(s * h) for h in hidden])
         self.products = nn.ParameterList()
-        for h_in, h_out in zip(hidden, hidden[1:], strict=False):
+        for h_in, h_out in itertools.pairwise(hidden):
             layers = [nn.Linear(h_in, h_out, bias=False).weight.detach() for _ in widths]
             self.products.append(nn.Parameter(torch.stack(layers)))
         last = hidden[-1] if hidden else in_features
@@ -257,7 +262,9 @@ class HeadStack(nn.Module):
             else:
                 weight = self.products[i - 1][k]
             linear = nn.Linear(weight.shape[1], h, bias=False, device=weight.device, dtype=weight.dtype)
-            single = nn.BatchNorm1d(h, eps=norm.eps, momentum=norm.momentum, device=weight.device)
+            assert isinstance(norm, nn.modules.batchnorm._BatchNorm)  # SyncBatchNorm too
+            single = nn.BatchNorm1d(h, norm.eps, norm.momentum, device=weight.device, dtype=weight.dtype)
+            assert single.num_batches_tracked is not None and norm.num_batches_tracked is not None
             with torch.no_grad():
                 linear.weight.copy_(weight)
                 for attribute in ("weight", "bias", "running_mean", "running_var"):
@@ -303,8 +310,8 @@ def _without_classifier(backbone: nn.Module, in_features: int | None, pool: str)
         if isinstance(width, int) and width > 0:
             return backbone, width
         raise ValueError(
-            f"backbone {_name(backbone)}: expected num_features, or a classifier fc, heads, head or classifier, to read "
-            "the width of its features from: got none of them; give in_features"
+            f"backbone {_name(backbone)}: expected num_features, or a classifier fc, heads, head or classifier, to "
+            "read the width of its features from: got none of them; give in_features"
         )
     return backbone, in_features
 

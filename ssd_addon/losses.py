@@ -221,7 +221,7 @@ class JointEntropyLoss(nn.Module):
     With one space and two views, "simclr" equals lightly's DCLLoss(temperature), "vicreg" equals
     VICRegLoss(lambda_param=25, mu_param=25, nu_param=0.5) and "barlow" BarlowTwinsLoss(lambda_param=0.0051).
 
-    >>> z = {"content": torch.randn(3, 8, 16), "color": torch.randn(3, 8, 4)}  # [V, B, d]: query, content key, color key
+    >>> z = {"content": torch.randn(3, 8, 16), "color": torch.randn(3, 8, 4)}  # [V, B, d]
     >>> criterion = JointEntropyLoss("simclr", temperature=0.15)
     >>> criterion(z).shape
     torch.Size([])
@@ -322,9 +322,7 @@ class JointEntropyLoss(nn.Module):
             loss=parts.loss,
             invariance=dict(zip(names, mean([parts.invariance[n] for n in names], weight), strict=True)),
             entropy=mean([parts.entropy], size[None])[0],
-            content_entropy=None
-            if parts.content_entropy is None
-            else mean([parts.content_entropy], size[None])[0],
+            content_entropy=None if parts.content_entropy is None else mean([parts.content_entropy], size[None])[0],
             constraint=dict(zip(names, mean([parts.constraint[n] for n in names], weight), strict=True)),
             rows=dict(zip(names, rows.long(), strict=True)),
             effective_rank={n: _effective_rank(x, parts.shards, group) for n, x in parts.seen.items()},
@@ -415,7 +413,7 @@ class JointEntropyLoss(nn.Module):
     def _used_backend(self, spaces: Mapping[str, Tensor], s: Shards) -> str:
         first = next(iter(spaces.values()))
         width = sum(t.shape[-1] for t in spaces.values())
-        elements = s.size * s.total * first.shape[0] ** 2 if self.family == "simclr" else width**2
+        elements = max(s.sizes) * s.total * first.shape[0] ** 2 if self.family == "simclr" else width**2
         return choose_backend(self.backend, matrix_elements=elements, dtype=first.dtype)
 
     def _simclr(self, z: Mapping[str, Tensor], pairs: dict[str, list[Pair]], ids: Tensor, s: Shards) -> _Parts:
@@ -443,9 +441,7 @@ class JointEntropyLoss(nn.Module):
         ).view(v * b, 2 if with_content else 1)  # -1 would not do: a rank may hold no row
         entropy = s.mean(lse.sum(dim=0), v * s.total)
         query = {name: t[0] for name, t in unit.items()}
-        return _Parts(
-            entropy, invariance, entropy[-1], entropy[0] if with_content else None, constraint, rows, query
-        )
+        return _Parts(entropy, invariance, entropy[-1], entropy[0] if with_content else None, constraint, rows, query)
 
     def _vicreg(self, z: Mapping[str, Tensor], pairs: dict[str, list[Pair]], ids: Tensor, s: Shards) -> _Parts:
         invariance, constraint, rows = {}, {}, {}
@@ -605,7 +601,7 @@ class DualAscent(nn.Module):
             )
         if len(self.weights) != len(spaces):
             raise ValueError(
-                f"DualAscent: holds lambda for {len(self.weights)} spaces: got {len(spaces)} ({_checks.names(spaces)}); "
+                f"DualAscent: holds {len(self.weights)} lambdas: got {len(spaces)} spaces ({_checks.names(spaces)}); "
                 "it belongs to another plan"
             )
         return dict(zip(spaces, self.weights.unbind(0), strict=True))

@@ -221,6 +221,7 @@ def test_mlp_learns_numbers_and_classes_and_stops_early():
     assert table["z", "noise"] > -0.1, "an MLP that is not stopped fits 450 noisy rows"
 
 
+@torch.no_grad()
 def test_mlp_waits_for_its_validation_part_alone(monkeypatch):
     calls = []
     monkeypatch.setattr(metrics.F, "gelu", lambda x, _f=torch.nn.functional.gelu: (calls.append(len(x)), _f(x))[1])
@@ -236,6 +237,7 @@ def test_mlp_waits_for_its_validation_part_alone(monkeypatch):
     assert 21 <= calls.count(10) < 60  # noise: waits 20 rounds, not 200
 
 
+@torch.no_grad()
 def test_mlp_draws_from_its_seed():
     p, _, test = problem()
     predictions = [metrics._mlp(dataclasses.replace(p, seed=s))(test) for s in (1, 1, 2)]

@@ -1,0 +1,42 @@
+# make demo   environment, install, the sprites example, a report to open
+# make test   environment, install with what the tests need, lint, types, tests
+
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.installed
+
+.PHONY: demo test lint types unit wheel benchmark clean
+
+demo: $(STAMP)
+	$(PY) examples/synthetic.py --dataset sprites --minutes 3 --out runs/demo
+	@echo "Open runs/demo/matrix.png and runs/demo/views.png; the numbers are in runs/demo/metrics.json"
+
+test: lint types unit
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(STAMP)
+	$(PY) -m mypy
+
+unit: $(STAMP)
+	$(PY) -m pytest tests ssd_addon
+
+wheel: $(STAMP)
+	PY=$(PY) sh tests/wheel.sh
+
+benchmark: $(STAMP)
+	$(PY) benchmarks/losses.py --out docs/benchmarks
+
+# torch and torchvision come from one index in one call, so that the resolver takes a pair that fits.
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: this is " + sys.version)'
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet torch torchvision
+	$(PY) -m pip install --quiet -e '.[test]'
+	$(PY) -c 'import torch, torchvision'
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache

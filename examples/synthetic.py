@@ -1,0 +1,192 @@
+"""Does it disentangle? Train on synthetic data whose factors are known, and score what each space knows.
+
+    python examples/synthetic.py --dataset sprites --minutes 12 --out runs/sprites
+    python examples/synthetic.py --dataset sprites --method content-only --minutes 12 --out runs/sprites-content
+    python examples/synthetic.py --dataset latents --cross-image --out runs/latents
+
+Writes metrics.json, matrix.png, curves.png, log.jsonl, and for sprites views.png. The reach of the augmentations on
+sprites: hue over the whole circle, brightness x 0.5-1.5, shifts of +-0.3 of the half edge, scale x 0.75-1.3, rotation
+over the whole circle. What to expect is in docs/results.md.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import kornia.augmentation as K
+import torch
+from latents import CausalLatents
+from sprites import draw_factors, load_dsprites, render, scored
+from torch import Tensor, nn
+
+from ssd_addon import DualAscent, JointEntropyLoss, StructuredViews, StyleHeads, ViewBatch, plots
+from ssd_addon.metrics import r2_matrix
+
+
+def convnet(width: int = 128) -> nn.Module:
+    """A small convolutional backbone for 48-64 pixels: five strided blocks; position survives in the last map."""
+    layers: list[nn.Module] = []
+    channels = (3, 32, 64, 96, width)
+    for a, b in itertools.pairwise(channels):
+        layers += [nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * width, 256), nn.ReLU())
+
+
+def mlp(n_in: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for a, b in ((n_in, 256), (256, 256), (256, 256)):
+        layers += [nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class Sprites:
+    """Images made anew for every step, with the two groups that change them."""
+
+    sample_ndim = 3
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.size, self.dsprites = args.size, args.dsprites
+        color = [K.ColorJitter(brightness=(0.5, 1.5), hue=(-0.5, 0.5), p=1.0, order=(0, 3))]
+        spatial = [K.RandomAffine(180.0, translate=(0.15, 0.15), scale=(0.75, 1.3), padding_mode="border", p=1.0)]
+        groups = {"color": color, "spatial": spatial}
+        if args.method == "content-only":
+            self.views = StructuredViews({}, then=[*color, *spatial], seed=args.seed)
+        else:
+            cross = tuple(groups) if args.cross_image else ()
+            self.views = StructuredViews(groups, plan=args.plan, cross_image=cross, seed=args.seed)
+        self.widths = {"content": 64, **({} if args.method == "content-only" else {"color": 16, "spatial": 32})}
+        self.backbone, self.features = convnet(), 256
+        self.pool: tuple[Tensor, dict[str, Tensor]] | None = None
+
+    def images(self, n: int, g: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.dsprites is None:
+            factors = draw_factors(n, g)
+            return render(factors, self.size), factors
+        if self.pool is None:
+            self.pool = load_dsprites(self.dsprites, 20_000, g)
+        rows = torch.randint(len(self.pool[0]), (n,), generator=g)
+        return self.pool[0][rows], {k: v[rows] for k, v in self.pool[1].items()}
+
+    def batch(self, n: int, g: torch.Generator) -> ViewBatch:
+        return self.views(self.images(n, g)[0])
+
+    def labelled(self, n: int, g: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        images, factors = self.images(n, g)
+        return images, scored(factors)
+
+
+def learning_rate(progress: float, base: float) -> float:
+    """Linear warm-up over 5 % of the run, then cosine to 0.1 %."""
+    warm = min(1.0, progress / 0.05)
+    return base * warm * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+@torch.no_grad()
+def embed(model: StyleHeads, x: Tensor) -> dict[str, Tensor]:
+    """Every space and the backbone, in evaluation mode."""
+    model.eval()
+    parts = [{**model(c), "backbone": model.features(c)} for c in x.split(500)]
+    model.train()
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--dataset", choices=("sprites", "latents"), default="sprites")
+    p.add_argument("--method", choices=("ours", "content-only"), default="ours")
+    p.add_argument("--family", choices=("simclr", "vicreg", "barlow"), default="simclr")
+    p.add_argument("--plan", choices=("shared_query", "interleaved"), default="shared_query")
+    p.add_argument("--cross-image", action="store_true", help="keys of styles are made from other images")
+    p.add_argument("--temperature", type=float, default=None)
+    p.add_argument("--content-weight", type=float, default=None, help="weight of content's invariance (styles keep 1)")
+    p.add_argument("--content-keys", choices=("first", "all"), default="first")
+    p.add_argument("--dual-ascent", type=float, default=None, metavar="TOLERANCE")
+    p.add_argument("--dependent", action="store_true", help="latents: statistically dependent blocks")
+    p.add_argument("--content-dependent-style", action="store_true", help="latents: style depends on content")
+    p.add_argument("--dsprites", type=Path, default=None, help="the original dSprites npz, instead of drawn sprites")
+    p.add_argument("--size", type=int, default=48)
+    p.add_argument("--batch-size", type=int, default=128)
+    p.add_argument("--minutes", type=float, default=12.0)
+    p.add_argument("--steps", type=int, default=None, help="stop after so many steps instead")
+    p.add_argument("--samples", type=int, default=4000, help="labelled samples for the probes")
+    p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, default=Path("runs/synthetic"))
+    args = p.parse_args(argv)
+
+    torch.manual_seed(args.seed)
+    g = torch.Generator().manual_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = Sprites(args) if args.dataset == "sprites" else CausalLatents(args, mlp)
+    model = StyleHeads(
+        data.backbone, data.widths, in_features=data.features, hidden=(256,), sample_ndim=data.sample_ndim
+    )
+    weights = (
+        None if args.content_weight is None else dict.fromkeys(data.widths, 1.0) | {"content": args.content_weight}
+    )
+    criterion = JointEntropyLoss(
+        args.family, temperature=args.temperature, weights=weights, content_keys=args.content_keys
+    )
+    ascent = None if args.dual_ascent is None else DualAscent(criterion, tolerance=args.dual_ascent, step_size=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
+
+    log: list[dict[str, Any]] = []
+    start, step, progress, shown = time.monotonic(), 0, 0.0, 0.0
+    with open(args.out / "log.jsonl", "w") as file:
+        while progress < 1:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(progress, args.lr)
+            z = model(data.batch(args.batch_size, g))
+            logging = step % 20 == 0
+            terms = criterion.terms(z) if logging or ascent is not None else None
+            loss = criterion(z) if terms is None else terms.loss
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if ascent is not None and terms is not None:
+                ascent.step(terms)
+            step += 1
+            elapsed = time.monotonic() - start
+            progress = step / args.steps if args.steps else elapsed / (60 * args.minutes)
+            if logging and terms is not None:
+                log.append({"step": step, "seconds": round(elapsed, 2), **terms.scalars()})
+                file.write(json.dumps(log[-1]) + "\n")
+                file.flush()
+            if elapsed - shown > 10 or progress >= 1:
+                shown = elapsed
+                left = elapsed / progress - elapsed if progress else 0
+                rate = step * args.batch_size / elapsed
+                print(
+                    f"step {step}  loss {loss.item():.3f}  {rate:.0f} images/s  {max(left, 0):.0f} s left", flush=True
+                )
+
+    x, factors = data.labelled(args.samples, torch.Generator().manual_seed(args.seed + 10_000))
+    z = embed(model, x)
+    tables = {f"{kind} probe": r2_matrix(z, factors, probe=kind) for kind in ("ridge", "kernel")}
+    if args.dataset == "latents" and "content" in factors:
+        tables["conditional, kernel"] = r2_matrix(z, factors, probe="kernel", given=("content",))
+    for title, table in tables.items():
+        print(f"\n{title}\n{table}")
+    result = {
+        "config": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "steps": step,
+        "seconds": round(time.monotonic() - start, 1),
+        "lambda": None if ascent is None else ascent.weights.tolist(),
+        "tables": {k: t.to_json() for k, t in tables.items()},
+    }
+    (args.out / "metrics.json").write_text(json.dumps(result, indent=1))
+    plots.matrix(tables, args.out / "matrix.png")
+    plots.curves(log, args.out / "curves.png")
+    if args.dataset == "sprites":
+        plots.views_strip(data.batch(8, g), args.out / "views.png")
+    model.save(args.out / "model.pt")
+    print(f"\nWritten to {args.out}: metrics.json, matrix.png, curves.png, log.jsonl, model.pt")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Figures from metrics, logs and views. No maths here; needs matplotlib (`pip install ssd-addon[plots]`)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ssd_addon import _checks
+from ssd_addon.batch import ViewBatch
+from ssd_addon.metrics import ScoreTable
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's colours, told apart with every kind of colour vision."""
+
+
+def matrix(tables: Mapping[str, ScoreTable] | ScoreTable, path: str | Path) -> None:
+    """Heat maps of score tables: spaces down, factors across, the score and its 95 % interval in each cell.
+
+    Args:
+        tables: one `ScoreTable`, or title -> table, drawn below each other.
+        path: where to write; the suffix chooses the format.
+    """
+    named = {"": tables} if isinstance(tables, ScoreTable) else dict(tables)
+    if not named:
+        raise ValueError("matrix: expected at least one score table: got none")
+    widest = max(len(t.factors) for t in named.values())
+    rows = [len(t.spaces) for t in named.values()]
+    fig = Figure(figsize=(2.6 + 1.15 * widest, 1.0 + sum(0.62 * r + 1.0 for r in rows)), layout="constrained")
+    FigureCanvasAgg(fig)
+    axes = fig.subplots(len(named), 1, squeeze=False, gridspec_kw={"height_ratios": [r + 1 for r in rows]})[:, 0]
+    image: Any = None
+    for ax, (title, table) in zip(axes, named.items(), strict=True):
+        score = torch.tensor([[table[s, f] for f in table.factors] for s in table.spaces])
+        image = ax.imshow(score.clamp(0, 1).numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        ax.set_xticks(range(len(table.factors)), table.factors, rotation=25, ha="right")
+        ax.set_yticks(range(len(table.spaces)), table.spaces)
+        ax.tick_params(length=0)
+        for i, s in enumerate(table.spaces):
+            for j, f in enumerate(table.factors):
+                value = table[s, f]
+                text = "n/a" if value != value else f"{value:.2f}".replace("-0.00", "0.00")
+                ink = "black" if value > 0.55 else "white"
+                ax.text(j, i, text, ha="center", va="bottom", color=ink, fontsize=11)
+                if (s, f) in table.intervals:
+                    low, high = table.intervals[s, f]
+                    ax.text(j, i + 0.08, f"{low:.2f} to {high:.2f}", ha="center", va="top", color=ink, fontsize=7)
+        kind = f"{table.probe} probe, n = {table.n_test} held out"
+        ax.set_title(f"{title} ({kind})" if title else kind, fontsize=10, loc="left")
+    fig.colorbar(image, ax=list(axes), label="R², or accuracy rescaled from chance = 0", shrink=0.8)
+    _write(fig, path)
+
+
+def curves(log: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Training curves from log entries with "step" and the names of `Terms.scalars`.
+
+    Args:
+        log: dictionaries such as a JSON-lines log holds; entries without a name are left out of its curve.
+        path: where to write.
+    """
+    entries = [e for e in log if "step" in e and "loss" in e]
+    if not entries:
+        raise ValueError("curves: expected log entries with 'step' and 'loss': got none")
+    panels = {
+        "loss and entropy": ["loss", "entropy", "content_entropy"],
+        "constraint c_s (0 is perfect alignment)": sorted(
+            {k for e in entries for k in e if k.startswith("constraint/")}
+        ),
+        "effective rank (1 is collapsed)": sorted({k for e in entries for k in e if k.startswith("effective_rank/")}),
+    }
+    fig = Figure(figsize=(11, 3.4), layout="constrained")
+    FigureCanvasAgg(fig)
+    for ax, (title, keys) in zip(fig.subplots(1, 3), panels.items(), strict=True):
+        drawn = 0
+        for k, key in enumerate(keys):
+            points = [(e["step"], e[key]) for e in entries if key in e]
+            if points:
+                x, y = zip(*points, strict=True)
+                ax.plot(
+                    x, y, color=PALETTE[k % len(PALETTE)], label=key.split("/")[-1], marker="." if len(x) < 3 else ""
+                )
+                drawn += 1
+        ax.set_title(title, fontsize=10, loc="left")
+        ax.set_xlabel("step")
+        ax.spines[["top", "right"]].set_visible(False)
+        if drawn:
+            ax.legend(frameon=False, fontsize=8)
+    _write(fig, path)
+
+
+def views_strip(
+    batch: ViewBatch,
+    path: str | Path,
+    *,
+    images: int = 4,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> None:
+    """A picture of structured views: a row per image, a column per view, titled with what the view shares.
+
+    Args:
+        batch: views [V, B, 3 or 1, H, W].
+        path: where to write.
+        images: rows to show.
+        mean, std: of a Normalize that the views ended with, to undo it.
+    """
+    v, b, c = batch.views.shape[:3]
+    if batch.views.ndim != 5 or c not in (1, 3):
+        raise ValueError(f"views_strip: expected views [V, B, 1 or 3, H, W]: got {_checks.shape(batch.views)}")
+    n = min(images, b)
+    x = batch.views[:, :n].detach().float().cpu()
+    if mean is not None and std is not None:
+        x = x * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+    x = x.clamp(0, 1).permute(0, 1, 3, 4, 2).expand(-1, -1, -1, -1, 3)
+    spaces = batch.plan.spaces
+    if batch.plan.kind == "interleaved":
+        titles = ["query", "key"]
+    else:
+        titles = [
+            "query",
+            "content key\nshares the image alone",
+            *(f"{s} key\nshares {s} with the query" for s in spaces[1:]),
+        ]
+    fig = Figure(figsize=(1.9 * v, 1.75 * n + 0.6), layout="constrained")
+    FigureCanvasAgg(fig)
+    axes = fig.subplots(n, v, squeeze=False)
+    for i in range(n):
+        for k in range(v):
+            ax = axes[i, k]
+            ax.imshow(x[k, i].numpy())
+            ax.set_axis_off()
+            if i == 0:
+                ax.set_title(titles[k], fontsize=9)
+            if k and batch.plan.kind == "interleaved":
+                index = i % len(spaces) if batch.space_index is None else int(batch.space_index[i])
+                ax.set_title(f"serves {spaces[index]}", fontsize=8)
+    _write(fig, path)
+
+
+def _write(fig: Figure, path: str | Path) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=130)

@@ -1,0 +1,47 @@
+"""The examples run: two steps of each, and what they write."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import sprites
+import synthetic
+
+
+@pytest.mark.parametrize("dataset", ["sprites", "latents"])
+@pytest.mark.parametrize("method", ["ours", "content-only"])
+def test_synthetic(dataset, method, tmp_path):
+    arguments = ["--dataset", dataset, "--method", method, "--steps", "2", "--samples", "200", "--batch-size", "12"]
+    result = synthetic.main([*arguments, "--size", "32", "--out", str(tmp_path)])
+    assert result["steps"] == 2
+    expected = {"metrics.json", "matrix.png", "curves.png", "log.jsonl", "model.pt"}
+    assert expected <= {p.name for p in tmp_path.iterdir()}
+    assert (tmp_path / "views.png").exists() == (dataset == "sprites")
+    assert json.loads((tmp_path / "metrics.json").read_text())["config"]["method"] == method
+
+
+def test_sprites_are_where_and_what_their_factors_say():
+    f = sprites.draw_factors(64, torch.Generator().manual_seed(0))
+    x = sprites.render(f)
+    assert x.shape == (64, 3, 48, 48) and x.min() >= 0 and x.max() <= 1
+    weight = (x - 0.08).abs().sum(dim=1)
+    line = (torch.arange(48) + 0.5) / 24 - 1
+    for axis, name in ((1, "x"), (2, "y")):
+        centre = (weight.sum(dim=axis) * line).sum(dim=1) / weight.sum(dim=(1, 2))
+        symmetric = f["shape"] < 2  # square and ellipse: the centre of mass is the position
+        torch.testing.assert_close(centre[symmetric], f[name][symmetric], atol=0.02, rtol=0)
+    turned = sprites.render(f | {"rotation": f["rotation"] + torch.pi / 2})
+    square = f["shape"] == 0
+    torch.testing.assert_close(turned[square], x[square], atol=1e-3, rtol=0)
+
+
+def test_dsprites_file_of_another_kind(tmp_path):
+    import numpy as np
+
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    with pytest.raises(ValueError, match="dSprites arrays"):
+        sprites.load_dsprites(tmp_path / "other.npz", 2, torch.Generator())

@@ -1,0 +1,186 @@
+"""examples/imagenet.py and examples/lightly_pipeline.py: a few steps of each, and what a long run depends on."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from examples import imagenet, lightly_pipeline
+
+pytestmark = [
+    # Lightning's advice on hardware and loaders, and its use of a deprecated pytree name.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*"),
+    pytest.mark.filterwarnings("ignore:.*GPU available but not used.*"),
+]
+
+ROOT = Path(__file__).parents[1]
+SMALL = "--backbone timm:test_resnet --size 32 --hidden 16 --widths content=16,spatial=8,color=8 --batch-size 4"
+SMALL += " --epochs 3 --warmup-epochs 1 --workers 0 --log-every 1"
+
+
+def draw(folder: Path, count: int) -> None:
+    """`count` pictures of noise, in three classes."""
+    noise = np.random.default_rng(count)
+    for k in range(count):
+        path = folder / "abc"[k % 3] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    draw(tmp_path / "data" / "train", 12)
+    draw(tmp_path / "data" / "val", 6)
+    return tmp_path / "data"
+
+
+def run(data: Path, out: str, *more: str) -> dict[str, float]:
+    return imagenet.main([*SMALL.split(), "--data", str(data), "--out", str(data.parent / out), *more])
+
+
+def log_of(data: Path, out: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (data.parent / out / "log.jsonl").read_text().splitlines()]
+
+
+def parameters_of(data: Path, out: str) -> dict[str, torch.Tensor]:
+    return torch.load(data.parent / out / "checkpoint.pt", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize(
+    ("options", "spaces"),
+    [
+        ("--family simclr --dual-ascent 0.1", ["content", "spatial", "color"]),
+        ("--family vicreg --plan interleaved --optimizer adamw", ["content", "spatial", "color"]),
+        ("--family barlow --method content-only --widths content=16", ["content"]),
+    ],
+)
+def test_two_steps(data: Path, options: str, spaces: list[str]) -> None:
+    last = run(data, "run", "--steps", "2", *options.split())
+    steps, epoch = log_of(data, "run")[:2], log_of(data, "run")[-1]
+    assert [s["step"] for s in steps] == [1, 2]
+    for s in steps:
+        assert all(np.isfinite(s[key]) for key in ("loss", "lr", "images_per_s", *(f"invariance/{n}" for n in spaces)))
+        assert ("lambda/content" in s) == ("--dual-ascent" in options)
+    for split in ("train", "val"):
+        assert {f"accuracy_{split}/{n}" for n in ("backbone", *spaces)} <= epoch.keys()
+    assert last["loss"] == steps[1]["loss"] and last["broken_files"] == 0
+
+
+def test_parameters_move_and_one_dimensional_ones_do_not_decay(data: Path) -> None:
+    args = imagenet.parse([*SMALL.split(), "--data", str(data)])
+    model = imagenet.build_model(args, ("content", "spatial", "color"))
+    matrices, vectors = imagenet.build_optimizer(args, model).param_groups
+    assert matrices["weight_decay"] == 1e-6 and vectors["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in matrices["params"]) and all(p.ndim == 1 for p in vectors["params"])
+    assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+    run(data, "one", "--steps", "1")
+    run(data, "two", "--steps", "2")
+    one, two = parameters_of(data, "one"), parameters_of(data, "two")
+    assert any(not torch.equal(one[k], two[k]) for k in one)
+
+
+def test_learning_rate() -> None:
+    rates = [imagenet.lr_at(step, 2.0, 4, 20) for step in range(20)]
+    assert rates[0] == 0.5 and rates[3] == rates[4] == 2.0
+    assert rates[-1] == pytest.approx(0.002)
+    assert all(a > b for a, b in itertools.pairwise(rates))
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(data: Path) -> None:
+    """Four steps against two and two: the interruption is within an epoch of three, the end in the next one."""
+    options = ("--dual-ascent", "0.1")
+    run(data, "straight", "--steps", "4", *options)
+    run(data, "halves", "--steps", "2", *options)
+    torch.manual_seed(123)
+    run(data, "halves", "--steps", "4", "--resume", *options)
+    paths = [data.parent / out / "checkpoint.pt" for out in ("straight", "halves")]
+    straight, halves = (torch.load(path, weights_only=True) for path in paths)
+    for part in ("model", "probes", "ascent"):
+        for name, value in straight[part].items():
+            assert torch.equal(value, halves[part][name]), (part, name)
+    assert straight["views"] == halves["views"] and straight["step"] == halves["step"] == 4
+    assert torch.equal(straight["rng"][0][0], halves["rng"][0][0])
+    both = [[s for s in log_of(data, out) if "loss" in s] for out in ("straight", "halves")]
+    assert [s["loss"] for s in both[0]] == [s["loss"] for s in both[1]]
+    assert [s["step"] for s in both[1]] == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_of_another_run_is_refused(data: Path) -> None:
+    run(data, "run", "--steps", "1")
+    with pytest.raises(ValueError, match="another configuration: family: simclr there, vicreg here; lr: 0.5 there"):
+        run(data, "run", "--steps", "2", "--resume", "--family", "vicreg")
+    with pytest.raises(FileExistsError, match="another run: give --resume, or another --out"):
+        run(data, "run", "--steps", "2")
+    with pytest.raises(ValueError, match=r"names of spaces \(content, spatial, color\): got texture"):
+        run(data, "other", "--widths", "texture=8")
+
+
+def test_a_broken_file_is_counted_or_refused(data: Path) -> None:
+    broken = data / "train" / "a" / "0.jpg"
+    Image.open(data / "train" / "a" / "0.png").resize((256, 256)).save(broken)
+    broken.write_bytes(broken.read_bytes()[:4000])
+    (data / "train" / "a" / "0.png").unlink()
+    with pytest.raises(OSError, match=r"0\.jpg: expected an image: could not be decoded"):
+        run(data, "raise", "--steps", "3")
+    with pytest.warns(RuntimeWarning, match=r"skipped .*0\.jpg"):
+        last = run(data, "skip", "--steps", "3", "--broken", "skip")
+    assert last["broken_files"] == 1 and log_of(data, "skip")[-1]["broken_files"] == 1
+
+
+def test_nothing_to_score_is_said(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in data.glob("train/*/*.png"):
+        if int(path.stem) >= 3:
+            path.rename(data / "train" / f"d{path.stem}.png")
+    for path in list(data.glob("train/d*.png")):
+        (data / "train" / path.stem).mkdir()
+        path.rename(data / "train" / path.stem / path.name)
+    last = run(data, "run", "--steps", "1")
+    assert "no probes: 12 classes, 12 images" in capsys.readouterr().out
+    assert not [key for key in last if key.startswith("accuracy")]
+
+
+def test_without_train_and_val_the_folder_itself(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(data / "train", "run", "--steps", "1")
+    assert "no val folder: probes report accuracy on training images" in capsys.readouterr().out
+    (data / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="expected images"):
+        run(data / "empty", "run")
+    with pytest.raises(ValueError, match="expected at least one batch of 16 x 1 images: got 12 images"):
+        run(data, "run", "--batch-size", "16")
+
+
+def test_two_processes(data: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "examples/imagenet.py", *SMALL.split()]
+    command += ["--data", str(data), "--out", str(data.parent / "run"), "--steps", "2", "--batch-size", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1/3  step 2/2") == 1  # one process speaks
+    lines = log_of(data, "run")
+    assert [s["step"] for s in lines if "loss" in s] == [1, 2] and "accuracy_val/content" in lines[-1]
+    stored = torch.load(data.parent / "run" / "checkpoint.pt", weights_only=True)
+    assert stored["config"]["processes"] == 2 and len(stored["rng"]) == 2
+
+
+@pytest.mark.parametrize("family", ["simclr", "vicreg"])
+@pytest.mark.parametrize("method", ["lightly", "ours"])
+def test_lightly_pipeline(data: Path, tmp_path: Path, family: str, method: str) -> None:
+    options = ["--data", str(data), "--out", str(tmp_path), "--method", method, "--family", family]
+    module, numbers = lightly_pipeline.main([*options, "--steps", "2", "--batch-size", "4"])
+    assert module.global_step == 2 and np.isfinite(numbers["loss"])
+    if method == "ours":
+        assert {"entropy", "invariance/content", "invariance/spatial", "invariance/color"} <= numbers.keys()
+        (saved,) = tmp_path.glob("**/*.ckpt")
+        again = lightly_pipeline.After.load_from_checkpoint(saved, family=family, size=32)
+        assert again.views.state_dict() == module.views.state_dict()
+        for a, b in zip(again.parameters(), module.parameters(), strict=True):
+            assert torch.equal(a, b)

@@ -1,0 +1,31 @@
+#!/bin/sh
+# Builds the wheel, installs it alone into a fresh environment that reads the first one's packages, and imports it
+# outside the repository. No second torch is installed.
+set -eu
+py=${PY:-.venv/bin/python}
+root=$(pwd)
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+"$py" -m pip wheel --quiet --no-deps --wheel-dir "$dir/dist" .
+"$py" -m venv --without-pip "$dir/env"
+packages=$("$py" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+site=$("$dir/env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$py" -m pip install --quiet --no-deps --target "$site" "$dir"/dist/*.whl
+# After the environment's own packages; without the first one's editable install of this project.
+echo "$packages" > "$site/zz_first_environment.pth"
+cd "$dir"
+"$dir/env/bin/python" - "$root" <<'PYTHON'
+import pathlib, sys
+from importlib import metadata
+root = pathlib.Path(sys.argv[1]).resolve()
+import ssd_addon, torch
+from ssd_addon import Embeddings, JointEntropyLoss, StructuredViews, StyleHeads, ViewPlan
+from ssd_addon.kernels import negative_lse
+for module in (ssd_addon, sys.modules["ssd_addon.kernels"]):
+    where = pathlib.Path(module.__file__).resolve()
+    assert root not in where.parents, f"imported from the repository: {where}"
+names = {f.parts[0] for f in metadata.distribution("ssd-addon").files if f.parts[0] != ".." and not f.parts[0].endswith(".dist-info")}
+assert names == {"ssd_addon"}, f"the wheel should own one top-level name: got {sorted(names)}"
+loss = JointEntropyLoss()({"content": torch.randn(2, 4, 3)})
+print(f"wheel {ssd_addon.__version__}: imported outside the repository, loss {loss:.3f}")
+PYTHON
