@@ -2,6 +2,7 @@
 
 First checks that what is timed is the same loss (value and gradient), then measures forward + backward on the CPU in
 float32. Methods take turns, in reversed order every second round, so that a busy machine slows all of them alike.
+With --threads 1 the clock is processor time, which other work on the machine leaves alone; else it is the wall clock.
 Times are medians; a ratio is the median of the ratios within a round; brackets are the smallest and the largest.
 
 Memory is the peak of the resident set in a fresh process per method: inputs are made and a tiny batch has gone through,
@@ -93,6 +94,10 @@ def check(family: str, b: int, d: int, dtype: torch.dtype, tolerance: float) -> 
 # ------------------------------------------------------------------------------------------------- time
 
 
+def clock() -> float:
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
@@ -113,9 +118,9 @@ def measure(family: str, b: int, d: int, seconds: float, most: int) -> dict[str,
         if r >= 3 and time.perf_counter() > end:
             break
         for name in list(runs) if r % 2 == 0 else reversed(runs):
-            start = time.perf_counter()
+            start = clock()
             runs[name]()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     ours = times[OURS]
     out = {
         "family": family,
@@ -163,7 +168,8 @@ def peak_memory(family: str, name: str, b: int, d: int) -> int:
 
 
 def memory_in_fresh_process(family: str, name: str, b: int, d: int) -> int:
-    command = [sys.executable, __file__, "--memory", family, name, str(b), str(d)]
+    command = [sys.executable, __file__, "--threads", str(torch.get_num_threads())]
+    command += ["--memory", family, name, str(b), str(d)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -175,6 +181,8 @@ def machine() -> dict[str, Any]:
         "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "clock": "processor time" if torch.get_num_threads() == 1 else "wall clock",
+        "load": os.getloadavg()[1],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightly": lightly.__version__,
@@ -249,15 +257,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny shapes: seconds, and no figures to quote")
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing per shape; 3 rounds run in any case")
     parser.add_argument("--repeats", type=int, default=15, help="most rounds per shape")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch; default all cores")
+    parser.add_argument("--largest", type=int, default=8192, help="leave out more images than this (8192: 10 GB)")
     parser.add_argument("--memory", nargs=4, metavar=("FAMILY", "METHOD", "B", "D"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     if args.memory:
         family, name, b, d = args.memory
         print(peak_memory(family, name, int(b), int(d)))
         return
 
     shapes = QUICK if args.quick else {"simclr": SIMILARITY, "vicreg": COVARIANCE, "barlow": COVARIANCE}
-    checks = {}
+    shapes = {family: [s for s in wanted if s[0] <= args.largest] for family, wanted in shapes.items()}
+    checks, before = {}, machine()
     for family, wanted in shapes.items():
         exact = check(family, 33, 24, torch.float64, 1e-9)
         rounded = check(family, *wanted[-1 if family != "simclr" else len(wanted) // 2], torch.float32, 1e-4)
@@ -274,7 +286,7 @@ def main() -> None:
     print("\n" + markdown(results))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        report = {"machine": machine(), "temperature": TEMPERATURE, "checks": checks, "results": results}
+        report = {"machine": before, "temperature": TEMPERATURE, "checks": checks, "results": results}
         (args.out / "losses.json").write_text(json.dumps(report, indent=1) + "\n")
         draw(results, args.out / "losses.png")
 

@@ -6,13 +6,15 @@
 DIR holds train/CLASS/*.jpg and, for the probes, val/CLASS/*.jpg; without train/ the folder itself is trained on. The
 defaults are the paper's recipe: ResNet-50, 100 epochs, LARS with 10 warm-up epochs, a total batch of 512.
 
-Small and quick, two CPU cores, 32-pixel photographs of ten classes (CIFAR-10's 50,000 take 10 minutes an epoch):
+Small and quick, on a CPU, 4,000 photographs of 32 pixels in ten classes (a tenth of CIFAR-10):
 
-    python examples/imagenet.py --data DIR --out runs/small --backbone resnet18 --size 32 --batch-size 128 --epochs 10 \
-        --warmup-epochs 1 --hidden 512,512 --widths content=128,spatial=64,color=64 --optimizer adamw
+    python examples/imagenet.py --data DIR --out runs/small --backbone resnet18 --size 32 --batch-size 128 --epochs 2 \
+        --warmup-epochs 0.5 --hidden 512,512 --widths content=128,spatial=64,color=64 --optimizer adamw --workers 0
 
-Expect: after ten epochs of 4,000 such photographs (EXPECTED minutes), linear probes on 1,000 others near EXPECTED.
-RUN/ gets log.jsonl (every line a JSON object), views.png (what each key shares), curves.png and checkpoint.pt, from
+Expect, within 6 minutes of processor time: loss from 5.6 to 4.0 and, on 1,000 other photographs, linear probes of
+0.25 (backbone), 0.25 (content), 0.25 (spatial), 0.23 (color) against a chance of 0.10. So short a run tells that it
+learns, not that it disentangles. The recipe above was not run at its full length.
+OUT/ gets log.jsonl (every line a JSON object), views.png (what each key shares), curves.png and checkpoint.pt, from
 which `--resume` continues as if nothing had happened.
 """
 
@@ -152,12 +154,11 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     data = Photographs(args.data / "train" if (args.data / "train").is_dir() else args.data, args.broken)
     classes, targets = len(data.files.classes), torch.tensor(data.files.targets)
     sampler = ResumableSampler(data, world, rank, shuffle=True, seed=args.seed)
-    draws = torch.Generator()  # the loader's own: the global generator belongs to the model
-    common = {"num_workers": args.workers, "pin_memory": gpu}
+    draws = torch.Generator()  # of the loaders: the global generator belongs to the model
+    common = {"num_workers": args.workers, "pin_memory": gpu, "generator": draws}
     loader = DataLoader(
-        data, args.batch_size, sampler=sampler, collate_fn=StructuredCollate(args.load_size), drop_last=True,
-        generator=draws, **common,
-    )  # fmt: skip
+        data, args.batch_size, sampler=sampler, collate_fn=StructuredCollate(args.load_size), drop_last=True, **common
+    )
     per_epoch = len(loader)
     if not per_epoch:
         raise ValueError(f"expected at least one batch of {args.batch_size} x {world} images: got {len(data)} images")
@@ -326,7 +327,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
         write({"step": step, "epoch": epoch + 1, "broken_files": broken, **scores})
         record |= scores | {"broken_files": broken}
         shown = "  ".join(f"{name.removeprefix('accuracy_')} {value:.3f}" for name, value in scores.items())
-        say(f"epoch {epoch + 1}  {shown}" + (f"  {broken} broken files replaced" if broken else ""), flush=True)
+        say(f"epoch {epoch + 1} ends  {shown}" + (f"  {broken} broken files replaced" if broken else ""), flush=True)
         save()
     if rank == 0 and record:
         plots.curves([json.loads(line) for line in log.read_text().splitlines()], args.out / "curves.png")

@@ -540,8 +540,8 @@ def _apply_operation(stage: str, key: str, op: Any, x: Tensor, parameters: Param
                 out = y.new_empty((b, *y.shape[1:]))
             else:
                 raise ValueError(
-                    f"{stage}: {key} makes {_checks.shape(x[:1])} into {_checks.shape(y[:1])} where it fires and leaves "
-                    "the other images as they are; an operation that changes the size needs p=1"
+                    f"{stage}: {key} makes {_checks.shape(x[:1])} into {_checks.shape(y[:1])} where it fires and "
+                    "leaves the other images as they are; an operation that changes the size needs p=1"
                 )
         out[some.to(x.device)] = y
     assert out is not None

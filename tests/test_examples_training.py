@@ -91,7 +91,7 @@ def test_learning_rate() -> None:
     rates = [imagenet.lr_at(step, 2.0, 4, 20) for step in range(20)]
     assert rates[0] == 0.5 and rates[3] == rates[4] == 2.0
     assert rates[-1] == pytest.approx(0.002)
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(data: Path) -> None:
