@@ -6,7 +6,7 @@
 DIR holds train/CLASS/*.jpg and, for the probes, val/CLASS/*.jpg; without train/ the folder itself is trained on. The
 defaults are the paper's recipe: ResNet-50, 100 epochs, LARS with 10 warm-up epochs, a total batch of 512.
 
-Small and quick, on a CPU, 4,000 photographs of 32 pixels in ten classes (a tenth of CIFAR-10):
+Small and quick, on a CPU, 4,000 photographs of 32 pixels in ten classes (from CIFAR-10):
 
     python examples/imagenet.py --data DIR --out runs/small --backbone resnet18 --size 32 --batch-size 128 --epochs 2 \
         --warmup-epochs 0.5 --hidden 512,512 --widths content=128,spatial=64,color=64 --optimizer adamw --workers 0
