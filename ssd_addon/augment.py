@@ -619,6 +619,8 @@ def _stage(operations: Sequence[nn.Module], where: str, *, empty: bool = False) 
             raise ValueError(f"{where}: {name}(same_on_batch=True) gives all images one draw; every draw is per image")
         op = copy.deepcopy(op)
         op.set_rng_device_and_dtype(torch.device("cpu"), torch.float32)
+        for part in op.modules():  # Kornia's constants: no checkpoint of a surrounding module holds them
+            part._non_persistent_buffers_set.update(part._buffers)
         if _has_order(op):
             op.__dict__["_ssd_batch_wide"] = True
         out[f"{i}_{name}"] = op
