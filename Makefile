@@ -5,7 +5,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: demo test test-examples lint types unit wheel benchmark clean
+.PHONY: demo test lint types unit wheel benchmark clean
 
 demo: $(STAMP)
 	$(PY) examples/synthetic.py --dataset sprites --minutes 3 --out runs/demo
@@ -21,11 +21,7 @@ types: $(STAMP)
 	$(PY) -m mypy
 
 unit: $(STAMP)
-	$(PY) -m pytest tests ssd_addon --ignore tests/test_examples.py --ignore tests/test_examples_training.py
-
-# Minutes long: every example, two steps and more of each.
-test-examples: $(STAMP)
-	$(PY) -m pytest tests/test_examples.py tests/test_examples_training.py
+	$(PY) -m pytest tests ssd_addon
 
 wheel: $(STAMP)
 	PY=$(PY) sh tests/wheel.sh

@@ -183,6 +183,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "clock": "processor time" if torch.get_num_threads() == 1 else "wall clock",
         "load": os.getloadavg()[1],
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightly": lightly.__version__,
@@ -255,10 +256,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for losses.json and losses.png; without it, print only")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: seconds, and no figures to quote")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of timing per shape; 3 rounds run in any case")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of timing per shape; 3 rounds run in any case")
     parser.add_argument("--repeats", type=int, default=15, help="most rounds per shape")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch; default all cores")
-    parser.add_argument("--largest", type=int, default=8192, help="leave out more images than this (8192: 10 GB)")
+    parser.add_argument("--largest", type=int, default=8192, help="leave out more images than this (8192: 5 GB)")
     parser.add_argument("--memory", nargs=4, metavar=("FAMILY", "METHOD", "B", "D"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -269,7 +270,7 @@ def main() -> None:
 
     shapes = QUICK if args.quick else {"simclr": SIMILARITY, "vicreg": COVARIANCE, "barlow": COVARIANCE}
     shapes = {family: [s for s in wanted if s[0] <= args.largest] for family, wanted in shapes.items()}
-    checks, before = {}, machine()
+    checks, used = {}, machine()
     for family, wanted in shapes.items():
         exact = check(family, 33, 24, torch.float64, 1e-9)
         rounded = check(family, *wanted[-1 if family != "simclr" else len(wanted) // 2], torch.float32, 1e-4)
@@ -286,7 +287,7 @@ def main() -> None:
     print("\n" + markdown(results))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        report = {"machine": before, "temperature": TEMPERATURE, "checks": checks, "results": results}
+        report = {"machine": used, "temperature": TEMPERATURE, "checks": checks, "results": results}
         (args.out / "losses.json").write_text(json.dumps(report, indent=1) + "\n")
         draw(results, args.out / "losses.png")
 
