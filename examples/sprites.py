@@ -1,7 +1,9 @@
 """Coloured sprites, drawn in vectorised torch: every factor known.
 
-A sprite is a filled shape on a plain dark ground, antialiased by its signed distance in pixels. Factors: shape (square,
-ellipse, heart, triangle), scale, rotation with the shape's own symmetry, position x and y, hue and brightness.
+A sprite is a filled shape on black, antialiased by its signed distance in pixels. Factors: shape (square, ellipse,
+heart, triangle), scale, rotation with the shape's own symmetry, position x and y, hue and brightness. The ground is
+black because a change of brightness scales it too: on grey, the ratio of sprite to ground would tell the sprite's own
+brightness whatever the augmentation did, and content would rightly keep it.
 """
 
 import math
@@ -55,8 +57,7 @@ def render(factors: dict[str, Tensor], size: int = 48) -> Tensor:
     shape = f["shape"].view(-1, 1, 1, 1).expand(-1, 1, size, size)
     pixels = distance.gather(1, shape) * r[:, None] * size / 2  # signed distance in pixels
     alpha = (0.5 - pixels).clamp(0, 1)
-    ground = torch.full((3, 1, 1), 0.08, device=device)
-    return ground + alpha * (_rgb(f["hue"], f["brightness"])[:, :, None, None] - ground)
+    return alpha * _rgb(f["hue"], f["brightness"])[:, :, None, None]
 
 
 def _rgb(hue: Tensor, value: Tensor, saturation: float = 0.85) -> Tensor:

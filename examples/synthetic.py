@@ -166,9 +166,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     x, factors = data.labelled(args.samples, torch.Generator().manual_seed(args.seed + 10_000))
     z = embed(model, x)
-    tables = {f"{kind} probe": r2_matrix(z, factors, probe=kind) for kind in ("ridge", "kernel")}
+    tables = {name: r2_matrix(z, factors, probe=kind) for name, kind in (("linear", "ridge"), ("nonlinear", "kernel"))}
     if args.dataset == "latents" and "content" in factors:
-        tables["conditional, kernel"] = r2_matrix(z, factors, probe="kernel", given=("content",))
+        tables["conditional"] = r2_matrix(z, factors, probe="kernel", given=("content",))
     for title, table in tables.items():
         print(f"\n{title}\n{table}")
     result = {

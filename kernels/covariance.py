@@ -28,8 +28,8 @@ def off_diagonal_energy(
         x: [n, D] rows, already centred (and standardised) as the loss wants them.
         y: [n, D]; None means x.
         backend: "eager", "streaming" (keeps no D x D matrix, picks the cheaper side), or "auto".
-        group: None computes on the local rows; for a process group X^T Y is summed over ranks, by "eager" (the D x D
-            matrix is what the ranks exchange); backward assumes that gradients are averaged over ranks.
+        group: None computes on the local rows; for a process group X^T Y is summed over ranks, on the D side (that
+            matrix, or its blocks, is what the ranks exchange); backward assumes that gradients are averaged over ranks.
         chunk: columns of a block of the streaming backend.
 
     Raises:
@@ -43,14 +43,27 @@ def off_diagonal_energy(
             raise ValueError(f"off_diagonal_energy: expected x and y [n, D], alike: got {name} {_checks.shape(t)}")
     n, d = x.shape
     dtype = compute_dtype(x.dtype)
-    # Streaming is the faster one as soon as it can leave out work; D x D is what eager keeps for the backward.
-    name = choose_backend(backend, matrix_elements=d * d if 2 * n >= d else 16 * d * d, dtype=dtype)
+    name = energy_backend(backend, n, d, dtype=dtype, group=group)
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(dtype)
         y = x if y is None else y.to(dtype)
-        if name == "eager" or group is not None:
+        if name == "eager":
             return _eager(x, y, group)
-        return _Streaming.apply(x, y, x is y, chunk)
+        return _Streaming.apply(x, y, x is y, chunk, group)
+
+
+def energy_backend(backend: str, n: int, d: int, *, dtype: torch.dtype, group: Any = None) -> str:
+    """What `off_diagonal_energy` runs for n local rows of d columns; the same on every rank of a group."""
+    # Streaming is the faster one as soon as it can leave out work; D x D is what eager keeps for the backward.
+    by_rows = group is None and 2 * n < d
+    return choose_backend(backend, matrix_elements=16 * d * d if by_rows else d * d, dtype=dtype)
+
+
+def _block(x: Tensor, y: Tensor, block: slice, start: int, group: Any) -> Tensor:
+    """Rows `block`, columns from `start`, of X^T Y over all ranks, with a diagonal of 0."""
+    c = _dist.all_sum(x[:, block].T @ y[:, start:], group)
+    c.diagonal(offset=block.start - start).zero_()
+    return c
 
 
 def _eager(x: Tensor, y: Tensor, group: Any) -> Tensor:
@@ -60,10 +73,10 @@ def _eager(x: Tensor, y: Tensor, group: Any) -> Tensor:
 
 class _Streaming(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, symmetric: bool, chunk: int) -> Tensor:
-        ctx.static = (symmetric, chunk)
+    def forward(ctx: Any, x: Tensor, y: Tensor, symmetric: bool, chunk: int, group: Any) -> Tensor:
+        ctx.static = (symmetric, chunk, group)
         n, d = x.shape
-        if 2 * n < d:
+        if group is None and 2 * n < d:
             g = x @ x.T
             h = g if symmetric else y @ y.T
             diagonal = (x * y).sum(dim=0)
@@ -75,8 +88,7 @@ class _Streaming(torch.autograd.Function):
         energy = x.new_zeros((), dtype=torch.float64)
         for k in range(0, d, chunk):
             a = k if symmetric else 0  # symmetric: the triangle right of the block's diagonal, counted twice
-            c = x[:, k : k + chunk].T @ y[:, a:]
-            c.diagonal(offset=k - a).zero_()
+            c = _block(x, y, slice(k, min(k + chunk, d)), a, group)
             w = c.shape[0]
             if symmetric:
                 energy += c[:, :w].square().sum() + 2 * c[:, w:].square().sum()
@@ -92,25 +104,25 @@ class _Streaming(torch.autograd.Function):
                 "use backend='eager'"
             )
         x, y, *sides = ctx.saved_tensors
-        symmetric, chunk = ctx.static
+        symmetric, chunk, group = ctx.static
+        grad = _dist.all_sum(grad, group)  # a rank's rows reach the loss of every rank
         if sides:
             g, h, diagonal = sides
             if symmetric:
-                return (g @ x).addcmul_(diagonal, x, value=-1).mul_(4 * grad), None, None, None
+                return (g @ x).addcmul_(diagonal, x, value=-1).mul_(4 * grad), None, None, None, None
             dx = (h @ x).addcmul_(diagonal, y, value=-1).mul_(2 * grad)
             dy = (g @ y).addcmul_(diagonal, x, value=-1).mul_(2 * grad)
-            return dx, dy, None, None
+            return dx, dy, None, None, None
         d = x.shape[1]
         dx = torch.zeros_like(x)
         dy = dx if symmetric else torch.zeros_like(y)
         for k in range(0, d, chunk):
             a = k if symmetric else 0
             block = slice(k, min(k + chunk, d))
-            c = x[:, block].T @ y[:, a:]
-            c.diagonal(offset=k - a).zero_()
+            c = _block(x, y, block, a, group)
             dx[:, block].addmm_(y[:, a:], c.T)
             rest = c[:, block.stop - a :] if symmetric else c
             dy[:, block.stop if symmetric else 0 :].addmm_(x[:, block], rest)
         if symmetric:
-            return dx.mul_(4 * grad), None, None, None
-        return dx.mul_(2 * grad), dy.mul_(2 * grad), None, None
+            return dx.mul_(4 * grad), None, None, None, None
+        return dx.mul_(2 * grad), dy.mul_(2 * grad), None, None, None

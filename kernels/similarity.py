@@ -66,6 +66,8 @@ def negative_lse(
     _check_arguments(z, image_ids, temperature, prefix)
     n, d = z.shape
     dtype = compute_dtype(z.dtype)
+    if not isinstance(temperature, Tensor):
+        _check_range(temperature, dtype)
     values = _values_header(z, image_ids, temperature) if checks_are_on(validate) else None
     shards, headers = _dist.shards(n, values or [], z.device, group)
     if values is not None:
@@ -313,8 +315,17 @@ def check_temperature(temperature: float | Tensor) -> None:
         )
 
 
-def _check_temperature_value(temperature: Tensor) -> None:
-    _checks.positive(temperature.item(), "temperature", "it divides the cosine similarity")
+def _check_temperature_value(temperature: Tensor, z: Tensor) -> None:
+    value = _checks.positive(temperature.item(), "temperature", "it divides the cosine similarity")
+    _check_range(value, compute_dtype(z.dtype))
+
+
+def _check_range(temperature: float, dtype: torch.dtype) -> None:
+    smallest = 4 / torch.finfo(dtype).max
+    if temperature < smallest:
+        raise ValueError(
+            f"temperature: expected at least {smallest:.1e}, below it the inverse overflows {dtype}: got {temperature}"
+        )
 
 
 _ID_LIMIT = 2**62
@@ -323,7 +334,7 @@ _ID_LIMIT = 2**62
 def _values_header(z: Tensor, ids: Tensor, temperature: float | Tensor) -> list[int]:
     """What every rank must know before anyone computes: are values finite, which ids are there."""
     if isinstance(temperature, Tensor):
-        _check_temperature_value(temperature)
+        _check_temperature_value(temperature, z)
     if not z.shape[0]:
         return [1, _ID_LIMIT, -_ID_LIMIT]
     finite = not z.numel() or bool(torch.isfinite(torch.stack(z.aminmax())).all())  # NaN is both extremes then

@@ -614,8 +614,7 @@ def _stage(operations: Sequence[nn.Module], where: str, *, empty: bool = False) 
                 f"{where}: expected Kornia 2-D operations on single images (kornia.augmentation, no container, no "
                 f"mixing of images): got {name}"
             )
-        draws = op._param_generator is not None or 0 < op.p < 1 or 0 < op.p_batch < 1
-        if op.same_on_batch and draws:  # Normalize, CenterCrop and Resize set it too, and draw nothing
+        if op.same_on_batch and _draws(op):  # Normalize, CenterCrop and Resize set it too, and draw nothing
             raise ValueError(f"{where}: {name}(same_on_batch=True) gives all images one draw; every draw is per image")
         op = copy.deepcopy(op)
         op.set_rng_device_and_dtype(torch.device("cpu"), torch.float32)
@@ -625,6 +624,16 @@ def _stage(operations: Sequence[nn.Module], where: str, *, empty: bool = False) 
             op.__dict__["_ssd_batch_wide"] = True
         out[f"{i}_{name}"] = op
     return out
+
+
+def _draws(op: Any) -> bool:
+    """Does it take random numbers at all?"""
+    state = torch.default_generator.get_state()
+    try:
+        op.forward_parameters(torch.Size((2, 3, 64, 64)))
+        return not torch.equal(state, torch.default_generator.get_state())
+    finally:
+        torch.default_generator.set_state(state)
 
 
 def _is_crop(op: nn.Module) -> bool:

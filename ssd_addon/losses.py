@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ssd_addon import _checks, _dist
 from ssd_addon._dist import Shards
 from ssd_addon.batch import Embeddings, ViewPlan, as_embeddings
-from ssd_addon.kernels.covariance import off_diagonal_energy
+from ssd_addon.kernels.covariance import energy_backend, off_diagonal_energy
 from ssd_addon.kernels.dispatch import BACKENDS, checks_are_on, choose_backend, compute_dtype
 from ssd_addon.kernels.similarity import check_temperature, negative_lse
 
@@ -413,8 +413,10 @@ class JointEntropyLoss(nn.Module):
     def _used_backend(self, spaces: Mapping[str, Tensor], s: Shards) -> str:
         first = next(iter(spaces.values()))
         width = sum(t.shape[-1] for t in spaces.values())
-        elements = max(s.sizes) * s.total * first.shape[0] ** 2 if self.family == "simclr" else width**2
-        return choose_backend(self.backend, matrix_elements=elements, dtype=first.dtype)
+        if self.family == "simclr":
+            elements = max(s.sizes) * s.total * first.shape[0] ** 2
+            return choose_backend(self.backend, matrix_elements=elements, dtype=first.dtype)
+        return energy_backend(self.backend, s.size, width, dtype=first.dtype, group=s.group)
 
     def _simclr(self, z: Mapping[str, Tensor], pairs: dict[str, list[Pair]], ids: Tensor, s: Shards) -> _Parts:
         unit = {name: F.normalize(t, dim=-1) for name, t in z.items()}

@@ -200,3 +200,46 @@ def test_bad_arguments(kwargs, error, message):
 def test_an_operation_that_changes_the_size_needs_to_fire_always():
     with pytest.raises(ValueError, match="needs p=1"):
         StructuredViews({"crop": [K.RandomResizedCrop((8, 8), p=0.5)]}, seed=0)(images(16))
+
+
+def test_operations_that_draw_nothing_may_be_the_same_on_the_batch():
+    views = StructuredViews({"flip": [K.RandomHorizontalFlip()]}, then=[K.Resize((9, 9)), K.CenterCrop(7)], seed=0)
+    assert views(images()).views.shape[-2:] == (7, 7)
+
+
+def test_the_callers_operations_are_not_altered():
+    flip = K.RandomHorizontalFlip()
+    before = dict(flip.__dict__)
+    StructuredViews({"flip": [flip, flip]}, seed=0)(images())
+    assert flip.__dict__ == before
+
+
+def test_a_spawned_worker_knows_the_rank_of_the_process_that_made_it(monkeypatch):
+    views = StructuredViews(groups(), seed=1)
+    monkeypatch.setenv("RANK", "3")
+    there = pickle.dumps(views)
+    monkeypatch.delenv("RANK")
+    assert pickle.loads(there).rank == 3 and views.rank == 0
+
+
+class DrawsLate(K.RandomHorizontalFlip):
+    def apply_transform(self, input, params, flags, transform=None):
+        return input * torch.rand(())
+
+
+def test_an_operation_that_draws_while_it_is_applied_is_refused():
+    with pytest.raises(ValueError, match=r"late: 0\.DrawsLate draws random numbers while it is applied"):
+        StructuredViews({"late": [DrawsLate(p=1.0)]}, seed=0)(images())
+
+
+def test_a_batch_moves_and_pickles_whole():
+    views = StructuredViews(groups(), cross_image=("color",), seed=0)
+    batch = views(images())
+    half = batch.to(torch.float16)
+    assert half.views.dtype == torch.float16 and half.image_ids.dtype == torch.int64
+    hue = half.parameters[2]["color"][COLOR]["hue_factor"]
+    assert hue.dtype == torch.float32 and torch.equal(hue, batch.parameters[2]["color"][COLOR]["hue_factor"])
+    again = pickle.loads(pickle.dumps(batch))
+    assert again.plan == batch.plan and torch.equal(again.image_ids, batch.image_ids)
+    assert torch.equal(views.apply(images(), again.parameters[0]), batch[0])
+    assert [v.shape for v in again] == [batch[0].shape] * 4

@@ -122,7 +122,7 @@ def loss_cases(world):
     """All families, plans and options; shards, ids, index and what is learnt turn from case to case."""
     ids, out = ("none", "global", "local", "far"), []
     # SimCLR alone has a backend and negatives over ranks, and so gets two ids of the four, one by each backend.
-    families = (("simclr", "eager"), ("simclr", "streaming"), ("vicreg", "eager"), ("barlow", "eager"))
+    families = tuple(itertools.product(("simclr", "vicreg", "barlow"), ("eager", "streaming")))
     for r, (plan, options) in enumerate(itertools.product(PLANS, OPTIONS)):
         for f, (family, backend) in enumerate(families):
             sizes = SIZES[world][(r + (f + 1) // 2) % 2]
@@ -268,7 +268,8 @@ def energy_cases():
 def run_energy(x, y, backend, rank=None):
     mine = slice(None) if rank is None else slice(sum(ENERGY_SIZES[:rank]), sum(ENERGY_SIZES[: rank + 1]))
     leaves = [t[mine].clone().requires_grad_() for t in (x, y) if t is not None]
-    energy = off_diagonal_energy(*leaves, backend=backend, group=None if rank is None else dist.group.WORLD)
+    group = None if rank is None else dist.group.WORLD
+    energy = off_diagonal_energy(*leaves, backend=backend, group=group, chunk=7)
     return energy.detach(), *torch.autograd.grad(energy, leaves)
 
 

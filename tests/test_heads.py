@@ -148,3 +148,25 @@ def test_bad_inputs():
         m(torch.zeros(2, 6, dtype=torch.uint8))
     with pytest.raises(ValueError, match="got 1 dimensions"):
         m(torch.rand(6))
+
+
+class Positions(nn.Module):
+    """The same features with the channels last (a map) or as tokens: every position holds another number."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x):
+        return torch.arange(6.0).view(*self.shape, 1).expand(len(x), *self.shape, 5)
+
+
+def test_pooling_of_channels_last_and_tokens():
+    def pooled(shape, pool, f=5):
+        m = StyleHeads(Positions(shape), {"content": 2}, in_features=f, hidden=(), pool=pool)
+        return m.features(torch.rand(2, 3, 4, 4))
+
+    assert torch.equal(pooled((2, 3), "auto"), torch.full((2, 5), 2.5))  # [N, H, W, F]
+    assert torch.equal(pooled((6,), "auto"), torch.full((2, 5), 2.5))
+    assert torch.equal(pooled((6,), "cls"), torch.zeros(2, 5))
+    assert pooled((6,), "flatten", 30).shape == (2, 30)

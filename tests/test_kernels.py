@@ -401,3 +401,13 @@ def test_losses_need_torch_alone_and_kernels_have_one_name():
     run = subprocess.run([sys.executable, "-c", BLOCKED], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "import this package as ssd_addon.kernels, not as 'kernels'" in run.stdout
+
+
+@pytest.mark.parametrize("backend", ["eager", "streaming"])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_temperature_whose_inverse_overflows_is_refused(backend, as_tensor):
+    z, ids = torch.eye(3), torch.arange(3)
+    small = torch.tensor(1e-40) if as_tensor else 1e-40
+    with pytest.raises(ValueError, match=r"temperature: expected at least 1\.2e-38.*got 1e-40|got 9\.99"):
+        negative_lse(z, ids, small, backend=backend)
+    assert torch.isfinite(negative_lse(z, ids, 1e-30, backend=backend)).all()

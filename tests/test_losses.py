@@ -411,3 +411,12 @@ def test_weights_must_name_the_spaces():
 def test_content_entropy_needs_a_second_space():
     with pytest.raises(ValueError, match="content_entropy"):
         JointEntropyLoss(content_entropy=True)({"content": t(2, 5, 3)})
+
+
+def test_embeddings_pickle_whole():
+    plan = ViewPlan.interleaved(("content", "color"))
+    ids, index = torch.arange(10).view(2, 5), torch.tensor([0, 1, 1, 0, 1])
+    z = Embeddings({"content": t(2, 5, 3), "color": t(2, 5, 3)}, plan, image_ids=ids, space_index=index)
+    again = pickle.loads(pickle.dumps(z))
+    assert again.plan == plan and torch.equal(again.image_ids, ids) and torch.equal(again.space_index, index)
+    assert torch.equal(again["color"], z["color"])

@@ -1,0 +1,28 @@
+"""The README's quick start runs as it stands."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_quick_start():
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 1
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    backbone.num_features = 8
+    images = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
+    names = {"backbone": backbone, "images": images}
+    exec(compile(blocks[0], str(README), "exec"), names)
+    assert torch.isfinite(names["loss"])
+    assert backbone[0].weight.grad.abs().sum() > 0
+    assert list(names["terms"].invariance) == ["content", "color", "spatial"]
+
+
+def test_links_lead_somewhere():
+    for page in (README, *README.parent.glob("docs/*.md"), README.parent / "kernels" / "README.md"):
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
