@@ -6,7 +6,7 @@
 
 Writes metrics.json, matrix.png, curves.png, log.jsonl, and for sprites views.png. The reach of the augmentations on
 sprites: hue over the whole circle, brightness x 0.5-1.5, shifts of +-0.3 of the half edge, scale x 0.75-1.3, rotation
-over the whole circle. What to expect is in docs/results.md.
+over the whole circle.
 """
 
 import argparse
