@@ -33,7 +33,8 @@ def convnet(width: int = 128) -> nn.Module:
     channels = (3, 32, 64, 96, width)
     for a, b in itertools.pairwise(channels):
         layers += [nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * width, 256), nn.ReLU())
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * width, 256), nn.ReLU())
+    return net.to(memory_format=torch.channels_last)  # on CPUs about twice as fast
 
 
 def mlp(n_in: int) -> nn.Module:
@@ -104,6 +105,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     p.add_argument("--temperature", type=float, default=None)
     p.add_argument("--content-weight", type=float, default=None, help="weight of content's invariance (styles keep 1)")
     p.add_argument("--content-keys", choices=("first", "all"), default="first")
+    p.add_argument("--content-entropy", action="store_true", help="a further entropy term on content alone")
     p.add_argument("--dual-ascent", type=float, default=None, metavar="TOLERANCE")
     p.add_argument("--dependent", action="store_true", help="latents: statistically dependent blocks")
     p.add_argument("--content-dependent-style", action="store_true", help="latents: style depends on content")
@@ -114,6 +116,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     p.add_argument("--steps", type=int, default=None, help="stop after so many steps instead")
     p.add_argument("--samples", type=int, default=4000, help="labelled samples for the probes")
     p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--amp", action="store_true", help="bfloat16 autocast: faster where the processor has it")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, default=Path("runs/synthetic"))
     args = p.parse_args(argv)
@@ -129,7 +132,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         None if args.content_weight is None else dict.fromkeys(data.widths, 1.0) | {"content": args.content_weight}
     )
     criterion = JointEntropyLoss(
-        args.family, temperature=args.temperature, weights=weights, content_keys=args.content_keys
+        args.family,
+        temperature=args.temperature,
+        weights=weights,
+        content_keys=args.content_keys,
+        content_entropy=args.content_entropy,
     )
     ascent = None if args.dual_ascent is None else DualAscent(criterion, tolerance=args.dual_ascent, step_size=0.05)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
@@ -140,7 +147,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         while progress < 1:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress, args.lr)
-            z = model(data.batch(args.batch_size, g))
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.amp):
+                z = model(data.batch(args.batch_size, g))
             logging = step % 20 == 0
             terms = criterion.terms(z) if logging or ascent is not None else None
             loss = criterion(z) if terms is None else terms.loss

@@ -9,28 +9,24 @@ Legend: V views, B images, M groups. Source: Eastwood et al., arXiv 2311.08815, 
 keys are this project's own (docs/method.md).
 """
 
-import copy
-import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import kornia.augmentation as K
 import torch
 import torch.distributed as dist
-from kornia.augmentation import AugmentationBase2D
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from ssd_addon import _checks
+from ssd_addon._draws import Draws, Parameters, clone, merged, take
+from ssd_addon._operations import PREFIX, apply_operation, prefixed, run, stage_of, unprefixed
 from ssd_addon.batch import ViewBatch, ViewParameters, ViewPlan
 
-Parameters = dict[str, Tensor]
 Groups = Mapping[str, Sequence[nn.Module]]
 THEN = "then"
-GATE = "batch_prob"
 RANGE_SLACK = 1e-6
 """How far outside [0, 1] the rounding of a resize may take a pixel."""
 
@@ -94,12 +90,12 @@ class StructuredViews(nn.Module):
         for name in key_groups or {}:
             if name not in groups:
                 raise ValueError(f"key_groups: expected names of groups ({_checks.names(groups)}): got {name!r}")
-        query = {name: _stage(ops, f"group {name!r}") for name, ops in groups.items()}
-        query[THEN] = _stage(then, "then", empty=True)
-        key = {name: _stage(ops, f"key_groups[{name!r}]") for name, ops in (key_groups or {}).items()}
+        query = {name: stage_of(ops, f"group {name!r}") for name, ops in groups.items()}
+        query[THEN] = stage_of(then, "then", empty=True)
+        key = {name: stage_of(ops, f"key_groups[{name!r}]") for name, ops in (key_groups or {}).items()}
         if key_then is not None:
-            key[THEN] = _stage(key_then, "key_then", empty=True)
-        self.query, self.key = nn.ModuleDict(_prefixed(query)), nn.ModuleDict(_prefixed(key))
+            key[THEN] = stage_of(key_then, "key_then", empty=True)
+        self.query, self.key = nn.ModuleDict(prefixed(query)), nn.ModuleDict(prefixed(key))
         self.stages = (*groups, THEN)
         if isinstance(cross_image, str):
             raise TypeError(f"cross_image: expected a sequence of group names: got {cross_image!r}")
@@ -126,7 +122,7 @@ class StructuredViews(nn.Module):
         b = x.shape[0]
         index = self.plan.default_space_index(b) if self.plan.kind == "interleaved" else None
         sources, ids = self._sources(b, index)
-        draw = _Draw((self.seed, self.rank, _worker_seed(), self.call))
+        draw = Draws((self.seed, self.rank, _worker_seed(), self.call))
         self.call += 1
         v = self.plan.num_views
         with torch.autocast(x.device.type, enabled=False):
@@ -230,13 +226,13 @@ class StructuredViews(nn.Module):
         return view == 1 + m
 
     def _operations(self, stage: str, from_key: bool) -> nn.ModuleDict:
-        name = _PREFIX + stage
+        name = PREFIX + stage
         return self.key[name] if from_key and name in self.key else self.query[name]  # type: ignore[return-value]
 
     # ------------------------------------------------------------------------------------------------ drawing
 
     def _view_by_view(
-        self, inputs: list[Tensor], draw: "_Draw", index: Tensor | None
+        self, inputs: list[Tensor], draw: Draws, index: Tensor | None
     ) -> tuple[list[Tensor], list[ViewParameters]]:
         out: list[Tensor] = []
         drawn: list[ViewParameters] = []
@@ -245,11 +241,11 @@ class StructuredViews(nn.Module):
             for stage in self.stages:
                 b = x.shape[0]
                 shared = self._shared_rows(view, stage, b, index)
-                keyed = view > 0 and (_PREFIX + stage) in self.key
+                keyed = view > 0 and (PREFIX + stage) in self.key
                 query_ops = self._operations(stage, False)
                 if shared is True:
-                    parameters = {op: _clone(p) for op, p in drawn[0][stage].items()}
-                    x = _run(stage, query_ops, x, parameters)
+                    parameters = {op: clone(p) for op, p in drawn[0][stage].items()}
+                    x = run(stage, query_ops, x, parameters)
                 elif not keyed:
                     x, parameters = self._draw_and_run(stage, query_ops, x, draw, view, drawn, shared)
                 elif shared is False:
@@ -261,7 +257,7 @@ class StructuredViews(nn.Module):
                     # Interleaved with operations of the key's own: the rows of this group run the query's.
                     key_ops = self._operations(stage, True)
                     _, parameters = self._draw_and_run(stage, key_ops, x, draw, view, drawn, False)
-                    parameters = _merged(stage, parameters, drawn[0][stage], shared)
+                    parameters = merged(stage, parameters, drawn[0][stage], shared)
                     mine.from_key[stage] = ~shared  # type: ignore[operator]
                     x = self._apply_stage(stage, query_ops, x, parameters, mine.from_key[stage])
                 mine[stage] = parameters
@@ -270,7 +266,7 @@ class StructuredViews(nn.Module):
         return out, drawn
 
     def _one_pass(
-        self, inputs: list[Tensor], draw: "_Draw", index: Tensor | None
+        self, inputs: list[Tensor], draw: Draws, index: Tensor | None
     ) -> tuple[list[Tensor], list[ViewParameters]]:
         """All views as one batch of V*B images; the same draws as view by view."""
         v, b = len(inputs), inputs[0].shape[0]
@@ -278,15 +274,15 @@ class StructuredViews(nn.Module):
         drawn = [ViewParameters({stage: {} for stage in self.stages}) for _ in range(v)]
         for stage in self.stages:
             for name, op in self._operations(stage, False).items():
-                key = _unprefixed(name)
+                key = unprefixed(name)
                 for view in range(v):
                     parameters = self._draw(stage, key, op, (b, *x.shape[1:]), draw, view, drawn)
                     shared = self._shared_rows(view, stage, b, index)
                     if shared is not False:
-                        parameters = _take(parameters, drawn[0][stage][key], shared, f"{stage}: {key}")
+                        parameters = take(parameters, drawn[0][stage][key], shared, f"{stage}: {key}")
                     drawn[view][stage][key] = parameters
                 together = {p: torch.cat([d[stage][key][p] for d in drawn]) for p in drawn[0][stage][key]}
-                x = _apply_operation(stage, key, op, x, together)
+                x = apply_operation(stage, key, op, x, together)
         return list(x.split(b)), drawn
 
     def _draw_and_run(
@@ -294,19 +290,19 @@ class StructuredViews(nn.Module):
         stage: str,
         operations: nn.ModuleDict,
         x: Tensor,
-        draw: "_Draw",
+        draw: Draws,
         view: int,
         drawn: list[ViewParameters],
         shared: bool | Tensor,
     ) -> tuple[Tensor, dict[str, Parameters]]:
         parameters: dict[str, Parameters] = {}
         for name, op in operations.items():
-            key = _unprefixed(name)
+            key = unprefixed(name)
             p = self._draw(stage, key, op, tuple(x.shape), draw, view, drawn)
             if shared is not False:
-                p = _take(p, drawn[0][stage][key], shared, f"{stage}: {key}")
+                p = take(p, drawn[0][stage][key], shared, f"{stage}: {key}")
             parameters[key] = p
-            x = _apply_operation(stage, key, op, x, p)
+            x = apply_operation(stage, key, op, x, p)
         return x, parameters
 
     def _draw(
@@ -315,7 +311,7 @@ class StructuredViews(nn.Module):
         key: str,
         op: nn.Module,
         shape: tuple[int, ...],
-        draw: "_Draw",
+        draw: Draws,
         view: int,
         drawn: list[ViewParameters],
     ) -> Parameters:
@@ -332,7 +328,7 @@ class StructuredViews(nn.Module):
         op: Any,
         parameters: Parameters,
         shape: tuple[int, ...],
-        draw: "_Draw",
+        draw: Draws,
         place: tuple[int, ...],
         view: int,
         drawn: list[ViewParameters],
@@ -360,14 +356,14 @@ class StructuredViews(nn.Module):
     ) -> Tensor:
         """Apply a group; the rows of `mask` run the key's operations."""
         if mask is None or not bool(mask.any()):
-            return _run(stage, query_ops, x, parameters)
+            return run(stage, query_ops, x, parameters)
         key_ops = self._operations(stage, True)
         if bool(mask.all()):
-            return _run(stage, key_ops, x, parameters)
+            return run(stage, key_ops, x, parameters)
         parts = {}
         for ops, rows in ((query_ops, torch.nonzero(~mask).flatten()), (key_ops, torch.nonzero(mask).flatten())):
             some = {op: {k: t[rows.to(t.device)] for k, t in p.items()} for op, p in parameters.items()}
-            parts[ops] = (rows.to(x.device), _run(stage, ops, x[rows.to(x.device)], some))
+            parts[ops] = (rows.to(x.device), run(stage, ops, x[rows.to(x.device)], some))
         (i, a), (j, c) = parts.values()
         if a.shape[1:] != c.shape[1:]:
             raise ValueError(
@@ -376,264 +372,6 @@ class StructuredViews(nn.Module):
         out = a.new_empty((x.shape[0], *a.shape[1:]))
         out[i], out[j] = a, c
         return out
-
-
-# ---------------------------------------------------------------------------------------------------- drawing
-
-
-class _Draw:
-    """Seeded draws of one call: each (view, stage, operation) has a generator state of its own."""
-
-    def __init__(self, seeds: tuple[int, ...]) -> None:
-        self.seeds = seeds
-
-    @contextmanager
-    def _seeded(self, *place: int) -> Iterator[None]:
-        """Kornia draws from the global CPU generator: put ours in, and the user's back."""
-        digest = hashlib.blake2b(repr((*self.seeds, *place)).encode(), digest_size=8).digest()
-        generator = torch.default_generator
-        state = generator.get_state()
-        try:
-            generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-            yield
-        finally:
-            generator.set_state(state)
-
-    def __call__(self, op: Any, shape: tuple[int, ...], place: tuple[int, ...]) -> Parameters:
-        """Parameters of an operation for a batch [B, ...], every value per image."""
-        b = shape[0]
-        with self._seeded(*place, 2):  # apart: only the first call looks, and all calls must draw alike
-            wide = _batch_wide(op, shape)
-        with self._seeded(*place, 0):
-            if not wide:
-                out = _rows(op.forward_parameters(torch.Size(shape)))
-            elif _has_order(op):
-                out = _rows(op.forward_parameters(torch.Size(shape)))
-                fixed = getattr(op, "_fixed_order", None)
-                if fixed is None:
-                    out["order"] = torch.rand(b, 4).argsort(dim=1)
-                else:
-                    out["order"] = torch.tensor(fixed).expand(b, -1).clone()
-            else:
-                each = [_rows(op.forward_parameters(torch.Size((1, *shape[1:])))) for _ in range(b)]
-                out = {k: torch.cat([e[k] for e in each]) for k in each[0]}
-            if 0 < op.p_batch < 1:  # a gate for the whole batch: one per image instead
-                out[GATE] = (torch.rand(b) < op.p * op.p_batch).to(out[GATE].dtype)
-        return out
-
-    def near(self, box: Tensor, a: float, op: Any, shape: tuple[int, ...], place: tuple[int, ...]) -> Tensor:
-        """Corners [B, 4, 2] of a crop near the query's corners: area, aspect and centre as in docs/method.md."""
-        b, h, w = shape[0], shape[-2], shape[-1]
-        low, high = box[:, 0].double(), box[:, 2].double() + 1  # (x, y), exclusive
-        ratio = torch.as_tensor(op._param_generator.ratio, dtype=torch.float64).log()
-        with self._seeded(*place, 1):
-            u = torch.rand(b, 4, dtype=torch.float64)
-        extent = high - low
-        area = extent.prod(dim=1) * (1 - a + 2 * a * u[:, 0])
-        aspect = (ratio[0] + (ratio[1] - ratio[0]) * u[:, 1]).exp()
-        size = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=1)
-        limit = torch.tensor([w, h], dtype=torch.float64)
-        # Where one edge meets the image, the other one keeps the area.
-        size = torch.minimum(torch.minimum(size, limit), limit)
-        size = torch.minimum(torch.maximum(size, area[:, None] / size.flip(1).clamp(min=1)), limit).round()
-        size = torch.minimum(size.clamp(min=1), limit)
-        start = low + extent * u[:, 2:] - size / 2
-        start = torch.minimum(start.round().clamp(min=0), limit - size)
-        stop = start + size - 1
-        x0, y0, x1, y1 = start[:, 0], start[:, 1], stop[:, 0], stop[:, 1]
-        corners = [torch.stack(c, dim=1) for c in ((x0, y0), (x1, y0), (x1, y1), (x0, y1))]
-        return torch.stack(corners, dim=1)
-
-
-def _rows(parameters: Mapping[str, Any]) -> Parameters:
-    """The per-image parameters, as tensors of our own."""
-    return {k: torch.as_tensor(t).clone() for k, t in parameters.items() if k not in ("forward_input_shape", "order")}
-
-
-def _has_order(op: Any) -> bool:
-    return isinstance(op, K.ColorJitter | K.ColorJiggle)
-
-
-def _batch_wide(op: Any, shape: tuple[int, ...]) -> bool:
-    """Does the operation draw anything for the whole batch? Found by drawing for batches of two sizes, once."""
-    known = op.__dict__.get("_ssd_batch_wide")
-    if known is None:
-        small, large = (dict(op.forward_parameters(torch.Size((n, *shape[1:])))) for n in (5, 7))
-        for d in (small, large):
-            d.pop("forward_input_shape", None)
-        known = any(
-            not isinstance(t, Tensor) or t.ndim == 0 or t.shape[0] != 5 or large[k].shape[0] != 7
-            for k, t in small.items()
-        )
-        op.__dict__["_ssd_batch_wide"] = known
-    return known
-
-
-def _take(parameters: Parameters, query: Parameters, shared: bool | Tensor, name: str) -> Parameters:
-    """The query's parameters in the shared rows."""
-    if shared is True:
-        return _clone(query)
-    assert isinstance(shared, Tensor)
-    out = {}
-    for k, t in parameters.items():
-        if t.shape != query[k].shape:
-            raise ValueError(
-                f"{name}: its parameter {k!r} has another size in every draw ({_checks.shape(t)}, "
-                f"{_checks.shape(query[k])}), which an interleaved plan cannot share; use plan='shared_query'"
-            )
-        out[k] = torch.where(shared.view(-1, *[1] * (t.ndim - 1)), query[k], t)
-    return out
-
-
-def _merged(
-    stage: str, key: dict[str, Parameters], query: dict[str, Parameters], shared: Tensor
-) -> dict[str, Parameters]:
-    """Query and key ran other operations: rows of `shared` hold the query's values, the others the key's."""
-    out = {}
-    for name in dict.fromkeys((*query, *key)):
-        if name in query and name in key:
-            if query[name].keys() != key[name].keys():
-                raise ValueError(f"{stage}: {name} of query and key draw different parameters; give them other places")
-            out[name] = _take(key[name], query[name], shared, f"{stage}: {name}")
-        else:
-            out[name] = _clone(query.get(name) or key[name])
-    return out
-
-
-def _clone(parameters: Parameters) -> Parameters:
-    return {k: t.clone() for k, t in parameters.items()}
-
-
-# ---------------------------------------------------------------------------------------------------- applying
-
-
-def _run(stage: str, operations: nn.ModuleDict, x: Tensor, parameters: dict[str, Parameters]) -> Tensor:
-    for name, op in operations.items():
-        key = _unprefixed(name)
-        if key not in parameters:
-            raise ValueError(f"parameters: {stage} needs those of {key}: got {_checks.names(parameters)}")
-        x = _apply_operation(stage, key, op, x, parameters[key])
-    return x
-
-
-def _apply_operation(stage: str, key: str, op: Any, x: Tensor, parameters: Parameters) -> Tensor:
-    """Run an operation on the images it fires on; the others stay as they are, bit for bit."""
-    b = x.shape[0]
-    if parameters[GATE].shape[0] != b:
-        raise ValueError(f"{stage}: {key}: expected parameters of {b} images: got {parameters[GATE].shape[0]}")
-    fires = parameters[GATE] > 0.5
-    if not bool(fires.any()):
-        return x
-    everywhere = bool(fires.all())
-    rows = torch.arange(b) if everywhere else torch.nonzero(fires.cpu()).flatten()
-    out: Tensor | None = None
-    for some in _batches(op, parameters, rows):
-        whole = everywhere and len(some) == b
-        picked = parameters if whole else {k: t[some.to(t.device)] for k, t in parameters.items()}
-        y = _call(stage, key, op, x if whole else x[some.to(x.device)], picked)
-        if whole:
-            return y
-        if out is None:
-            if y.shape[1:] == x.shape[1:]:
-                out = x.clone()
-            elif everywhere:
-                out = y.new_empty((b, *y.shape[1:]))
-            else:
-                raise ValueError(
-                    f"{stage}: {key} makes {_checks.shape(x[:1])} into {_checks.shape(y[:1])} where it fires and "
-                    "leaves the other images as they are; an operation that changes the size needs p=1"
-                )
-        out[some.to(x.device)] = y
-    assert out is not None
-    return out
-
-
-def _batches(op: Any, parameters: Parameters, rows: Tensor) -> list[Tensor]:
-    """Rows that one call may serve: all, those of one order of sub-operations, or one at a time."""
-    if not op.__dict__.get("_ssd_batch_wide", False):
-        return [rows]
-    if _has_order(op):
-        orders, which = (
-            parameters["order"][rows.to(parameters["order"].device)].cpu().unique(dim=0, return_inverse=True)
-        )
-        return [rows[which == k] for k in range(len(orders))]
-    return list(rows.split(1))
-
-
-def _call(stage: str, key: str, op: Any, x: Tensor, parameters: Parameters) -> Tensor:
-    given: dict[str, Any] = _clone(parameters)
-    if "order" in given:
-        given["order"] = given["order"][0]
-    given["forward_input_shape"] = torch.tensor(x.shape)
-    audited = op.__dict__.get("_ssd_audited", False)
-    state = None if audited else torch.default_generator.get_state()
-    try:
-        y = op(x, params=given)
-    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError, KeyError) as error:
-        raise ValueError(f"{stage}: {key} could not be applied to images {_checks.shape(x)}: {error}") from error
-    finally:
-        op._params = {}  # Kornia would keep the batch's parameters alive
-    if state is not None:
-        if not torch.equal(state, torch.default_generator.get_state()):
-            torch.default_generator.set_state(state)
-            raise ValueError(
-                f"{stage}: {key} draws random numbers while it is applied, beside its parameters, so no two views can "
-                "share them; leave it out, or put another operation in its place"
-            )
-        op.__dict__["_ssd_audited"] = True
-    return y
-
-
-# ---------------------------------------------------------------------------------------------------- operations
-
-_PREFIX = "_"  # nn.ModuleDict refuses names of its own attributes ("type", "keys") and dots
-
-
-def _prefixed(stages: dict[str, nn.ModuleDict]) -> dict[str, nn.Module]:
-    for name in stages:
-        if "." in name:
-            raise ValueError(f"a group's name is a word without dots: got {name!r}")
-    return {_PREFIX + name: stage for name, stage in stages.items()}
-
-
-def _unprefixed(name: str) -> str:
-    """ "0_ColorJitter" -> "0.ColorJitter"."""
-    return name.replace("_", ".", 1)
-
-
-def _stage(operations: Sequence[nn.Module], where: str, *, empty: bool = False) -> nn.ModuleDict:
-    if isinstance(operations, nn.Module) or not isinstance(operations, Sequence):
-        raise TypeError(f"{where}: expected a sequence of Kornia operations: got {type(operations).__name__}")
-    if not operations and not empty:
-        raise ValueError(f"{where}: expected at least one operation: got none, so there is no style to keep")
-    out = nn.ModuleDict()
-    for i, op in enumerate(operations):
-        name = type(op).__name__
-        if not isinstance(op, AugmentationBase2D):
-            raise TypeError(
-                f"{where}: expected Kornia 2-D operations on single images (kornia.augmentation, no container, no "
-                f"mixing of images): got {name}"
-            )
-        if op.same_on_batch and _draws(op):  # Normalize, CenterCrop and Resize set it too, and draw nothing
-            raise ValueError(f"{where}: {name}(same_on_batch=True) gives all images one draw; every draw is per image")
-        op = copy.deepcopy(op)
-        op.set_rng_device_and_dtype(torch.device("cpu"), torch.float32)
-        for part in op.modules():  # Kornia's constants: no checkpoint of a surrounding module holds them
-            part._non_persistent_buffers_set.update(part._buffers)
-        if _has_order(op):
-            op.__dict__["_ssd_batch_wide"] = True
-        out[f"{i}_{name}"] = op
-    return out
-
-
-def _draws(op: Any) -> bool:
-    """Does it take random numbers at all?"""
-    state = torch.default_generator.get_state()
-    try:
-        op.forward_parameters(torch.Size((2, 3, 64, 64)))
-        return not torch.equal(state, torch.default_generator.get_state())
-    finally:
-        torch.default_generator.set_state(state)
 
 
 def _is_crop(op: nn.Module) -> bool:

@@ -47,9 +47,15 @@ class StructuredCollate:
     def __init__(
         self, size: int | tuple[int, int], *, fit: str = "cover", views: Callable[[Tensor], ViewBatch] | None = None
     ) -> None:
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
-        if len(self.size) != 2 or any(not isinstance(s, int) or s < 1 for s in self.size):
-            raise ValueError(f"size: expected an edge or (height, width) in pixels, 1 or more: got {size!r}")
+        edges = (size, size) if isinstance(size, int) else size
+        if (
+            not isinstance(edges, Sequence)
+            or len(edges) != 2
+            or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in edges)
+        ):
+            got = repr(size) if isinstance(size, int | float | Sequence) else type(size).__name__
+            raise ValueError(f"size: expected an edge or (height, width) in whole pixels, 1 or more: got {got}")
+        self.size = (edges[0], edges[1])
         self.fit = _checks.choice(fit, ("cover", "pad"), "fit")
         self.views = views
 
@@ -143,6 +149,9 @@ class ImageFiles(Dataset[tuple[Image.Image, int, str]]):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def __repr__(self) -> str:
+        return f"ImageFiles({str(self.root)!r}: {len(self)} images, {len(self.classes)} class folders)"
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int, str]:
         for step in range(len(self.samples)):

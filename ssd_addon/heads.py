@@ -5,6 +5,7 @@ Legend: V views, B images, F backbone width, S spaces, h hidden width, d_s width
 
 import copy
 import itertools
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,10 @@ class StyleHeads(nn.Module):
         Raises:
             ValueError: not such a file, or a backbone of another architecture.
         """
-        stored = torch.load(path, map_location=map_location, weights_only=True)
+        try:
+            stored = torch.load(path, map_location=map_location, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+            raise ValueError(f"{path}: expected a file of StyleHeads.save: could not be read ({error})") from error
         if not isinstance(stored, dict) or not {"config", "state_dict"} <= stored.keys():
             raise ValueError(f"{path}: expected a file of StyleHeads.save (config and state_dict): got another content")
         config = dict(stored["config"])

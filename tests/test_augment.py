@@ -75,11 +75,11 @@ def test_content_key_and_repeated_calls_redraw_and_a_seed_repeats():
 def test_one_pass_draws_and_gives_what_view_by_view_gives():
     views = StructuredViews(groups(), seed=5, cross_image=("color",))
     batch = views(images())
-    from ssd_addon.augment import _Draw
+    from ssd_addon._draws import Draws
 
     sources, _ = views._sources(6, None)
     inputs = [images() if s is None else images()[s] for s in sources]
-    out, parameters = views._one_pass(inputs, _Draw((5, 0, 0, 0)), None)
+    out, parameters = views._one_pass(inputs, Draws((5, 0, 0, 0)), None)
     torch.testing.assert_close(torch.stack(out), batch.views, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(parameters, batch.parameters, strict=True):
         assert torch.equal(mine["color"][COLOR]["hue_factor"], theirs["color"][COLOR]["hue_factor"])
@@ -97,6 +97,11 @@ def test_color_jitter_orders_are_per_image_and_applied_per_image():
         torch.testing.assert_close(single(x[i : i + 1], params=row)[0], batch[0][i], rtol=0, atol=1e-6)
     fixed = StructuredViews({"color": [K.ColorJitter(0.4, 0.4, 0.4, 0.4, order=(3, 2))]}, seed=0)(x)
     assert torch.equal(fixed.parameters[0]["color"][COLOR]["order"], torch.tensor([3, 2]).expand(8, 2))
+
+
+def test_operations_that_need_rgb_say_so_for_other_images():
+    with pytest.raises(ValueError, match=r"color: 0.ColorJitter .* need RGB, 3 channels: the images have 1"):
+        StructuredViews({"color": [K.ColorJitter(0.4, 0.4, 0.4, 0.4, p=1.0)]}, seed=0)(torch.rand(4, 1, 8, 8))
 
 
 def test_two_operations_of_one_class_keep_their_own_parameters():

@@ -68,3 +68,9 @@ def test_image_files(tmp_path):
     with pytest.warns(RuntimeWarning, match=r"skipped .*1\.jpg"):
         assert skipping[1][2] == "b/0.jpg"
     assert skipping.skipped == 1
+
+
+@pytest.mark.parametrize("size", [0, 2.5, (3, 4, 5), True, StructuredViews({}, seed=0), (8, 0)])
+def test_a_size_that_is_none_is_refused(size):
+    with pytest.raises(ValueError, match=r"expected an edge or \(height, width\)"):
+        StructuredCollate(size)

@@ -101,6 +101,10 @@ def test_save_and_load(tmp_path):
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"expected a file of StyleHeads\.save"):
         StyleHeads.load(tmp_path / "other.pt", nn.Linear(6, 9))
+    for content in (b"hello", b"", (tmp_path / "m.pt").read_bytes()[:300]):
+        (tmp_path / "broken.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"broken\.pt: expected a file of StyleHeads\.save: could not be read"):
+            StyleHeads.load(tmp_path / "broken.pt", nn.Linear(6, 9))
 
 
 class Wrong(nn.Module):
