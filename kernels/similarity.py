@@ -249,11 +249,15 @@ class _Blocks:
     def gradient(self, lse: Tensor, grad: Tensor, shift: float | None) -> Tensor:
         """dL/dz of the local rows. Across ranks the n coefficients are gathered, not the gradients of N rows."""
         by_shift = shift is not None
-        c = grad * torch.exp((shift or 0.0) - lse) if by_shift else grad
         if self.triangle:
-            c_all, lse_all = c, lse
+            grad_all, lse_all = grad, lse
         else:
-            c_all, lse_all = _dist.gather(c, self.shards), _dist.gather(lse, self.shards)
+            grad_all, lse_all = _dist.gather(grad, self.shards), _dist.gather(lse, self.shards)
+        # exp(shift - lse) alone spans float32: cotangents of 1/N or 65536 leave it unless they are 1 at most.
+        unit = grad_all.abs().max() if by_shift and grad_all.numel() else grad.new_ones(())
+        unit = torch.where(unit > 0, unit, 1.0)
+        c_all = grad_all / unit * torch.exp((shift or 0.0) - lse_all) if by_shift else grad_all
+        c = c_all[self.shards.offset : self.shards.offset + self.shards.size]
         lse, lse_all = lse * LOG2E, lse_all * LOG2E
         dz = torch.zeros_like(self.z)
         for i, j, logits in self.pairs():
@@ -272,7 +276,7 @@ class _Blocks:
                 dz[i, first:last].addmm_(weights, self.every[j, first:last], alpha=self.scale)
                 if self.triangle and i.start != j.start:
                     dz[j, first:last].addmm_(weights.T, self.z[i, first:last], alpha=self.scale)
-        return dz
+        return dz.mul_(unit)
 
 
 def block_rows(width: int, device: torch.device) -> int:

@@ -100,14 +100,18 @@ def test_antipodal_rows_at_a_low_temperature(backend, dtype):
     torch.testing.assert_close(dz, -200 * z.detach(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("scale", [1 / 40, 1e-8, 65536.0])
 @pytest.mark.parametrize("tau", [0.01, 0.0134, 0.05])
 @pytest.mark.parametrize("backend", RUN)
-def test_lse_in_float32_keeps_the_digits(backend, tau):
-    """Nearly one cluster, and one row on the other side: the widest range of exponents under one shift."""
+def test_lse_in_float32_keeps_the_digits(backend, tau, scale):
+    """Nearly one cluster, and one row on the other side: the widest range of exponents under one shift.
+
+    The cotangents are those of a mean over rows, of a tiny weight, and of a loss scaler.
+    """
     z = F.normalize(unit(1, 8) + 0.05 * unit(40, 8, seed=3), dim=1)
     z[7] = -z[7]
     ids = torch.arange(40) // 2
-    cotangent = torch.full((40,), 1 / 40, dtype=torch.float64)
+    cotangent = torch.full((40,), scale, dtype=torch.float64)
     want = both(lambda z, i, t, p: negative_lse(z, i, t, backend="eager"), z, ids, tau, None, cotangent)
     rows = z.float().requires_grad_()
     lse = negative_lse(rows, ids, tau, backend=backend, chunk=16)

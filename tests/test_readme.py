@@ -1,5 +1,6 @@
-"""The README's quick start runs as it stands."""
+"""The README's quick start runs as it stands; links lead somewhere; the API page is the docstrings'."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -26,3 +27,10 @@ def test_links_lead_somewhere():
     for page in (README, *README.parent.glob("docs/*.md"), README.parent / "kernels" / "README.md"):
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_api_page_is_current():
+    spec = importlib.util.spec_from_file_location("build", README.parent / "docs" / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    assert build.PAGE.read_text() == build.page(), "run python docs/build.py"
