@@ -27,14 +27,25 @@ from ssd_addon import DualAscent, JointEntropyLoss, StructuredViews, StyleHeads,
 from ssd_addon.metrics import r2_matrix
 
 
-def convnet(width: int = 128) -> nn.Module:
-    """A small convolutional backbone for 48-64 pixels: five strided blocks; position survives in the last map."""
-    layers: list[nn.Module] = []
-    channels = (3, 32, 64, 96, width)
-    for a, b in itertools.pairwise(channels):
-        layers += [nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * width, 256), nn.ReLU())
-    return net.to(memory_format=torch.channels_last)  # on CPUs about twice as fast
+class ConvNet(nn.Module):
+    """A small backbone for 48 to 64 pixels: [N, 3, H, W] -> [N, 256].
+
+    Three strided blocks and one that looks around, then two readings of the last map: its average and maximum, which
+    know what is there, and a narrow copy of all of it, which knows where.
+    """
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for a, b, stride in ((3, 32, 2), (32, 64, 2), (64, 96, 2), (96, width, 1)):
+            layers += [nn.Conv2d(a, b, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+        self.map = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # on CPUs about twice as fast
+        self.where = nn.Sequential(nn.Conv2d(width, 16, 1), nn.AdaptiveAvgPool2d(6), nn.Flatten())
+        self.out = nn.Sequential(nn.Linear(2 * width + 16 * 36, 256), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.map(x)
+        return self.out(torch.cat([y.mean((2, 3)), y.amax((2, 3)), self.where(y)], dim=1))
 
 
 def mlp(n_in: int) -> nn.Module:
@@ -60,7 +71,7 @@ class Sprites:
             cross = tuple(groups) if args.cross_image else ()
             self.views = StructuredViews(groups, plan=args.plan, cross_image=cross, seed=args.seed)
         self.widths = {"content": 64, **({} if args.method == "content-only" else {"color": 16, "spatial": 32})}
-        self.backbone, self.features = convnet(), 256
+        self.backbone, self.features = ConvNet(), 256
         self.pool: tuple[Tensor, dict[str, Tensor]] | None = None
 
     def images(self, n: int, g: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -107,6 +118,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     p.add_argument("--content-keys", choices=("first", "all"), default="first")
     p.add_argument("--content-entropy", action="store_true", help="a further entropy term on content alone")
     p.add_argument("--dual-ascent", type=float, default=None, metavar="TOLERANCE")
+    p.add_argument("--dual-step", type=float, default=0.005, help="step size of the dual ascent")
+    p.add_argument("--dual-warmup", type=int, default=500, help="steps before the dual ascent begins")
     p.add_argument("--dependent", action="store_true", help="latents: statistically dependent blocks")
     p.add_argument("--content-dependent-style", action="store_true", help="latents: style depends on content")
     p.add_argument("--dsprites", type=Path, default=None, help="the original dSprites npz, instead of drawn sprites")
@@ -138,7 +151,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         content_keys=args.content_keys,
         content_entropy=args.content_entropy,
     )
-    ascent = None if args.dual_ascent is None else DualAscent(criterion, tolerance=args.dual_ascent, step_size=0.05)
+    ascent = None
+    if args.dual_ascent is not None:
+        ascent = DualAscent(
+            criterion, tolerance=args.dual_ascent, step_size=args.dual_step, warmup_steps=args.dual_warmup
+        )
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
 
     log: list[dict[str, Any]] = []
@@ -162,6 +179,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             progress = step / args.steps if args.steps else elapsed / (60 * args.minutes)
             if logging and terms is not None:
                 log.append({"step": step, "seconds": round(elapsed, 2), **terms.scalars()})
+                if ascent is not None:
+                    log[-1] |= {f"lambda/{n}": float(w) for n, w in zip(data.widths, ascent.weights, strict=True)}
                 file.write(json.dumps(log[-1]) + "\n")
                 file.flush()
             if elapsed - shown > 10 or progress >= 1:
