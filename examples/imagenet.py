@@ -169,7 +169,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     preset = "content_only" if args.method == "content-only" else args.preset
     views = StructuredViews(**presets(preset, size=args.size), plan=args.plan, seed=args.seed)
     torch.manual_seed(args.seed)
-    core = build_model(args, views.plan.spaces).to(device)
+    core = build_model(args, views.plan.spaces).to(device, memory_format=torch.channels_last)
     if world > 1 and gpu:
         core = nn.SyncBatchNorm.convert_sync_batchnorm(core)
     features: dict[str, Tensor] = {}

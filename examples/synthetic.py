@@ -10,7 +10,6 @@ over the whole circle.
 """
 
 import argparse
-import itertools
 import json
 import math
 import time
