@@ -23,7 +23,7 @@ from sprites import draw_factors, load_dsprites, render, scored
 from torch import Tensor, nn
 
 from ssd_addon import DualAscent, JointEntropyLoss, StructuredViews, StyleHeads, ViewBatch, plots
-from ssd_addon.metrics import r2_matrix
+from ssd_addon.metrics import Circular, r2_matrix
 
 
 class ConvNet(nn.Module):
@@ -96,6 +96,34 @@ def learning_rate(progress: float, base: float) -> float:
     return base * warm * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
+def shares(embeddings: dict[str, Tensor], factors: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Space -> factor -> share of the (unit-length) embedding's variance that is a function of that factor.
+
+    A probe tells whether a factor can be read from a space, however faintly it is written there; this tells how much
+    of the space it takes. The functions are class means, four powers, or six harmonics, by least squares.
+    """
+    out: dict[str, dict[str, float]] = {}
+    for space, z in embeddings.items():
+        e = nn.functional.normalize(z.double(), dim=1)
+        e = e - e.mean(0)
+        out[space] = {}
+        for name, factor in factors.items():
+            if isinstance(factor, Circular):
+                if isinstance(factor.fold, Tensor):  # an angle that only some samples have
+                    continue
+                angle = factor.angle.double()
+                columns = [f(k * angle) for k in range(1, 7) for f in (torch.cos, torch.sin)]
+            elif factor.is_floating_point():
+                t = (factor.double() - factor.double().mean()) / factor.double().std()
+                columns = [t**k for k in range(1, 5)] if t.ndim == 1 else [c**k for c in t.T for k in range(1, 5)]
+            else:
+                columns = [(factor == k).double() for k in factor.unique()[1:]]
+            basis = torch.stack([torch.ones_like(columns[0]), *columns], dim=1)
+            rest = e - basis @ torch.linalg.lstsq(basis, e).solution
+            out[space][name] = 1 - (rest.square().sum() / e.square().sum()).item()
+    return out
+
+
 @torch.no_grad()
 def embed(model: StyleHeads, x: Tensor) -> dict[str, Tensor]:
     """Every space and the backbone, in evaluation mode."""
@@ -130,6 +158,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--amp", action="store_true", help="bfloat16 autocast: faster where the processor has it")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--evaluate", action="store_true", help="score OUT/model.pt again, instead of training")
     p.add_argument("--out", type=Path, default=Path("runs/synthetic"))
     args = p.parse_args(argv)
 
@@ -159,7 +188,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     log: list[dict[str, Any]] = []
     start, step, progress, shown = time.monotonic(), 0, 0.0, 0.0
-    with open(args.out / "log.jsonl", "w") as file:
+    if args.evaluate:
+        model, progress = StyleHeads.load(args.out / "model.pt", data.backbone), 1.0
+    with open(args.out / "log.jsonl", "a" if args.evaluate else "w") as file:
         while progress < 1:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress, args.lr)
@@ -197,12 +228,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         tables["conditional"] = r2_matrix(z, factors, probe="kernel", given=("content",))
     for title, table in tables.items():
         print(f"\n{title}\n{table}")
+    share = shares(z, factors)
+    print("\nshare of the variance (percent)")
+    for space, row in share.items():
+        print(f"{space:10s}" + "  ".join(f"{name} {100 * value:.1f}" for name, value in row.items()))
+    if args.evaluate:
+        result = json.loads((args.out / "metrics.json").read_text())
+        result |= {"tables": {k: t.to_json() for k, t in tables.items()}, "variance_share": share}
+        (args.out / "metrics.json").write_text(json.dumps(result, indent=1))
+        plots.matrix(tables, args.out / "matrix.png")
+        return result
     result = {
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "steps": step,
         "seconds": round(time.monotonic() - start, 1),
         "lambda": None if ascent is None else ascent.weights.tolist(),
         "tables": {k: t.to_json() for k, t in tables.items()},
+        "variance_share": share,
     }
     (args.out / "metrics.json").write_text(json.dumps(result, indent=1))
     plots.matrix(tables, args.out / "matrix.png")

@@ -42,7 +42,7 @@ def matrix(tables: Mapping[str, ScoreTable] | ScoreTable, path: str | Path) -> N
             for j, f in enumerate(table.factors):
                 value = table[s, f]
                 text = "n/a" if value != value else f"{value:.2f}".replace("-0.00", "0.00")
-                ink = "black" if value > 0.55 else "white"
+                ink = "white" if value <= 0.55 else "black"  # n/a lies on white
                 ax.text(j, i, text, ha="center", va="bottom", color=ink, fontsize=11)
                 if (s, f) in table.intervals:
                     low, high = table.intervals[s, f]

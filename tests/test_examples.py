@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import sprites
 import synthetic
 
+from ssd_addon.metrics import Circular
+
 
 @pytest.mark.parametrize("dataset", ["sprites", "latents"])
 @pytest.mark.parametrize("method", ["ours", "content-only"])
@@ -45,3 +47,14 @@ def test_dsprites_file_of_another_kind(tmp_path):
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     with pytest.raises(ValueError, match="dSprites arrays"):
         sprites.load_dsprites(tmp_path / "other.npz", 2, torch.Generator())
+
+
+def test_shares_of_the_variance_tell_how_much_of_a_space_a_factor_takes():
+    g = torch.Generator().manual_seed(0)
+    angle, kind = torch.rand(500, generator=g) * 6.2831853, torch.randint(3, (500,), generator=g)
+    circle = torch.stack([angle.cos(), angle.sin()], dim=1)
+    noise = torch.randn(500, 2, generator=g)
+    embeddings = {"circle": circle, "noise": noise, "mostly": torch.cat([circle, 0.1 * noise], dim=1)}
+    found = synthetic.shares(embeddings, {"hue": Circular(angle), "shape": kind})
+    assert found["circle"]["hue"] > 0.999 and found["circle"]["shape"] < 0.05
+    assert found["noise"]["hue"] < 0.1 and 0.9 < found["mostly"]["hue"] < 1
