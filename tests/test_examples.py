@@ -26,6 +26,18 @@ def test_synthetic(dataset, method, tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text())["config"]["method"] == method
 
 
+def test_a_run_is_scored_again_with_its_own_configuration(tmp_path, capsys):
+    arguments = ["--dataset", "latents", "--dependent", "--seed", "3", "--amp", "--steps", "2", "--samples", "200"]
+    first = synthetic.main([*arguments, "--batch-size", "12", "--out", str(tmp_path)])
+    again = synthetic.main(["--evaluate", "--out", str(tmp_path)])  # neither latents nor the seed is said again
+    assert again["config"] == first["config"] and again["steps"] == 2
+    assert again["tables"] == json.loads(json.dumps(first["tables"]))
+    with pytest.raises(SystemExit):
+        synthetic.main(["--evaluate", "--out", str(tmp_path / "none")])
+    assert "expected metrics.json and model.pt of a finished run" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_sprites_are_where_and_what_their_factors_say():
     f = sprites.draw_factors(64, torch.Generator().manual_seed(0))
     x = sprites.render(f)

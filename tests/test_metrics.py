@@ -13,7 +13,7 @@ from sklearn.metrics import r2_score
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.preprocessing import KernelCenterer, StandardScaler
 
-from ssd_addon import metrics
+from ssd_addon import _probes, metrics
 from ssd_addon.metrics import Circular, ScoreTable, effective_rank, r2_matrix
 
 PROBES = ("ridge", "kernel", "mlp")
@@ -35,7 +35,7 @@ def problem(n=60, d=7, train=40, folds=5, seed=0, noise=(0.1, 3.0), classes=3, s
     labels = (y[:, 0] / y[:, 0].std()).round().long().clamp(-(classes // 2), classes // 2)
     rows, test = torch.arange(train), torch.arange(train, n)
     targets = [metrics._target(t, rows, test) for t in (y[:, 0], y[:, 1], labels)]
-    return metrics._Problem(metrics._Inputs([x], rows), rows, targets, folds), x.numpy(), test
+    return _probes.Problem(_probes.Inputs([x], rows), rows, targets, folds), x.numpy(), test
 
 
 def numpy_y(p):
@@ -59,7 +59,7 @@ def test_ridge_equals_scikit_learn(d):
     scaler = StandardScaler().fit(x[:40])
     model = Ridge(alpha=3.0).fit(scaler.transform(x[:40]), numpy_y(p))
     expected = model.predict(scaler.transform(x[40:]))
-    np.testing.assert_allclose(metrics._ridge(p, [3.0])(test).numpy(), expected, atol=ROUNDING)
+    np.testing.assert_allclose(_probes._ridge(p, [3.0])(test).numpy(), expected, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("d", [7, 30, 55])
@@ -80,25 +80,25 @@ def test_ridge_penalty_is_the_one_that_cross_validation_finds(d, folds, drift):
     expected = [
         Ridge(alpha=alphas[c]).fit(xs[:40], y[:, k]).predict(xs[40:]) for c, k in zip(chosen, columns, strict=True)
     ]
-    got = metrics._ridge(p, alphas)(test).numpy()
+    got = _probes._ridge(p, alphas)(test).numpy()
     np.testing.assert_allclose(got, np.concatenate([e.reshape(20, -1) for e in expected], 1), atol=ROUNDING)
 
 
 @pytest.mark.parametrize("d", [7, 30])
 def test_primal_and_dual_agree(d):
     p, _, _ = problem(d=d)
-    alphas = [a * 40 for a in metrics.RIDGE_ALPHAS]
-    for a, b in zip(metrics._primal(p, alphas), metrics._dual_ridge(p, alphas), strict=True):
+    alphas = [a * 40 for a in _probes.RIDGE_ALPHAS]
+    for a, b in zip(_probes._primal(p, alphas), _probes._dual_ridge(p, alphas), strict=True):
         torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-7)
 
 
 def test_the_smaller_system_is_solved(monkeypatch):
     called = []
     for name in ("_primal", "_dual_ridge"):
-        real = getattr(metrics, name)
-        monkeypatch.setattr(metrics, name, lambda *a, _n=name, _f=real: (called.append(_n), _f(*a))[1])
-    metrics._ridge(problem(d=7)[0])
-    metrics._ridge(problem(d=55)[0])
+        real = getattr(_probes, name)
+        monkeypatch.setattr(_probes, name, lambda *a, _n=name, _f=real: (called.append(_n), _f(*a))[1])
+    _probes._ridge(problem(d=7)[0])
+    _probes._ridge(problem(d=55)[0])
     assert called == ["_primal", "_dual_ridge"]
 
 
@@ -112,7 +112,7 @@ def test_table_equals_scikit_learn_end_to_end():
     scaler = StandardScaler().fit(z[train])
     x, t = scaler.transform(z), StandardScaler().fit(y[train].double()).transform(y.double())
     errors = []
-    for alpha in metrics.RIDGE_ALPHAS:
+    for alpha in _probes.RIDGE_ALPHAS:
         e = 0.0
         for f in range(5):
             out = np.arange(48) % 5 == f
@@ -120,7 +120,7 @@ def test_table_equals_scikit_learn_end_to_end():
                 (Ridge(48 * alpha).fit(x[train][~out], t[train][~out]).predict(x[train][out]) - t[train][out]) ** 2
             ).sum()
         errors.append(e)
-    model = Ridge(48 * metrics.RIDGE_ALPHAS[int(np.argmin(errors))]).fit(x[train], t[train])
+    model = Ridge(48 * _probes.RIDGE_ALPHAS[int(np.argmin(errors))]).fit(x[train], t[train])
     assert table["z", "y"] == pytest.approx(r2_score(t[test], model.predict(x[test])), abs=1e-6)
 
 
@@ -132,7 +132,7 @@ def test_kernel_equals_scikit_learn():
     xs = StandardScaler().fit(x[:40]).transform(x)
     k = rbf_kernel(xs, gamma=1 / (2 * 1.7**2))
     expected = sk_kernel_predict(k, p.y(torch.arange(60)).numpy(), 0.3, np.arange(40), np.arange(40, 60))
-    np.testing.assert_allclose(metrics._kernel(p, [0.3], [1.7])(test).numpy(), expected, atol=ROUNDING)
+    np.testing.assert_allclose(_probes._kernel(p, [0.3], [1.7])(test).numpy(), expected, atol=ROUNDING)
 
 
 def test_kernel_bandwidth_and_penalty_are_those_that_cross_validation_finds():
@@ -149,7 +149,7 @@ def test_kernel_bandwidth_and_penalty_are_those_that_cross_validation_finds():
             errors[i] += [((predicted - y[:40][out]) ** 2)[:, c].sum() for c in columns]
     chosen = errors.argmin(0)
     assert len({grid[c][0] for c in chosen}) > 1, "the case is there to tell bandwidths apart"
-    got = metrics._kernel(p, [1e-2, 1.0, 30.0], [1.0, 3.0, 20.0])(test).numpy()
+    got = _probes._kernel(p, [1e-2, 1.0, 30.0], [1.0, 3.0, 20.0])(test).numpy()
     for c, column in zip(chosen, columns, strict=True):
         h, alpha = grid[c]
         k = rbf_kernel(xs, gamma=1 / (2 * h**2))
@@ -159,11 +159,11 @@ def test_kernel_bandwidth_and_penalty_are_those_that_cross_validation_finds():
 
 def test_kernel_bandwidth_follows_the_median_distance(monkeypatch):
     p, x, test = problem()
-    monkeypatch.setattr(metrics, "BANDWIDTHS", (0.5,))
+    monkeypatch.setattr(_probes, "BANDWIDTHS", (0.5,))
     xs = StandardScaler().fit(x[:40]).transform(x[:40])
     distances = np.sqrt(((xs[:, None] - xs) ** 2).sum(-1))
     median = float(torch.from_numpy(distances[distances > 0]).median())
-    torch.testing.assert_close(metrics._kernel(p, [0.1])(test), metrics._kernel(p, [0.1], [0.5 * median])(test))
+    torch.testing.assert_close(_probes._kernel(p, [0.1])(test), _probes._kernel(p, [0.1], [0.5 * median])(test))
 
 
 def test_kernel_sees_what_a_line_cannot_and_takes_a_bounded_number_of_rows():
@@ -179,7 +179,7 @@ def test_blocks_weigh_the_same_in_a_distance():
     g = generator()
     wide, narrow = torch.randn(50, 30, generator=g), torch.randn(50, 2, generator=g) * 9
     wide[:, 7] = 3.0
-    x = metrics._Inputs([wide, narrow], torch.arange(50), balance=True)(torch.arange(50))
+    x = _probes.Inputs([wide, narrow], torch.arange(50), balance=True)(torch.arange(50))
     assert x[:, :30].pow(2).mean(0).sum() == pytest.approx(1)
     assert x[:, 30:].pow(2).mean(0).sum() == pytest.approx(1)
 
@@ -194,25 +194,25 @@ def test_conditional_kernel_is_not_drowned_by_a_wide_space():
 def test_constant_columns_become_zero():
     x = torch.linspace(0.1, 7, 40, dtype=torch.float64).expand(49, 40)
     assert (x.mean(0) != x[0]).any(), "the case is there because means are rounded"
-    assert (metrics._Inputs([x], torch.arange(49))(torch.arange(49)).abs() < ROUNDING).all()
+    assert (_probes.Inputs([x], torch.arange(49))(torch.arange(49)).abs() < ROUNDING).all()
 
 
 def test_chunks_count_the_columns_to_predict(monkeypatch):
-    monkeypatch.setattr(metrics, "CHUNK", 100)
-    x = metrics._Inputs([torch.eye(10)], torch.arange(10))
+    monkeypatch.setattr(_probes, "CHUNK", 100)
+    x = _probes.Inputs([torch.eye(10)], torch.arange(10))
     assert [len(r) for r in x.chunks(torch.arange(10))] == [10]
     assert [len(r) for r in x.chunks(torch.arange(10), 25)] == [4, 4, 2]
     assert [len(r) for r in x.chunks(torch.arange(3), 1000)] == [1, 1, 1]
     rows, seen = torch.arange(50), []
     targets = [metrics._target(torch.arange(100) % 25, rows, rows + 50)]
-    p = metrics._Problem(metrics._Inputs([torch.ones(100, 1)], rows), rows, targets, 5)
+    p = _probes.Problem(_probes.Inputs([torch.ones(100, 1)], rows), rows, targets, 5)
     p.held_out(lambda r: (seen.append(len(r)), torch.zeros(len(r), 25))[1], rows + 50)
     assert seen == [4] * 12 + [2]
 
 
 def test_the_probe_gets_folds_and_seed(monkeypatch):
     seen = []
-    monkeypatch.setitem(metrics.PROBES, "mlp", lambda p: (seen.append((p.folds, p.seed)), metrics._ridge(p))[1])
+    monkeypatch.setitem(metrics.PROBES, "mlp", lambda p: (seen.append((p.folds, p.seed)), _probes._ridge(p))[1])
     r2_matrix({"z": Z}, {"y": Z}, probe="mlp", folds=3, seed=8)
     assert seen == [(3, 8)]
 
@@ -236,15 +236,15 @@ def test_mlp_learns_numbers_and_classes_and_stops_early():
 @torch.no_grad()
 def test_mlp_waits_for_its_validation_part_alone(monkeypatch):
     calls = []
-    monkeypatch.setattr(metrics.F, "gelu", lambda x, _f=torch.nn.functional.gelu: (calls.append(len(x)), _f(x))[1])
+    monkeypatch.setattr(_probes.F, "gelu", lambda x, _f=torch.nn.functional.gelu: (calls.append(len(x)), _f(x))[1])
     g = generator()
-    p = metrics._Problem(
-        x=metrics._Inputs([torch.randn(100, 3, generator=g)], torch.arange(50)),
+    p = _probes.Problem(
+        x=_probes.Inputs([torch.randn(100, 3, generator=g)], torch.arange(50)),
         rows=torch.arange(50),
         targets=[metrics._target(torch.randn(100, generator=g), torch.arange(50), torch.arange(50, 100))],
         folds=5,
     )
-    metrics._mlp(p)
+    _probes._mlp(p)
     assert calls[:4] == [10, 40, 10, 40] and calls[-1] == 10
     assert 21 <= calls.count(10) < 60  # noise: waits 20 rounds, not 200
 
@@ -252,7 +252,7 @@ def test_mlp_waits_for_its_validation_part_alone(monkeypatch):
 @torch.no_grad()
 def test_mlp_draws_from_its_seed():
     p, _, test = problem()
-    predictions = [metrics._mlp(dataclasses.replace(p, seed=s))(test) for s in (1, 1, 2)]
+    predictions = [_probes._mlp(dataclasses.replace(p, seed=s))(test) for s in (1, 1, 2)]
     assert torch.equal(predictions[0], predictions[1]) and not torch.equal(predictions[0], predictions[2])
 
 
@@ -271,16 +271,16 @@ def test_r2_is_scikit_learns_with_equal_weight_on_columns():
     y[10:], guess = y[10:] + 1e7, guess + 1e7  # the held-out rows may lie anywhere
     target = metrics._target(y, rows, test)
     guess = target.values + guess.double() % 1
-    p = metrics._Problem(metrics._Inputs([guess], rows), rows, [target], 5)
+    p = _probes.Problem(_probes.Inputs([guess], rows), rows, [target], 5)
     (stats,) = p.held_out(lambda r: guess[r], test)
     got = float(target.score(stats.sum(0), torch.tensor(20)))
     assert got == pytest.approx(r2_score(target.values[test], guess[test]), abs=ROUNDING)
 
 
 def test_r2_by_hand():
-    target = metrics._Target(torch.tensor([[1.0], [2.0], [3.0], [6.0]]).double(), torch.ones(4, dtype=torch.bool))
+    target = _probes.Target(torch.tensor([[1.0], [2.0], [3.0], [6.0]]).double(), torch.ones(4, dtype=torch.bool))
     rows = torch.arange(4)
-    p = metrics._Problem(metrics._Inputs([torch.eye(4)], rows), rows, [target], 2)
+    p = _probes.Problem(_probes.Inputs([torch.eye(4)], rows), rows, [target], 2)
     (stats,) = p.held_out(lambda r: torch.tensor([[1.0], [2.0], [4.0], [4.0]]).double()[r], rows)
     # mean 3, SST = 4 + 1 + 0 + 9 = 14, SSE = 0 + 0 + 1 + 4 = 5
     assert float(target.score(stats.sum(0), torch.tensor(4))) == pytest.approx(1 - 5 / 14)
@@ -293,7 +293,7 @@ def test_classes_are_rescaled_by_the_majority_rate_of_the_training_split():
     assert target.chance == 3 / 5 and target.classes == 3
     assert target.values.tolist() == [1, 1, 1, 0, 2, 2, 2, 2, 0, 1, -1]
     assert target.columns(torch.tensor([0, 4])).tolist() == [[0, 1, 0], [0, 0, 1]]
-    p = metrics._Problem(metrics._Inputs([torch.eye(11)], train), train, [target], 5)
+    p = _probes.Problem(_probes.Inputs([torch.eye(11)], train), train, [target], 5)
     (stats,) = p.held_out(lambda r: torch.tensor([[0.1, 0.2, 0.3]]).expand(len(r), 3), test)  # says 40: 3 of 6 right
     assert float(target.score(stats.sum(0), torch.tensor(6))) == pytest.approx((1 / 2 - 3 / 5) / (1 - 3 / 5))
 
@@ -336,7 +336,7 @@ def test_intervals_have_the_width_of_a_binomial():
 
 
 def test_intervals_are_the_quantiles_of_resampled_r2(monkeypatch):
-    monkeypatch.setattr(metrics, "RIDGE_ALPHAS", (0.1,))
+    monkeypatch.setattr(_probes, "RIDGE_ALPHAS", (0.1,))
     g = generator()
     theta, fold = torch.rand(60, generator=g, dtype=torch.float64) * 3, (torch.arange(60) % 4 > 0).long()
     z = torch.randn(60, 2, generator=g).double() + Circular(theta).target()[0]
@@ -480,9 +480,9 @@ def test_chunks_do_not_matter(monkeypatch, probe, wide):
     factors["label"] = torch.arange(120) % 3
     whole = r2_matrix(spaces, factors, probe=probe, given=("content",))
     sizes = set()
-    real = metrics._Inputs.__call__
-    monkeypatch.setattr(metrics._Inputs, "__call__", lambda x, r: (sizes.add(len(r)), real(x, r))[1])
-    monkeypatch.setattr(metrics, "CHUNK", 100)
+    real = _probes.Inputs.__call__
+    monkeypatch.setattr(_probes.Inputs, "__call__", lambda x, r: (sizes.add(len(r)), real(x, r))[1])
+    monkeypatch.setattr(_probes, "CHUNK", 100)
     parts = r2_matrix(spaces, factors, probe=probe, given=("content",))
     assert min(sizes) < 10
     tolerance = {"ridge": 1e-9, "kernel": 1e-6, "mlp": 1e-3}[probe]  # rounding times condition 1e6, 1e8; float32
@@ -619,7 +619,7 @@ def test_bad_inputs(spaces, factors, message):
 
 
 def test_every_chunk_is_checked_for_nan(monkeypatch):
-    monkeypatch.setattr(metrics, "CHUNK", 12)
+    monkeypatch.setattr(_probes, "CHUNK", 12)
     with pytest.raises(ValueError, match="finite"):
         r2_matrix({"z": NAN}, {"y": Z})
 

@@ -1,0 +1,255 @@
+"""The probes that `metrics.r2_matrix` asks: what they are given, what they predict, how they are solved.
+
+Inputs are standardised blocks of rows, targets are factors, a problem is one space with the factors that are defined on
+the same rows; ridge, kernel ridge and a small MLP solve it, with their penalty chosen by cross-validation, in float64.
+Legend: n rows, d columns of x, K columns of y over T factors, A penalties.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RIDGE_ALPHAS = tuple(10.0**e for e in range(-6, 4))  # times the training rows; inputs are standardised
+KERNEL_ALPHAS = tuple(10.0**e for e in range(-8, 1))  # times the training rows; k(x, x) = 1
+BANDWIDTHS = (0.5, 1.0, 2.0)  # times the median distance
+CHUNK = 2**23  # elements of a float64 block: 64 MiB
+
+Predict = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One factor: numbers [n, k] standardised by the training split, or classes [n] coded 0..C-1, -1 if not trained."""
+
+    values: Tensor
+    valid: Tensor  # [n] bool: the samples that count
+    classes: int = 0
+    chance: float = 0.0
+    note: str = ""
+
+    @property
+    def width(self) -> int:
+        return self.classes or self.values.shape[1]
+
+    def columns(self, rows: Tensor) -> Tensor:
+        v = self.values[rows]
+        return F.one_hot(v, self.classes).double() if self.classes else v
+
+    def error(self, prediction: Tensor, rows: Tensor) -> Tensor:
+        if self.classes:
+            return (prediction.argmax(1) == self.values[rows])[:, None].double()
+        return (self.values[rows] - prediction) ** 2
+
+    def score(self, sums: Tensor, count: Tensor) -> Tensor:
+        """Sums [..., q] over rows of what `Problem.held_out` gives, and the number of rows [...], to scores [...]."""
+        if self.classes:
+            return (sums[..., 0] / count - self.chance) / (1 - self.chance)
+        sse, y, yy = sums.chunk(3, -1)
+        sst = yy - y**2 / count[..., None]
+        return torch.where(sst > 1e-12 * yy, 1 - sse / sst, math.nan).mean(-1)
+
+
+class Inputs:
+    """Rows of one or more blocks [n, d_i] side by side, standardised by the training rows, in float64.
+
+    A column that is constant on the training rows becomes 0. `balance` divides each block by the root of its number of
+    columns, so that every block has the same share of a distance.
+    """
+
+    def __init__(self, blocks: Sequence[Tensor], train: Tensor, *, balance: bool = False) -> None:
+        self.blocks, self.sizes = blocks, [b.shape[1] for b in blocks]
+        self.width = sum(self.sizes)
+        self.mean: Tensor | float = 0.0
+        self.scale: Tensor | float = 1.0
+        self.mean = mean = sum((self(r).sum(0) for r in self.chunks(train)), train.new_zeros(1)) / len(train)
+        std = (sum(((self(r) ** 2).sum(0) for r in self.chunks(train)), train.new_zeros(1)) / len(train)).sqrt()
+        used = std > 1e-12 * mean.abs()
+        self.scale = torch.where(used, 1 / std, 0.0)
+        if balance:
+            counts = [used[None].sum().clamp(min=1).expand(len(used)) for used in used.split(self.sizes)]
+            self.scale /= torch.cat(counts).sqrt()
+
+    def chunks(self, rows: Tensor, width: int = 0) -> Iterable[Tensor]:
+        return rows.split(max(1, CHUNK // max(self.width, width)))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return (torch.cat([b[rows].double() for b in self.blocks], 1) - self.mean) * self.scale
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One space and the factors that are defined on the same rows; K columns over all T factors. A probe solves it."""
+
+    x: Inputs
+    rows: Tensor  # to train on
+    targets: Sequence[Target]
+    folds: int
+    seed: int = 0
+
+    @property
+    def widths(self) -> list[int]:
+        return [t.width for t in self.targets]
+
+    def y(self, rows: Tensor) -> Tensor:
+        return torch.cat([t.columns(rows) for t in self.targets], 1)
+
+    def per_column(self, values: Tensor) -> Tensor:
+        """[T] to [K]."""
+        return values.repeat_interleave(torch.tensor(self.widths, device=values.device))
+
+    def best(self, errors: Tensor) -> tuple[Tensor, Tensor]:
+        """Errors [A, K] to the least of the A for each factor [T], and its place [T]."""
+        least = torch.stack([e.sum(1) for e in errors.split(self.widths, 1)], 1).min(0)
+        return least.values, least.indices
+
+    def held_out(self, predict: Predict, rows: Tensor) -> list[Tensor]:
+        """Per factor what `Target.score` sums, [r, q]: right or wrong; or (y - yhat)^2, y and y^2, y from its mean."""
+        parts = []
+        for r in self.x.chunks(rows, sum(self.widths)):
+            predicted = predict(r).split(self.widths, 1)
+            parts.append([t.error(p, r) for t, p in zip(self.targets, predicted, strict=True)])
+        stats = [torch.cat(p) for p in zip(*parts, strict=True)]
+        for i, t in enumerate(self.targets):
+            if not t.classes:
+                y = t.values[rows] - t.values[rows].mean(0)
+                stats[i] = torch.cat([stats[i], y, y**2], 1)
+        return stats
+
+
+# ---- the probes
+
+
+def _ridge(p: Problem, alphas: Sequence[float] = ()) -> Predict:
+    """yhat = x w + b with w = argmin |y - x w - b|^2 + alpha |w|^2, by the smaller of the d x d and n x n systems."""
+    solve = _primal if p.x.width < len(p.rows) else _dual_ridge
+    w, b = solve(p, alphas or [a * len(p.rows) for a in RIDGE_ALPHAS])
+    return lambda r: p.x(r) @ w + b
+
+
+def _primal(p: Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """w [d, K] and b [K] from moments per fold, m = [x, 1]^T [x, 1, y]; a training part is the total less its fold."""
+    d, k = p.x.width, sum(p.widths)
+    m = torch.zeros(p.folds, d + 1, d + 1 + k, dtype=torch.float64, device=p.rows.device)
+    for f in range(p.folds):
+        for r in p.x.chunks(p.rows[f :: p.folds], d + 1 + k):
+            x = F.pad(p.x(r), (0, 1), value=1.0)
+            m[f] += x.T @ torch.cat([x, p.y(r)], 1)
+
+    def about(m: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """sum (x - mean_x) (x - mean_x)^T [d, d] and sum (x - mean_x) (y - mean_y)^T [d, K]."""
+        shifted = m - torch.outer(m[:, d], mean)
+        return (shifted - torch.outer(mean[: d + 1], shifted[d]))[:d].split([d, 1, k], 1)[::2]
+
+    def path(m: Tensor) -> tuple[Tensor, Callable[[Tensor | float], Tensor]]:
+        """Means of [x, 1, y], and alpha (one, or one per column) -> w [d, K]."""
+        mean = m[d] / m[d, d]
+        gram, cross = about(m, mean)
+        lam, v = torch.linalg.eigh(gram)
+        rotated = v.T @ cross
+        return mean, lambda alpha: v @ (rotated / (lam[:, None] + alpha))
+
+    total, errors = m.sum(0), m.new_zeros(len(alphas), k)
+    for fold in m:
+        mean, solution = path(total - fold)
+        gram, cross = about(fold, mean)
+        for i, alpha in enumerate(alphas):
+            w = solution(alpha)
+            errors[i] += (w * (gram @ w)).sum(0) - 2 * (w * cross).sum(0)  # and |y - mean_y|^2, the same for all alpha
+    mean, solution = path(total)
+    return solution(p.per_column(m.new_tensor(alphas)[p.best(errors)[1]])), mean[d + 1 :]
+
+
+def _dual(p: Problem, k: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel ridge with intercept, yhat = k(x, .) a + b. From k [n, n]: CV error per factor [T], a [n, K], b [K].
+
+    With H the smoother, I - H = V diag(alpha / (lam + alpha)) V^T - 1 1^T / n on the centred kernel V diag(lam) V^T;
+    the residuals of a left-out fold F are (I - H)_FF^-1 ((I - H) y)_F: exact cross-validation, one decomposition.
+    """
+    y = p.y(p.rows)
+    n, mean_k, mean_y = len(k), k.mean(0), y.mean(0)
+    lam, v = torch.linalg.eigh(k - mean_k - mean_k[:, None] + mean_k.mean())
+    rotated, lam = v.T @ (y - mean_y), lam[:, None]
+    errors = y.new_zeros(len(alphas), y.shape[1])
+    for i, alpha in enumerate(alphas):
+        shrink = alpha / (lam + alpha)
+        residual = v @ (shrink * rotated)
+        for f in range(p.folds):
+            vf = v[f :: p.folds]
+            left_out = torch.linalg.solve((vf * shrink.T) @ vf.T - 1 / n, residual[f :: p.folds])
+            errors[i] += (left_out**2).sum(0)
+    least, place = p.best(errors)
+    a = v @ (rotated / (lam + p.per_column(y.new_tensor(alphas)[place])))
+    return least, a, mean_y - mean_k @ a
+
+
+def _dual_ridge(p: Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The same w [d, K] and b [K] as `_primal`, from the linear kernel."""
+    x = p.x(p.rows)
+    _, a, b = _dual(p, x @ x.T, alphas)
+    return x.T @ a, b
+
+
+def _kernel(p: Problem, alphas: Sequence[float] = (), bandwidths: Sequence[float] = ()) -> Predict:
+    """yhat = sum_i a_i k(x_i, x) + b, k(x, x') = exp(-|x - x'|^2 / (2 h^2)); h and alpha by CV, for each factor."""
+    train = p.x(p.rows)
+
+    def squared(x: Tensor) -> Tensor:
+        return (x**2).sum(1)[:, None] + (train**2).sum(1) - 2 * x @ train.T
+
+    distances = squared(train)
+    some = distances[:1000, :1000]
+    some = some[some > 1e-12]
+    median = float(some.median().sqrt()) if len(some) else 1.0
+    bandwidths = bandwidths or [median * m for m in BANDWIDTHS]
+    alphas = alphas or [a * len(p.rows) for a in KERNEL_ALPHAS]
+    fits = [_dual(p, torch.exp(distances / (-2 * h**2)), alphas) for h in bandwidths]
+    place = p.per_column(torch.stack([least for least, _, _ in fits]).argmin(0))
+
+    def predict(r: Tensor) -> Tensor:
+        distances, out = squared(p.x(r)), train.new_empty(len(r), len(place))
+        for i, (h, (_, a, b)) in enumerate(zip(bandwidths, fits, strict=True)):
+            out[:, place == i] = torch.exp(distances / (-2 * h**2)) @ a[:, place == i] + b[place == i]
+        return out
+
+    return predict
+
+
+def _mlp(p: Problem) -> Predict:
+    """yhat = GELU(x w1 + b1) w2 + b2 in float32, one net per factor; every fifth training row decides when to stop."""
+    x = torch.cat([p.x(r).float() for r in p.x.chunks(p.rows)])
+    every = torch.arange(len(x), device=x.device)
+    check, fit = every[every % 5 == 0], every[every % 5 > 0]
+    nets: list[list[Tensor]] = []
+
+    def forward(net: Sequence[Tensor], x: Tensor) -> Tensor:
+        return F.gelu(x @ net[0] + net[1]) @ net[2] + net[3]
+
+    for t in p.targets:
+        generator = torch.Generator("cpu").manual_seed(p.seed)
+        y = t.values[p.rows] if t.classes else t.values[p.rows].float()
+        loss = F.cross_entropy if t.classes else F.mse_loss
+        first = torch.randn(p.x.width, 256, generator=generator, device="cpu") / math.sqrt(p.x.width)
+        net = [first.to(x), *(x.new_zeros(s) for s in ((256,), (256, t.width), (t.width,)))]
+        optimiser = torch.optim.Adam([w.requires_grad_() for w in net], lr=2e-3)
+        best, kept, waited = math.inf, net, 0
+        for _ in range(200):
+            value = float(loss(forward(net, x[check]), y[check]))
+            waited += 1
+            if value < best:
+                best, kept, waited = value, [w.detach().clone() for w in net], 0
+            if waited == 20:
+                break
+            for batch in fit[torch.randperm(len(fit), generator=generator, device="cpu").to(x.device)].split(256):
+                optimiser.zero_grad()
+                with torch.enable_grad():
+                    loss(forward(net, x[batch]), y[batch]).backward()
+                optimiser.step()
+        nets.append(kept)
+    return lambda r: torch.cat([forward(net, p.x(r).float()) for net in nets], 1).double()
+
+
+PROBES: dict[str, Callable[[Problem], Predict]] = {"ridge": _ridge, "kernel": _kernel, "mlp": _mlp}
