@@ -1,0 +1,468 @@
+"""The "triton" backend: `tiles` launched over strips and block pairs, as torch.library operators.
+
+    ssd_addon::negative_lse            local, differentiable in z and temperature
+    ssd_addon::lse_rows, lse_rows_grad the same for n of N rows: what a rank of a group does between its collectives
+    ssd_addon::products                <a_i, b_j> of all rows, and the sum of its squares (covariance family)
+
+Legend: n local rows, N rows over all ranks, E levels (1, or 2 with a prefix), D columns. Rows inside are fp16 and at
+most UNIT long, so that their small columns keep their digits; "exact" rows stay float32 and are split into two fp16
+parts stacked along K (three products, the fourth is below float32's resolution).
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ssd_addon import _dist
+from ssd_addon.kernels import table, tiles
+from ssd_addon.kernels.table import Configuration
+
+LOG2E = math.log2(math.e)
+EXPONENT = 80.0
+UNIT = 256.0
+"""Length of the longest row inside: a column of 1 / UNIT of its average is still a normal fp16 number at D = 65536."""
+
+W_SCALE = 2.0**14
+"""|W| <= 2 per level, and fp16 ends at 65504."""
+
+STRIP_ELEMENTS = 2**23
+"""Partial sums of a strip: slots x rows, so 32 MiB; twice that with the columns behind it."""
+
+INTERPRETED = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why the kernels cannot run there, or None."""
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            return None
+        major, minor = torch.cuda.get_device_capability(device)
+        return None if major >= 8 else f"it needs compute capability 8.0 or higher, and {device} has {major}.{minor}"
+    if device.type == "cpu" and INTERPRETED:
+        return None
+    return f"it needs a CUDA device, and the rows are on {device.type!r}"
+
+
+# ------------------------------------------------------------------------------------------------ operands
+
+
+def _stack(x: Tensor, levels: list[tuple[int, int]], block: int, second: bool) -> tuple[Tensor, list[int]]:
+    """The operand [n, K] in fp16, each level padded to whole K blocks, and where each level ends.
+
+    float32 rows are split: [high, high, low] along K, and [high, low, high] for the other side (`second`).
+    """
+    exact = x.dtype == torch.float32
+    if not exact and len(levels) == 1 and x.shape[1] % block == 0 and x.is_contiguous():
+        return x, [x.shape[1]]
+    widths = [(3 if exact else 1) * (stop - start) for start, stop in levels]
+    ends, k = [], 0
+    for w in widths:
+        k += _up(w, block)
+        ends.append(k)
+    out = x.new_zeros((x.shape[0], k), dtype=torch.float16)
+    k = 0
+    for (start, stop), end in zip(levels, ends, strict=True):
+        part = x[:, start:stop]
+        if exact:
+            high = part.to(torch.float16)
+            low = (part - high.float()).to(torch.float16)
+            part = torch.cat([high, low, high] if second else [high, high, low], dim=1)
+        out[:, k : k + part.shape[1]] = part
+        k = end
+    return out, ends
+
+
+class _Operand:
+    """Rows with their ids, as the kernels read them."""
+
+    def __init__(self, x: Tensor, ids: Tensor, levels: list[tuple[int, int]], c: Configuration, second: bool) -> None:
+        self.n = x.shape[0]
+        self.x, self.ends = _stack(x, levels, c.block_k, second)
+        self.ids = ids.contiguous()
+        tiles_m = -(-self.n // c.block_m)
+        # Smallest and largest id per tile of rows; a column tile may reach one tile further.
+        place = torch.arange((tiles_m + c.block_n // c.block_m) * c.block_m, device=x.device).clamp_(max=self.n - 1)
+        bounds = self.ids[place].view(-1, c.block_m)
+        self.low, self.high = bounds.amin(dim=1), bounds.amax(dim=1)
+
+    def pointer(self, c: Configuration, rows: int, start: int = 0, stop: int | None = None) -> Any:
+        x = self.x[start:stop]
+        if not c.descriptor:
+            return x
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor.from_tensor(x, [rows, c.block_k])
+
+
+def _device(x: Tensor) -> Any:
+    return torch.cuda.device(x.device) if x.is_cuda else torch.autograd.profiler.record_function("ssd_addon::tiles")
+
+
+def _configuration(x: Tensor, mode: str) -> Configuration:
+    return table.configuration(table.architecture(x.device), mode, x.shape[1])
+
+
+def _levels(prefix: int, d: int) -> list[tuple[int, int]]:
+    return [(0, prefix), (prefix, d)] if prefix else [(0, d)]
+
+
+# ------------------------------------------------------------------------------------------------ log-sums
+
+
+def sums(x: Tensor, every: Tensor | None, ids: Tensor, every_ids: Tensor, scale: Tensor, shift: Tensor, prefix: int,
+         maximum: bool) -> Tensor:  # fmt: skip
+    """log2 of the sums over the other images' rows, [E, n], NaN where there is none.
+
+    Args:
+        x: [n, D] rows, fp16 or (exact) float32, at most UNIT long.
+        every: [N, D] all rows; None means x, and only the upper triangle is computed.
+        ids, every_ids: [n], [N] integers.
+        scale: 0-dim float32, times <x_i, x_j> it is s_ij / log 2.
+        shift: 0-dim float32, subtracted from s_ij / log 2 (read only without `maximum`).
+        prefix: 0, or columns of the first level.
+        maximum: take the maximum of each tile's rows instead of the shift.
+    """
+    symmetric = every is None
+    n, d = x.shape
+    levels = _levels(prefix, d)
+    c = _configuration(x, "sums_two" if prefix else "sums")
+    a = _Operand(x, ids, levels, c, second=False)
+    if symmetric:
+        b = a if x.dtype == torch.float16 else _Operand(x, ids, levels, c, second=True)
+    else:
+        assert every is not None
+        b = _Operand(every, every_ids, levels, c, second=True)
+    e, unit = len(levels), c.block_n // c.block_m
+    tiles_m, tiles_n = triton.cdiv(n, c.block_m), triton.cdiv(b.n, c.block_n)
+    strip = max(STRIP_ELEMENTS // max(b.n * e, 1) // unit, 1) * unit
+    top = x.new_full((e, n), -math.inf, dtype=torch.float32)
+    total = x.new_zeros((e, n), dtype=torch.float32)
+
+    def add(rows: slice, part: Tensor, part_top: Tensor | None) -> None:
+        if part_top is None:
+            total[:, rows] += part.sum(dim=1)
+            return
+        new = torch.maximum(top[:, rows], part_top.amax(dim=1))
+        safe = torch.where(new == -math.inf, 0.0, new)
+        old = total[:, rows] * torch.exp2(top[:, rows] - safe)
+        total[:, rows] = old + (part * torch.exp2(part_top - safe[:, None])).sum(dim=1)
+        top[:, rows] = new
+
+    with _device(x):
+        for first in range(0, tiles_m, strip):
+            count = min(strip, tiles_m - first)
+            start, stop = first * c.block_m, min((first + count) * c.block_m, n)
+            slots = triton.cdiv(b.n, c.block_m) - (first if symmetric else 0)
+            behind = b.n - stop if symmetric else 0
+            near = x.new_empty((e, slots, stop - start), dtype=torch.float32)
+            far = x.new_empty((e, count, behind), dtype=torch.float32)
+            near_top = torch.empty_like(near) if maximum else None
+            far_top = torch.empty_like(far) if maximum else None
+            columns = tiles_n - (first // unit if symmetric else 0)
+            tiles.sums_kernel[(count * columns,)](
+                a.pointer(c, c.block_m), b.pointer(c, c.block_n), a.ids, b.ids, a.low, a.high, b.low, b.high,
+                scale, shift, near, near if near_top is None else near_top, far, far if far_top is None else far_top,
+                n, b.n, first, count, columns, a.x.stride(0), b.x.stride(0), a.ends[0], a.ends[-1],
+                LEVELS=e, SYMMETRIC=symmetric, MAXIMUM=maximum, DESCRIPTOR=c.descriptor, GROUP=c.group,
+                b_M=c.block_m, b_N=c.block_n, b_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
+            )  # fmt: skip
+            add(slice(start, stop), near, near_top)
+            if behind:
+                add(slice(stop, b.n), far, far_top)
+    log = torch.log2(total) + (top if maximum else shift)
+    # A sum of 0: no negative. NaN stays.
+    return torch.where(total == 0, math.nan, log)
+
+
+def block_rows(d: int, unit: int) -> int:
+    """Rows C of a block of W: C x C entries of fp16, 8 to 512 MiB."""
+    return max(min(int(8.6e6 / max(d, 1)), 16384), 2048) // unit * unit
+
+
+def _up(n: int, multiple: int = 8) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b, summed in float32: fp16 operands on CUDA, through float32 elsewhere."""
+    if a.is_cuda and a.dtype == torch.float16:
+        if hasattr(torch.ops.aten.addmm, "dtype_out"):
+            torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
+            return
+        if hasattr(torch.ops.aten.mm, "dtype"):
+            out += torch.ops.aten.mm.dtype(a, b, torch.float32)
+            return
+    out.addmm_(a.float(), b.float())
+
+
+def gradient(
+    x: Tensor, every: Tensor | None, ids: Tensor, every_ids: Tensor, scale: Tensor, lse: Tensor, every_lse: Tensor,
+    g: Tensor, every_g: Tensor, prefix: int,
+) -> Tensor:  # fmt: skip
+    """sum_j W_ij x_j of the local rows, [n, D] float32; times 1/tau it is the gradient.
+
+    Args:
+        x, every, ids, every_ids, scale, prefix: as in `sums`.
+        lse, every_lse: [E, n], [E, N] in units of log 2.
+        g, every_g: [E, n], [E, N] upstream gradients, at most 1 in size.
+    """
+    symmetric = every is None
+    n, d = x.shape
+    levels = _levels(prefix, d)
+    exact = x.dtype == torch.float32
+    c = _configuration(x, "weights_two" if prefix else "weights")
+    a = _Operand(x, ids, levels, c, second=False)
+    if symmetric:
+        b, every, every_lse, every_g = a, x, lse, g
+        if exact:
+            b = _Operand(x, ids, levels, c, second=True)
+    else:
+        assert every is not None
+        b = _Operand(every, every_ids, levels, c, second=True)
+    e = len(levels)
+    w_scale = 1.0 if exact else W_SCALE / e
+    size = block_rows(d, c.block_n)
+    rows, columns = min(size, n), min(size, b.n)
+    # Rows of W begin at a multiple of 8 entries, as tensor cores and 16-byte stores want them.
+    room = [x.new_empty(rows * _up(columns), dtype=torch.float32 if exact else torch.float16) for _ in levels]
+    dx = x.new_zeros((n, d), dtype=torch.float32)
+    with _device(x):
+        for start in range(0, n, size):
+            i = slice(start, min(start + size, n))
+            for j_start in range(start if symmetric else 0, b.n, size):
+                j = slice(j_start, min(j_start + size, b.n))
+                h, w = i.stop - i.start, j.stop - j.start
+                pitch = _up(w)
+                blocks = [r[: h * pitch].view(h, pitch)[:, :w] for r in room]
+                across = symmetric and i == j
+                t_m, t_n = triton.cdiv(h, c.block_m), triton.cdiv(w, c.block_n)
+                t_i, t_j = i.start // c.block_m, j.start // c.block_m
+                tiles.weights_kernel[(t_m * t_n,)](
+                    a.pointer(c, c.block_m, i.start, i.stop), b.pointer(c, c.block_n, j.start, j.stop),
+                    a.ids[i], b.ids[j], a.low[t_i:], a.high[t_i:], b.low[t_j:], b.high[t_j:], scale,
+                    lse[:, i], every_lse[:, j], g[:, i], every_g[:, j], blocks[-1], blocks[0],
+                    h, w, t_m, t_n, a.x.stride(0), b.x.stride(0), pitch, lse.stride(0), every_lse.stride(0),
+                    a.ends[0], a.ends[-1], w_scale,
+                    LEVELS=e, SYMMETRIC=across, DESCRIPTOR=c.descriptor, GROUP=c.group,
+                    b_M=c.block_m, b_N=c.block_n, b_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
+                )  # fmt: skip
+                for (k, stop), weights in zip(levels, blocks, strict=True):
+                    _add_product(dx[i, k:stop], weights, every[j, k:stop])
+                    if symmetric and not across:
+                        _add_product(dx[j, k:stop], weights.T, x[i, k:stop])
+    return dx.div_(w_scale)
+
+
+# ------------------------------------------------------------------------------------------------ operators
+
+
+def longest_row(z: Tensor) -> Tensor:
+    """Length of the longest row, 0-dim float32; 1 where all are zero."""
+    longest = torch.linalg.vector_norm(z.detach().float(), dim=1).amax()
+    return torch.where(longest == 0, 1.0, longest)
+
+
+def _inside(z: Tensor, longest: Tensor, exact: bool) -> Tensor:
+    """The rows as `sums` and `gradient` take them."""
+    return (z.float() * (UNIT / longest)).to(torch.float32 if exact else torch.float16).contiguous()
+
+
+def _scale(tau: Tensor, longest: Tensor) -> Tensor:
+    return LOG2E / tau.float() * (longest / UNIT).square()
+
+
+def _shift(tau: Tensor, longest: Tensor, n: int) -> Tensor:
+    """A constant that keeps every exp inside float32 while 2 R/tau + log n <= 160, R the squared length."""
+    return (longest.square() / tau.float() + (math.log(n) - EXPONENT)).clamp(min=0) * LOG2E
+
+
+def _normalised(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Cotangents of at most 1, and what they were divided by: a loss scaler's 65536 would leave fp16."""
+    top = g.abs().amax()
+    top = torch.where(top > 0, top, 1.0)
+    return (g / top).contiguous(), top
+
+
+@torch.library.custom_op("ssd_addon::lse_rows", mutates_args=())
+def lse_rows(
+    x: Tensor, every: Tensor | None, ids: Tensor, every_ids: Tensor, tau: Tensor, longest: Tensor, prefix: int,
+    maximum: bool,
+) -> Tensor:  # fmt: skip
+    """[E, n] log-sums of the rows x [n, D] (as `_inside` makes them) over `every` [N, D]; None: over x."""
+    n_all = x.shape[0] if every is None else every.shape[0]
+    out = sums(x, every, ids, every_ids, _scale(tau, longest), _shift(tau, longest, n_all), prefix, maximum)
+    return out / LOG2E
+
+
+@lse_rows.register_fake
+def _(x, every, ids, every_ids, tau, longest, prefix, maximum):  # type: ignore[no-untyped-def]
+    return x.new_empty((2 if prefix else 1, x.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("ssd_addon::lse_rows_grad", mutates_args=())
+def lse_rows_grad(
+    x: Tensor, every: Tensor | None, ids: Tensor, every_ids: Tensor, tau: Tensor, longest: Tensor, lse: Tensor,
+    every_lse: Tensor, g: Tensor, every_g: Tensor, prefix: int,
+) -> Tensor:  # fmt: skip
+    """[n, D] float32 gradient of the rows; lse, g [E, n], every_lse, every_g [E, N], g at most 1 in size."""
+    logs = [(t * LOG2E).contiguous() for t in (lse, every_lse)]
+    dx = gradient(x, every, ids, every_ids, _scale(tau, longest), *logs, g, every_g, prefix)
+    return dx.mul_(longest / (UNIT * tau.float()))
+
+
+@lse_rows_grad.register_fake
+def _(x, every, ids, every_ids, tau, longest, lse, every_lse, g, every_g, prefix):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("ssd_addon::negative_lse", mutates_args=())
+def negative_lse(
+    z: Tensor, ids: Tensor, tau: Tensor, longest: Tensor, prefix: int, maximum: bool, exact: bool
+) -> Tensor:
+    """[E, N] log-sums in float32 of rows z [N, D] of any floating type, the longest of them `longest` long."""
+    return lse_rows(_inside(z, longest, exact), None, ids, ids, tau, longest, prefix, maximum)
+
+
+@negative_lse.register_fake
+def _(z, ids, tau, longest, prefix, maximum, exact):  # type: ignore[no-untyped-def]
+    return z.new_empty((2 if prefix else 1, z.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("ssd_addon::negative_lse_backward", mutates_args=())
+def negative_lse_backward(
+    grad: Tensor, z: Tensor, ids: Tensor, tau: Tensor, longest: Tensor, lse: Tensor, prefix: int, exact: bool
+) -> tuple[Tensor, Tensor]:
+    """(dz [N, D] in the type of z, dtau 0-dim) for the upstream gradient [E, N]."""
+    g, top = _normalised(grad)
+    x = _inside(z, longest, exact)
+    dz = lse_rows_grad(x, None, ids, ids, tau, longest, lse, lse, g, g, prefix).mul_(top)
+    dtau = -(z.float() * dz).sum() / (2 * tau)
+    return dz.to(z.dtype), dtau.to(tau.dtype)
+
+
+@negative_lse_backward.register_fake
+def _(grad, z, ids, tau, longest, lse, prefix, exact):  # type: ignore[no-untyped-def]
+    return z.new_empty(z.shape), torch.empty_like(tau)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    z, ids, tau, longest, prefix, _, exact = inputs
+    ctx.save_for_backward(z, ids, tau, longest, output)
+    ctx.static = (prefix, exact)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    z, ids, tau, longest, lse = ctx.saved_tensors
+    prefix, exact = ctx.static
+    dz, dtau = negative_lse_backward(grad, z, ids, tau, longest, lse, prefix, exact)
+    return dz, None, dtau, None, None, None, None
+
+
+negative_lse.register_autograd(_differentiate, setup_context=_save)
+
+
+def _no_second_derivative(name: str) -> Any:
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(f"{name}: the triton backend has no second derivative; use backend='eager'")
+
+    return refuse
+
+
+negative_lse_backward.register_autograd(_no_second_derivative("negative_lse"))
+
+
+class LseOverRanks(torch.autograd.Function):
+    """Local rows against those of all ranks. Forward gathers the rows, fp16; backward two numbers a row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, ids: Tensor, tau: Tensor, longest: Tensor, prefix: int, maximum: bool, exact: bool,
+        s: _dist.Shards,
+    ) -> Tensor:  # fmt: skip
+        x = _inside(z, longest, exact)
+        every, every_ids = _dist.gather(x, s), _dist.gather(ids, s)
+        if s.size:
+            lse = lse_rows(x, every, ids, every_ids, tau, longest, prefix, maximum)
+        else:
+            lse = x.new_zeros((2 if prefix else 1, 0), dtype=torch.float32)
+        ctx.save_for_backward(z, ids, tau, longest, x, every, every_ids, lse)
+        ctx.static = (prefix, s)
+        return lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("negative_lse: the triton backend has no second derivative; use backend='eager'")
+        z, ids, tau, longest, x, every, every_ids, lse = ctx.saved_tensors
+        prefix, s = ctx.static
+        both = _dist.gather(torch.cat([lse, grad]).T.contiguous(), s).T
+        every_lse, every_g = both.chunk(2)
+        every_g, top = _normalised(every_g)
+        if not s.size:
+            return torch.zeros_like(z), None, torch.zeros_like(tau), None, None, None, None, None
+        mine = slice(s.offset, s.offset + s.size)
+        g = every_g[:, mine].contiguous()
+        dz = lse_rows_grad(x, every, ids, every_ids, tau, longest, lse, every_lse, g, every_g, prefix).mul_(top)
+        dtau = -(z.float() * dz).sum() / (2 * tau)
+        return dz.to(z.dtype), None, dtau.to(tau.dtype), None, None, None, None, None
+
+
+# ------------------------------------------------------------------------------------------------ covariances
+
+
+@torch.library.custom_op("ssd_addon::products", mutates_args=())
+def products(
+    a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, skip_diagonal: bool, half: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of squares of <a_i, b_j> (0-dim float64), these products [M, N] times 2^14 / UNIT^2, and a second matrix.
+
+    Args:
+        a, b: [M, K], [N, K] fp16 rows at most UNIT long; b None means a, and the upper triangle is computed.
+        c, d: a second pair of operands of these shapes (d None means c): the sum is then that of
+            <a_i, b_j> <c_i, d_j>, and the second matrix holds <c_i, d_j>; without them it has no entries.
+        skip_diagonal: entries i = j are 0.
+        half: matrices in fp16, else float32.
+    """
+    symmetric, pair = b is None, c is not None
+    f = _configuration(a, "products")
+    operands = [_stack(t, [(0, t.shape[1])], f.block_k, False) for t in (a, b, c, d) if t is not None]
+    stacked = iter(t for t, _ in operands)
+    k1 = operands[0][1][0]
+    a_ = next(stacked)
+    b_ = a_ if b is None else next(stacked)
+    c_ = next(stacked) if pair else a_
+    d_ = next(stacked) if d is not None else (c_ if pair else b_)
+    m, n = a_.shape[0], b_.shape[0]
+    t_m, t_n = triton.cdiv(m, f.block_m), triton.cdiv(n, f.block_n)
+    kind = torch.float16 if half else torch.float32
+    w = a.new_empty((m, _up(n)), dtype=kind)
+    second = a.new_empty((m, _up(n)), dtype=kind) if pair else a.new_empty((0, 0), dtype=kind)
+    total = a.new_empty(t_m * t_n, dtype=torch.float32)
+
+    def pointer(t: Tensor, rows: int) -> Any:
+        if not f.descriptor:
+            return t
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor.from_tensor(t, [rows, f.block_k])
+
+    with _device(a):
+        tiles.products_kernel[(t_m * t_n,)](
+            pointer(a_, f.block_m), pointer(b_, f.block_n), pointer(c_, f.block_m), pointer(d_, f.block_n),
+            total, w, second if pair else w, m, n, t_m, t_n, a_.stride(0), b_.stride(0), w.stride(0), k1,
+            W_SCALE / UNIT**2,
+            PAIR=pair, SYMMETRIC=symmetric, SKIP_DIAGONAL=skip_diagonal, DESCRIPTOR=f.descriptor, GROUP=f.group,
+            b_M=f.block_m, b_N=f.block_n, b_K=f.block_k, num_warps=f.warps, num_stages=f.stages,
+        )  # fmt: skip
+    return total.sum(dtype=torch.float64), w[:, :n].contiguous(), second[:, :n].contiguous() if pair else second
+
+
+@products.register_fake
+def _(a, b, c, d, skip_diagonal, half):  # type: ignore[no-untyped-def]
+    m, n = a.shape[0], (a if b is None else b).shape[0]
+    kind = torch.float16 if half else torch.float32
+    w = a.new_empty((m, n), dtype=kind)
+    return a.new_empty((), dtype=torch.float64), w, a.new_empty((m, n) if c is not None else (0, 0), dtype=kind)

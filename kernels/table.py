@@ -1,0 +1,57 @@
+"""Tile configurations and the choice of "auto", read from table.json; `benchmarks/gpu.py` measures and writes it.
+
+Keys: architecture ("sm_90", else "default"), mode (what the kernel does), largest D of the bucket ("inf": any).
+"""
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+PATH = Path(__file__).with_name("table.json")
+
+
+class Configuration(NamedTuple):
+    """Shape of a tile and how it is run."""
+
+    block_m: int  # rows of a tile
+    block_n: int  # columns: block_m, or twice that
+    block_k: int  # columns of the operands that are in shared memory at a time
+    warps: int
+    stages: int  # of the pipeline that loads them
+    descriptor: bool  # tensor descriptors (sm_90) instead of pointers
+    group: int  # row tiles that share a column tile in the L2 cache
+
+
+@cache
+def table() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(PATH.read_text())
+    return found
+
+
+def architecture(device: torch.device) -> str:
+    """ "sm_90" and so on; "default" for what is no CUDA device."""
+    if device.type != "cuda":
+        return "default"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def bucket(entries: dict[str, Any], size: int) -> Any:
+    """The entry with the smallest key that is at least `size`."""
+    return entries[min((k for k in entries if size <= float(k)), key=float)]
+
+
+def configuration(arch: str, mode: str, width: int) -> Configuration:
+    """The configuration for operands of `width` columns; architectures without an entry of their own use "default"."""
+    every = table()["configurations"]
+    return Configuration(*bucket({**every["default"], **every.get(arch, {})}[mode], width))
+
+
+def smallest_rows(arch: str, width: int) -> float:
+    """From so many rows on "auto" picks triton, as measured on that architecture; infinity where nobody measured."""
+    entries = table()["auto"].get(arch)
+    return math.inf if not entries else float(bucket(entries, width))

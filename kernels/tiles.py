@@ -1,0 +1,351 @@
+"""Triton kernels: one tile of similarities per program, and what is made of it before it leaves the registers.
+
+    s_ij = scale * <a_i, b_j>                                   fp16 products, summed in fp32, in units of log 2
+    sums:     sum_j 2^(s_ij - shift)                            over a tile's columns and over its rows
+    weights:  W_ij = g_i 2^(s_ij - l_i) + g_j 2^(s_ij - l_j)    l = lse / log 2, g the upstream gradient
+    products: <a_i, b_j>, and the sum over the tile of its square (or of <a_i, b_j> <c_i, d_j>)
+
+Entries of equal image ids are left out of the first two. With two levels the accumulator is used after the first k0
+columns and again after all. Every slot of every output is written by exactly one program: nothing is atomic, so a
+result is the same bit by bit whenever it is computed again.
+
+Legend: i, j tile of rows, of columns; o_ offsets, m_ masks, b_ block sizes, p_ pointers. Operands are padded along K to
+whole blocks, rows beyond the last are read as the last and masked in the epilogue. Derivation: kernels/README.md.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _grouped(p, rows, columns, GROUP: tl.constexpr):
+    """Tile (i, j) of program p: GROUP tiles of rows take turns, so that a column's operand is read from the L2 cache."""
+    width = GROUP * columns
+    first = (p // width) * GROUP
+    size = tl.minimum(rows - first, GROUP)
+    q = p % width
+    return first + q % size, q // size
+
+
+@triton.jit
+def _accumulate(
+    acc,
+    a,
+    b,
+    i,
+    j,
+    o_m,
+    o_n,
+    n_m,
+    n_n,
+    stride_a,
+    stride_b,
+    start,
+    stop,
+    b_M: tl.constexpr,
+    b_N: tl.constexpr,
+    b_K: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """acc + A[rows of tile i, start:stop] B[rows of tile j, start:stop]^T"""
+    if DESCRIPTOR:
+        for k in range(start, stop, b_K):
+            acc = tl.dot(a.load([i * b_M, k]), b.load([j * b_N, k]).T, acc)
+    else:
+        o_k = tl.arange(0, b_K)
+        p_a = a + tl.minimum(o_m, n_m - 1).to(tl.int64)[:, None] * stride_a + o_k[None, :]
+        p_b = b + tl.minimum(o_n, n_n - 1).to(tl.int64)[None, :] * stride_b + o_k[:, None]
+        for k in range(start, stop, b_K):
+            acc = tl.dot(tl.load(p_a + k), tl.load(p_b + k), acc)
+    return acc
+
+
+@triton.jit
+def _same_image(p_id_a, p_id_b, p_low_a, p_high_a, p_low_b, p_high_b, i, j, o_m, o_n, n_m, n_n, RATIO: tl.constexpr):
+    """Whether tile (i, j) may hold a pair of one image or padding: most tiles do not, and skip the comparison."""
+    low, high = tl.load(p_low_b + j * RATIO), tl.load(p_high_b + j * RATIO)
+    for h in tl.static_range(1, RATIO):
+        low = tl.minimum(low, tl.load(p_low_b + j * RATIO + h))
+        high = tl.maximum(high, tl.load(p_high_b + j * RATIO + h))
+    return (tl.load(p_low_a + i) <= high) & (low <= tl.load(p_high_a + i))
+
+
+@triton.jit
+def _reduce(s, shift, p_sum, p_max, o_out, m_out, axis: tl.constexpr, MAXIMUM: tl.constexpr):
+    """Store sum 2^(s - shift) over an axis, or the maximum and the sum about it."""
+    if MAXIMUM:
+        top = tl.max(s, axis)
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        tl.store(p_max + o_out, top, mask=m_out)
+        tl.store(p_sum + o_out, tl.sum(tl.exp2(s - tl.expand_dims(safe, axis)), axis), mask=m_out)
+    else:
+        tl.store(p_sum + o_out, tl.sum(s, axis), mask=m_out)  # s: exponentiated once for both axes
+
+
+@triton.jit(do_not_specialize=["n_m", "n_n", "first", "tiles_m", "tiles_n"])
+def sums_kernel(
+    a,
+    b,
+    p_id_a,
+    p_id_b,
+    p_low_a,
+    p_high_a,
+    p_low_b,
+    p_high_b,
+    p_scale,
+    p_shift,
+    p_near,
+    p_near_max,
+    p_far,
+    p_far_max,
+    n_m,
+    n_n,
+    first,
+    tiles_m,
+    tiles_n,
+    stride_a,
+    stride_b,
+    k0,
+    k1,
+    LEVELS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    MAXIMUM: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    GROUP: tl.constexpr,
+    b_M: tl.constexpr,
+    b_N: tl.constexpr,
+    b_K: tl.constexpr,
+):
+    """Partial sums of a strip: row tiles first .. first + tiles_m - 1 against all columns (SYMMETRIC: from `first` on).
+
+    near [LEVELS, slots, rows of the strip]: slot j holds the sums over column tile first + j (0 + j). SYMMETRIC: where
+    j < i it holds the column sums of tile (j, i), which are the same numbers.
+    far [LEVELS, tiles_m, rows behind the strip]: slot i holds the column sums of row tile first + i.
+    """
+    RATIO: tl.constexpr = b_N // b_M
+    i, j = _grouped(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    i += first
+    origin = 0
+    if SYMMETRIC:
+        origin = first
+        j += first // RATIO
+        if j * RATIO + RATIO - 1 < i:
+            return
+    o_m = i * b_M + tl.arange(0, b_M)
+    o_n = j * b_N + tl.arange(0, b_N)
+    m_m, m_n = o_m < n_m, o_n < n_n
+    scale, shift = tl.load(p_scale), tl.load(p_shift)
+    compare = _same_image(
+        p_id_a, p_id_b, p_low_a, p_high_a, p_low_b, p_high_b, i, j, o_m, o_n, n_m, n_n, RATIO
+    ) | ((i + 1) * b_M > n_m) | ((j + 1) * b_N > n_n)
+    strip = tl.minimum(tiles_m * b_M, n_m - first * b_M).to(tl.int64)
+    behind = (n_n - (first + tiles_m) * b_M).to(tl.int64)
+    slots = tl.cdiv(n_n, b_M) - origin
+    acc = tl.zeros((b_M, b_N), tl.float32)
+    for level in tl.static_range(LEVELS):
+        start = 0 if level == 0 else k0
+        stop = k0 if level + 1 < LEVELS else k1
+        acc = _accumulate(
+            acc, a, b, i, j, o_m, o_n, n_m, n_n, stride_a, stride_b, start, stop, b_M, b_N, b_K, DESCRIPTOR
+        )
+        s = acc * scale
+        if not MAXIMUM:
+            s = tl.exp2(s - shift)
+        if compare:
+            id_m = tl.load(p_id_a + o_m, mask=m_m, other=0)
+            id_n = tl.load(p_id_b + o_n, mask=m_n, other=0)
+            keep = (id_m[:, None] != id_n[None, :]) & m_m[:, None] & m_n[None, :]
+            s = tl.where(keep, s, float("-inf") if MAXIMUM else 0.0)
+        for h in tl.static_range(RATIO):
+            t = j * RATIO + h
+            part = s
+            if RATIO > 1:
+                part = tl.where((o_n // b_M == t)[None, :], s, float("-inf") if MAXIMUM else 0.0)
+            written = t - origin < slots
+            if SYMMETRIC:
+                written = written & (t >= i)
+            o_out = (level * slots + t - origin) * strip + (o_m - first * b_M)
+            _reduce(part, shift, p_near, p_near_max, o_out, m_m & written, 1, MAXIMUM)
+        if SYMMETRIC:
+            o_t = o_n // b_M
+            inside = m_n & (o_t > i) & (o_t < first + tiles_m)
+            outside = m_n & (o_t >= first + tiles_m)
+            o_in = (level * slots + i - first) * strip + (o_n - first * b_M)
+            o_far = (level * tiles_m + i - first) * behind + (o_n - (first + tiles_m) * b_M)
+            if MAXIMUM:
+                top = tl.max(s, 0)
+                safe = tl.where(top == float("-inf"), 0.0, top)
+                total = tl.sum(tl.exp2(s - safe[None, :]), 0)
+                tl.store(p_near_max + o_in, top, mask=inside)
+                tl.store(p_far_max + o_far, top, mask=outside)
+            else:
+                total = tl.sum(s, 0)
+            tl.store(p_near + o_in, total, mask=inside)
+            tl.store(p_far + o_far, total, mask=outside)
+
+
+@triton.jit(do_not_specialize=["n_m", "n_n", "tiles_m", "tiles_n"])
+def weights_kernel(
+    a,
+    b,
+    p_id_a,
+    p_id_b,
+    p_low_a,
+    p_high_a,
+    p_low_b,
+    p_high_b,
+    p_scale,
+    p_lse_a,
+    p_lse_b,
+    p_g_a,
+    p_g_b,
+    p_w,
+    p_w_first,
+    n_m,
+    n_n,
+    tiles_m,
+    tiles_n,
+    stride_a,
+    stride_b,
+    stride_w,
+    stride_l_a,
+    stride_l_b,
+    k0,
+    k1,
+    w_scale,
+    LEVELS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    GROUP: tl.constexpr,
+    b_M: tl.constexpr,
+    b_N: tl.constexpr,
+    b_K: tl.constexpr,
+):
+    """W [n_m, n_n] of a block pair, times w_scale. SYMMETRIC: upper tiles are computed, and stored a second time across.
+
+    lse (in units of log 2) and g are [LEVELS, n]. Two levels: w_first holds the sum of both levels' weights, for the
+    first columns of z are in both similarities; w holds those of the last level.
+    """
+    RATIO: tl.constexpr = b_N // b_M
+    i, j = _grouped(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    if SYMMETRIC:
+        if j * RATIO + RATIO - 1 < i:
+            return
+    o_m = i * b_M + tl.arange(0, b_M)
+    o_n = j * b_N + tl.arange(0, b_N)
+    m_m, m_n = o_m < n_m, o_n < n_n
+    scale = tl.load(p_scale)
+    compare = _same_image(p_id_a, p_id_b, p_low_a, p_high_a, p_low_b, p_high_b, i, j, o_m, o_n, n_m, n_n, RATIO)
+    m_w = m_m[:, None] & m_n[None, :]
+    m_across = m_w
+    if SYMMETRIC:
+        m_across = m_w & ((o_n // b_M) > i)[None, :]
+        m_w = m_w & ((o_n // b_M) >= i)[None, :]
+    o_w = o_m.to(tl.int64)[:, None] * stride_w + o_n[None, :]
+    o_across = o_n.to(tl.int64)[:, None] * stride_w + o_m[None, :]
+    acc = tl.zeros((b_M, b_N), tl.float32)
+    if LEVELS > 1:
+        total = tl.zeros((b_M, b_N), tl.float32)
+    for level in tl.static_range(LEVELS):
+        start = 0 if level == 0 else k0
+        stop = k0 if level + 1 < LEVELS else k1
+        acc = _accumulate(
+            acc, a, b, i, j, o_m, o_n, n_m, n_n, stride_a, stride_b, start, stop, b_M, b_N, b_K, DESCRIPTOR
+        )
+        s = acc * scale
+        lse_m = tl.load(p_lse_a + level * stride_l_a + o_m, mask=m_m, other=0.0)
+        lse_n = tl.load(p_lse_b + level * stride_l_b + o_n, mask=m_n, other=0.0)
+        g_m = tl.load(p_g_a + level * stride_l_a + o_m, mask=m_m, other=0.0) * w_scale
+        g_n = tl.load(p_g_b + level * stride_l_b + o_n, mask=m_n, other=0.0) * w_scale
+        w = tl.exp2(s - lse_m[:, None]) * g_m[:, None] + tl.exp2(s - lse_n[None, :]) * g_n[None, :]
+        if compare:
+            id_m = tl.load(p_id_a + o_m, mask=m_m, other=0)
+            id_n = tl.load(p_id_b + o_n, mask=m_n, other=0)
+            w = tl.where(id_m[:, None] != id_n[None, :], w, 0.0)
+        if LEVELS > 1:
+            total += w
+        if level + 1 == LEVELS:
+            w = w.to(p_w.dtype.element_ty)
+            tl.store(p_w + o_w, w, mask=m_w)
+            if SYMMETRIC:
+                tl.store(p_w + o_across, w.T, mask=m_across.T)
+    if LEVELS > 1:
+        w = total.to(p_w_first.dtype.element_ty)
+        tl.store(p_w_first + o_w, w, mask=m_w)
+        if SYMMETRIC:
+            tl.store(p_w_first + o_across, w.T, mask=m_across.T)
+
+
+@triton.jit(do_not_specialize=["n_m", "n_n", "tiles_m", "tiles_n"])
+def products_kernel(
+    a,
+    b,
+    c,
+    d,
+    p_sum,
+    p_w,
+    p_w_second,
+    n_m,
+    n_n,
+    tiles_m,
+    tiles_n,
+    stride_a,
+    stride_b,
+    stride_w,
+    k1,
+    w_scale,
+    PAIR: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    SKIP_DIAGONAL: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    GROUP: tl.constexpr,
+    b_M: tl.constexpr,
+    b_N: tl.constexpr,
+    b_K: tl.constexpr,
+):
+    """W = <a_i, b_j> [n_m, n_n] times w_scale, and per program the sum of its squares before that scale.
+
+    PAIR: also W_second = <c_i, d_j>, and the sum is that of the product of the two. SYMMETRIC: entries across count
+    twice. SKIP_DIAGONAL: entries i = j are 0.
+    """
+    RATIO: tl.constexpr = b_N // b_M
+    p = tl.program_id(0)
+    i, j = _grouped(p, tiles_m, tiles_n, GROUP)
+    if SYMMETRIC:
+        if j * RATIO + RATIO - 1 < i:
+            tl.store(p_sum + p, 0.0)
+            return
+    o_m = i * b_M + tl.arange(0, b_M)
+    o_n = j * b_N + tl.arange(0, b_N)
+    keep = (o_m < n_m)[:, None] & (o_n < n_n)[None, :]
+    across = keep
+    if SYMMETRIC:
+        across = keep & ((o_n // b_M) > i)[None, :]
+        keep = keep & ((o_n // b_M) >= i)[None, :]
+    acc = tl.zeros((b_M, b_N), tl.float32)
+    acc = _accumulate(acc, a, b, i, j, o_m, o_n, n_m, n_n, stride_a, stride_b, 0, k1, b_M, b_N, b_K, DESCRIPTOR)
+    valid = keep
+    if SKIP_DIAGONAL:
+        valid = keep & (o_m[:, None] != o_n[None, :])
+    acc = tl.where(valid, acc, 0.0)
+    o_w = o_m.to(tl.int64)[:, None] * stride_w + o_n[None, :]
+    o_across = o_n.to(tl.int64)[:, None] * stride_w + o_m[None, :]
+    w = (acc * w_scale).to(p_w.dtype.element_ty)
+    tl.store(p_w + o_w, w, mask=keep)
+    if SYMMETRIC:
+        tl.store(p_w + o_across, w.T, mask=across.T)
+    square = acc
+    if PAIR:
+        square = tl.zeros((b_M, b_N), tl.float32)
+        square = _accumulate(
+            square, c, d, i, j, o_m, o_n, n_m, n_n, stride_a, stride_b, 0, k1, b_M, b_N, b_K, DESCRIPTOR
+        )
+        square = tl.where(valid, square, 0.0)
+        w = (square * w_scale).to(p_w_second.dtype.element_ty)
+        tl.store(p_w_second + o_w, w, mask=keep)
+        if SYMMETRIC:
+            tl.store(p_w_second + o_across, w.T, mask=across.T)
+    square = square * acc
+    if SYMMETRIC:
+        square = tl.where(across, 2 * square, square)
+    tl.store(p_sum + p, tl.sum(square))
