@@ -34,7 +34,7 @@ class CausalLatents:
         self.ours, self.cross = args.method == "ours", args.cross_image
         styles = tuple(f"style_{m + 1}" for m in range(STYLES)) if self.ours else ()
         self.plan = ViewPlan.shared_query(("content", *styles))
-        self.widths = {"content": 16, **dict.fromkeys(styles, 8)}
+        self.widths = {"content": args.content_width or 16, **dict.fromkeys(styles, 8)}
         self.backbone, self.features = backbone(n), 256
 
     def generate(self, c: Tensor, s: list[Tensor]) -> Tensor:

@@ -69,7 +69,8 @@ class Sprites:
         else:
             cross = tuple(groups) if args.cross_image else ()
             self.views = StructuredViews(groups, plan=args.plan, cross_image=cross, seed=args.seed)
-        self.widths = {"content": 64, **({} if args.method == "content-only" else {"color": 16, "spatial": 32})}
+        styles = {} if args.method == "content-only" else {"color": 16, "spatial": 32}
+        self.widths = {"content": args.content_width or 64, **styles}
         self.backbone, self.features = ConvNet(), 256
         self.pool: tuple[Tensor, dict[str, Tensor]] | None = None
 
@@ -142,6 +143,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     p.add_argument("--cross-image", action="store_true", help="keys of styles are made from other images")
     p.add_argument("--temperature", type=float, default=None)
     p.add_argument("--content-weight", type=float, default=None, help="weight of content's invariance (styles keep 1)")
+    p.add_argument("--content-width", type=int, default=None, help="64 (sprites) or 16 (latents) where not given")
     p.add_argument("--content-keys", choices=("first", "all"), default="first")
     p.add_argument("--content-entropy", action="store_true", help="a further entropy term on content alone")
     p.add_argument("--dual-ascent", type=float, default=None, metavar="TOLERANCE")
@@ -166,7 +168,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if not stored.exists() or not (args.out / "model.pt").exists():
             p.error(f"--evaluate: expected metrics.json and model.pt of a finished run in {args.out}: got none")
         kept = {"out": args.out, "evaluate": True}
-        args = argparse.Namespace(**json.loads(stored.read_text())["config"] | kept)
+        args = argparse.Namespace(**vars(args) | json.loads(stored.read_text())["config"] | kept)
 
     torch.manual_seed(args.seed)
     g = torch.Generator().manual_seed(args.seed)

@@ -27,7 +27,8 @@ def off_diagonal_energy(
     Args:
         x: [n, D] rows, already centred (and standardised) as the loss wants them.
         y: [n, D]; None means x.
-        backend: "eager", "streaming" (keeps no D x D matrix, picks the cheaper side), or "auto".
+        backend: "auto", "eager", "streaming" (keeps no D x D matrix), "triton" (CUDA, fp16 products); the last two pick
+            the cheaper side.
         group: None computes on the local rows; for a process group X^T Y is summed over ranks, on the D side (that
             matrix, or its blocks, is what the ranks exchange); backward assumes that gradients are averaged over ranks.
         chunk: columns of a block of the streaming backend.
@@ -43,8 +44,10 @@ def off_diagonal_energy(
             raise ValueError(f"off_diagonal_energy: expected x and y [n, D], alike: got {name} {_checks.shape(t)}")
     n, d = x.shape
     dtype = compute_dtype(x.dtype)
-    name = energy_backend(backend, n, d, dtype=dtype, group=group)
+    name = energy_backend(backend, n, d, dtype=dtype, device=x.device, group=group)
     with torch.autocast(x.device.type, enabled=False):
+        if name == "triton":
+            return _triton(x, y, group)
         x = x.to(dtype)
         y = x if y is None else y.to(dtype)
         if name == "eager":
@@ -52,11 +55,31 @@ def off_diagonal_energy(
         return _Streaming.apply(x, y, x is y, chunk, group)
 
 
-def energy_backend(backend: str, n: int, d: int, *, dtype: torch.dtype, group: Any = None) -> str:
+def energy_backend(
+    backend: str, n: int, d: int, *, dtype: torch.dtype, device: torch.device | None = None, group: Any = None
+) -> str:
     """What `off_diagonal_energy` runs for n local rows of d columns; the same on every rank of a group."""
     # Streaming is the faster one as soon as it can leave out work; D x D is what eager keeps for the backward.
-    by_rows = group is None and 2 * n < d
-    return choose_backend(backend, matrix_elements=16 * d * d if by_rows else d * d, dtype=dtype)
+    elements = 16 * d * d if by_rows(n, d, group) else d * d
+    return choose_backend(backend, matrix_elements=elements, dtype=dtype, device=device)
+
+
+def by_rows(n: int, d: int, group: Any) -> bool:
+    """Whether the N side is the cheaper one. Ranks exchange X^T Y, so for a group it is never taken."""
+    return group is None and 2 * n < d
+
+
+def _triton(x: Tensor, y: Tensor | None, group: Any) -> Tensor:
+    from ssd_addon.kernels import fused
+
+    out: Tensor
+    if group is not None:
+        out = fused.EnergyOverRanks.apply(x, y, group)
+        return out
+    if not x.shape[0]:
+        return (x.sum() + (0 if y is None else y.sum())).float() * 0
+    out, _, _ = fused.off_diagonal_energy(x, y, by_rows(x.shape[0], x.shape[1], group))
+    return out
 
 
 def _block(x: Tensor, y: Tensor, block: slice, start: int, group: Any) -> Tensor:
@@ -76,7 +99,7 @@ class _Streaming(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, symmetric: bool, chunk: int, group: Any) -> Tensor:
         ctx.static = (symmetric, chunk, group)
         n, d = x.shape
-        if group is None and 2 * n < d:
+        if by_rows(n, d, group):
             g = x @ x.T
             h = g if symmetric else y @ y.T
             diagonal = (x * y).sum(dim=0)

@@ -1,6 +1,10 @@
 """Which backend runs: by device, type and size for "auto"; a named one runs or raises."""
 
+import importlib.util
+
 import torch
+
+from ssd_addon.kernels import table
 
 BACKENDS = ("auto", "eager", "streaming", "triton")
 
@@ -8,29 +12,59 @@ EAGER_BYTES = 64 * 2**20
 """Up to this size of the matrix that eager materialises, eager is the choice of "auto"."""
 
 
-def choose_backend(backend: str, *, matrix_elements: int, dtype: torch.dtype) -> str:
+def choose_backend(
+    backend: str,
+    *,
+    matrix_elements: int,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    rows: int = 0,
+    width: int = 0,
+) -> str:
     """Resolve "auto" and refuse what cannot run.
 
     Args:
         backend: "auto", "eager", "streaming" or "triton".
         matrix_elements: entries of the matrix that eager would keep (N x N, or D x D).
         dtype: type that the arithmetic runs in.
+        device: where the rows are; None checks the name alone.
+        rows, width: N and D, by which "auto" picks triton on CUDA where table.json has it measured as faster.
 
     Raises:
         ValueError: an unknown name, or a named backend that cannot run here; the message says what can.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}: got {backend!r}")
-    if backend == "triton":
-        raise ValueError(
-            "backend 'triton': the fused kernels are not part of this version; 'eager' and 'streaming' run on every "
-            "device, and 'auto' picks between them"
-        )
+    if backend == "triton" and device is not None:
+        reason = why_no_triton(device, dtype)
+        if reason:
+            raise ValueError(
+                f"backend 'triton': {reason}; 'eager' and 'streaming' run on every device and in every type, and "
+                "'auto' picks what runs"
+            )
     if backend != "auto":
         return backend
+    if (
+        device is not None
+        and device.type == "cuda"
+        and rows >= table.smallest_rows(table.architecture(device), width)
+        and why_no_triton(device, dtype) is None
+    ):
+        return "triton"
     if dtype == torch.float64 or matrix_elements * dtype.itemsize <= EAGER_BYTES:
         return "eager"
     return "streaming"
+
+
+def why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the fused kernels cannot run on this device in this type, or None."""
+    if dtype == torch.float64:
+        return "it computes in float32 from fp16 products, and the rows are torch.float64"
+    if importlib.util.find_spec("triton") is None:
+        return "it needs the package triton, which is not installed"
+    from ssd_addon.kernels import fused
+
+    return fused.why_not(device)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -37,13 +37,11 @@ INTERPRETED = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else Fa
 def why_not(device: torch.device) -> str | None:
     """Why the kernels cannot run there, or None."""
     if device.type == "cuda":
-        if torch.version.hip is not None:
-            return None
         major, minor = torch.cuda.get_device_capability(device)
         return None if major >= 8 else f"it needs compute capability 8.0 or higher, and {device} has {major}.{minor}"
     if device.type == "cpu" and INTERPRETED:
         return None
-    return f"it needs a CUDA device, and the rows are on {device.type!r}"
+    return f"it needs a CUDA device, or TRITON_INTERPRET=1 in the environment on a CPU: the rows are on {str(device)!r}"
 
 
 # ------------------------------------------------------------------------------------------------ operands
@@ -260,7 +258,9 @@ def gradient(
 
 
 def longest_row(z: Tensor) -> Tensor:
-    """Length of the longest row, 0-dim float32; 1 where all are zero."""
+    """Length of the longest row, 0-dim float32; 1 where there is none that is not zero."""
+    if not z.shape[0]:
+        return z.new_ones((), dtype=torch.float32)
     longest = torch.linalg.vector_norm(z.detach().float(), dim=1).amax()
     return torch.where(longest == 0, 1.0, longest)
 
@@ -308,8 +308,8 @@ def lse_rows_grad(
     every_lse: Tensor, g: Tensor, every_g: Tensor, prefix: int,
 ) -> Tensor:  # fmt: skip
     """[n, D] float32 gradient of the rows; lse, g [E, n], every_lse, every_g [E, N], g at most 1 in size."""
-    logs = [(t * LOG2E).contiguous() for t in (lse, every_lse)]
-    dx = gradient(x, every, ids, every_ids, _scale(tau, longest), *logs, g, every_g, prefix)
+    scale, log, every_log = _scale(tau, longest), (lse * LOG2E).contiguous(), (every_lse * LOG2E).contiguous()
+    dx = gradient(x, every, ids, every_ids, scale, log, every_log, g, every_g, prefix)
     return dx.mul_(longest / (UNIT * tau.float()))
 
 
@@ -466,3 +466,135 @@ def _(a, b, c, d, skip_diagonal, half):  # type: ignore[no-untyped-def]
     kind = torch.float16 if half else torch.float32
     w = a.new_empty((m, n), dtype=kind)
     return a.new_empty((), dtype=torch.float64), w, a.new_empty((m, n) if c is not None else (0, 0), dtype=kind)
+
+
+def _columns(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of x [n, D] as rows [D, n] in fp16, at most UNIT long, and the length of the longest."""
+    longest = longest_row(x.T)
+    return _inside(x.T, longest, exact=False), longest
+
+
+@torch.library.custom_op("ssd_addon::off_diagonal_energy", mutates_args=())
+def off_diagonal_energy(x: Tensor, y: Tensor | None, by_rows: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """sum_{k != l} (X^T Y)_kl^2 (0-dim float32) of x, y [n, D]; y None means x. And what the backward needs.
+
+    by_rows: through ||X^T Y||_F^2 = <X X^T, Y Y^T> and sum_k C_kk^2; else through X^T Y. The matrices that come back
+    are fp16 products of operands of length 1 at most, times 2^14: X X^T and Y Y^T, or X^T Y without its diagonal.
+    """
+    if by_rows:
+        lx = longest_row(x)
+        ly = lx if y is None else longest_row(y)
+        a = _inside(x, lx, exact=False)
+        c = a if y is None else _inside(y, ly, exact=False)
+        total, w, second = products(a, None, None if y is None else c, None, False, True)
+        diagonal = (x.float() * (x if y is None else y).float()).sum(dim=0)
+        energy = total * (lx.double() * ly.double() / UNIT**2) ** 2 - diagonal.double().square().sum()
+        return energy.float(), w, second
+    a, lx = _columns(x)
+    b, ly = (None, lx) if y is None else _columns(y)
+    total, w, second = products(a, b, None, None, True, True)
+    return (total * (lx.double() * ly.double() / UNIT**2) ** 2).float(), w, second
+
+
+@off_diagonal_energy.register_fake
+def _(x, y, by_rows):  # type: ignore[no-untyped-def]
+    n, d = x.shape
+    size = n if by_rows else d
+    second = (n, n) if by_rows and y is not None else (0, 0)
+    half = {"dtype": torch.float16}
+    return x.new_empty((), dtype=torch.float32), x.new_empty((size, size), **half), x.new_empty(second, **half)
+
+
+@torch.library.custom_op("ssd_addon::off_diagonal_energy_backward", mutates_args=())
+def off_diagonal_energy_backward(
+    grad: Tensor, x: Tensor, y: Tensor | None, w: Tensor, second: Tensor, by_rows: bool
+) -> tuple[Tensor, Tensor]:
+    """(dx, dy [n, D] in the type of x, y); where y is None dx is all of the gradient and dy has no entries."""
+    other = x if y is None else y
+    lx = longest_row(x if by_rows else x.T)
+    ly = lx if y is None else longest_row(other if by_rows else other.T)
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        out = a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.float32)
+        _add_product(out, a, b)
+        return out
+
+    # d energy / dX = 2 Y C^T without the diagonal, by columns; = 2 (Y Y^T X - Y diag C) by rows.
+    x_, y_ = _inside(x, lx, exact=False), _inside(other, ly, exact=False)
+    if by_rows:
+        diagonal = (x.float() * other.float()).sum(dim=0)
+        dx = product(w if y is None else second, x_) * (ly.square() * lx / (W_SCALE * UNIT)) - other * diagonal
+        if y is None:
+            return (dx * (4 * grad)).to(x.dtype), x.new_zeros((0, 0))
+        dy = product(w, y_) * (lx.square() * ly / (W_SCALE * UNIT)) - x * diagonal
+    else:
+        # Entries of C are at most lx ly; the rows of x_, y_ are scaled by their own longest row, not column.
+        rx, ry = longest_row(x), longest_row(other)
+        x_, y_ = _inside(x, rx, exact=False), _inside(other, ry, exact=False)
+        scale = lx * ly / (W_SCALE * UNIT)
+        dx = product(y_, w.T) * (scale * ry)
+        if y is None:
+            return (dx * (4 * grad)).to(x.dtype), x.new_zeros((0, 0))
+        dy = product(x_, w) * (scale * rx)
+    return (dx * (2 * grad)).to(x.dtype), (dy * (2 * grad)).to(other.dtype)
+
+
+@off_diagonal_energy_backward.register_fake
+def _(grad, x, y, w, second, by_rows):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), x.new_zeros((0, 0)) if y is None else y.new_empty(y.shape)
+
+
+def _save_energy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, y, ctx.by_rows = inputs
+    _, w, second = output
+    ctx.alone = y is None
+    ctx.save_for_backward(x, *(() if y is None else (y,)), w, second)
+    ctx.mark_non_differentiable(w, second)
+
+
+def _differentiate_energy(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, *y, w, second = ctx.saved_tensors
+    dx, dy = off_diagonal_energy_backward(grad, x, y[0] if y else None, w, second, ctx.by_rows)
+    return dx, None if ctx.alone else dy, None
+
+
+off_diagonal_energy.register_autograd(_differentiate_energy, setup_context=_save_energy)
+off_diagonal_energy_backward.register_autograd(_no_second_derivative("off_diagonal_energy"))
+
+
+class EnergyOverRanks(torch.autograd.Function):
+    """X^T Y is summed over ranks, D x D in float32; by columns only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor | None, group: Any) -> Tensor:
+        other = x if y is None else y
+        c = x.new_zeros((x.shape[1], x.shape[1]), dtype=torch.float32)
+        if x.shape[0]:
+            a, lx = _columns(x)
+            b, ly = (None, lx) if y is None else _columns(y)
+            c = products(a, b, None, None, True, False)[1] * (lx * ly / W_SCALE)
+        c = _dist.all_sum(c, group)
+        ctx.save_for_backward(x, other, c)
+        ctx.alone, ctx.group = y is None, group
+        return c.square().sum(dtype=torch.float64).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("off_diagonal_energy: the triton backend has no second derivative; use backend='eager'")
+        x, y, c = ctx.saved_tensors
+        grad = _dist.all_sum(grad, ctx.group)  # a rank's rows reach the loss of every rank
+        top = c.abs().amax()
+        top = torch.where(top > 0, top, 1.0)
+        half = (c * (W_SCALE / top)).to(torch.float16)
+
+        def product(rows: Tensor, w: Tensor) -> Tensor:
+            out = torch.zeros_like(rows, dtype=torch.float32)
+            longest = longest_row(rows)
+            _add_product(out, _inside(rows, longest, exact=False), w)
+            return out * (longest * top / (W_SCALE * UNIT))
+
+        dx = product(y, half.T)
+        if ctx.alone:
+            return (dx * (4 * grad)).to(x.dtype), None, None
+        return (dx * (2 * grad)).to(x.dtype), (product(x, half) * (2 * grad)).to(y.dtype), None

@@ -49,10 +49,12 @@ def negative_lse(
         image_ids: [N] integers in any order: rows of equal id are left out of each other's sum.
         temperature: above 0; a float or a scalar tensor, which gets a gradient.
         prefix: d0. Also returns the log-sum over the first d0 columns alone: [N, 2], (columns :d0, all columns).
-        backend: "auto", "eager", "streaming".
+        backend: "auto", "eager", "streaming", "triton" (CUDA, float16 to float32; values to fp16's resolution of
+            1/temperature times 2^-11 at worst, gradients to 3e-4 of their norm; kernels/README.md).
         group: None computes on the local rows; a process group gathers the rows of all ranks (ids are global), and
             backward assumes that gradients are averaged over ranks.
-        validate: raise on NaN, infinities and rows without a negative; off, these rows come out as NaN.
+        validate: raise on NaN, infinities and rows without a negative; off, these rows come out as NaN, and with
+            "triton" rows longer than 1 make everything NaN, as nothing is read back from the device.
         chunk: rows of a block of the streaming backend; None chooses by cache. Any value gives the same result
             to rounding.
 
@@ -73,7 +75,11 @@ def negative_lse(
     if values is not None:
         _check_values(headers, shards.total)
     # By the largest shard: every rank must come to the same choice, as the collectives of the backends differ.
-    name = choose_backend(backend, matrix_elements=max(shards.sizes) * shards.total, dtype=dtype)
+    elements = max(shards.sizes) * shards.total
+    name = choose_backend(backend, matrix_elements=elements, dtype=dtype, device=z.device, rows=shards.total, width=d)
+    if name == "triton":
+        lse = _triton(z, image_ids, temperature, prefix or 0, values is not None, shards)
+        return lse[0] if prefix is None else lse.T
     with torch.autocast(z.device.type, enabled=False):
         rows = z.to(dtype)
         tau = torch.as_tensor(temperature, dtype=dtype, device=z.device).reshape(())
@@ -96,6 +102,39 @@ def _eager(z: Tensor, ids: Tensor, tau: Tensor, levels: tuple[tuple[int, int], .
         lse = s_ij.masked_fill(same, -math.inf).logsumexp(dim=1)
         out.append(torch.where(no_value, math.nan, lse))
     return torch.stack(out, dim=1)
+
+
+# ------------------------------------------------------------------------------------------------- triton
+
+RESOLVED = 128.0
+"""Products of fp16 rows are off by at most 2^-11 of R/tau: beyond this R/tau they are made of two fp16 parts."""
+
+
+def _triton(
+    z: Tensor, ids: Tensor, temperature: float | Tensor, prefix: int, checking: bool, s: _dist.Shards
+) -> Tensor:
+    """[E, n]. Without checks nothing is read back from the device, and rows longer than 1 make the result NaN."""
+    from ssd_addon.kernels import fused
+
+    tau = torch.as_tensor(temperature, dtype=torch.float32, device=z.device).reshape(())
+    with torch.autocast(z.device.type, enabled=False):
+        if s.total < 2:
+            return z.sum() * 0 + z.new_full((2 if prefix else 1, z.shape[0]), math.nan, dtype=torch.float32)
+        longest = _dist.maximum(fused.longest_row(z), s.group)
+        # R/tau, which bounds |s|: known on the host where values are checked, or where the temperature is a number.
+        bound: float | None = None
+        if checking:
+            bound = longest.item() ** 2 / float(temperature)
+        else:
+            longest = torch.where(longest <= 1.01, longest, math.nan)
+            if not isinstance(temperature, Tensor):
+                bound = 1.01**2 / temperature
+        maximum = bound is None or 2 * bound + math.log(s.total) > 2 * EXPONENT
+        exact = bound is not None and bound > RESOLVED
+        if s.group is None:
+            return fused.negative_lse(z, ids, tau, longest, prefix, maximum, exact)
+        out: Tensor = fused.LseOverRanks.apply(z, ids, tau, longest, prefix, maximum, exact, s)
+        return out
 
 
 # ---------------------------------------------------------------------------------------------- streaming
@@ -333,6 +372,7 @@ def _check_range(temperature: float, dtype: torch.dtype) -> None:
 
 
 _ID_LIMIT = 2**62
+_NOT_FINITE, _FINE, _OVERFLOWS = range(3)
 
 
 def _values_header(z: Tensor, ids: Tensor, temperature: float | Tensor) -> list[int]:
@@ -340,18 +380,29 @@ def _values_header(z: Tensor, ids: Tensor, temperature: float | Tensor) -> list[
     if isinstance(temperature, Tensor):
         _check_temperature_value(temperature, z)
     if not z.shape[0]:
-        return [1, _ID_LIMIT, -_ID_LIMIT]
-    finite = not z.numel() or bool(torch.isfinite(torch.stack(z.aminmax())).all())  # NaN is both extremes then
-    return [int(finite), int(ids.min()), int(ids.max())]
+        return [_FINE, _ID_LIMIT, -_ID_LIMIT]
+    state = _FINE
+    if z.numel():
+        extremes = torch.stack(z.aminmax()).double()  # NaN is both extremes then
+        largest = extremes.abs().max().item()
+        if not math.isfinite(largest):
+            state = _NOT_FINITE
+        elif largest**2 * z.shape[1] / float(temperature) > torch.finfo(compute_dtype(z.dtype)).max:
+            state = _OVERFLOWS
+    return [state, int(ids.min()), int(ids.max())]
 
 
 def _check_values(headers: Tensor, total: int) -> None:
     if total < 2:
         raise ValueError(f"negative_lse: expected the rows of at least 2 images, a row needs a negative: got {total}")
-    bad = [r for r, ok in enumerate(headers[:, 0].tolist()) if not ok]
-    if bad:
-        where = f" on rank {', '.join(map(str, bad))}" if len(headers) > 1 else ""
-        raise ValueError(f"negative_lse, z: expected finite values: got NaN or infinity{where}")
+    for state, message in (
+        (_NOT_FINITE, "expected finite values: got NaN or infinity"),
+        (_OVERFLOWS, "expected rows whose squared length over the temperature float32 can hold: got longer rows"),
+    ):
+        bad = [r for r, found in enumerate(headers[:, 0].tolist()) if found == state]
+        if bad:
+            where = f" on rank {', '.join(map(str, bad))}" if len(headers) > 1 else ""
+            raise ValueError(f"negative_lse, z: {message}{where}")
     if headers[:, 1].min() == headers[:, 2].max():
         raise ValueError(
             f"negative_lse: expected the rows of at least 2 images, so that each has a negative: all {total} rows "

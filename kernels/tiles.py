@@ -19,7 +19,7 @@ import triton.language as tl
 
 @triton.jit
 def _grouped(p, rows, columns, GROUP: tl.constexpr):
-    """Tile (i, j) of program p: GROUP tiles of rows take turns, so that a column's operand is read from the L2 cache."""
+    """Tile (i, j) of program p: GROUP row tiles take turns, so that a column's operand stays in the L2 cache."""
     width = GROUP * columns
     first = (p // width) * GROUP
     size = tl.minimum(rows - first, GROUP)
@@ -61,8 +61,8 @@ def _accumulate(
 
 
 @triton.jit
-def _same_image(p_id_a, p_id_b, p_low_a, p_high_a, p_low_b, p_high_b, i, j, o_m, o_n, n_m, n_n, RATIO: tl.constexpr):
-    """Whether tile (i, j) may hold a pair of one image or padding: most tiles do not, and skip the comparison."""
+def _same_image(p_low_a, p_high_a, p_low_b, p_high_b, i, j, RATIO: tl.constexpr):
+    """Whether tile (i, j) may hold a pair of one image: most tiles do not, and skip the comparison."""
     low, high = tl.load(p_low_b + j * RATIO), tl.load(p_high_b + j * RATIO)
     for h in tl.static_range(1, RATIO):
         low = tl.minimum(low, tl.load(p_low_b + j * RATIO + h))
@@ -135,9 +135,9 @@ def sums_kernel(
     o_n = j * b_N + tl.arange(0, b_N)
     m_m, m_n = o_m < n_m, o_n < n_n
     scale, shift = tl.load(p_scale), tl.load(p_shift)
-    compare = _same_image(
-        p_id_a, p_id_b, p_low_a, p_high_a, p_low_b, p_high_b, i, j, o_m, o_n, n_m, n_n, RATIO
-    ) | ((i + 1) * b_M > n_m) | ((j + 1) * b_N > n_n)
+    compare = (
+        _same_image(p_low_a, p_high_a, p_low_b, p_high_b, i, j, RATIO) | ((i + 1) * b_M > n_m) | ((j + 1) * b_N > n_n)
+    )
     strip = tl.minimum(tiles_m * b_M, n_m - first * b_M).to(tl.int64)
     behind = (n_n - (first + tiles_m) * b_M).to(tl.int64)
     slots = tl.cdiv(n_n, b_M) - origin
@@ -221,7 +221,7 @@ def weights_kernel(
     b_N: tl.constexpr,
     b_K: tl.constexpr,
 ):
-    """W [n_m, n_n] of a block pair, times w_scale. SYMMETRIC: upper tiles are computed, and stored a second time across.
+    """W [n_m, n_n] of a block pair, times w_scale. SYMMETRIC: upper tiles are computed, and stored again across.
 
     lse (in units of log 2) and g are [LEVELS, n]. Two levels: w_first holds the sum of both levels' weights, for the
     first columns of z are in both similarities; w holds those of the last level.
@@ -235,7 +235,7 @@ def weights_kernel(
     o_n = j * b_N + tl.arange(0, b_N)
     m_m, m_n = o_m < n_m, o_n < n_n
     scale = tl.load(p_scale)
-    compare = _same_image(p_id_a, p_id_b, p_low_a, p_high_a, p_low_b, p_high_b, i, j, o_m, o_n, n_m, n_n, RATIO)
+    compare = _same_image(p_low_a, p_high_a, p_low_b, p_high_b, i, j, RATIO)
     m_w = m_m[:, None] & m_n[None, :]
     m_across = m_w
     if SYMMETRIC:

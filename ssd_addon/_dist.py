@@ -4,6 +4,7 @@ Every function takes `group`: None means "this process alone". Backward passes s
 averaging of gradients that DDP does, a loss whose *mean over ranks* is the one-process loss has its gradient.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,16 @@ def shards(rows: int, header: list[int], device: torch.device, group: Any) -> tu
 def all_sum(t: Tensor, group: Any) -> Tensor:
     """Sum over ranks, with gradient."""
     return t if group is None else _AllSum.apply(t, group)
+
+
+def maximum(t: Tensor, group: Any) -> Tensor:
+    """Largest over ranks, element by element, without gradient. NaN on one rank is NaN on every rank."""
+    if group is None:
+        return t
+    nan = t.isnan()
+    both = torch.stack([t.detach().masked_fill(nan, -math.inf), nan.to(t.dtype)])
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+    return torch.where(both[1] > 0, math.nan, both[0])
 
 
 def gather(t: Tensor, s: Shards) -> Tensor:

@@ -241,7 +241,7 @@ class JointEntropyLoss(nn.Module):
         gather_distributed: use the rows of all ranks of the default process group. Each rank then returns
             local sum * W / N of the row terms and the global value of batch terms; the mean over ranks is the
             one-process loss, and backward assumes that gradients are averaged over ranks (DDP).
-        backend: "auto", "eager", "streaming".
+        backend: "auto", "eager", "streaming", "triton" (the fused kernels, on CUDA).
         validate: "auto" checks values (NaN, no negatives) except under CUDA-graph capture and torch.compile, where
             the result is NaN; True, False.
 
@@ -415,8 +415,11 @@ class JointEntropyLoss(nn.Module):
         width = sum(t.shape[-1] for t in spaces.values())
         if self.family == "simclr":
             elements = max(s.sizes) * s.total * first.shape[0] ** 2
-            return choose_backend(self.backend, matrix_elements=elements, dtype=first.dtype)
-        return energy_backend(self.backend, s.size, width, dtype=first.dtype, group=s.group)
+            n = s.total * first.shape[0]
+            return choose_backend(
+                self.backend, matrix_elements=elements, dtype=first.dtype, device=first.device, rows=n, width=width
+            )
+        return energy_backend(self.backend, s.size, width, dtype=first.dtype, device=first.device, group=s.group)
 
     def _simclr(self, z: Mapping[str, Tensor], pairs: dict[str, list[Pair]], ids: Tensor, s: Shards) -> _Parts:
         unit = {name: F.normalize(t, dim=-1) for name, t in z.items()}
