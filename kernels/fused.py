@@ -180,7 +180,7 @@ def block_rows(d: int, unit: int) -> int:
     return max(min(int(8.6e6 / max(d, 1)), 16384), 2048) // unit * unit
 
 
-def _up(n: int, multiple: int = 8) -> int:
+def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
@@ -224,8 +224,9 @@ def gradient(
     w_scale = 1.0 if exact else W_SCALE / e
     size = block_rows(d, c.block_n)
     rows, columns = min(size, n), min(size, b.n)
-    # Rows of W begin at a multiple of 8 entries, as tensor cores and 16-byte stores want them.
-    room = [x.new_empty(rows * _up(columns), dtype=torch.float32 if exact else torch.float16) for _ in levels]
+    # Whole tiles, so that nothing is masked where it is stored.
+    room_size = _up(rows, c.block_n) * _up(columns, c.block_n)
+    room = [x.new_empty(room_size, dtype=torch.float32 if exact else torch.float16) for _ in levels]
     dx = x.new_zeros((n, d), dtype=torch.float32)
     with _device(x):
         for start in range(0, n, size):
@@ -233,7 +234,7 @@ def gradient(
             for j_start in range(start if symmetric else 0, b.n, size):
                 j = slice(j_start, min(j_start + size, b.n))
                 h, w = i.stop - i.start, j.stop - j.start
-                pitch = _up(w)
+                pitch = _up(w, c.block_n)
                 blocks = [r[: h * pitch].view(h, pitch)[:, :w] for r in room]
                 across = symmetric and i == j
                 t_m, t_n = triton.cdiv(h, c.block_m), triton.cdiv(w, c.block_n)
@@ -438,8 +439,9 @@ def products(
     m, n = a_.shape[0], b_.shape[0]
     t_m, t_n = triton.cdiv(m, f.block_m), triton.cdiv(n, f.block_n)
     kind = torch.float16 if half else torch.float32
-    w = a.new_empty((m, _up(n)), dtype=kind)
-    second = a.new_empty((m, _up(n)), dtype=kind) if pair else a.new_empty((0, 0), dtype=kind)
+    size = (_up(m, f.block_n), _up(n, f.block_n))
+    w = a.new_empty(size, dtype=kind)
+    second = a.new_empty(size, dtype=kind) if pair else a.new_empty((0, 0), dtype=kind)
     total = a.new_empty(t_m * t_n, dtype=torch.float32)
 
     def pointer(t: Tensor, rows: int) -> Any:
@@ -457,7 +459,7 @@ def products(
             PAIR=pair, SYMMETRIC=symmetric, SKIP_DIAGONAL=skip_diagonal, DESCRIPTOR=f.descriptor, GROUP=f.group,
             b_M=f.block_m, b_N=f.block_n, b_K=f.block_k, num_warps=f.warps, num_stages=f.stages,
         )  # fmt: skip
-    return total.sum(dtype=torch.float64), w[:, :n].contiguous(), second[:, :n].contiguous() if pair else second
+    return total.sum(dtype=torch.float64), w[:m, :n].contiguous(), second[:m, :n].contiguous() if pair else second
 
 
 @products.register_fake

@@ -71,6 +71,25 @@ def _same_image(p_low_a, p_high_a, p_low_b, p_high_b, i, j, RATIO: tl.constexpr)
 
 
 @triton.jit
+def _store_tile(p, w, i, j, stride, SYMMETRIC: tl.constexpr, b_M: tl.constexpr, b_N: tl.constexpr):
+    """Store tile (i, j) of a matrix of whole tiles; SYMMETRIC: and, where it lies above the diagonal, across it.
+
+    A tile twice as wide as high that touches the diagonal is stored as it is, and so is the one below it: the four
+    squares about the diagonal are each computed, and no entry is written twice.
+    """
+    RATIO: tl.constexpr = b_N // b_M
+    w = w.to(p.dtype.element_ty)
+    o_m, o_n = tl.arange(0, b_M), tl.arange(0, b_N)
+    # int64 where the tile begins, int32 inside it: 64-bit offsets for every entry would take half of the registers.
+    tile = (i * b_M).to(tl.int64) * stride + j * b_N
+    tl.store(p + tile + (o_m[:, None] * stride + o_n[None, :]), w)
+    if SYMMETRIC:
+        if j * RATIO > i:
+            across = (j * b_N).to(tl.int64) * stride + i * b_M
+            tl.store(p + across + (o_n[:, None] * stride + o_m[None, :]), w.T)
+
+
+@triton.jit
 def _reduce(s, shift, p_sum, p_max, o_out, m_out, axis: tl.constexpr, MAXIMUM: tl.constexpr):
     """Store sum 2^(s - shift) over an axis, or the maximum and the sum about it."""
     if MAXIMUM:
@@ -221,7 +240,7 @@ def weights_kernel(
     b_N: tl.constexpr,
     b_K: tl.constexpr,
 ):
-    """W [n_m, n_n] of a block pair, times w_scale. SYMMETRIC: upper tiles are computed, and stored again across.
+    """W [whole tiles] of a block pair, times w_scale. SYMMETRIC: tiles above the diagonal are stored again across it.
 
     lse (in units of log 2) and g are [LEVELS, n]. Two levels: w_first holds the sum of both levels' weights, for the
     first columns of z are in both similarities; w holds those of the last level.
@@ -236,16 +255,8 @@ def weights_kernel(
     m_m, m_n = o_m < n_m, o_n < n_n
     scale = tl.load(p_scale)
     compare = _same_image(p_low_a, p_high_a, p_low_b, p_high_b, i, j, RATIO)
-    m_w = m_m[:, None] & m_n[None, :]
-    m_across = m_w
-    if SYMMETRIC:
-        m_across = m_w & ((o_n // b_M) > i)[None, :]
-        m_w = m_w & ((o_n // b_M) >= i)[None, :]
-    o_w = o_m.to(tl.int64)[:, None] * stride_w + o_n[None, :]
-    o_across = o_n.to(tl.int64)[:, None] * stride_w + o_m[None, :]
     acc = tl.zeros((b_M, b_N), tl.float32)
-    if LEVELS > 1:
-        total = tl.zeros((b_M, b_N), tl.float32)
+    total = acc
     for level in tl.static_range(LEVELS):
         start = 0 if level == 0 else k0
         stop = k0 if level + 1 < LEVELS else k1
@@ -262,18 +273,12 @@ def weights_kernel(
             id_m = tl.load(p_id_a + o_m, mask=m_m, other=0)
             id_n = tl.load(p_id_b + o_n, mask=m_n, other=0)
             w = tl.where(id_m[:, None] != id_n[None, :], w, 0.0)
+        if level + 1 == LEVELS:
+            _store_tile(p_w, w, i, j, stride_w, SYMMETRIC, b_M, b_N)
         if LEVELS > 1:
             total += w
-        if level + 1 == LEVELS:
-            w = w.to(p_w.dtype.element_ty)
-            tl.store(p_w + o_w, w, mask=m_w)
-            if SYMMETRIC:
-                tl.store(p_w + o_across, w.T, mask=m_across.T)
     if LEVELS > 1:
-        w = total.to(p_w_first.dtype.element_ty)
-        tl.store(p_w_first + o_w, w, mask=m_w)
-        if SYMMETRIC:
-            tl.store(p_w_first + o_across, w.T, mask=m_across.T)
+        _store_tile(p_w_first, total, i, j, stride_w, SYMMETRIC, b_M, b_N)
 
 
 @triton.jit(do_not_specialize=["n_m", "n_n", "tiles_m", "tiles_n"])
@@ -303,10 +308,10 @@ def products_kernel(
     b_N: tl.constexpr,
     b_K: tl.constexpr,
 ):
-    """W = <a_i, b_j> [n_m, n_n] times w_scale, and per program the sum of its squares before that scale.
+    """W = <a_i, b_j> [whole tiles] times w_scale, and per program the sum of its squares before that scale.
 
-    PAIR: also W_second = <c_i, d_j>, and the sum is that of the product of the two. SYMMETRIC: entries across count
-    twice. SKIP_DIAGONAL: entries i = j are 0.
+    PAIR: also W_second = <c_i, d_j>, and the sum is that of the product of the two. SYMMETRIC: tiles above the diagonal
+    count twice and are stored again across it. SKIP_DIAGONAL: entries i = j are 0.
     """
     RATIO: tl.constexpr = b_N // b_M
     p = tl.program_id(0)
@@ -317,35 +322,26 @@ def products_kernel(
             return
     o_m = i * b_M + tl.arange(0, b_M)
     o_n = j * b_N + tl.arange(0, b_N)
-    keep = (o_m < n_m)[:, None] & (o_n < n_n)[None, :]
-    across = keep
-    if SYMMETRIC:
-        across = keep & ((o_n // b_M) > i)[None, :]
-        keep = keep & ((o_n // b_M) >= i)[None, :]
+    edge = ((i + 1) * b_M > n_m) | ((j + 1) * b_N > n_n)
+    if SKIP_DIAGONAL:
+        edge = edge | ((i + 1) * b_M > j * b_N) & ((j + 1) * b_N > i * b_M)
     acc = tl.zeros((b_M, b_N), tl.float32)
     acc = _accumulate(acc, a, b, i, j, o_m, o_n, n_m, n_n, stride_a, stride_b, 0, k1, b_M, b_N, b_K, DESCRIPTOR)
-    valid = keep
-    if SKIP_DIAGONAL:
-        valid = keep & (o_m[:, None] != o_n[None, :])
-    acc = tl.where(valid, acc, 0.0)
-    o_w = o_m.to(tl.int64)[:, None] * stride_w + o_n[None, :]
-    o_across = o_n.to(tl.int64)[:, None] * stride_w + o_m[None, :]
-    w = (acc * w_scale).to(p_w.dtype.element_ty)
-    tl.store(p_w + o_w, w, mask=keep)
-    if SYMMETRIC:
-        tl.store(p_w + o_across, w.T, mask=across.T)
-    square = acc
+    if edge:
+        valid = (o_m < n_m)[:, None] & (o_n < n_n)[None, :]
+        if SKIP_DIAGONAL:
+            valid = valid & (o_m[:, None] != o_n[None, :])
+        acc = tl.where(valid, acc, 0.0)
+    _store_tile(p_w, acc * w_scale, i, j, stride_w, SYMMETRIC, b_M, b_N)
     if PAIR:
-        square = tl.zeros((b_M, b_N), tl.float32)
-        square = _accumulate(
-            square, c, d, i, j, o_m, o_n, n_m, n_n, stride_a, stride_b, 0, k1, b_M, b_N, b_K, DESCRIPTOR
+        second = tl.zeros((b_M, b_N), tl.float32)
+        second = _accumulate(
+            second, c, d, i, j, o_m, o_n, n_m, n_n, stride_a, stride_b, 0, k1, b_M, b_N, b_K, DESCRIPTOR
         )
-        square = tl.where(valid, square, 0.0)
-        w = (square * w_scale).to(p_w_second.dtype.element_ty)
-        tl.store(p_w_second + o_w, w, mask=keep)
-        if SYMMETRIC:
-            tl.store(p_w_second + o_across, w.T, mask=across.T)
-    square = square * acc
+        _store_tile(p_w_second, second * w_scale, i, j, stride_w, SYMMETRIC, b_M, b_N)
+        total = tl.sum(second * acc)
+    else:
+        total = tl.sum(acc * acc)
     if SYMMETRIC:
-        square = tl.where(across, 2 * square, square)
-    tl.store(p_sum + p, tl.sum(square))
+        total = tl.where(j * RATIO > i, 2 * total, total)
+    tl.store(p_sum + p, total)
