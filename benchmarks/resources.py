@@ -30,18 +30,18 @@ from ssd_addon.kernels import table, tiles
 SHARED = {80: 164, 90: 228}
 LIMIT = {80: 163, 90: 227}  # KB that one program may take
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTER, F16, F32, I64 = "*fp32", "*fp16", "*fp32", "*i64"
+F16, F32, IDS = "*fp16", "*fp32", "*i32"
 
 SIGNATURES: dict[str, dict[str, str]] = {
     "sums_kernel": {
         **dict.fromkeys(("a", "b"), F16),
-        **dict.fromkeys(("p_id_a", "p_id_b", "p_low_a", "p_high_a", "p_low_b", "p_high_b"), I64),
+        **dict.fromkeys(("p_id_a", "p_id_b", "p_low_a", "p_high_a", "p_low_b", "p_high_b"), IDS),
         **dict.fromkeys(("p_scale", "p_shift", "p_near", "p_near_max", "p_far", "p_far_max"), F32),
     },
     "weights_kernel": {
         **dict.fromkeys(("a", "b", "p_w", "p_w_first"), F16),
-        **dict.fromkeys(("p_id_a", "p_id_b", "p_low_a", "p_high_a", "p_low_b", "p_high_b"), I64),
-        **dict.fromkeys(("p_scale", "p_lse_a", "p_lse_b", "p_g_a", "p_g_b"), F32),
+        **dict.fromkeys(("p_id_a", "p_id_b", "p_low_a", "p_high_a", "p_low_b", "p_high_b"), IDS),
+        **dict.fromkeys(("p_scale", "p_shift", "p_lse_a", "p_lse_b", "p_g_a", "p_g_b"), F32),
         "w_scale": "fp32",
     },
     "products_kernel": {
@@ -55,14 +55,16 @@ ALIGNED = {"stride_a", "stride_b", "stride_w", "stride_l_a", "stride_l_b", "k0",
 
 def variants(mode: str) -> list[tuple[str, dict[str, Any]]]:
     """Kernel and switches of a mode of the table."""
-    levels = 2 if mode.endswith("_two") else 1
+    levels = 2 if "_two" in mode else 1
     both = (False, True)
     if mode.startswith("sums"):
         found = [
             ("sums_kernel", {"LEVELS": levels, "SYMMETRIC": s, "MAXIMUM": m}) for s, m in itertools.product(both, both)
         ]
     elif mode.startswith("weights"):
-        found = [("weights_kernel", {"LEVELS": levels, "SYMMETRIC": s}) for s in both]
+        found = [
+            ("weights_kernel", {"LEVELS": levels, "SYMMETRIC": s, "MAXIMUM": mode.endswith("_maximum")}) for s in both
+        ]
     else:
         found = [
             ("products_kernel", {"PAIR": p, "SYMMETRIC": s, "SKIP_DIAGONAL": not p})
@@ -90,9 +92,10 @@ def compile_one(arch: int, kernel: str, switches: dict[str, Any], c: table.Confi
             attributes[(place,)] = [["tt.divisibility", 16]]
         signature[name] = kind
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
-    done = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": c.warps, "num_stages": c.stages}
-    )
+    options: dict[str, Any] = {"num_warps": c.warps, "num_stages": c.stages}
+    if c.registers:
+        options["maxnreg"] = c.registers
+    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(done.asm["cubin"])
@@ -139,7 +142,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
         "|:--|:--|:--|:--|--:|--:|--:|--:|--:|--:|",
     ]
     for r in found:
-        m, n, k, warps, stages, descriptor, _ = r["configuration"]
+        m, n, k, warps, stages, descriptor, *_ = r["configuration"]
         on = [s.lower() for s in ("SYMMETRIC", "MAXIMUM", "PAIR", "SKIP_DIAGONAL") if r.get(s)]
         tile = f"{m} x {n} x {k}, {warps}, {stages}{', descriptors' if descriptor else ''}"
         lines.append(

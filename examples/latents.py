@@ -15,6 +15,14 @@ from ssd_addon import ViewBatch, ViewPlan
 CONTENT, STYLES, STYLE = 4, 2, 2  # widths: content, number of style blocks, each of them
 
 
+def widths(default: dict[str, int], given: str) -> dict[str, int]:
+    """The widths of the spaces, those of "content=16,color=4" instead of the default ones."""
+    own = dict(part.split("=") for part in given.split(",") if part)
+    if set(own) - set(default):
+        raise SystemExit(f"--widths: expected names of {', '.join(default)}: got {', '.join(own)}")
+    return default | {name: int(d) for name, d in own.items()}
+
+
 class CausalLatents:
     """x = g(c, s_1, s_2); c ~ N(0, 1), or correlated (`--dependent`); s_m ~ N(0, 1), or N(a_m c, 1) with content."""
 
@@ -34,7 +42,7 @@ class CausalLatents:
         self.ours, self.cross = args.method == "ours", args.cross_image
         styles = tuple(f"style_{m + 1}" for m in range(STYLES)) if self.ours else ()
         self.plan = ViewPlan.shared_query(("content", *styles))
-        self.widths = {"content": args.content_width or 16, **dict.fromkeys(styles, 8)}
+        self.widths = widths({"content": 16, **dict.fromkeys(styles, 8)}, args.widths)
         self.backbone, self.features = backbone(n), 256
 
     def generate(self, c: Tensor, s: list[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 
 import kornia.augmentation as K
 import torch
-from latents import CausalLatents
+from latents import CausalLatents, widths
 from sprites import draw_factors, load_dsprites, render, scored
 from torch import Tensor, nn
 
@@ -69,8 +69,8 @@ class Sprites:
         else:
             cross = tuple(groups) if args.cross_image else ()
             self.views = StructuredViews(groups, plan=args.plan, cross_image=cross, seed=args.seed)
-        styles = {} if args.method == "content-only" else {"color": 16, "spatial": 32}
-        self.widths = {"content": args.content_width or 64, **styles}
+        styles = {} if args.method == "content-only" else {"color": 8, "spatial": 8}
+        self.widths = widths({"content": 8, **styles}, args.widths)
         self.backbone, self.features = ConvNet(), 256
         self.pool: tuple[Tensor, dict[str, Tensor]] | None = None
 
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     p.add_argument("--cross-image", action="store_true", help="keys of styles are made from other images")
     p.add_argument("--temperature", type=float, default=None)
     p.add_argument("--content-weight", type=float, default=None, help="weight of content's invariance (styles keep 1)")
-    p.add_argument("--content-width", type=int, default=None, help="64 (sprites) or 16 (latents) where not given")
+    p.add_argument("--widths", default="", metavar="NAME=D,...", help="default 8; latents: content 16")
     p.add_argument("--content-keys", choices=("first", "all"), default="first")
     p.add_argument("--content-entropy", action="store_true", help="a further entropy term on content alone")
     p.add_argument("--dual-ascent", type=float, default=None, metavar="TOLERANCE")

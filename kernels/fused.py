@@ -31,7 +31,7 @@ W_SCALE = 2.0**14
 STRIP_ELEMENTS = 2**23
 """Partial sums of a strip: slots x rows, so 32 MiB; twice that with the columns behind it."""
 
-INTERPRETED = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
+INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
 
 
 def why_not(device: torch.device) -> str | None:
@@ -165,7 +165,7 @@ def sums(x: Tensor, every: Tensor | None, ids: Tensor, every_ids: Tensor, scale:
                 scale, shift, near, near if near_top is None else near_top, far, far if far_top is None else far_top,
                 n, b.n, first, count, columns, a.x.stride(0), b.x.stride(0), a.ends[0], a.ends[-1],
                 LEVELS=e, SYMMETRIC=symmetric, MAXIMUM=maximum, DESCRIPTOR=c.descriptor, GROUP=c.group,
-                b_M=c.block_m, b_N=c.block_n, b_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
+                b_M=c.block_m, b_N=c.block_n, b_K=c.block_k, **c.options(),
             )  # fmt: skip
             add(slice(start, stop), near, near_top)
             if behind:
@@ -197,21 +197,23 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def gradient(
-    x: Tensor, every: Tensor | None, ids: Tensor, every_ids: Tensor, scale: Tensor, lse: Tensor, every_lse: Tensor,
-    g: Tensor, every_g: Tensor, prefix: int,
+    x: Tensor, every: Tensor | None, ids: Tensor, every_ids: Tensor, scale: Tensor, shift: Tensor, lse: Tensor,
+    every_lse: Tensor, g: Tensor, every_g: Tensor, prefix: int, maximum: bool,
 ) -> Tensor:  # fmt: skip
     """sum_j W_ij x_j of the local rows, [n, D] float32; times 1/tau it is the gradient.
 
     Args:
-        x, every, ids, every_ids, scale, prefix: as in `sums`.
+        x, every, ids, every_ids, scale, shift, prefix, maximum: as in `sums`.
         lse, every_lse: [E, n], [E, N] in units of log 2.
         g, every_g: [E, n], [E, N] upstream gradients, at most 1 in size.
     """
+    if not maximum:  # one exponential for both rows: exp(shift - lse) stays inside float32 where the shift does
+        g, every_g = g * torch.exp2(shift - lse), every_g * torch.exp2(shift - every_lse)
     symmetric = every is None
     n, d = x.shape
     levels = _levels(prefix, d)
     exact = x.dtype == torch.float32
-    c = _configuration(x, "weights_two" if prefix else "weights")
+    c = _configuration(x, ("weights_two" if prefix else "weights") + ("_maximum" if maximum else ""))
     a = _Operand(x, ids, levels, c, second=False)
     if symmetric:
         b, every, every_lse, every_g = a, x, lse, g
@@ -241,12 +243,12 @@ def gradient(
                 t_i, t_j = i.start // c.block_m, j.start // c.block_m
                 tiles.weights_kernel[(t_m * t_n,)](
                     a.pointer(c, c.block_m, i.start, i.stop), b.pointer(c, c.block_n, j.start, j.stop),
-                    a.ids[i], b.ids[j], a.low[t_i:], a.high[t_i:], b.low[t_j:], b.high[t_j:], scale,
+                    a.ids[i], b.ids[j], a.low[t_i:], a.high[t_i:], b.low[t_j:], b.high[t_j:], scale, shift,
                     lse[:, i], every_lse[:, j], g[:, i], every_g[:, j], blocks[-1], blocks[0],
                     h, w, t_m, t_n, a.x.stride(0), b.x.stride(0), pitch, lse.stride(0), every_lse.stride(0),
                     a.ends[0], a.ends[-1], w_scale,
-                    LEVELS=e, SYMMETRIC=across, DESCRIPTOR=c.descriptor, GROUP=c.group,
-                    b_M=c.block_m, b_N=c.block_n, b_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
+                    LEVELS=e, SYMMETRIC=across, MAXIMUM=maximum, DESCRIPTOR=c.descriptor, GROUP=c.group,
+                    b_M=c.block_m, b_N=c.block_n, b_K=c.block_k, **c.options(),
                 )  # fmt: skip
                 for (k, stop), weights in zip(levels, blocks, strict=True):
                     _add_product(dx[i, k:stop], weights, every[j, k:stop])
@@ -306,16 +308,17 @@ def _(x, every, ids, every_ids, tau, longest, prefix, maximum):  # type: ignore[
 @torch.library.custom_op("ssd_addon::lse_rows_grad", mutates_args=())
 def lse_rows_grad(
     x: Tensor, every: Tensor | None, ids: Tensor, every_ids: Tensor, tau: Tensor, longest: Tensor, lse: Tensor,
-    every_lse: Tensor, g: Tensor, every_g: Tensor, prefix: int,
+    every_lse: Tensor, g: Tensor, every_g: Tensor, prefix: int, maximum: bool,
 ) -> Tensor:  # fmt: skip
     """[n, D] float32 gradient of the rows; lse, g [E, n], every_lse, every_g [E, N], g at most 1 in size."""
-    scale, log, every_log = _scale(tau, longest), (lse * LOG2E).contiguous(), (every_lse * LOG2E).contiguous()
-    dx = gradient(x, every, ids, every_ids, scale, log, every_log, g, every_g, prefix)
+    log, every_log = (lse * LOG2E).contiguous(), (every_lse * LOG2E).contiguous()
+    scale, shift = _scale(tau, longest), _shift(tau, longest, every_lse.shape[1])
+    dx = gradient(x, every, ids, every_ids, scale, shift, log, every_log, g, every_g, prefix, maximum)
     return dx.mul_(longest / (UNIT * tau.float()))
 
 
 @lse_rows_grad.register_fake
-def _(x, every, ids, every_ids, tau, longest, lse, every_lse, g, every_g, prefix):  # type: ignore[no-untyped-def]
+def _(x, every, ids, every_ids, tau, longest, lse, every_lse, g, every_g, prefix, maximum):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
@@ -334,31 +337,38 @@ def _(z, ids, tau, longest, prefix, maximum, exact):  # type: ignore[no-untyped-
 
 @torch.library.custom_op("ssd_addon::negative_lse_backward", mutates_args=())
 def negative_lse_backward(
-    grad: Tensor, z: Tensor, ids: Tensor, tau: Tensor, longest: Tensor, lse: Tensor, prefix: int, exact: bool
+    grad: Tensor,
+    z: Tensor,
+    ids: Tensor,
+    tau: Tensor,
+    longest: Tensor,
+    lse: Tensor,
+    prefix: int,
+    maximum: bool,
+    exact: bool,
 ) -> tuple[Tensor, Tensor]:
     """(dz [N, D] in the type of z, dtau 0-dim) for the upstream gradient [E, N]."""
     g, top = _normalised(grad)
     x = _inside(z, longest, exact)
-    dz = lse_rows_grad(x, None, ids, ids, tau, longest, lse, lse, g, g, prefix).mul_(top)
+    dz = lse_rows_grad(x, None, ids, ids, tau, longest, lse, lse, g, g, prefix, maximum).mul_(top)
     dtau = -(z.float() * dz).sum() / (2 * tau)
     return dz.to(z.dtype), dtau.to(tau.dtype)
 
 
 @negative_lse_backward.register_fake
-def _(grad, z, ids, tau, longest, lse, prefix, exact):  # type: ignore[no-untyped-def]
+def _(grad, z, ids, tau, longest, lse, prefix, maximum, exact):  # type: ignore[no-untyped-def]
     return z.new_empty(z.shape), torch.empty_like(tau)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    z, ids, tau, longest, prefix, _, exact = inputs
+    z, ids, tau, longest, *static = inputs
     ctx.save_for_backward(z, ids, tau, longest, output)
-    ctx.static = (prefix, exact)
+    ctx.static = static
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     z, ids, tau, longest, lse = ctx.saved_tensors
-    prefix, exact = ctx.static
-    dz, dtau = negative_lse_backward(grad, z, ids, tau, longest, lse, prefix, exact)
+    dz, dtau = negative_lse_backward(grad, z, ids, tau, longest, lse, *ctx.static)
     return dz, None, dtau, None, None, None, None
 
 
@@ -390,7 +400,7 @@ class LseOverRanks(torch.autograd.Function):
         else:
             lse = x.new_zeros((2 if prefix else 1, 0), dtype=torch.float32)
         ctx.save_for_backward(z, ids, tau, longest, x, every, every_ids, lse)
-        ctx.static = (prefix, s)
+        ctx.static = (prefix, maximum, s)
         return lse
 
     @staticmethod
@@ -398,7 +408,7 @@ class LseOverRanks(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("negative_lse: the triton backend has no second derivative; use backend='eager'")
         z, ids, tau, longest, x, every, every_ids, lse = ctx.saved_tensors
-        prefix, s = ctx.static
+        prefix, maximum, s = ctx.static
         both = _dist.gather(torch.cat([lse, grad]).T.contiguous(), s).T
         every_lse, every_g = both.chunk(2)
         every_g, top = _normalised(every_g)
@@ -406,7 +416,9 @@ class LseOverRanks(torch.autograd.Function):
             return torch.zeros_like(z), None, torch.zeros_like(tau), None, None, None, None, None
         mine = slice(s.offset, s.offset + s.size)
         g = every_g[:, mine].contiguous()
-        dz = lse_rows_grad(x, every, ids, every_ids, tau, longest, lse, every_lse, g, every_g, prefix).mul_(top)
+        dz = lse_rows_grad(x, every, ids, every_ids, tau, longest, lse, every_lse, g, every_g, prefix, maximum).mul_(
+            top
+        )
         dtau = -(z.float() * dz).sum() / (2 * tau)
         return dz.to(z.dtype), None, dtau.to(tau.dtype), None, None, None, None, None
 
@@ -457,7 +469,7 @@ def products(
             total, w, second if pair else w, m, n, t_m, t_n, a_.stride(0), b_.stride(0), w.stride(0), k1,
             W_SCALE / UNIT**2,
             PAIR=pair, SYMMETRIC=symmetric, SKIP_DIAGONAL=skip_diagonal, DESCRIPTOR=f.descriptor, GROUP=f.group,
-            b_M=f.block_m, b_N=f.block_n, b_K=f.block_k, num_warps=f.warps, num_stages=f.stages,
+            b_M=f.block_m, b_N=f.block_n, b_K=f.block_k, **f.options(),
         )  # fmt: skip
     return total.sum(dtype=torch.float64), w[:m, :n].contiguous(), second[:m, :n].contiguous() if pair else second
 

@@ -24,6 +24,12 @@ class Configuration(NamedTuple):
     stages: int  # of the pipeline that loads them
     descriptor: bool  # tensor descriptors (sm_90) instead of pointers
     group: int  # row tiles that share a column tile in the L2 cache
+    registers: int = 0  # most per thread, 0 leaves it to the compiler: fewer let more programs share a multiprocessor
+
+    def options(self) -> dict[str, int]:
+        """What a launch takes beside the constants."""
+        found = {"num_warps": self.warps, "num_stages": self.stages}
+        return found | {"maxnreg": self.registers} if self.registers else found
 
 
 @cache

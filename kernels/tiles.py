@@ -214,6 +214,7 @@ def weights_kernel(
     p_low_b,
     p_high_b,
     p_scale,
+    p_shift,
     p_lse_a,
     p_lse_b,
     p_g_a,
@@ -234,6 +235,7 @@ def weights_kernel(
     w_scale,
     LEVELS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    MAXIMUM: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     GROUP: tl.constexpr,
     b_M: tl.constexpr,
@@ -242,8 +244,10 @@ def weights_kernel(
 ):
     """W [whole tiles] of a block pair, times w_scale. SYMMETRIC: tiles above the diagonal are stored again across it.
 
-    lse (in units of log 2) and g are [LEVELS, n]. Two levels: w_first holds the sum of both levels' weights, for the
-    first columns of z are in both similarities; w holds those of the last level.
+    MAXIMUM: lse (in units of log 2) and the upstream g are [LEVELS, n]. Otherwise g holds g_i 2^(shift - l_i), which is
+    inside float32 where the shift is, so that one exponential does for both rows: W_ij = 2^(s_ij - shift) (g_i + g_j).
+    Two levels: w_first holds the sum of both levels' weights, for the first columns of z are in both similarities; w
+    holds those of the last level.
     """
     RATIO: tl.constexpr = b_N // b_M
     i, j = _grouped(tl.program_id(0), tiles_m, tiles_n, GROUP)
@@ -253,7 +257,7 @@ def weights_kernel(
     o_m = i * b_M + tl.arange(0, b_M)
     o_n = j * b_N + tl.arange(0, b_N)
     m_m, m_n = o_m < n_m, o_n < n_n
-    scale = tl.load(p_scale)
+    scale, shift = tl.load(p_scale), tl.load(p_shift)
     compare = _same_image(p_low_a, p_high_a, p_low_b, p_high_b, i, j, RATIO)
     acc = tl.zeros((b_M, b_N), tl.float32)
     total = acc
@@ -264,11 +268,14 @@ def weights_kernel(
             acc, a, b, i, j, o_m, o_n, n_m, n_n, stride_a, stride_b, start, stop, b_M, b_N, b_K, DESCRIPTOR
         )
         s = acc * scale
-        lse_m = tl.load(p_lse_a + level * stride_l_a + o_m, mask=m_m, other=0.0)
-        lse_n = tl.load(p_lse_b + level * stride_l_b + o_n, mask=m_n, other=0.0)
         g_m = tl.load(p_g_a + level * stride_l_a + o_m, mask=m_m, other=0.0) * w_scale
         g_n = tl.load(p_g_b + level * stride_l_b + o_n, mask=m_n, other=0.0) * w_scale
-        w = tl.exp2(s - lse_m[:, None]) * g_m[:, None] + tl.exp2(s - lse_n[None, :]) * g_n[None, :]
+        if MAXIMUM:
+            lse_m = tl.load(p_lse_a + level * stride_l_a + o_m, mask=m_m, other=0.0)
+            lse_n = tl.load(p_lse_b + level * stride_l_b + o_n, mask=m_n, other=0.0)
+            w = tl.exp2(s - lse_m[:, None]) * g_m[:, None] + tl.exp2(s - lse_n[None, :]) * g_n[None, :]
+        else:
+            w = tl.exp2(s - shift) * (g_m[:, None] + g_n[None, :])
         if compare:
             id_m = tl.load(p_id_a + o_m, mask=m_m, other=0)
             id_n = tl.load(p_id_b + o_n, mask=m_n, other=0)
