@@ -49,10 +49,11 @@ def off_diagonal_energy(
         if name == "triton":
             return _triton(x, y, group)
         x = x.to(dtype)
-        y = x if y is None else y.to(dtype)
+        y = None if y is None else y.to(dtype)
         if name == "eager":
-            return _eager(x, y, group)
-        return _Streaming.apply(x, y, x is y, chunk, group)
+            return _eager(x, x if y is None else y, group)
+        out: Tensor = _Streaming.apply(x, y, chunk, group)
+        return out
 
 
 def energy_backend(
@@ -96,7 +97,9 @@ def _eager(x: Tensor, y: Tensor, group: Any) -> Tensor:
 
 class _Streaming(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, symmetric: bool, chunk: int, group: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor | None, chunk: int, group: Any) -> Tensor:
+        symmetric = y is None  # not y = x: a function that takes one tensor twice cannot be compiled
+        y = x if y is None else y
         ctx.static = (symmetric, chunk, group)
         n, d = x.shape
         if by_rows(n, d, group):
@@ -132,10 +135,10 @@ class _Streaming(torch.autograd.Function):
         if sides:
             g, h, diagonal = sides
             if symmetric:
-                return (g @ x).addcmul_(diagonal, x, value=-1).mul_(4 * grad), None, None, None, None
+                return (g @ x).addcmul_(diagonal, x, value=-1).mul_(4 * grad), None, None, None
             dx = (h @ x).addcmul_(diagonal, y, value=-1).mul_(2 * grad)
             dy = (g @ y).addcmul_(diagonal, x, value=-1).mul_(2 * grad)
-            return dx, dy, None, None, None
+            return dx, dy, None, None
         d = x.shape[1]
         dx = torch.zeros_like(x)
         dy = dx if symmetric else torch.zeros_like(y)
@@ -147,5 +150,5 @@ class _Streaming(torch.autograd.Function):
             rest = c[:, block.stop - a :] if symmetric else c
             dy[:, block.stop if symmetric else 0 :].addmm_(x[:, block], rest)
         if symmetric:
-            return dx.mul_(4 * grad), None, None, None, None
-        return dx.mul_(2 * grad), dy.mul_(2 * grad), None, None, None
+            return dx.mul_(4 * grad), None, None, None
+        return dx.mul_(2 * grad), dy.mul_(2 * grad), None, None

@@ -6,6 +6,7 @@ import torch
 
 from ssd_addon.kernels import table
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "eager", "streaming", "triton")
 
 EAGER_BYTES = 64 * 2**20
@@ -60,7 +61,7 @@ def why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the fused kernels cannot run on this device in this type, or None."""
     if dtype == torch.float64:
         return "it computes in float32 from fp16 products, and the rows are torch.float64"
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "it needs the package triton, which is not installed"
     from ssd_addon.kernels import fused
 

@@ -155,10 +155,10 @@ def sums(x: Tensor, every: Tensor | None, ids: Tensor, every_ids: Tensor, scale:
             start, stop = first * c.block_m, min((first + count) * c.block_m, n)
             slots = triton.cdiv(b.n, c.block_m) - (first if symmetric else 0)
             behind = b.n - stop if symmetric else 0
-            near = x.new_empty((e, slots, stop - start), dtype=torch.float32)
-            far = x.new_empty((e, count, behind), dtype=torch.float32)
-            near_top = torch.empty_like(near) if maximum else None
-            far_top = torch.empty_like(far) if maximum else None
+            near = _empty(x, (e, slots, stop - start))
+            far = _empty(x, (e, count, behind))
+            near_top = _empty(x, near.shape) if maximum else None
+            far_top = _empty(x, far.shape) if maximum else None
             columns = tiles_n - (first // unit if symmetric else 0)
             tiles.sums_kernel[(count * columns,)](
                 a.pointer(c, c.block_m), b.pointer(c, c.block_n), a.ids, b.ids, a.low, a.high, b.low, b.high,
@@ -178,6 +178,11 @@ def sums(x: Tensor, every: Tensor | None, ids: Tensor, every_ids: Tensor, scale:
 def block_rows(d: int, unit: int) -> int:
     """Rows C of a block of W: C x C entries of fp16, 8 to 512 MiB."""
     return max(min(int(8.6e6 / max(d, 1)), 16384), 2048) // unit * unit
+
+
+def _empty(x: Tensor, shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Where a kernel writes; the tests fill it with NaN."""
+    return x.new_empty(shape, dtype=dtype)
 
 
 def _up(n: int, multiple: int) -> int:
@@ -228,7 +233,7 @@ def gradient(
     rows, columns = min(size, n), min(size, b.n)
     # Whole tiles, so that nothing is masked where it is stored.
     room_size = _up(rows, c.block_n) * _up(columns, c.block_n)
-    room = [x.new_empty(room_size, dtype=torch.float32 if exact else torch.float16) for _ in levels]
+    room = [_empty(x, room_size, torch.float32 if exact else torch.float16) for _ in levels]
     dx = x.new_zeros((n, d), dtype=torch.float32)
     with _device(x):
         for start in range(0, n, size):
@@ -385,6 +390,15 @@ def _no_second_derivative(name: str) -> Any:
 negative_lse_backward.register_autograd(_no_second_derivative("negative_lse"))
 
 
+def relabelled(ids: Tensor) -> Tensor:
+    """Ids of any integer type numbered from 0 in int32, without reading anything back from the device."""
+    order = ids.argsort()
+    found = ids[order]
+    number = torch.zeros_like(found, dtype=torch.int32)
+    number[1:] = (found[1:] != found[:-1]).cumsum(0, dtype=torch.int32)
+    return torch.zeros_like(number).scatter_(0, order, number)
+
+
 class LseOverRanks(torch.autograd.Function):
     """Local rows against those of all ranks. Forward gathers the rows, fp16; backward two numbers a row."""
 
@@ -395,6 +409,9 @@ class LseOverRanks(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         x = _inside(z, longest, exact)
         every, every_ids = _dist.gather(x, s), _dist.gather(ids, s)
+        if every_ids.dtype != torch.int32:
+            every_ids = relabelled(every_ids)
+            ids = every_ids[s.offset : s.offset + s.size]
         if s.size:
             lse = lse_rows(x, every, ids, every_ids, tau, longest, prefix, maximum)
         else:
@@ -452,9 +469,9 @@ def products(
     t_m, t_n = triton.cdiv(m, f.block_m), triton.cdiv(n, f.block_n)
     kind = torch.float16 if half else torch.float32
     size = (_up(m, f.block_n), _up(n, f.block_n))
-    w = a.new_empty(size, dtype=kind)
-    second = a.new_empty(size, dtype=kind) if pair else a.new_empty((0, 0), dtype=kind)
-    total = a.new_empty(t_m * t_n, dtype=torch.float32)
+    w = _empty(a, size, kind)
+    second = _empty(a, size if pair else (0, 0), kind)
+    total = _empty(a, t_m * t_n)
 
     def pointer(t: Tensor, rows: int) -> Any:
         if not f.descriptor:

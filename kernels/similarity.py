@@ -78,7 +78,8 @@ def negative_lse(
     elements = max(shards.sizes) * shards.total
     name = choose_backend(backend, matrix_elements=elements, dtype=dtype, device=z.device, rows=shards.total, width=d)
     if name == "triton":
-        lse = _triton(z, image_ids, temperature, prefix or 0, values is not None, shards)
+        bounds = (min(h[1] for h in headers), max(h[2] for h in headers)) if values is not None else None
+        lse = _triton(z, image_ids, temperature, prefix or 0, bounds, shards)
         return lse[0] if prefix is None else lse.T
     with torch.autocast(z.device.type, enabled=False):
         rows = z.to(dtype)
@@ -111,20 +112,32 @@ RESOLVED = 128.0
 
 
 def _triton(
-    z: Tensor, ids: Tensor, temperature: float | Tensor, prefix: int, checking: bool, s: _dist.Shards
+    z: Tensor,
+    ids: Tensor,
+    temperature: float | Tensor,
+    prefix: int,
+    id_bounds: tuple[int, int] | None,
+    s: _dist.Shards,
 ) -> Tensor:
-    """[E, n]. Without checks nothing is read back from the device, and rows longer than 1 make the result NaN."""
+    """[E, n]. Without checks (no bounds of the ids) nothing is read back from the device, and rows longer than 1 make
+    the result NaN."""
     from ssd_addon.kernels import fused
 
     tau = torch.as_tensor(temperature, dtype=torch.float32, device=z.device).reshape(())
     with torch.autocast(z.device.type, enabled=False):
         if s.total < 2:
             return z.sum() * 0 + z.new_full((2 if prefix else 1, z.shape[0]), math.nan, dtype=torch.float32)
+        limit = torch.iinfo(torch.int32)
+        if ids.dtype.itemsize < 4 or (id_bounds and limit.min <= id_bounds[0] and id_bounds[1] <= limit.max):
+            ids = ids.to(torch.int32)
+        elif ids.dtype != torch.int32:
+            ids = ids.to(torch.int64)
+            ids = fused.relabelled(ids) if s.group is None else ids
         longest = _dist.maximum(fused.longest_row(z), s.group)
         # R/tau, which bounds |s|: known on the host where values are checked, or where the temperature is a number.
         bound: float | None = None
-        if checking:
-            bound = longest.item() ** 2 / float(temperature)
+        if id_bounds:
+            bound = longest.item() ** 2 / tau.item()
         else:
             longest = torch.where(longest <= 1.01, longest, math.nan)
             if not isinstance(temperature, Tensor):
@@ -358,11 +371,6 @@ def check_temperature(temperature: float | Tensor) -> None:
         )
 
 
-def _check_temperature_value(temperature: Tensor, z: Tensor) -> None:
-    value = _checks.positive(temperature.item(), "temperature", "it divides the cosine similarity")
-    _check_range(value, compute_dtype(z.dtype))
-
-
 def _check_range(temperature: float, dtype: torch.dtype) -> None:
     smallest = 4 / torch.finfo(dtype).max
     if temperature < smallest:
@@ -377,8 +385,11 @@ _NOT_FINITE, _FINE, _OVERFLOWS = range(3)
 
 def _values_header(z: Tensor, ids: Tensor, temperature: float | Tensor) -> list[int]:
     """What every rank must know before anyone computes: are values finite, which ids are there."""
+    tau = temperature
     if isinstance(temperature, Tensor):
-        _check_temperature_value(temperature, z)
+        tau = temperature.item()
+        _checks.positive(tau, "temperature", "it divides the cosine similarity")
+        _check_range(tau, compute_dtype(z.dtype))
     if not z.shape[0]:
         return [_FINE, _ID_LIMIT, -_ID_LIMIT]
     state = _FINE
@@ -387,24 +398,24 @@ def _values_header(z: Tensor, ids: Tensor, temperature: float | Tensor) -> list[
         largest = extremes.abs().max().item()
         if not math.isfinite(largest):
             state = _NOT_FINITE
-        elif largest**2 * z.shape[1] / float(temperature) > torch.finfo(compute_dtype(z.dtype)).max:
+        elif largest**2 * z.shape[1] / tau > torch.finfo(compute_dtype(z.dtype)).max:
             state = _OVERFLOWS
     return [state, int(ids.min()), int(ids.max())]
 
 
-def _check_values(headers: Tensor, total: int) -> None:
+def _check_values(headers: list[list[int]], total: int) -> None:
     if total < 2:
         raise ValueError(f"negative_lse: expected the rows of at least 2 images, a row needs a negative: got {total}")
     for state, message in (
         (_NOT_FINITE, "expected finite values: got NaN or infinity"),
         (_OVERFLOWS, "expected rows whose squared length over the temperature float32 can hold: got longer rows"),
     ):
-        bad = [r for r, found in enumerate(headers[:, 0].tolist()) if found == state]
+        bad = [r for r, found in enumerate(h[0] for h in headers) if found == state]
         if bad:
             where = f" on rank {', '.join(map(str, bad))}" if len(headers) > 1 else ""
             raise ValueError(f"negative_lse, z: {message}{where}")
-    if headers[:, 1].min() == headers[:, 2].max():
+    if min(h[1] for h in headers) == max(h[2] for h in headers):
         raise ValueError(
             f"negative_lse: expected the rows of at least 2 images, so that each has a negative: all {total} rows "
-            f"carry the image id {int(headers[:, 2].max())}"
+            f"carry the image id {headers[0][2]}"
         )

@@ -56,19 +56,18 @@ class Shards:
         return local_sum * self.world / max(count, 1)
 
 
-def shards(rows: int, header: list[int], device: torch.device, group: Any) -> tuple[Shards, Tensor]:
+def shards(rows: int, header: list[int], device: torch.device, group: Any) -> tuple[Shards, list[list[int]]]:
     """One small all-gather: the rows of every rank and any flags beside them.
 
-    Returns the shards, and the headers of all ranks [W, len(header)] int64 (on the CPU where group is None).
+    Returns the shards, and the headers of all ranks.
     """
     if group is None:
-        return Shards(None, (rows,), 0), torch.tensor([header], dtype=torch.int64)
+        return Shards(None, (rows,), 0), [header]
     mine = torch.tensor([rows, *header], dtype=torch.int64, device=device)
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, mine, group=group)
-    table = torch.stack(every).cpu()
-    sizes = tuple(int(n) for n in table[:, 0])
-    return Shards(group, sizes, dist.get_rank(group)), table[:, 1:]
+    table = torch.stack(every).tolist()
+    return Shards(group, tuple(row[0] for row in table), dist.get_rank(group)), [row[1:] for row in table]
 
 
 def all_sum(t: Tensor, group: Any) -> Tensor:

@@ -388,7 +388,7 @@ class JointEntropyLoss(nn.Module):
             if checking and z.space_index is not None and batch:
                 wrong_index = not bool((z.space_index.min() >= 0) & (z.space_index.max() < len(names)))
         s, flags = _dist.shards(batch, [bad, int(local), int(wrong_index)], device, group)
-        for rank, mask in enumerate(flags[:, 0].tolist()):
+        for rank, (mask, _, _) in enumerate(flags):
             broken = [n for k, n in enumerate(names) if mask >> k & 1]
             if broken:
                 where = f" on rank {rank}" if s.world > 1 else ""
@@ -396,7 +396,7 @@ class JointEntropyLoss(nn.Module):
                     f"embeddings: expected finite numbers: got NaN or infinity in the space {_checks.names(broken)}"
                     f"{where}; a diverged step or an overflow in half precision are the usual causes"
                 )
-        if flags[:, 2].any():
+        if any(wrong for _, _, wrong in flags):
             raise ValueError(f"space_index: expected 0 to {len(names) - 1}, one of the {z.plan}: got a number outside")
         if s.total < 2:
             raise ValueError(
@@ -406,7 +406,7 @@ class JointEntropyLoss(nn.Module):
         ids = z.image_ids
         if ids is None:
             ids = torch.arange(batch, device=device).expand(v, batch)
-        if s.world > 1 and bool(flags[:, 1].all()):
+        if s.world > 1 and all(mine for _, mine, _ in flags):
             ids = ids + s.offset  # row numbers of the local batch on every rank: make them global
         return s, ids
 
