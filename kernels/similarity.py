@@ -414,8 +414,9 @@ def _check_values(headers: list[list[int]], total: int) -> None:
         if bad:
             where = f" on rank {', '.join(map(str, bad))}" if len(headers) > 1 else ""
             raise ValueError(f"negative_lse, z: {message}{where}")
-    if min(h[1] for h in headers) == max(h[2] for h in headers):
+    highest = max(h[2] for h in headers)
+    if min(h[1] for h in headers) == highest:
         raise ValueError(
             f"negative_lse: expected the rows of at least 2 images, so that each has a negative: all {total} rows "
-            f"carry the image id {headers[0][2]}"
+            f"carry the image id {highest}"
         )

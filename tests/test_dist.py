@@ -3,6 +3,7 @@
 Starting processes is slow, so every world starts once and runs all of its cases; failures come back together.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -19,7 +20,7 @@ from torch import nn
 
 from ssd_addon import DualAscent, Embeddings, JointEntropyLoss, ViewPlan
 from ssd_addon._dist import shards
-from ssd_addon.kernels import dispatch, negative_lse, off_diagonal_energy
+from ssd_addon.kernels import dispatch, negative_lse, off_diagonal_energy, table
 
 FAMILIES = ("simclr", "vicreg", "barlow")
 PLANS = ("shared_query", "interleaved")
@@ -325,6 +326,97 @@ def job_lse(rank, expected, failures):
         close(failures, f"{what}: dtau", averaged(dtau) * dist.get_world_size(), want[2])
 
 
+def triton_cases(world):
+    """(name, run(rank or None)) in float32 and with small tiles: rows, covariances, and losses under uneven shards."""
+    g = torch.Generator().manual_seed(3)
+    sizes = {2: (20, 13), 3: (17, 0, 26)}[world]
+    z = nn.functional.normalize(torch.randn(sum(sizes), 6, generator=g), dim=1)
+    ids = torch.randint(12, (sum(sizes),), generator=g)
+    cotangent = torch.randn(sum(sizes), 2, generator=g)
+
+    def place(rank):
+        return slice(None) if rank is None else slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+    def lse(rank, tau, far, validate, rows):
+        leaf = rows[place(rank)].clone().requires_grad_()
+        t = torch.tensor(tau, requires_grad=True)
+        group = None if rank is None else dist.group.WORLD
+        out = negative_lse(
+            leaf, (ids * far)[place(rank)], t, prefix=2, backend="triton", group=group, validate=validate
+        )
+        dz, dtau = torch.autograd.grad((out * cotangent[place(rank)]).sum(), (leaf, t))
+        return {"rows": out.detach(), "row gradient": dz}, {"dtau": dtau}
+
+    def energy(rank, cross):
+        leaves = [t[place(rank)].clone().requires_grad_() for t in (z, z.roll(1, 1))[: 1 + cross]]
+        group = None if rank is None else dist.group.WORLD
+        out = off_diagonal_energy(*leaves, backend="triton", group=group)
+        scale = 1 if rank is None else world
+        grads = [g / scale for g in torch.autograd.grad(out, leaves)]
+        return {f"row gradient {k}": g for k, g in enumerate(grads)}, {"energy": out.detach() / scale}
+
+    for tau, far, validate, length in (
+        (0.1, 1, True, 1),
+        (0.01, 2**40, True, 1),
+        (0.1, 2**40, False, 1),
+        (0.1, 1, True, 7),
+    ):
+        name = f"negative_lse {tau} {far} {validate} {length}"
+        yield name, sizes, functools.partial(lse, tau=tau, far=far, validate=validate, rows=length * z)
+    for cross in (False, True):
+        yield f"energy {cross}", sizes, functools.partial(energy, cross=cross)
+    for family in FAMILIES:
+        case = Case(
+            family, "shared_query", SIZES[world][1], backend="triton", options={"content_entropy": True}, seed=7
+        )
+        yield family, sizes, functools.partial(triton_loss, case)
+
+
+def triton_loss(case, rank):
+    maps = {n: m.float().requires_grad_() for n, m in case.data()[2].items()}
+    z = case.embeddings({n: m.double() for n, m in maps.items()}, rank)
+    z = Embeddings({n: t.float() for n, t in z.items()}, z.plan)
+    loss = case.criterion(gather_distributed=rank is not None)(z)
+    scale = 1 if rank is None else len(case.sizes)
+    grads = torch.autograd.grad(loss, list(maps.values()))
+    return {}, {"loss": loss.detach() / scale, **{f"gradient {k}": g / scale for k, g in enumerate(grads)}}
+
+
+def expect_triton(world):
+    with small_tiles(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return [run(None) for _, _, run in triton_cases(world)]
+
+
+@contextlib.contextmanager
+def small_tiles():
+    whole = table.configuration
+    table.configuration = lambda *_: table.Configuration(16, 16, 16, 4, 2, False, 2)
+    try:
+        yield
+    finally:
+        table.configuration = whole
+
+
+def job_triton(rank, expected, failures):
+    """Rows are compared where they lie, what is summed over ranks after the sum."""
+    with small_tiles(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of numpy, about what is masked afterwards
+        for (what, sizes, run), (rows, summed) in zip(triton_cases(dist.get_world_size()), expected, strict=True):
+            own, parts = run(rank)
+            mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+            for n, t in own.items():
+                close(failures, f"triton {what}: {n}", t, rows[n][mine], 1e-3, 2e-3 * rows[n].abs().max().item())
+            for n, t in parts.items():
+                total = averaged(t) * dist.get_world_size()
+                close(failures, f"triton {what}: {n}", total, summed[n], 1e-3, 2e-3 * summed[n].abs().max().item())
+    z = torch.eye(3)
+    z[rank % 3] *= 1 + rank  # longer rows on the last ranks: with checks off NaN on all of them
+    lse = negative_lse(z, torch.arange(3), 0.1, backend="triton", group=dist.group.WORLD, validate=False)
+    if not lse.isnan().all():
+        failures.append(f"longer rows on another rank: {lse}")
+
+
 def job_energy(rank, expected, failures):
     for (what, *args), want in zip(energy_cases(), expected, strict=True):
         energy, *grads = run_energy(*args, rank)
@@ -483,11 +575,14 @@ WORLDS = {
         "DualAscent": job_ascent,
         "gather_distributed=False": job_alone,
         "auto": job_auto,
+        "triton, 3 ranks": job_triton,
         "refusals": job_refusals,
     },
-    2: {"losses, 2 ranks": job_losses, "DistributedDataParallel": job_ddp},
+    2: {"losses, 2 ranks": job_losses, "triton, 2 ranks": job_triton, "DistributedDataParallel": job_ddp},
 }
 EXPECTED = {
+    "triton, 3 ranks": lambda: expect_triton(3),
+    "triton, 2 ranks": lambda: expect_triton(2),
     "losses, 3 ranks": lambda: [case.run() for case in loss_cases(3)],
     "losses, 2 ranks": lambda: [case.run() for case in loss_cases(2)],
     "negative_lse": lambda: [run_lse(*case[1:]) for case in lse_cases()],
