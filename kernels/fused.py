@@ -28,6 +28,9 @@ UNIT = 256.0
 W_SCALE = 2.0**14
 """|W| <= 2 per level, and fp16 ends at 65504."""
 
+W_UNIT = UNIT**2 / W_SCALE
+"""What `products` divides its matrices by: they are UNIT^2 at most."""
+
 STRIP_ELEMENTS = 2**23
 """Partial sums of a strip: slots x rows, so 32 MiB; twice that with the columns behind it."""
 
@@ -273,13 +276,19 @@ def longest_row(z: Tensor) -> Tensor:
     return torch.where(longest == 0, 1.0, longest)
 
 
+def _unit(longest: Tensor) -> Tensor:
+    """What rows are divided by so that the longest is UNIT at most: a power of 2, so that fp16 rows keep their bits."""
+    _, exponent = torch.frexp(longest)
+    return torch.where(longest.isfinite(), torch.ldexp(torch.ones_like(longest), exponent) / UNIT, math.nan)
+
+
 def _inside(z: Tensor, longest: Tensor, exact: bool) -> Tensor:
     """The rows as `sums` and `gradient` take them."""
-    return (z.float() * (UNIT / longest)).to(torch.float32 if exact else torch.float16).contiguous()
+    return (z.float() / _unit(longest)).to(torch.float32 if exact else torch.float16).contiguous()
 
 
 def _scale(tau: Tensor, longest: Tensor) -> Tensor:
-    return LOG2E / tau.float() * (longest / UNIT).square()
+    return LOG2E / tau.float() * _unit(longest).square()
 
 
 def _shift(tau: Tensor, longest: Tensor, n: int) -> Tensor:
@@ -319,7 +328,7 @@ def lse_rows_grad(
     log, every_log = (lse * LOG2E).contiguous(), (every_lse * LOG2E).contiguous()
     scale, shift = _scale(tau, longest), _shift(tau, longest, every_lse.shape[1])
     dx = gradient(x, every, ids, every_ids, scale, shift, log, every_log, g, every_g, prefix, maximum)
-    return dx.mul_(longest / (UNIT * tau.float()))
+    return dx.mul_(_unit(longest) / tau.float())
 
 
 @lse_rows_grad.register_fake
@@ -447,7 +456,7 @@ class LseOverRanks(torch.autograd.Function):
 def products(
     a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, skip_diagonal: bool, half: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of squares of <a_i, b_j> (0-dim float64), these products [M, N] times 2^14 / UNIT^2, and a second matrix.
+    """Sum of squares of <a_i, b_j> (0-dim float64), these products [M, N] over W_UNIT, and a second matrix.
 
     Args:
         a, b: [M, K], [N, K] fp16 rows at most UNIT long; b None means a, and the upper triangle is computed.
@@ -484,7 +493,7 @@ def products(
         tiles.products_kernel[(t_m * t_n,)](
             pointer(a_, f.block_m), pointer(b_, f.block_n), pointer(c_, f.block_m), pointer(d_, f.block_n),
             total, w, second if pair else w, m, n, t_m, t_n, a_.stride(0), b_.stride(0), w.stride(0), k1,
-            W_SCALE / UNIT**2,
+            1 / W_UNIT,
             PAIR=pair, SYMMETRIC=symmetric, SKIP_DIAGONAL=skip_diagonal, DESCRIPTOR=f.descriptor, GROUP=f.group,
             b_M=f.block_m, b_N=f.block_n, b_K=f.block_k, **f.options(),
         )  # fmt: skip
@@ -510,7 +519,7 @@ def off_diagonal_energy(x: Tensor, y: Tensor | None, by_rows: bool) -> tuple[Ten
     """sum_{k != l} (X^T Y)_kl^2 (0-dim float32) of x, y [n, D]; y None means x. And what the backward needs.
 
     by_rows: through ||X^T Y||_F^2 = <X X^T, Y Y^T> and sum_k C_kk^2; else through X^T Y. The matrices that come back
-    are fp16 products of operands of length 1 at most, times 2^14: X X^T and Y Y^T, or X^T Y without its diagonal.
+    are fp16, of rows or columns over `_unit`, over W_UNIT: X X^T and Y Y^T, or X^T Y without its diagonal.
     """
     if by_rows:
         lx = longest_row(x)
@@ -519,12 +528,12 @@ def off_diagonal_energy(x: Tensor, y: Tensor | None, by_rows: bool) -> tuple[Ten
         c = a if y is None else _inside(y, ly, exact=False)
         total, w, second = products(a, None, None if y is None else c, None, False, True)
         diagonal = (x.float() * (x if y is None else y).float()).sum(dim=0)
-        energy = total * (lx.double() * ly.double() / UNIT**2) ** 2 - diagonal.double().square().sum()
+        energy = total * (_unit(lx) * _unit(ly)).double().square() - diagonal.double().square().sum()
         return energy.float(), w, second
     a, lx = _columns(x)
     b, ly = (None, lx) if y is None else _columns(y)
     total, w, second = products(a, b, None, None, True, True)
-    return (total * (lx.double() * ly.double() / UNIT**2) ** 2).float(), w, second
+    return (total * (_unit(lx) * _unit(ly)).double().square()).float(), w, second
 
 
 @off_diagonal_energy.register_fake
@@ -554,19 +563,19 @@ def off_diagonal_energy_backward(
     x_, y_ = _inside(x, lx, exact=False), _inside(other, ly, exact=False)
     if by_rows:
         diagonal = (x.float() * other.float()).sum(dim=0)
-        dx = product(w if y is None else second, x_) * (ly.square() * lx / (W_SCALE * UNIT)) - other * diagonal
+        dx = product(w if y is None else second, x_) * (W_UNIT * _unit(ly).square() * _unit(lx)) - other * diagonal
         if y is None:
             return (dx * (4 * grad)).to(x.dtype), x.new_zeros((0, 0))
-        dy = product(w, y_) * (lx.square() * ly / (W_SCALE * UNIT)) - x * diagonal
+        dy = product(w, y_) * (W_UNIT * _unit(lx).square() * _unit(ly)) - x * diagonal
     else:
         # Entries of C are at most lx ly; the rows of x_, y_ are scaled by their own longest row, not column.
         rx, ry = longest_row(x), longest_row(other)
         x_, y_ = _inside(x, rx, exact=False), _inside(other, ry, exact=False)
-        scale = lx * ly / (W_SCALE * UNIT)
-        dx = product(y_, w.T) * (scale * ry)
+        scale = W_UNIT * _unit(lx) * _unit(ly)
+        dx = product(y_, w.T) * (scale * _unit(ry))
         if y is None:
             return (dx * (4 * grad)).to(x.dtype), x.new_zeros((0, 0))
-        dy = product(x_, w) * (scale * rx)
+        dy = product(x_, w) * (scale * _unit(rx))
     return (dx * (2 * grad)).to(x.dtype), (dy * (2 * grad)).to(other.dtype)
 
 
@@ -603,7 +612,7 @@ class EnergyOverRanks(torch.autograd.Function):
         if x.shape[0]:
             a, lx = _columns(x)
             b, ly = (None, lx) if y is None else _columns(y)
-            c = products(a, b, None, None, True, False)[1] * (lx * ly / W_SCALE)
+            c = products(a, b, None, None, True, False)[1] * (W_UNIT * _unit(lx) * _unit(ly))
         c = _dist.all_sum(c, group)
         ctx.save_for_backward(x, other, c)
         ctx.alone, ctx.group = y is None, group
@@ -623,7 +632,7 @@ class EnergyOverRanks(torch.autograd.Function):
             out = torch.zeros_like(rows, dtype=torch.float32)
             longest = longest_row(rows)
             _add_product(out, _inside(rows, longest, exact=False), w)
-            return out * (longest * top / (W_SCALE * UNIT))
+            return out * (_unit(longest) * top / W_SCALE)
 
         dx = product(y, half.T)
         if ctx.alone:

@@ -389,7 +389,6 @@ def test_ids_and_index_are_checked():
         ((), {"weights": {"content": math.nan}}, r"weights\['content'\]"),
         ((), {"content_keys": "some"}, "content_keys"),
         ((), {"backend": "cuda"}, "backend: expected one of"),
-        ((), {"backend": "triton"}, "'eager' and 'streaming' run"),
         ((), {"validate": "yes"}, "validate"),
     ],
 )
