@@ -57,14 +57,9 @@ def variants(mode: str) -> list[tuple[str, dict[str, Any]]]:
     """Kernel and switches of a mode of the table."""
     levels = 2 if "_two" in mode else 1
     both = (False, True)
-    if mode.startswith("sums"):
-        found = [
-            ("sums_kernel", {"LEVELS": levels, "SYMMETRIC": s, "MAXIMUM": m}) for s, m in itertools.product(both, both)
-        ]
-    elif mode.startswith("weights"):
-        found = [
-            ("weights_kernel", {"LEVELS": levels, "SYMMETRIC": s, "MAXIMUM": mode.endswith("_maximum")}) for s in both
-        ]
+    if mode.startswith(("sums", "weights")):
+        kernel, maximum = f"{mode.partition('_')[0]}_kernel", mode.endswith("_maximum")
+        found = [(kernel, {"LEVELS": levels, "SYMMETRIC": s, "MAXIMUM": maximum}) for s in both]
     else:
         found = [
             ("products_kernel", {"PAIR": p, "SYMMETRIC": s, "SKIP_DIAGONAL": not p})

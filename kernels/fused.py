@@ -129,7 +129,7 @@ def sums(x: Tensor, every: Tensor | None, ids: Tensor, every_ids: Tensor, scale:
     symmetric = every is None
     n, d = x.shape
     levels = _levels(prefix, d)
-    c = _configuration(x, "sums_two" if prefix else "sums")
+    c = _configuration(x, ("sums_two" if prefix else "sums") + ("_maximum" if maximum else ""))
     a = _Operand(x, ids, levels, c, second=False)
     if symmetric:
         b = a if x.dtype == torch.float16 else _Operand(x, ids, levels, c, second=True)
