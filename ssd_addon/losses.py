@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ssd_addon import _checks, _dist
 from ssd_addon._dist import Shards
+from ssd_addon._unit import joint_and_cosines
 from ssd_addon.batch import Embeddings, ViewPlan, as_embeddings
 from ssd_addon.kernels.covariance import energy_backend, off_diagonal_energy
 from ssd_addon.kernels.dispatch import BACKENDS, checks_are_on, choose_backend, compute_dtype
@@ -107,12 +108,20 @@ def _mean_over_keys(values: list[Tensor], counts: list[int | Tensor], s: Shards)
     return mean, n.sum()
 
 
+def columns_of(z: Mapping[str, Tensor]) -> dict[str, slice]:
+    """Where each space lies in the joint embedding."""
+    out, start = {}, 0
+    for name, t in z.items():
+        out[name] = slice(start, start + t.shape[-1])
+        start += t.shape[-1]
+    return out
+
+
 # ------------------------------------------------------------------------------------------ SimCLR family
 
 
-def simclr_alignment(z: Tensor, pair: Pair, trim: float, s: Shards) -> tuple[Tensor, int | Tensor]:
-    """Mean over the pair's rows of <z_a, z_b>, z [V, B, d] of unit length."""
-    cosine = (z[pair.a] * z[pair.b]).sum(dim=-1)
+def simclr_alignment(cosine: Tensor, pair: Pair, trim: float, s: Shards) -> tuple[Tensor, int | Tensor]:
+    """Mean over the pair's rows of cosine [B] = <z_a, z_b>, of rows of unit length."""
     keep, n = kept_rows(-cosine, pair.mask, trim, s)
     return s.mean(_masked(cosine, keep).sum(), n), n
 
@@ -422,14 +431,17 @@ class JointEntropyLoss(nn.Module):
         return energy_backend(self.backend, s.size, width, dtype=first.dtype, device=first.device, group=s.group)
 
     def _simclr(self, z: Mapping[str, Tensor], pairs: dict[str, list[Pair]], ids: Tensor, s: Shards) -> _Parts:
-        unit = {name: F.normalize(t, dim=-1) for name, t in z.items()}
-        joint = torch.cat(list(unit.values()), dim=-1) / math.sqrt(len(unit))  # [V, B, D]
+        columns = columns_of(z)
+        place = {name: k for k, name in enumerate(z)}
+        flat = tuple((p.a, p.b, place[name]) for name, space_pairs in pairs.items() for p in space_pairs)
+        joint, cosines = joint_and_cosines(list(z.values()), flat)  # [V, B, D], [pairs, B]
         tau: Any = self.temperature
         if isinstance(tau, Tensor):
             tau = tau.to(joint.device, joint.dtype).reshape(())
         invariance, constraint, rows = {}, {}, {}
+        rest = iter(cosines.unbind(0))
         for name, space_pairs in pairs.items():
-            found = [simclr_alignment(unit[name], p, self.trim, s) for p in space_pairs]
+            found = [simclr_alignment(next(rest), p, self.trim, s) for p in space_pairs]
             cosine, rows[name] = _mean_over_keys([f[0] for f in found], [f[1] for f in found], s)
             invariance[name] = -cosine / tau
             constraint[name] = 1 - cosine
@@ -439,13 +451,13 @@ class JointEntropyLoss(nn.Module):
             joint.reshape(v * b, d),
             ids.reshape(v * b),
             tau,
-            prefix=unit["content"].shape[-1] if with_content else None,
+            prefix=z["content"].shape[-1] if with_content else None,
             backend=self.backend,
             group=s.group,
             validate=self.validate,
         ).view(v * b, 2 if with_content else 1)  # -1 would not do: a rank may hold no row
         entropy = s.mean(lse.sum(dim=0), v * s.total)
-        query = {name: t[0] for name, t in unit.items()}
+        query = {name: joint[0, :, c].detach() for name, c in columns.items()}
         return _Parts(entropy, invariance, entropy[-1], entropy[0] if with_content else None, constraint, rows, query)
 
     def _vicreg(self, z: Mapping[str, Tensor], pairs: dict[str, list[Pair]], ids: Tensor, s: Shards) -> _Parts:
@@ -471,10 +483,7 @@ class JointEntropyLoss(nn.Module):
     def _barlow(self, z: Mapping[str, Tensor], pairs: dict[str, list[Pair]], ids: Tensor, s: Shards) -> _Parts:
         joint = torch.cat(list(z.values()), dim=-1)
         x = [standardised(view, s) for view in joint.unbind(0)]  # V times [B, D]
-        columns, start = {}, 0
-        for name, t in z.items():
-            columns[name] = slice(start, start + t.shape[-1])
-            start += t.shape[-1]
+        columns = columns_of(z)
         invariance, constraint, rows = {}, {}, {}
         for name, space_pairs in pairs.items():
             own = [view[:, columns[name]] for view in x]
