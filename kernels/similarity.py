@@ -87,6 +87,8 @@ def negative_lse(
         levels = ((0, d),) if prefix is None else ((0, prefix), (prefix, d))
         if name == "eager":
             lse = _eager(rows, image_ids, tau, levels, shards)
+        elif torch.compiler.is_compiling() and shards.group is None:
+            lse = _streaming(rows, tau, image_ids, prefix or 0, chunk or 0)
         else:
             lse = _Streaming.apply(rows, tau, image_ids, levels, shards, chunk)
     return lse[:, 0] if prefix is None else lse
@@ -189,6 +191,64 @@ class _Streaming(torch.autograd.Function):
         dz = blocks.gradient(lse, grad, shift)
         dtau = -(z * dz).sum() / (2 * tau) if ctx.needs_input_grad[1] else None
         return dz, dtau, None, None, None, None
+
+
+class _Context:
+    """Stands in for autograd's, for the operators that torch.compile sees."""
+
+    needs_input_grad = (True, True)
+    saved_tensors: tuple[Tensor, ...]
+    static: tuple[Any, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        self.saved_tensors = tensors
+
+
+@torch.library.custom_op("ssd_addon::streaming_lse", mutates_args=())
+def _streaming(z: Tensor, tau: Tensor, ids: Tensor, prefix: int, chunk: int) -> Tensor:
+    """[N, E]; one process. Loops that depend on values are opaque to the compiler."""
+    levels = ((0, prefix), (prefix, z.shape[1])) if prefix else ((0, z.shape[1]),)
+    alone = _dist.Shards(None, (z.shape[0],), 0)
+    return _Streaming.forward(_Context(), z, tau, ids, levels, alone, chunk or None)
+
+
+@_streaming.register_fake
+def _(z, tau, ids, prefix, chunk):  # type: ignore[no-untyped-def]
+    return z.new_empty((z.shape[0], 2 if prefix else 1))
+
+
+@torch.library.custom_op("ssd_addon::streaming_lse_backward", mutates_args=())
+def _streaming_backward(
+    grad: Tensor, lse: Tensor, z: Tensor, tau: Tensor, ids: Tensor, prefix: int, chunk: int
+) -> tuple[Tensor, Tensor]:
+    ctx = _Context()
+    levels = ((0, prefix), (prefix, z.shape[1])) if prefix else ((0, z.shape[1]),)
+    alone = _dist.Shards(None, (z.shape[0],), 0)
+    number = torch.unique(ids, return_inverse=True)[1].to(z.dtype)
+    shift = _Blocks(z, number, z, number, 1.0 / tau.item(), levels, alone, chunk or None).analytic_shift()
+    ctx.saved_tensors = (z, tau, number, z, number, lse)
+    ctx.static = (levels, alone, chunk or None, shift)
+    dz, dtau, *_ = _Streaming.backward(ctx, grad.contiguous())
+    assert dz is not None and dtau is not None
+    return dz, dtau
+
+
+@_streaming_backward.register_fake
+def _(grad, lse, z, tau, ids, prefix, chunk):  # type: ignore[no-untyped-def]
+    return z.new_empty(z.shape), torch.empty_like(tau)
+
+
+def _save_streaming(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    z, tau, ids, *ctx.static = inputs
+    ctx.save_for_backward(output, z, tau, ids)
+
+
+def _differentiate_streaming(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dz, dtau = _streaming_backward(grad, *ctx.saved_tensors, *ctx.static)
+    return dz, dtau, None, None, None
+
+
+_streaming.register_autograd(_differentiate_streaming, setup_context=_save_streaming)
 
 
 class _Blocks:

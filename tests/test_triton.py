@@ -334,7 +334,7 @@ class Backbone(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(12, 16), nn.ReLU())
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", ["eager", "streaming", "triton"])
 @pytest.mark.parametrize(
     "family,options", [("simclr", {}), ("simclr", {"content_entropy": True}), ("vicreg", {}), ("barlow", {})]
 )
