@@ -69,7 +69,7 @@ class Sprites:
         else:
             cross = tuple(groups) if args.cross_image else ()
             self.views = StructuredViews(groups, plan=args.plan, cross_image=cross, seed=args.seed)
-        styles = {} if args.method == "content-only" else {"color": 8, "spatial": 8}
+        styles = {} if args.method == "content-only" else {"color": 32, "spatial": 128}
         self.widths = widths({"content": 8, **styles}, args.widths)
         self.backbone, self.features = ConvNet(), 256
         self.pool: tuple[Tensor, dict[str, Tensor]] | None = None
@@ -143,7 +143,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     p.add_argument("--cross-image", action="store_true", help="keys of styles are made from other images")
     p.add_argument("--temperature", type=float, default=None)
     p.add_argument("--content-weight", type=float, default=None, help="weight of content's invariance (styles keep 1)")
-    p.add_argument("--widths", default="", metavar="NAME=D,...", help="default 8; latents: content 16")
+    p.add_argument(
+        "--widths", default="", metavar="NAME=D,...", help="default content=8,color=32,spatial=128; latents: 16 and 8"
+    )
     p.add_argument("--content-keys", choices=("first", "all"), default="first")
     p.add_argument("--content-entropy", action="store_true", help="a further entropy term on content alone")
     p.add_argument("--dual-ascent", type=float, default=None, metavar="TOLERANCE")

@@ -147,7 +147,7 @@ def sums(x: Tensor, every: Tensor | None, ids: Tensor, every_ids: Tensor, scale:
             total[:, rows] += part.sum(dim=1)
             return
         new = torch.maximum(top[:, rows], part_top.amax(dim=1))
-        safe = torch.where(new == -math.inf, 0.0, new)
+        safe = new.masked_fill(new == -math.inf, 0.0)
         old = total[:, rows] * torch.exp2(top[:, rows] - safe)
         total[:, rows] = old + (part * torch.exp2(part_top - safe[:, None])).sum(dim=1)
         top[:, rows] = new
@@ -175,7 +175,7 @@ def sums(x: Tensor, every: Tensor | None, ids: Tensor, every_ids: Tensor, scale:
                 add(slice(stop, b.n), far, far_top)
     log = torch.log2(total) + (top if maximum else shift)
     # A sum of 0: no negative. NaN stays.
-    return torch.where(total == 0, math.nan, log)
+    return log.masked_fill(total == 0, math.nan)
 
 
 def block_rows(d: int, unit: int) -> int:
@@ -273,13 +273,13 @@ def longest_row(z: Tensor) -> Tensor:
     if not z.shape[0]:
         return z.new_ones((), dtype=torch.float32)
     longest = torch.linalg.vector_norm(z.detach().float(), dim=1).amax()
-    return torch.where(longest == 0, 1.0, longest)
+    return longest.masked_fill(longest == 0, 1.0)
 
 
 def _unit(longest: Tensor) -> Tensor:
     """What rows are divided by so that the longest is UNIT at most: a power of 2, so that fp16 rows keep their bits."""
     _, exponent = torch.frexp(longest)
-    return torch.where(longest.isfinite(), torch.ldexp(torch.ones_like(longest), exponent) / UNIT, math.nan)
+    return (torch.ldexp(torch.ones_like(longest), exponent) / UNIT).masked_fill(~longest.isfinite(), math.nan)
 
 
 def _inside(z: Tensor, longest: Tensor, exact: bool) -> Tensor:
@@ -299,7 +299,7 @@ def _shift(tau: Tensor, longest: Tensor, n: int) -> Tensor:
 def _normalised(g: Tensor) -> tuple[Tensor, Tensor]:
     """Cotangents of at most 1, and what they were divided by: a loss scaler's 65536 would leave fp16."""
     top = g.abs().amax()
-    top = torch.where(top > 0, top, 1.0)
+    top = top.masked_fill(~(top > 0), 1.0)
     return (g / top).contiguous(), top
 
 
@@ -625,7 +625,7 @@ class EnergyOverRanks(torch.autograd.Function):
         x, y, c = ctx.saved_tensors
         grad = _dist.all_sum(grad, ctx.group)  # a rank's rows reach the loss of every rank
         top = c.abs().amax()
-        top = torch.where(top > 0, top, 1.0)
+        top = top.masked_fill(~(top > 0), 1.0)
         half = (c * (W_SCALE / top)).to(torch.float16)
 
         def product(rows: Tensor, w: Tensor) -> Tensor:

@@ -376,7 +376,8 @@ class JointEntropyLoss(nn.Module):
             spaces = {name: z[name].to(dtype) for name in plan.spaces}
             pairs = pairs_of(z, self.content_keys)
             parts = getattr(self, f"_{self.family}")(spaces, pairs, ids, s)
-            terms = [torch.as_tensor(w).to(device, dtype) * parts.invariance[n] for n, w in lambdas.items()]
+            on_device = {n: w.to(device, dtype) if isinstance(w, Tensor) else w for n, w in lambdas.items()}
+            terms = [w * parts.invariance[n] for n, w in on_device.items()]
             invariance = torch.stack(terms).sum() / len(plan.spaces)
             parts.loss = invariance + parts.entropy
             if parts.content_entropy is not None:
