@@ -154,9 +154,8 @@ def sums_kernel(
     o_n = j * b_N + tl.arange(0, b_N)
     m_m, m_n = o_m < n_m, o_n < n_n
     scale, shift = tl.load(p_scale), tl.load(p_shift)
-    compare = (
-        _same_image(p_low_a, p_high_a, p_low_b, p_high_b, i, j, RATIO) | ((i + 1) * b_M > n_m) | ((j + 1) * b_N > n_n)
-    )
+    # Padded rows need no test: the tile on the diagonal, the only one whose columns they would reach, compares anyway.
+    compare = _same_image(p_low_a, p_high_a, p_low_b, p_high_b, i, j, RATIO) | ((j + 1) * b_N > n_n)
     strip = tl.minimum(tiles_m * b_M, n_m - first * b_M).to(tl.int64)
     behind = (n_n - (first + tiles_m) * b_M).to(tl.int64)
     slots = tl.cdiv(n_n, b_M) - origin
