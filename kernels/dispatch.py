@@ -76,8 +76,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def checks_are_on(validate: bool | str) -> bool:
     """Checks on values read them back from the device: "auto" leaves them out where that is impossible."""
     if validate == "auto":
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        return not (torch.compiler.is_compiling() or capturing)
+        if torch.compiler.is_compiling():  # first: the compiler cannot trace the question that follows
+            return False
+        return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     if not isinstance(validate, bool):
         raise ValueError(f"validate: expected 'auto', True or False: got {validate!r}")
     return validate

@@ -195,13 +195,26 @@ def _up(n: int, multiple: int) -> int:
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a b, summed in float32: fp16 operands on CUDA, through float32 elsewhere."""
     if a.is_cuda and a.dtype == torch.float16:
-        if hasattr(torch.ops.aten.addmm, "dtype_out"):
-            torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
-            return
-        if hasattr(torch.ops.aten.mm, "dtype"):
-            out += torch.ops.aten.mm.dtype(a, b, torch.float32)
-            return
+        # torch 2.8 and 2.9 have the first but refuse a float32 `out`, older ones have neither; all refuse float32 sums
+        # where the user allows fp16 ones. They refuse before anything runs, so the next one may be tried.
+        for name, product in (("addmm", _addmm_in_place), ("mm", _mm_and_add)):
+            if name not in _REFUSED:
+                try:
+                    return product(out, a, b)
+                except (RuntimeError, AttributeError):
+                    _REFUSED.add(name)
     out.addmm_(a.float(), b.float())
+
+
+_REFUSED: set[str] = set()
+
+
+def _addmm_in_place(out: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
+
+
+def _mm_and_add(out: Tensor, a: Tensor, b: Tensor) -> None:
+    out += torch.ops.aten.mm.dtype(a, b, torch.float32)
 
 
 def gradient(

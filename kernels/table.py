@@ -5,7 +5,6 @@ Keys: architecture ("sm_90", else "default"), mode (what the kernel does), large
 
 import json
 import math
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,10 +31,11 @@ class Configuration(NamedTuple):
         return found | {"maxnreg": self.registers} if self.registers else found
 
 
-@cache
+_TABLE: dict[str, Any] = json.loads(PATH.read_text())  # at import: torch.compile cannot trace the reading of a file
+
+
 def table() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(PATH.read_text())
-    return found
+    return _TABLE
 
 
 def architecture(device: torch.device) -> str:

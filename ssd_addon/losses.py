@@ -102,7 +102,7 @@ def _mean_over_keys(values: list[Tensor], counts: list[int | Tensor], s: Shards)
     """The mean over the pairs that have a row; the number of rows behind it. One pair: the pair."""
     if len(values) == 1:
         return values[0], counts[0]
-    n = torch.stack([torch.as_tensor(c, device=values[0].device) for c in counts])
+    n = torch.stack([c if isinstance(c, Tensor) else torch.full((), c, device=values[0].device) for c in counts])
     present = n > 0
     mean = torch.where(present, torch.stack(values), 0).sum() / present.sum().clamp(min=1)
     return mean, n.sum()
@@ -376,7 +376,7 @@ class JointEntropyLoss(nn.Module):
             spaces = {name: z[name].to(dtype) for name in plan.spaces}
             pairs = pairs_of(z, self.content_keys)
             parts = getattr(self, f"_{self.family}")(spaces, pairs, ids, s)
-            on_device = {n: w.to(device, dtype) if isinstance(w, Tensor) else w for n, w in lambdas.items()}
+            on_device = {n: w.to(device, dtype, copy=True) if isinstance(w, Tensor) else w for n, w in lambdas.items()}
             terms = [w * parts.invariance[n] for n, w in on_device.items()]
             invariance = torch.stack(terms).sum() / len(plan.spaces)
             parts.loss = invariance + parts.entropy
@@ -637,7 +637,7 @@ class DualAscent(nn.Module):
             c = torch.stack([terms.constraint[n] for n in spaces]).double()
             served = torch.stack([terms.rows[n] for n in spaces]) > 0
             moved = (self.weights + self.step_size * (c - tolerance.to(c.device))).relu()
-            self.weights = torch.where(served, moved, self.weights)
+            self.weights.copy_(torch.where(served, moved, self.weights))  # in place: a captured loss reads it there
         return {n: w.clone() for n, w in zip(spaces, self.weights, strict=True)}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
