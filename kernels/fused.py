@@ -282,11 +282,10 @@ def gradient(
 
 
 def longest_row(z: Tensor) -> Tensor:
-    """Length of the longest row, 0-dim float32; 1 where there is none that is not zero."""
+    """Length of the longest row, 0-dim float32; 0 where there is none."""
     if not z.shape[0]:
-        return z.new_ones((), dtype=torch.float32)
-    longest = torch.linalg.vector_norm(z.detach().float(), dim=1).amax()
-    return longest.masked_fill(longest == 0, 1.0)
+        return z.new_zeros((), dtype=torch.float32)
+    return torch.linalg.vector_norm(z.detach().float(), dim=1).amax()
 
 
 def _unit(longest: Tensor) -> Tensor:
