@@ -17,9 +17,9 @@ CONTENT, STYLES, STYLE = 4, 2, 2  # widths: content, number of style blocks, eac
 
 def widths(default: dict[str, int], given: str) -> dict[str, int]:
     """The widths of the spaces, those of "content=16,color=4" instead of the default ones."""
-    own = dict(part.split("=") for part in given.split(",") if part)
-    if set(own) - set(default):
-        raise SystemExit(f"--widths: expected names of {', '.join(default)}: got {', '.join(own)}")
+    own = dict(part.partition("=")[::2] for part in given.split(",") if part)
+    if set(own) - set(default) or not all(d.isdecimal() and int(d) for d in own.values()):
+        raise SystemExit(f"--widths: expected NAME=D with D from 1 on and names of {', '.join(default)}: got {given!r}")
     return default | {name: int(d) for name, d in own.items()}
 
 

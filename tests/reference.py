@@ -400,3 +400,19 @@ def dual_ascent(weights: Mapping, constraints: Mapping, *, tolerance: float, ste
         else:
             updated[name] = max(0.0, float(weight) + step_size * (float(c) - tolerance))
     return updated
+
+
+# ------------------------------------------------------------------------------------------ rows to try
+
+
+def unit(n, d, seed=0):
+    """Rows of unit length, float64."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(n, d, generator=g, dtype=torch.float64), dim=1)
+
+
+def grouped(n, groups, seed=0):
+    """Ids of unequal frequency, in drawn order: every id at least once."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.cat([torch.arange(groups), torch.randint(max(groups // 3, 1), (n - groups,), generator=g)])
+    return ids[torch.randperm(n, generator=g)]

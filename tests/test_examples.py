@@ -70,3 +70,9 @@ def test_shares_of_the_variance_tell_how_much_of_a_space_a_factor_takes():
     found = synthetic.shares(embeddings, {"hue": Circular(angle), "shape": kind})
     assert found["circle"]["hue"] > 0.999 and found["circle"]["shape"] < 0.05
     assert found["noise"]["hue"] < 0.1 and 0.9 < found["mostly"]["hue"] < 1
+
+
+@pytest.mark.parametrize("given", ["content", "content=x", "content=0", "colour=4", "content=-3"])
+def test_widths_that_make_no_sense_are_refused(given, tmp_path):
+    with pytest.raises(SystemExit, match="expected NAME=D .*names of content, color, spatial: got"):
+        synthetic.main(["--steps", "1", "--widths", given, "--out", str(tmp_path)])

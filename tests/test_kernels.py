@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
+from reference import grouped, unit
 from torch.nn import functional as F
 
 from ssd_addon.kernels import BACKENDS, choose_backend, dispatch, negative_lse, off_diagonal_energy
@@ -16,18 +17,6 @@ from ssd_addon.kernels import BACKENDS, choose_backend, dispatch, negative_lse, 
 ROOT = Path(__file__).parents[1]
 RUN = ("eager", "streaming")
 RTOL, ATOL = 1e-9, 1e-11  # float64 against float64 loops
-
-
-def unit(n, d, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(n, d, generator=g, dtype=torch.float64), dim=1)
-
-
-def grouped(n, groups, seed=0):
-    """Ids of unequal frequency, in drawn order: every id at least once."""
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.cat([torch.arange(groups), torch.randint(max(groups // 3, 1), (n - groups,), generator=g)])
-    return ids[torch.randperm(n, generator=g)]
 
 
 def both(f, z, ids, tau, prefix, cotangent):

@@ -10,6 +10,7 @@ import reference
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from reference import grouped, unit
 from torch import nn
 from torch.nn import functional as F
 
@@ -48,17 +49,6 @@ def shrink(monkeypatch, configuration):
 
 def _size(shape):
     return (shape,) if isinstance(shape, int) else shape
-
-
-def unit(n, d, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(n, d, generator=g, dtype=torch.float64), dim=1)
-
-
-def grouped(n, groups, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.cat([torch.arange(groups), torch.randint(max(groups // 3, 1), (n - groups,), generator=g)])
-    return ids[torch.randperm(n, generator=g)]
 
 
 def run(f, z, ids, tau, prefix, cotangent, dtype):
