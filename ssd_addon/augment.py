@@ -162,6 +162,33 @@ class StructuredViews(nn.Module):
                 x = self._apply_stage(name, queried, x, parameters[name], mask)
         return x
 
+    @torch.no_grad()
+    def independent(self, images: Tensor, *, seed: int | tuple[int, ...] = 0) -> ViewBatch:
+        """Two views of each image that share nothing, both by the query's operations; for probes of the parameters.
+
+        The draws come from `seed` alone (and this module's): the same views at every call, on every rank, and the
+        draws of training go on as if nothing had happened. `.parameters` holds both views', as ever.
+
+        Args:
+            images: [B, C, H, W], uint8 or floating point in [0, 1].
+            seed: a number, or several.
+        """
+        x = _unit_images(images)
+        draw = Draws((self.seed, *(seed if isinstance(seed, tuple) else (seed,))))
+        out, drawn = [], []
+        with torch.autocast(x.device.type, enabled=False):
+            for view in range(2):
+                y, mine = x, ViewParameters()
+                for i, stage in enumerate(self.stages):
+                    mine[stage] = {}
+                    for name, op in self._operations(stage, False).items():
+                        key = unprefixed(name)
+                        mine[stage][key] = draw(op, tuple(y.shape), (view, i, int(key.split(".")[0])))
+                        y = apply_operation(stage, key, op, y, mine[stage][key])
+                out.append(y)
+                drawn.append(mine)
+        return ViewBatch(torch.stack(out), ViewPlan.shared_query(("content",)), parameters=drawn)
+
     @property
     def rank(self) -> int:
         """The rank that the draws are made for."""

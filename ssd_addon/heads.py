@@ -97,13 +97,13 @@ class StyleHeads(nn.Module):
         views = x.views if isinstance(x, ViewBatch) else x
         plain = self._is_plain(views, batch_only=isinstance(x, ViewBatch))
         if plain or not view_by_view:
-            z = self._project(self._pooled(views if plain else views.flatten(0, 1)))
+            z = self.project(self._pooled(views if plain else views.flatten(0, 1)))
             if plain:
                 return z
             v, b = views.shape[:2]
             out = {n: t.view(v, b, -1) for n, t in z.items()}
         else:
-            each = [self._project(self._pooled(view)) for view in views.unbind(0)]
+            each = [self.project(self._pooled(view)) for view in views.unbind(0)]
             out = {n: torch.stack([z[n] for z in each]) for n in self.spaces}
         if isinstance(x, ViewBatch):
             _checks.same_names(self.spaces, x.plan.spaces, "heads", "view plan")
@@ -116,6 +116,13 @@ class StyleHeads(nn.Module):
         if self._is_plain(views, batch_only=isinstance(x, ViewBatch)):
             return self._pooled(views)
         return self._pooled(views.flatten(0, 1)).view(*views.shape[:2], -1)
+
+    def project(self, features: Tensor) -> dict[str, Tensor]:
+        """What the heads make of pooled features of a plain batch, `features(x)`: [N, F] to name -> [N, d]."""
+        found: dict[str, Tensor] = {}
+        for stack in self.stacks:
+            found |= stack(features)
+        return {n: found[n] for n in self.spaces}
 
     def head(self, name: str) -> nn.Sequential:
         """One head as plain layers (a copy): [N, F] -> [N, d]. `nn.Sequential(model.backbone, ...)` runs it alone."""
@@ -214,12 +221,6 @@ class StyleHeads(nn.Module):
                 f"[N, T, F]: got {_checks.shape(y)} from {_name(self.backbone)} after pool={self.pool!r}"
             )
         return y
-
-    def _project(self, features: Tensor) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for stack in self.stacks:
-            found |= stack(features)
-        return {n: found[n] for n in self.spaces}
 
 
 class HeadStack(nn.Module):

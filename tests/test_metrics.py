@@ -13,8 +13,8 @@ from sklearn.metrics import r2_score
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.preprocessing import KernelCenterer, StandardScaler
 
-from ssd_addon import _probes, metrics
-from ssd_addon.metrics import Circular, ScoreTable, effective_rank, r2_matrix
+from ssd_addon.metrics import Circular, ScoreTable, effective_rank, matrix, r2_matrix
+from ssd_addon.metrics import probes as _probes
 
 PROBES = ("ridge", "kernel", "mlp")
 ROUNDING = 1e-9  # float64, systems of condition 1e6 at most
@@ -34,7 +34,7 @@ def problem(n=60, d=7, train=40, folds=5, seed=0, noise=(0.1, 3.0), classes=3, s
     y = (x - shift) @ w + torch.randn(n, 2, generator=g, dtype=torch.float64) * torch.tensor(noise)
     labels = (y[:, 0] / y[:, 0].std()).round().long().clamp(-(classes // 2), classes // 2)
     rows, test = torch.arange(train), torch.arange(train, n)
-    targets = [metrics._target(t, rows, test) for t in (y[:, 0], y[:, 1], labels)]
+    targets = [matrix.target_of(t, rows, test) for t in (y[:, 0], y[:, 1], labels)]
     return _probes.Problem(_probes.Inputs([x], rows), rows, targets, folds), x.numpy(), test
 
 
@@ -107,7 +107,7 @@ def test_table_equals_scikit_learn_end_to_end():
     z, y = torch.randn(80, 5, generator=g), torch.randn(80, 2, generator=g)
     y = y + z[:, :2] * torch.tensor([1.0, 0.2])
     table = r2_matrix({"z": z}, {"y": y}, train_fraction=0.6, seed=4)
-    train, test = (t.numpy() for t in metrics._split(80, 0.6, generator(4), CPU))
+    train, test = (t.numpy() for t in matrix.split_rows(80, 0.6, generator(4), CPU))
     assert sorted([*train, *test]) == list(range(80)) and (table.n_train, table.n_test) == (48, 32)
     scaler = StandardScaler().fit(z[train])
     x, t = scaler.transform(z), StandardScaler().fit(y[train].double()).transform(y.double())
@@ -204,7 +204,7 @@ def test_chunks_count_the_columns_to_predict(monkeypatch):
     assert [len(r) for r in x.chunks(torch.arange(10), 25)] == [4, 4, 2]
     assert [len(r) for r in x.chunks(torch.arange(3), 1000)] == [1, 1, 1]
     rows, seen = torch.arange(50), []
-    targets = [metrics._target(torch.arange(100) % 25, rows, rows + 50)]
+    targets = [matrix.target_of(torch.arange(100) % 25, rows, rows + 50)]
     p = _probes.Problem(_probes.Inputs([torch.ones(100, 1)], rows), rows, targets, 5)
     p.held_out(lambda r: (seen.append(len(r)), torch.zeros(len(r), 25))[1], rows + 50)
     assert seen == [4] * 12 + [2]
@@ -212,7 +212,7 @@ def test_chunks_count_the_columns_to_predict(monkeypatch):
 
 def test_the_probe_gets_folds_and_seed(monkeypatch):
     seen = []
-    monkeypatch.setitem(metrics.PROBES, "mlp", lambda p: (seen.append((p.folds, p.seed)), _probes._ridge(p))[1])
+    monkeypatch.setitem(matrix.PROBES, "mlp", lambda p: (seen.append((p.folds, p.seed)), _probes._ridge(p))[1])
     r2_matrix({"z": Z}, {"y": Z}, probe="mlp", folds=3, seed=8)
     assert seen == [(3, 8)]
 
@@ -241,7 +241,7 @@ def test_mlp_waits_for_its_validation_part_alone(monkeypatch):
     p = _probes.Problem(
         x=_probes.Inputs([torch.randn(100, 3, generator=g)], torch.arange(50)),
         rows=torch.arange(50),
-        targets=[metrics._target(torch.randn(100, generator=g), torch.arange(50), torch.arange(50, 100))],
+        targets=[matrix.target_of(torch.randn(100, generator=g), torch.arange(50), torch.arange(50, 100))],
         folds=5,
     )
     _probes._mlp(p)
@@ -269,7 +269,7 @@ def test_r2_is_scikit_learns_with_equal_weight_on_columns():
     y, guess = torch.randn(30, 3, generator=g).double() * torch.tensor([1, 5, 0.1]) + 2, torch.randn(30, 3, generator=g)
     rows, test = torch.arange(10), torch.arange(10, 30)
     y[10:], guess = y[10:] + 1e7, guess + 1e7  # the held-out rows may lie anywhere
-    target = metrics._target(y, rows, test)
+    target = matrix.target_of(y, rows, test)
     guess = target.values + guess.double() % 1
     p = _probes.Problem(_probes.Inputs([guess], rows), rows, [target], 5)
     (stats,) = p.held_out(lambda r: guess[r], test)
@@ -289,7 +289,7 @@ def test_r2_by_hand():
 def test_classes_are_rescaled_by_the_majority_rate_of_the_training_split():
     labels = torch.tensor([7, 7, 7, -2, 40, 40, 40, 40, -2, 7, 99])  # of the first five three are 7; 99 is new
     train, test = torch.arange(5), torch.arange(5, 11)
-    target = metrics._target(labels, train, test)
+    target = matrix.target_of(labels, train, test)
     assert target.chance == 3 / 5 and target.classes == 3
     assert target.values.tolist() == [1, 1, 1, 0, 2, 2, 2, 2, 0, 1, -1]
     assert target.columns(torch.tensor([0, 4])).tolist() == [[0, 1, 0], [0, 0, 1]]
@@ -300,7 +300,7 @@ def test_classes_are_rescaled_by_the_majority_rate_of_the_training_split():
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_a_class_that_only_the_held_out_rows_have_is_counted_wrong(probe):
-    train, test = metrics._split(60, 0.5, generator(), CPU)
+    train, test = matrix.split_rows(60, 0.5, generator(), CPU)
     labels = torch.arange(60) % 2
     z = labels[:, None] + 0.01 * torch.randn(60, 2, generator=generator())
     labels[test[:6]] = 5
@@ -328,7 +328,7 @@ def test_intervals_have_the_width_of_a_binomial():
     labels = torch.randint(2, (2000,), generator=g)
     z = (labels * 2 - 1 + torch.randn(2000, generator=g))[:, None]
     table = r2_matrix({"z": z}, {"label": labels}, bootstrap=400)
-    chance = int(labels[metrics._split(2000, 0.5, generator(), CPU)[0]].bincount().max()) / 1000
+    chance = int(labels[matrix.split_rows(2000, 0.5, generator(), CPU)[0]].bincount().max()) / 1000
     accuracy = table["z", "label"] * (1 - chance) + chance
     low, high = table.intervals["z", "label"]
     assert low < table["z", "label"] < high
@@ -343,7 +343,7 @@ def test_intervals_are_the_quantiles_of_resampled_r2(monkeypatch):
     got = r2_matrix({"z": z}, {"angle": Circular(theta, fold)}, bootstrap=70).intervals["z", "angle"]
 
     g = generator()
-    train, test = metrics._split(60, 0.5, g, CPU)
+    train, test = matrix.split_rows(60, 0.5, g, CPU)
     y, ok = (t.numpy() for t in Circular(theta, fold).target())
     rows = train[ok[train]]
     scaler = StandardScaler().fit(z[rows])
@@ -359,7 +359,7 @@ def test_intervals_are_the_quantiles_of_resampled_r2(monkeypatch):
 
 def test_resamples_without_variance_are_left_out():
     y = torch.zeros(10)
-    for rows in metrics._split(10, 0.5, generator(), CPU):
+    for rows in matrix.split_rows(10, 0.5, generator(), CPU):
         y[rows[0]] = 1.0  # one row differs from the other four, and a third of the resamples miss it
     table = r2_matrix({"z": y[:, None] + Z[:10]}, {"y": y})
     low, high = table.intervals["z", "y"]
@@ -540,7 +540,7 @@ def test_a_collapsed_space_knows_nothing(probe):
     y = torch.randn(100, generator=g)
     spaces = {"collapsed": torch.full((100, 3), 0.1), "dead column": torch.stack([y, torch.full_like(y, 0.1)], 1)}
     table = r2_matrix(spaces, {"y": y, "label": y > 0.5}, probe=probe)
-    train, test = metrics._split(100, 0.5, generator(), CPU)
+    train, test = matrix.split_rows(100, 0.5, generator(), CPU)
     assert table["collapsed", "y"] == pytest.approx(r2_score(y[test], y[train].mean().expand(50)), abs=1e-6)
     chance, right = ((y[rows] <= 0.5).double().mean() for rows in (train, test))  # says the majority of the training
     assert table["collapsed", "label"] == pytest.approx(float((right - chance) / (1 - chance)))
@@ -574,7 +574,7 @@ def test_no_score_comes_with_its_reason(factor, reason):
 
 
 def test_constant_on_one_side_of_the_split_is_constant():
-    train, test = metrics._split(40, 0.5, generator(), CPU)
+    train, test = matrix.split_rows(40, 0.5, generator(), CPU)
     z = torch.randn(40, 2, generator=generator())
     for side in (train, test):
         y = torch.arange(40.0)

@@ -1,4 +1,4 @@
-"""Which space knows which factor: a matrix of held-out probe scores, and how many directions a space uses.
+"""Which space knows which factor: a matrix of held-out probe scores.
 
 n samples, d the width of a space, k the columns of a factor, C its classes.
 
@@ -13,14 +13,14 @@ probe can see it and a linear one cannot.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssd_addon import _checks
-from ssd_addon._probes import CHUNK, PROBES, Inputs, Problem, Target
+from ssd_addon.metrics.probes import CHUNK, PROBES, Inputs, Problem, Target
+from ssd_addon.metrics.table import Cell, ScoreTable
 
 MIN_ROWS = 5  # on either side of the split
 
@@ -69,89 +69,6 @@ class Circular:
 
 
 Factor = Tensor | Circular
-Cell = tuple[str, str]
-
-
-@dataclass(frozen=True, eq=False)
-class ScoreTable:
-    """Scores of every factor from every space: `table[space, factor]`, NaN where there is none to give.
-
-    Attributes:
-        spaces, factors: names, in order.
-        scores: (space, factor) -> score.
-        intervals: (space, factor) -> (low, high), 95 %; no entry without a score or with bootstrap=0.
-        notes: (space, factor) -> why a cell has no score, or what was left out of it.
-        probe, given: what was asked.
-        n_train, n_test: rows that a probe was fitted on and scored on; a note says where a factor has fewer.
-
-    >>> table = ScoreTable(("content",), ("hue",), {("content", "hue"): 0.018}, {}, {}, "ridge", (), 50, 50)
-    >>> print(table)
-              hue
-    content  0.02
-    ridge probe, 50 samples to train, 50 held out
-    """
-
-    spaces: tuple[str, ...]
-    factors: tuple[str, ...]
-    scores: Mapping[Cell, float]
-    intervals: Mapping[Cell, tuple[float, float]]
-    notes: Mapping[Cell, str]
-    probe: str
-    given: tuple[str, ...]
-    n_train: int
-    n_test: int
-
-    def __getitem__(self, cell: Cell) -> float:
-        if cell not in self.scores:
-            known = f"spaces {_checks.names(self.spaces)}; factors {_checks.names(self.factors)}"
-            raise KeyError(f"expected table[space, factor] with {known}: got {cell!r}")
-        return self.scores[cell]
-
-    def to_json(self) -> dict[str, Any]:
-        """Dictionaries, lists, strings and numbers alone; NaN becomes None."""
-
-        def number(value: float) -> float | None:
-            return None if math.isnan(value) else value
-
-        out: dict[str, Any] = {name: getattr(self, name) for name in ("probe", "n_train", "n_test")}
-        out |= {name: list(getattr(self, name)) for name in ("spaces", "factors", "given")}
-        out["cells"] = [{"space": s, "factor": f, "score": number(v)} for (s, f), v in self.scores.items()]
-        for cell in out["cells"]:
-            key = cell["space"], cell["factor"]
-            cell["interval"] = [number(v) for v in self.intervals[key]] if key in self.intervals else None
-            cell["note"] = self.notes.get(key)
-        return out
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "ScoreTable":
-        """The table that `to_json` wrote."""
-
-        def number(value: float | None) -> float:
-            return math.nan if value is None else value
-
-        cells = {(c["space"], c["factor"]): c for c in data["cells"]}
-        return cls(
-            tuple(data["spaces"]),
-            tuple(data["factors"]),
-            {k: number(c["score"]) for k, c in cells.items()},
-            {k: (number(c["interval"][0]), number(c["interval"][1])) for k, c in cells.items() if c["interval"]},
-            {k: c["note"] for k, c in cells.items() if c["note"]},
-            data["probe"],
-            tuple(data["given"]),
-            data["n_train"],
-            data["n_test"],
-        )
-
-    def __str__(self) -> str:
-        def shown(value: float) -> str:
-            return "n/a" if math.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00")
-
-        rows = [["", *self.factors], *([s, *(shown(self[s, f]) for f in self.factors)] for s in self.spaces)]
-        left, *widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join([r[0].ljust(left), *(c.rjust(w) for c, w in zip(r[1:], widths, strict=True))]) for r in rows]
-        given = f" given {_checks.names(self.given)}" if self.given else ""
-        lines.append(f"{self.probe} probe{given}, {self.n_train} samples to train, {self.n_test} held out")
-        return "\n".join([*lines, *dict.fromkeys(f"{f}: {note}" for (_, f), note in self.notes.items())])
 
 
 def r2_matrix(
@@ -209,7 +126,34 @@ def r2_matrix(
 
     Source: Eastwood et al., arXiv 2311.08815, and von Kuegelgen et al., arXiv 2106.04619 (R^2 of latents from blocks).
     """
-    n, device = _check(embeddings, factors, train_fraction)
+    n, device = check_factors(embeddings, factors, train_fraction)
+    check_options(probe, folds, bootstrap, kernel_rows)
+    if isinstance(given, str):
+        raise TypeError(f"given: expected a sequence of names, such as ('content',): got {given!r}")
+    asked = tuple(given or ())
+    generator = torch.Generator("cpu").manual_seed(seed)
+    train, test = split_rows(n, train_fraction, generator, device)
+    if probe == "kernel":
+        train = train[:kernel_rows]
+    weights = resamples(len(test), bootstrap, generator, device)
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        blocks = [_given(name, embeddings, factors, device) for name in asked]
+        made = {name: target_of(factor, train, test) for name, factor in factors.items()}
+        inputs = {s: [z] if s in asked else [z, *blocks] for s, z in embeddings.items()}
+        given_notes = {
+            (s, f): "given, so any space would score it"
+            for s in embeddings
+            for f in made
+            if s not in asked and f in asked
+        }
+    cells = score_cells(inputs, made, train, test, weights, probe=probe, folds=folds, seed=seed, without=given_notes)
+    return ScoreTable(tuple(embeddings), tuple(factors), *cells, probe, asked, len(train), len(test))
+
+
+# ---- what other matrices share
+
+
+def check_options(probe: str, folds: int, bootstrap: int, kernel_rows: int) -> None:
     _checks.choice(probe, tuple(PROBES), "probe")
     for what, value, least in (
         ("folds", folds, 2),
@@ -218,31 +162,57 @@ def r2_matrix(
     ):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{what}: expected an integer of {least} or more: got {value!r}")
-    if isinstance(given, str):
-        raise TypeError(f"given: expected a sequence of names, such as ('content',): got {given!r}")
-    asked = tuple(given or ())
-    generator = torch.Generator("cpu").manual_seed(seed)
-    train, test = _split(n, train_fraction, generator, device)
-    if probe == "kernel":
-        train = train[:kernel_rows]
-    draws = torch.zeros(bootstrap, len(test), dtype=torch.int16, device="cpu")  # how often each held-out row is drawn
+
+
+def split_rows(
+    n: int, train_fraction: float, generator: torch.Generator, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows held out, both in random order."""
+    order = torch.randperm(n, generator=generator, device="cpu").to(device)
+    train, test = order.split(_sizes(n, train_fraction))
+    return train, test
+
+
+def resamples(n: int, times: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """How often each of n rows is drawn in each bootstrap resample: [times, n] int16."""
+    draws = torch.zeros(times, n, dtype=torch.int16, device="cpu")
     for draw in draws:
-        draw += torch.randint(len(test), (len(test),), generator=generator, device="cpu").bincount(minlength=len(test))
-    weights = draws.to(device)
+        draw += torch.randint(n, (n,), generator=generator, device="cpu").bincount(minlength=n)
+    return draws.to(device)
+
+
+def score_cells(
+    inputs: Mapping[str, Sequence[Tensor]],
+    targets: Mapping[str, Target | str],
+    train: Tensor,
+    test: Tensor,
+    weights: Tensor,
+    *,
+    probe: str,
+    folds: int,
+    seed: int,
+    without: Mapping[Cell, str],
+) -> tuple[dict[Cell, float], dict[Cell, tuple[float, float]], dict[Cell, str]]:
+    """Scores, intervals and notes of every (space, factor).
+
+    Args:
+        inputs: space -> blocks [n, d_i] that a probe sees side by side.
+        targets: factor -> what to predict, or why there is nothing to.
+        train, test: rows.
+        weights: [bootstrap, len(test)] how often each held-out row is drawn.
+        without: (space, factor) -> why it gets no score.
+    """
     scores: dict[Cell, float] = {}
     intervals: dict[Cell, tuple[float, float]] = {}
     notes: dict[Cell, str] = {}
-
+    device = train.device
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        blocks = [_given(name, embeddings, factors, device) for name in asked]
-        made = {name: _target(factor, train, test) for name, factor in factors.items()}
-        for space, z in embeddings.items():
-            alone = space in asked
+        for space, blocks in inputs.items():
             groups: dict[bytes, list[tuple[str, Target]]] = {}  # factors that are defined on the same rows
-            for name, target in made.items():
+            for name, target in targets.items():
+                if (space, name) in without:
+                    target = without[space, name]
                 note = target if isinstance(target, str) else target.note
-                if not alone and name in asked:
-                    target = note = "given, so any space would score it"
                 if note:
                     notes[space, name] = note
                 scores[space, name] = math.nan
@@ -251,52 +221,22 @@ def r2_matrix(
             for group in groups.values():
                 valid = group[0][1].valid
                 rows, held_out, w = train[valid[train]], test[valid[test]], weights[:, valid[test]]
-                x = Inputs([z] if alone else [z, *blocks], rows, balance=probe == "kernel")
+                x = Inputs(blocks, rows, balance=probe == "kernel")
                 problem = Problem(x, rows, [t for _, t in group], folds, seed)
                 stats = problem.held_out(PROBES[probe](problem), held_out)
                 for (name, target), each in zip(group, stats, strict=True):
                     scores[space, name] = float(target.score(each.sum(0), each.new_tensor(len(each))))
-                    if bootstrap:
+                    if len(w):
                         resampled = target.score(torch.cat([c.double() @ each for c in w.split(64)]), w.sum(1))
                         low, high = resampled.nanquantile(resampled.new_tensor([0.025, 0.975])).tolist()
                         intervals[space, name] = (low, high)
-    return ScoreTable(tuple(embeddings), tuple(factors), scores, intervals, notes, probe, asked, len(train), len(test))
-
-
-def effective_rank(z: Tensor) -> float:
-    """How many directions the embeddings use: exp(-sum_i p_i log p_i), p_i = sigma_i / sum_j sigma_j.
-
-    sigma are the singular values of the centred embeddings: d for white noise, 1 on a line, 0 where all rows are equal.
-    Singular values below the resolution of the type (eps times the norm of z) count as 0.
-
-    Args:
-        z: [n, d] floating point, n >= 2.
-
-    Returns:
-        Between 0 and min(n - 1, d).
-
-    Raises:
-        ValueError: not [n, d] floating point with at least two finite rows.
-
-    >>> line = torch.arange(5.0)[:, None] * torch.tensor([[1.0, 2.0, 3.0]])
-    >>> round(effective_rank(line), 6)
-    1.0
-
-    Source: Roy and Vetterli, The effective rank: a measure of effective dimensionality, EUSIPCO 2007.
-    """
-    _check_space("effective_rank", z, 2)
-    _check_finite("effective_rank", z)
-    with torch.no_grad():
-        x = z.double()
-        sigma = torch.linalg.svdvals(x - x.mean(0))
-        sigma = sigma[sigma > torch.finfo(z.dtype).eps * x.norm()]
-        return float(torch.special.entr(sigma / sigma.sum()).sum().exp()) if len(sigma) else 0.0
+    return scores, intervals, notes
 
 
 # ---- what comes in
 
 
-def _check_space(what: str, z: Tensor, least: int) -> None:
+def check_space(what: str, z: Tensor, least: int) -> None:
     if not isinstance(z, Tensor):
         raise TypeError(f"{what}: expected a tensor [n, d]: got {type(z).__name__}")
     if z.dtype not in _checks.FLOATS:
@@ -308,19 +248,15 @@ def _check_space(what: str, z: Tensor, least: int) -> None:
         raise ValueError(f"{what}: expected at least {least} samples: got {len(z)}")
 
 
-def _check_finite(what: str, z: Tensor) -> None:
+def check_finite(what: str, z: Tensor) -> None:
     if not all(bool(c.isfinite().all()) for c in z.split(max(1, CHUNK // z.shape[1]))):
         raise ValueError(f"{what}: expected finite embeddings: got NaN or inf, so the network has diverged")
 
 
-def _check(
-    embeddings: Mapping[str, Tensor], factors: Mapping[str, Factor], fraction: float
-) -> tuple[int, torch.device]:
-    """Shapes, types and lengths. Returns (n, device)."""
-    if not embeddings or not factors:
-        raise ValueError(f"expected spaces and factors: got {len(embeddings)} spaces and {len(factors)} factors")
+def check_spaces(embeddings: Mapping[str, Tensor], fraction: float) -> tuple[int, torch.device]:
+    """Shapes, types and lengths of the spaces, and enough rows on both sides of the split. Returns (n, device)."""
     for space, z in embeddings.items():
-        _check_space(f"space {space!r}", z, 2 * MIN_ROWS)
+        check_space(f"space {space!r}", z, 2 * MIN_ROWS)
     first, z = next(iter(embeddings.items()))
     n, device = len(z), z.device
     for space, z in embeddings.items():
@@ -328,7 +264,20 @@ def _check(
             raise ValueError(f"space {space!r}: expected the {n} samples of space {first!r}: got {len(z)}")
         if z.device != device:
             raise ValueError(f"space {space!r}: expected the device {device} of space {first!r}: got {z.device}")
-        _check_finite(f"space {space!r}", z)
+        check_finite(f"space {space!r}", z)
+    if not 0 < fraction < 1 or min(_sizes(n, fraction)) < MIN_ROWS:
+        need = f"a share of the {n} samples with at least {MIN_ROWS} on either side"
+        raise ValueError(f"train_fraction: expected {need}: got {fraction!r}")
+    return n, device
+
+
+def check_factors(
+    embeddings: Mapping[str, Tensor], factors: Mapping[str, Factor], fraction: float
+) -> tuple[int, torch.device]:
+    """Spaces, and factors of the same length. Returns (n, device)."""
+    if not embeddings or not factors:
+        raise ValueError(f"expected spaces and factors: got {len(embeddings)} spaces and {len(factors)} factors")
+    n, device = check_spaces(embeddings, fraction)
     for name, factor in factors.items():
         t = factor.angle if isinstance(factor, Circular) else factor
         if not isinstance(t, Tensor):
@@ -339,21 +288,11 @@ def _check(
             raise ValueError(f"factor {name!r}: expected {expected}: got {_checks.shape(t)} {t.dtype}")
         if len(t) != n:
             raise ValueError(f"factor {name!r}: expected a value for each of the {n} samples: got {len(t)}")
-    if not 0 < fraction < 1 or min(_sizes(n, fraction)) < MIN_ROWS:
-        need = f"a share of the {n} samples with at least {MIN_ROWS} on either side"
-        raise ValueError(f"train_fraction: expected {need}: got {fraction!r}")
     return n, device
 
 
 def _sizes(n: int, train_fraction: float) -> tuple[int, int]:
     return round(train_fraction * n), n - round(train_fraction * n)
-
-
-def _split(n: int, train_fraction: float, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows held out, both in random order."""
-    order = torch.randperm(n, generator=generator, device="cpu").to(device)
-    train, test = order.split(_sizes(n, train_fraction))
-    return train, test
 
 
 def _given(name: str, embeddings: Mapping[str, Tensor], factors: Mapping[str, Factor], device: torch.device) -> Tensor:
@@ -375,7 +314,7 @@ def _given(name: str, embeddings: Mapping[str, Tensor], factors: Mapping[str, Fa
     return block.to(device)
 
 
-def _target(factor: Factor, train: Tensor, test: Tensor) -> Target | str:
+def target_of(factor: Factor, train: Tensor, test: Tensor) -> Target | str:
     """What to predict, or the reason why there is nothing to."""
     device, note = train.device, ""
     if isinstance(factor, Circular):

@@ -1,0 +1,41 @@
+"""What each space knows: plain functions on tensors, from any source of embeddings.
+
+    z = embed(model, images)                        name -> [n, d], the backbone too
+    r2_matrix(z, factors)                           spaces x factors, where factors are known                 matrix
+    parameter_matrix(model, views, images)          spaces x groups of augmentations, without labels          parameters
+    dci, mig, sap                                   one number for a matrix                                   dci
+    effective_rank, uniformity, alignment           how a space lies; redundancy: what is held twice          geometry
+    StyleIndex(z).search(7, {"color": 1})           neighbours by any weighting of the spaces                 retrieval
+
+Every matrix is a `ScoreTable`: `table["color", "hue"]` is a number, NaN where there is none to give, with the reason in
+`.notes`; it prints, and `.to_json()` keeps it.
+"""
+
+from ssd_addon.metrics.dci import Dci, completeness, dci, disentanglement, mig, sap
+from ssd_addon.metrics.embed import embed
+from ssd_addon.metrics.geometry import alignment, effective_rank, redundancy, space_geometry, uniformity
+from ssd_addon.metrics.matrix import Circular, Factor, r2_matrix
+from ssd_addon.metrics.parameters import parameter_matrix
+from ssd_addon.metrics.retrieval import StyleIndex
+from ssd_addon.metrics.table import ScoreTable
+
+__all__ = [
+    "Circular",
+    "Dci",
+    "Factor",
+    "ScoreTable",
+    "StyleIndex",
+    "alignment",
+    "completeness",
+    "dci",
+    "disentanglement",
+    "effective_rank",
+    "embed",
+    "mig",
+    "parameter_matrix",
+    "r2_matrix",
+    "redundancy",
+    "sap",
+    "space_geometry",
+    "uniformity",
+]

@@ -1,0 +1,306 @@
+"""One number for a whole matrix: disentanglement, completeness, informativeness, SAP and MIG.
+
+All of them over *spaces* (blocks of coordinates), since within a space no axis means anything: they do not change when
+a space is rotated. Legend: S spaces, K factors (or blocks of factors), n samples, d the width of a space, C classes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssd_addon import _checks
+from ssd_addon.metrics.matrix import MIN_ROWS, Circular, Factor, check_factors, r2_matrix, split_rows
+from ssd_addon.metrics.probes import Inputs, softmax_log_likelihood
+from ssd_addon.metrics.table import ScoreTable
+
+ALL = "all spaces"
+
+
+@dataclass(frozen=True, eq=False)
+class Dci:
+    """Disentanglement, completeness and informativeness; NaN where there is none to give, with the reason in `notes`.
+
+    Attributes:
+        disentanglement: mean over spaces, each weighted by its share of the importance.
+        completeness: mean over factors, weighted likewise.
+        informativeness: mean over factors of the score from all spaces together.
+        by_space: space -> its disentanglement; NaN for a space of no importance.
+        by_factor: factor (or block) -> (completeness, informativeness).
+        importance: the table [space, factor] that both come from, and the row "all spaces".
+        notes: name -> why it is NaN.
+    """
+
+    disentanglement: float
+    completeness: float
+    informativeness: float
+    by_space: Mapping[str, float]
+    by_factor: Mapping[str, tuple[float, float]]
+    importance: ScoreTable
+    notes: Mapping[str, str]
+
+    def __str__(self) -> str:
+        def shown(value: float) -> str:
+            return "n/a" if math.isnan(value) else f"{value:.2f}"
+
+        lines = [
+            f"disentanglement {shown(self.disentanglement)}  completeness {shown(self.completeness)}  "
+            f"informativeness {shown(self.informativeness)}"
+        ]
+        lines += [f"  {s}: disentanglement {shown(d)}" for s, d in self.by_space.items()]
+        lines += [f"  {f}: completeness {shown(c)}, informativeness {shown(i)}" for f, (c, i) in self.by_factor.items()]
+        return "\n".join([*lines, *(f"{name}: {note}" for name, note in self.notes.items())])
+
+
+def disentanglement(importance: Tensor) -> tuple[float, Tensor]:
+    """Does each space hold one factor alone? D_s = 1 - H(P_s), P_sk = R_sk / sum_k R_sk, entropy to the base K.
+
+    Args:
+        importance: R [S, K] of at least 0: how much space s matters for factor k; K >= 2.
+
+    Returns:
+        (sum_s rho_s D_s with rho_s the share of space s in sum R, D [S] with NaN where a row is 0). All NaN where
+        everything is 0.
+
+    Raises:
+        ValueError: not [S, K] of finite numbers of at least 0, or one factor alone.
+
+    >>> disentanglement(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+    (0.5, tensor([1., 0.], dtype=torch.float64))
+
+    Source: Eastwood and Williams, A framework for the quantitative evaluation of disentangled representations, ICLR
+    2018; for blocks, rows and columns are spaces and factors.
+    """
+    r = _importance(importance, "factors", 1)
+    share = r / r.sum(1, keepdim=True)
+    each = 1 - torch.special.entr(share).sum(1) / math.log(r.shape[1])
+    return float((each.nan_to_num() * r.sum(1)).sum() / r.sum()), each
+
+
+def completeness(importance: Tensor) -> tuple[float, Tensor]:
+    """Is each factor held by one space alone? C_k = 1 - H(R_sk / sum_s R_sk), entropy to the base S.
+
+    Args:
+        importance: R [S, K] of at least 0; S >= 2.
+
+    Returns:
+        (sum_k rho_k C_k with rho_k the share of factor k in sum R, C [K] with NaN where a column is 0).
+
+    Raises:
+        ValueError: as `disentanglement`, or one space alone.
+
+    >>> completeness(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+    (0.333..., tensor([1., 0.], dtype=torch.float64))
+
+    Source: as `disentanglement`.
+    """
+    r = _importance(importance, "spaces", 0)
+    mean, each = disentanglement(r.T)
+    return mean, each
+
+
+def dci(
+    embeddings: Mapping[str, Tensor],
+    factors: Mapping[str, Factor],
+    *,
+    blocks: Mapping[str, Sequence[str]] | None = None,
+    probe: str = "ridge",
+    seed: int = 0,
+) -> Dci:
+    """Disentanglement, completeness and informativeness over spaces.
+
+    The importance of a space for a factor is its held-out score for it alone, no less than 0 (`r2_matrix`): what the
+    space *can* tell, also where another space tells it too, as a regression on all spaces together would hide.
+
+    Args:
+        embeddings, factors, probe, seed: as in `r2_matrix`. Leave the backbone out: it holds everything.
+        blocks: name -> factors that belong together, such as {"color": ["hue", "brightness"]}: their importances are
+            averaged, so that a space that holds a whole block counts as disentangled. None: each factor by itself.
+            A factor without a score (n/a) counts in no block.
+
+    Raises:
+        ValueError: an unknown factor in a block, and what `r2_matrix` refuses.
+
+    >>> g = torch.Generator().manual_seed(0)
+    >>> a, b = torch.randn(400, generator=g), torch.randn(400, generator=g)
+    >>> result = dci({"content": a[:, None], "color": b[:, None]}, {"shape": a, "hue": b})
+    >>> round(result.disentanglement, 1), round(result.completeness, 1), round(result.informativeness, 1)
+    (1.0, 1.0, 1.0)
+
+    Source: as `disentanglement`.
+    """
+    if ALL in embeddings:
+        raise ValueError(f"dci: a space may not be named {ALL!r}, which is the row of all of them")
+    table = r2_matrix(embeddings, factors, probe=probe, bootstrap=0, seed=seed)
+    together = r2_matrix({ALL: torch.cat(list(embeddings.values()), 1)}, factors, probe=probe, bootstrap=0, seed=seed)
+    wanted = blocks if blocks is not None else {f: [f] for f in factors}
+    for name, members in wanted.items():
+        if isinstance(members, str) or not members or set(members) - set(factors):
+            raise ValueError(
+                f"blocks: expected block {name!r} to list some of the factors {_checks.names(factors)}: got {members!r}"
+            )
+    notes: dict[str, str] = {}
+    scored = {b: [f for f in fs if not math.isnan(together[ALL, f])] for b, fs in wanted.items()}
+    for block, members in scored.items():
+        if not members:
+            notes[block] = "; ".join(f"{f}: {together.notes.get((ALL, f), 'no score')}" for f in wanted[block])
+    used = [b for b in scored if scored[b]]
+    spaces = tuple(embeddings)
+    r = torch.tensor(
+        [[sum(max(0.0, table[s, f]) for f in scored[b]) / len(scored[b]) for b in used] for s in spaces],
+        dtype=torch.float64,
+    ).view(len(spaces), len(used))
+    d, by_space = disentanglement(r) if len(used) > 1 else (math.nan, r.new_full((len(spaces),), math.nan))
+    c, by_factor = completeness(r) if len(spaces) > 1 and used else (math.nan, r.new_full((len(used),), math.nan))
+    if len(used) < 2:
+        notes["disentanglement"] = f"needs two factors or blocks that can be scored: got {len(used)}"
+    if len(spaces) < 2:
+        notes["completeness"] = "needs two spaces: got 1"
+    for name, value in (("disentanglement", d), ("completeness", c)):
+        if math.isnan(value):
+            notes.setdefault(name, "no space tells anything of any factor")
+    told = {b: sum(together[ALL, f] for f in scored[b]) / len(scored[b]) for b in used}
+    cells = {(s, b): float(r[i, j]) for i, s in enumerate(spaces) for j, b in enumerate(used)}
+    cells |= {(s, b): math.nan for s in spaces for b in wanted if b not in used}
+    cells |= {(ALL, b): told.get(b, math.nan) for b in wanted}
+    why = {(s, b): notes[b] for s in (*spaces, ALL) for b in wanted if b not in used}
+    importance = ScoreTable((*spaces, ALL), tuple(wanted), cells, {}, why, table.probe, (), table.n_train, table.n_test)
+    completed = dict(zip(used, by_factor.tolist(), strict=True))
+    return Dci(
+        d,
+        c,
+        sum(told.values()) / len(told) if told else math.nan,
+        dict(zip(spaces, by_space.tolist(), strict=True)),
+        {b: (completed.get(b, math.nan), told.get(b, math.nan)) for b in wanted},
+        importance,
+        notes,
+    )
+
+
+def sap(table: ScoreTable) -> tuple[float, dict[str, float]]:
+    """How far the best space is ahead of the second best: mean over factors of score_(1) - score_(2).
+
+    Args:
+        table: of `r2_matrix`, without the backbone (`table.only(spaces=...)`); two spaces or more. Scores below 0
+            count as 0.
+
+    Returns:
+        (the mean over factors that have scores in two spaces or more, factor -> its gap, NaN where it has not).
+
+    Raises:
+        ValueError: fewer than two spaces.
+
+    >>> cells = {("content", "hue"): 0.1, ("color", "hue"): 0.9}
+    >>> sap(ScoreTable(("content", "color"), ("hue",), cells, {}, {}, "ridge", (), 50, 50))
+    (0.8, {'hue': 0.8})
+
+    Source: Kumar et al., arXiv 1711.00848 (separated attribute predictability), over spaces.
+    """
+    if len(table.spaces) < 2:
+        raise ValueError(f"sap: expected two spaces or more, to compare: got {_checks.names(table.spaces)}")
+    gaps = {}
+    for f in table.factors:
+        known = sorted((max(0.0, v) for s in table.spaces if not math.isnan(v := table[s, f])), reverse=True)
+        gaps[f] = known[0] - known[1] if len(known) > 1 else math.nan
+    scored = [g for g in gaps.values() if not math.isnan(g)]
+    return (sum(scored) / len(scored) if scored else math.nan), gaps
+
+
+def mig(
+    embeddings: Mapping[str, Tensor],
+    factors: Mapping[str, Factor],
+    *,
+    bins: int = 10,
+    train_fraction: float = 0.5,
+    seed: int = 0,
+) -> tuple[float, dict[str, float], ScoreTable]:
+    """The mutual information gap: mean over factors of (I_(1) - I_(2)) / H(v), the best space against the second.
+
+    I(z_s; v) is bounded from below by H(v) - CE, with CE the held-out cross-entropy of v under softmax regression on
+    z_s (any q(v | z) gives I >= H(v) + E log q(v | z), Barber and Agakov 2003); no less than 0. The bound asks the
+    space as a whole, so it does not change when the space is rotated, but it sees linearly coded information only.
+
+    Args:
+        embeddings: space -> [n, d]; two or more, without the backbone.
+        factors: as in `r2_matrix`. Numbers and angles are cut into `bins` classes of equally many samples; a factor of
+            several columns is the mean over them.
+        bins: 2 or more.
+        train_fraction, seed: of the split.
+
+    Returns:
+        (mean gap, factor -> gap, table of I(z_s; v) / H(v) [space, factor]); NaN and a note where a factor is constant.
+
+    Raises:
+        ValueError: fewer than two spaces, and what `r2_matrix` refuses.
+
+    Source: Chen et al., arXiv 1802.04942 (the gap; there over single coordinates).
+    """
+    if len(embeddings) < 2:
+        raise ValueError(f"mig: expected two spaces or more, to compare: got {_checks.names(embeddings)}")
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
+        raise ValueError(f"bins: expected a whole number, 2 or more: got {bins!r}")
+    n, device = check_factors(embeddings, factors, train_fraction)
+    train, test = split_rows(n, train_fraction, torch.Generator("cpu").manual_seed(seed), device)
+    cells: dict[tuple[str, str], float] = {}
+    notes: dict[tuple[str, str], str] = {}
+    labels = {name: _labels(f, bins, device) for name, f in factors.items()}
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        for space, z in embeddings.items():
+            for name, (columns, valid, why) in labels.items():
+                rows, held_out = train[valid[train]], test[valid[test]]
+                if not why and min(len(rows), len(held_out)) < MIN_ROWS:
+                    why = (
+                        f"defined for {len(rows)} training and {len(held_out)} held-out samples, fewer than {MIN_ROWS}"
+                    )
+                told = []
+                x = Inputs([z], rows) if not why else None
+                for y in columns if x is not None else ():
+                    known, counts = y[held_out].unique(return_counts=True)
+                    entropy = float(torch.special.entr(counts.double() / len(held_out)).sum())
+                    if len(known) < 2 or len(y[rows].unique()) < 2:
+                        continue
+                    assert x is not None
+                    log_q = softmax_log_likelihood(x, y, rows, held_out)
+                    told.append(max(0.0, 1 + log_q / entropy))
+                cells[space, name] = sum(told) / len(told) if told else math.nan
+                if not told:
+                    notes[space, name] = why or "constant"
+    spaces = tuple(embeddings)
+    table = ScoreTable(spaces, tuple(factors), cells, {}, notes, "softmax", (), len(train), len(test))
+    mean, gaps = sap(table)
+    return mean, gaps, table
+
+
+def _labels(factor: Factor, bins: int, device: torch.device) -> tuple[list[Tensor], Tensor, str]:
+    """Columns of classes [n] 0..C-1, which samples count [n], and why there is nothing to tell."""
+    if isinstance(factor, Circular):
+        (values, valid) = (t.to(device) for t in factor.target())
+        values = torch.atan2(values[:, 1], values[:, 0])[:, None]
+    else:
+        values = factor.to(device)
+        valid = torch.ones(len(values), dtype=torch.bool, device=device)
+        if not factor.is_floating_point():
+            return [values.unique(return_inverse=True)[1]], valid, ""
+        values = values.reshape(len(values), -1).double()
+    if not values[valid].isfinite().all():
+        return [], valid, f"{int((~values[valid].isfinite()).sum())} of {values[valid].numel()} values are NaN or inf"
+    if not valid.any():
+        return [], valid, "defined for no sample"
+    out = []
+    for v in values.T:
+        edges = torch.quantile(v[valid].cpu(), torch.linspace(0, 1, bins + 1, dtype=v.dtype)[1:-1]).to(device)
+        out.append(torch.bucketize(v.contiguous(), edges.unique().contiguous()))
+    return out, valid, ""
+
+
+def _importance(r: Tensor, what: str, axis: int) -> Tensor:
+    if not isinstance(r, Tensor) or r.ndim != 2 or not r.is_floating_point():
+        got = f"{_checks.shape(r)} {r.dtype}" if isinstance(r, Tensor) else type(r).__name__
+        raise ValueError(f"importance: expected [spaces, factors], floating point: got {got}")
+    if not r.isfinite().all() or (r < 0).any():
+        raise ValueError("importance: expected finite numbers of at least 0: got NaN, inf or negative ones")
+    if r.shape[axis] < 2:
+        raise ValueError(f"importance: expected two {what} or more, to compare: got {r.shape[axis]}")
+    return r.double()

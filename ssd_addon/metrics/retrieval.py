@@ -1,0 +1,191 @@
+"""Nearest images by any weighting of the spaces: same content, other colour.
+
+The similarity of a query q and an image x is sum_s w_s cos(q_s, x_s) / sum_s |w_s|. As it is linear in q, the images
+are stored once, as unit rows side by side, and only the query is weighted: one index serves every weighting.
+Legend: n images, q queries, d_s the width of a space, D their sum, k neighbours.
+"""
+
+import importlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssd_addon import _checks
+from ssd_addon.metrics.matrix import check_finite, check_space
+from ssd_addon.metrics.probes import CHUNK
+
+Weights = Mapping[str, float] | str
+
+
+class StyleIndex:
+    """Nearest neighbours over the embeddings of a data set.
+
+    >>> g = torch.Generator().manual_seed(0)
+    >>> z = {"content": torch.randn(100, 8, generator=g), "color": torch.randn(100, 4, generator=g)}
+    >>> index = StyleIndex(z)
+    >>> scores, rows = index.search(7, {"content": 1, "color": -1}, k=5)  # same content, other colour
+    >>> scores.shape, rows.shape, 7 in rows
+    (torch.Size([1, 5]), torch.Size([1, 5]), False)
+
+    Args:
+        embeddings: space -> [n, d_s] floating point, on any device, where an exact search then runs. Rows are scaled to
+            unit length; a row of length 0 has similarity 0 to all.
+        backend: "exact" compares with every image, in bounded memory; "faiss" asks FAISS (`pip install faiss-cpu`).
+        factory: a FAISS factory string, such as "HNSW32,Flat" or "IVF256,Flat"; "Flat" is exact.
+
+    Raises:
+        ValueError: no space, embeddings that are not [n, d], finite and of one length.
+        ImportError: backend="faiss" where it is not installed.
+    """
+
+    def __init__(self, embeddings: Mapping[str, Tensor], *, backend: str = "exact", factory: str = "Flat") -> None:
+        if not embeddings:
+            raise ValueError("StyleIndex: expected at least one space: got none")
+        _checks.choice(backend, ("exact", "faiss"), "backend")
+        if backend == "exact" and factory != "Flat":
+            raise ValueError(f"factory: only backend='faiss' builds an index by a factory string: got {factory!r}")
+        self.backend = backend
+        self.widths: dict[str, int] = {}
+        units: list[Tensor] = []
+        self._length = -1
+        for name, z in embeddings.items():
+            check_space(f"space {name!r}", z, 1)
+            if self._length not in (-1, len(z)):
+                first = next(iter(embeddings))
+                raise ValueError(f"space {name!r}: expected the {self._length} images of space {first!r}: got {len(z)}")
+            check_finite(f"space {name!r}", z)
+            self._length, self.widths[name] = len(z), z.shape[1]
+            units.append(_unit(z))
+        self.rows = torch.cat(units, 1)  # [n, D]
+        self._faiss: Any = None
+        if backend == "faiss":
+            try:
+                faiss = importlib.import_module("faiss")
+            except ImportError as error:
+                raise ImportError(
+                    "backend='faiss' needs FAISS (pip install faiss-cpu); 'exact' needs nothing"
+                ) from error
+            self._faiss = faiss.index_factory(self.rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+            stored = self.rows.cpu().contiguous().numpy()
+            if not self._faiss.is_trained:
+                self._faiss.train(stored)
+            self._faiss.add(stored)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def spaces(self) -> tuple[str, ...]:
+        return tuple(self.widths)
+
+    def __repr__(self) -> str:
+        return f"StyleIndex({len(self)} images, spaces {_checks.names(self.widths)}, {self.backend})"
+
+    def search(
+        self, query: int | Tensor | Mapping[str, Tensor], weights: Weights | None = None, k: int = 10
+    ) -> tuple[Tensor, Tensor]:
+        """The k most similar images to each query, best first.
+
+        Args:
+            query: a row, or rows [q] of the index, which are left out of their own answers; or embeddings of other
+                images, space -> [q, d_s], for every space of weight other than 0.
+            weights: the name of a space, or space -> weight; a space that is not named counts 0, a negative weight asks
+                for images that differ in it. None: all spaces, equally.
+            k: neighbours, no more than there are images.
+
+        Returns:
+            (scores [q, k] float32 in [-1, 1], rows [q, k] int64). An approximate FAISS index that finds fewer than k
+            gives the row -1 and the score -inf for the rest.
+
+        Raises:
+            ValueError: an unknown space, no weight other than 0, a row or k that the index does not have.
+        """
+        w = self._weights(weights)
+        exclude: Tensor | None = None
+        if isinstance(query, Mapping):
+            unit = self._queries(query, w)
+        else:
+            exclude = self._row_numbers(query)
+            unit = self.rows[exclude]
+        most = len(self) - (exclude is not None)
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most:
+            raise ValueError(f"k: expected 1 to {most} neighbours, as the index holds {len(self)} images: got {k!r}")
+        scale = torch.cat([torch.full((d,), w.get(s, 0.0)) for s, d in self.widths.items()]).to(unit)
+        q = unit * (scale / sum(abs(v) for v in w.values()))
+        if self._faiss is not None:
+            return self._ask_faiss(q, exclude, k)
+        scores, rows = [], []
+        step = max(1, CHUNK // len(self))
+        for start in range(0, len(q), step):
+            similarity = q[start : start + step] @ self.rows.T
+            if exclude is not None:
+                similarity.scatter_(1, exclude[start : start + step, None], -math.inf)
+            best = similarity.topk(k, dim=1)
+            scores.append(best.values)
+            rows.append(best.indices)
+        if not scores:
+            return q.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int64, device=q.device)
+        return torch.cat(scores), torch.cat(rows)
+
+    def _ask_faiss(self, q: Tensor, exclude: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+        found, places = self._faiss.search(q.cpu().contiguous().numpy(), min(len(self), k + (exclude is not None)))
+        scores, rows = torch.from_numpy(found).to(q.device), torch.from_numpy(places).to(q.device)
+        if exclude is not None:  # its own row moves to the end, the order of the others stays
+            own = rows == exclude[:, None]
+            order = own.long().argsort(dim=1, stable=True)
+            scores, rows = scores.gather(1, order)[:, :k], rows.gather(1, order)[:, :k]
+        return scores.masked_fill(rows < 0, -math.inf), rows
+
+    def _weights(self, weights: Weights | None) -> dict[str, float]:
+        if weights is None:
+            return dict.fromkeys(self.widths, 1.0)
+        if isinstance(weights, str):
+            weights = {weights: 1.0}
+        for name, value in weights.items():
+            if name not in self.widths:
+                raise ValueError(f"weights: expected names of spaces ({_checks.names(self.widths)}): got {name!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"weights: expected a finite number for space {name!r}: got {value!r}")
+        used = {name: float(value) for name, value in weights.items() if value}
+        if not used:
+            raise ValueError(f"weights: expected a space of weight other than 0: got {dict(weights)!r}")
+        return used
+
+    def _row_numbers(self, query: int | Tensor) -> Tensor:
+        rows = torch.as_tensor(query, device=self.rows.device).reshape(-1)
+        if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+            raise TypeError(
+                f"query: expected rows of the index, integers, or a mapping of embeddings: got {rows.dtype}"
+            )
+        if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(self)):
+            got = f"{int(rows.min())} to {int(rows.max())}"
+            raise ValueError(f"query: expected rows 0 to {len(self) - 1}: got {got}")
+        return rows.long()
+
+    def _queries(self, query: Mapping[str, Tensor], w: Mapping[str, float]) -> Tensor:
+        missing = [name for name in w if name not in query]
+        if missing:
+            raise ValueError(f"query: expected embeddings of every weighted space: missing {_checks.names(missing)}")
+        count = len(query[next(iter(w))])
+        parts = []
+        for name, d in self.widths.items():
+            if name not in w:
+                parts.append(self.rows.new_zeros(count, d))
+                continue
+            check_space(f"query {name!r}", query[name], 1)
+            check_finite(f"query {name!r}", query[name])
+            if query[name].shape != (count, d):
+                got = _checks.shape(query[name])
+                raise ValueError(f"query: expected space {name!r} as [{count}, {d}], the width of the index: got {got}")
+            parts.append(_unit(query[name]).to(self.rows.device))
+        return torch.cat(parts, 1)
+
+
+def _unit(z: Tensor) -> Tensor:
+    """Rows of unit length in float32; a row of zeros stays."""
+    x = z.detach().double()
+    x = x / x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    return (x / x.norm(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)).float()
