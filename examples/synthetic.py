@@ -16,14 +16,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import kornia.augmentation as K
 import torch
 from latents import CausalLatents, widths
-from sprites import draw_factors, load_dsprites, render, scored
+from sprites import SHAPES, draw_factors, load_dsprites, render, scored
 from torch import Tensor, nn
 
-from ssd_addon import DualAscent, JointEntropyLoss, StructuredViews, StyleHeads, ViewBatch, plots
+from ssd_addon import DualAscent, JointEntropyLoss, StyleHeads, ViewBatch, plots
+from ssd_addon.checkpoints import build_views
 from ssd_addon.metrics import Circular, r2_matrix
+from ssd_addon.report import Data
 
 
 class ConvNet(nn.Module):
@@ -54,6 +55,27 @@ def mlp(n_in: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
+GROUPS = {
+    "color": [["ColorJitter", {"brightness": [0.5, 1.5], "hue": [-0.5, 0.5], "p": 1.0, "order": [0, 3]}]],
+    "spatial": [
+        [
+            "RandomAffine",
+            {"degrees": 180.0, "translate": [0.15, 0.15], "scale": [0.75, 1.3], "padding_mode": "border", "p": 1.0},
+        ]
+    ],
+}
+"""The operations that change sprites, by Kornia's names: what the checkpoint's card says of the views."""
+
+
+def sprites(samples: int) -> Data:
+    """Sprites with their factors, for `python -m ssd_addon report RUN --data examples/synthetic.py:sprites`."""
+    factors = draw_factors(samples, torch.Generator().manual_seed(10_001))
+    names = [
+        f"{SHAPES[s]} at {x:.2f}, {y:.2f}" for s, x, y in zip(*(factors[k] for k in ("shape", "x", "y")), strict=True)
+    ]
+    return Data(render(factors), scored(factors), names)
+
+
 class Sprites:
     """Images made anew for every step, with the two groups that change them."""
 
@@ -61,14 +83,13 @@ class Sprites:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.size, self.dsprites = args.size, args.dsprites
-        color = [K.ColorJitter(brightness=(0.5, 1.5), hue=(-0.5, 0.5), p=1.0, order=(0, 3))]
-        spatial = [K.RandomAffine(180.0, translate=(0.15, 0.15), scale=(0.75, 1.3), padding_mode="border", p=1.0)]
-        groups = {"color": color, "spatial": spatial}
+        cross = list(GROUPS) if args.cross_image else []
+        recipe = {"groups": GROUPS, "plan": args.plan, "cross_image": cross}
         if args.method == "content-only":
-            self.views = StructuredViews({}, then=[*color, *spatial], seed=args.seed)
-        else:
-            cross = tuple(groups) if args.cross_image else ()
-            self.views = StructuredViews(groups, plan=args.plan, cross_image=cross, seed=args.seed)
+            recipe = {"groups": {}, "then": [*GROUPS["color"], *GROUPS["spatial"]]}
+        self.views = build_views(recipe, seed=args.seed)
+        self.card = {"backbone": "examples/synthetic.py:ConvNet", "views": recipe, "family": args.family}
+        self.card |= {"size": args.size}
         styles = {} if args.method == "content-only" else {"color": 32, "spatial": 128}
         self.widths = widths({"content": 8, **styles}, args.widths)
         self.backbone, self.features = ConvNet(), 256
@@ -261,7 +282,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     plots.curves(log, args.out / "curves.png")
     if args.dataset == "sprites":
         plots.views_strip(data.batch(8, g), args.out / "views.png")
-    model.save(args.out / "model.pt")
+    model.save(args.out / "model.pt", card=getattr(data, "card", {}) | {"name": args.out.name})
     print(f"\nWritten to {args.out}: metrics.json, matrix.png, curves.png, log.jsonl, model.pt")
     return result
 

@@ -189,6 +189,15 @@ class StructuredViews(nn.Module):
                 drawn.append(mine)
         return ViewBatch(torch.stack(out), ViewPlan.shared_query(("content",)), parameters=drawn)
 
+    @torch.no_grad()
+    def plain(self, images: Tensor) -> Tensor:
+        """Whole images as the model knows them: scaled to [0, 1], with the Normalize of `then` and nothing drawn."""
+        x = _unit_images(images)
+        for op in self._operations(THEN, False).values():
+            if isinstance(op, K.Normalize):
+                x = op(x)
+        return x
+
     @property
     def rank(self) -> int:
         """The rank that the draws are made for."""

@@ -144,9 +144,16 @@ class StyleHeads(nn.Module):
             "sample_ndim": self.sample_ndim,
         }
 
-    def save(self, path: str | Path) -> None:
-        """Weights of backbone and heads, with the configuration."""
-        torch.save({"config": self.config(), "state_dict": self.state_dict()}, path)
+    def save(self, path: str | Path, *, card: Mapping[str, Any] | None = None) -> None:
+        """Weights of backbone and heads, with the configuration.
+
+        Args:
+            path: where to write.
+            card: what else is needed to open the file without the training script (`ssd_addon.checkpoints`): plain
+                numbers, strings, lists and dictionaries.
+        """
+        content = {"config": self.config(), "state_dict": self.state_dict()}
+        torch.save(content if card is None else content | {"card": dict(card)}, path)
 
     @classmethod
     def load(cls, path: str | Path, backbone: nn.Module, *, map_location: Any = "cpu") -> "StyleHeads":

@@ -23,6 +23,11 @@ def matrix(tables: Mapping[str, ScoreTable] | ScoreTable, path: str | Path) -> N
         tables: one `ScoreTable`, or title -> table, drawn below each other.
         path: where to write; the suffix chooses the format.
     """
+    _write(matrix_figure(tables), path)
+
+
+def matrix_figure(tables: Mapping[str, ScoreTable] | ScoreTable) -> Figure:
+    """What `matrix` writes, as a matplotlib figure: for TensorBoard or a notebook."""
     named = {"": tables} if isinstance(tables, ScoreTable) else dict(tables)
     if not named:
         raise ValueError("matrix: expected at least one score table: got none")
@@ -47,10 +52,10 @@ def matrix(tables: Mapping[str, ScoreTable] | ScoreTable, path: str | Path) -> N
                 if (s, f) in table.intervals:
                     low, high = table.intervals[s, f]
                     ax.text(j, i + 0.08, f"{low:.2f} to {high:.2f}", ha="center", va="top", color=ink, fontsize=7)
-        kind = f"{table.probe} probe, n = {table.n_test} held out"
+        kind = f"{table.probe} probe, n = {table.n_test} {table.unit} held out"
         ax.set_title(f"{title} ({kind})" if title else kind, fontsize=10, loc="left")
     fig.colorbar(image, ax=list(axes), label="R², or accuracy rescaled from chance = 0", shrink=0.8)
-    _write(fig, path)
+    return fig
 
 
 def curves(log: Sequence[Mapping[str, Any]], path: str | Path) -> None:

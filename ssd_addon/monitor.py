@@ -1,0 +1,254 @@
+"""While it trains: terms of the loss and what each space knows, to a JSON-lines log and TensorBoard.
+
+    with Monitor("runs/mine/log.jsonl", tensorboard="runs/mine", views=views, images=held_out) as monitor:
+        for epoch in range(epochs):
+            for images, _, _ in loader:
+                ...
+                monitor.step(step, terms)                 a line of numbers, every `log_every` steps
+            monitor.epoch(model, epoch, step)             the matrices, every `every` epochs
+
+    trainer = Trainer(callbacks=[monitor.lightning()])    the same under Lightning, either package
+
+`python -m ssd_addon report RUN` draws its curves from that log.
+"""
+
+import importlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssd_addon.heads import StyleHeads
+from ssd_addon.metrics import Factor, ScoreTable, embed, parameter_matrix, r2_matrix
+
+Writer = Any  # anything with add_scalar(name, value, step), such as torch.utils.tensorboard.SummaryWriter
+
+
+class Monitor:
+    """One callback for plain loops and Lightning.
+
+    Every line of the log is a JSON object with "step". `step` writes the loss's terms under their own names ("loss",
+    "constraint/content", ...); `epoch` writes "parameters/SPACE/GROUP" and "r2/SPACE/FACTOR" and, under "tables", both
+    matrices whole, with intervals. A number that is not finite becomes null. TensorBoard gets the same numbers under
+    the same names, and the matrices as pictures where matplotlib is installed.
+
+    Over ranks, rank 0 measures and writes, the others return at once; nothing is exchanged.
+
+    Args:
+        log: the JSON-lines file, added to; its folder is made where it is missing. None: no log.
+        tensorboard: a folder (needs the package tensorboard), or a writer with add_scalar; None: none.
+        views: the `StructuredViews` of the training, for the label-free matrix.
+        images: [n, C, H, W], uint8 or in [0, 1], not normalised: what the matrices are measured on; held out from the
+            training, 500 to 2,000 of them.
+        factors: name -> a value for each image, as in `metrics.r2_matrix`, where some are known.
+        every: epochs between matrices.
+        log_every: steps between lines of terms.
+        unit: score rows of unit length, as the SimCLR family's loss sees them.
+        probe: of `r2_matrix`; the label-free matrix always has the kernel probe.
+        batch_size: images at a time.
+
+    Raises:
+        ValueError: factors or views without images; counts below 1.
+        ImportError: a folder for TensorBoard where the package is missing.
+
+    >>> monitor = Monitor(None, images=torch.rand(20, 3, 8, 8), factors={"light": torch.rand(20)})
+    >>> record = monitor.epoch(lambda x: {"content": x.mean((2, 3))}, epoch=0, step=100)
+    >>> sorted(record)
+    ['epoch', 'r2/content/light', 'step', 'tables']
+    """
+
+    def __init__(
+        self,
+        log: str | Path | None,
+        *,
+        tensorboard: str | Path | Writer | None = None,
+        views: Any = None,
+        images: Tensor | None = None,
+        factors: Mapping[str, Factor] | None = None,
+        every: int = 1,
+        log_every: int = 10,
+        unit: bool = False,
+        probe: str = "ridge",
+        batch_size: int = 256,
+    ) -> None:
+        if images is None and (views is not None or factors):
+            raise ValueError("Monitor: views and factors need images to be measured on: got no images")
+        for what, value in (("every", every), ("log_every", log_every)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{what}: expected a whole number, 1 or more: got {value!r}")
+        self.views, self.images, self.factors = views, images, dict(factors or {})
+        self.every, self.log_every = every, log_every
+        self.unit, self.probe, self.batch_size = unit, probe, batch_size
+        self.path = None if log is None else Path(log)
+        self.writer: Writer = tensorboard
+        if isinstance(tensorboard, str | Path):
+            self.writer = None
+            if _first():
+                try:
+                    self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(tensorboard))
+                except ImportError as error:
+                    raise ImportError("a folder for TensorBoard needs it: pip install tensorboard") from error
+        elif tensorboard is not None and not callable(getattr(tensorboard, "add_scalar", None)):
+            raise TypeError(f"tensorboard: expected a folder or a writer: got {type(tensorboard).__name__}")
+        self._own_writer = isinstance(tensorboard, str | Path)
+        if self.path is not None and _first():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()  # says now if it cannot be written
+
+    # ------------------------------------------------------------------------------------------------ plain loops
+
+    def step(self, step: int, terms: Any, **more: float) -> dict[str, Any]:
+        """Write a line of terms, when it is their turn (step 0, then every `log_every`).
+
+        Args:
+            step: of the training.
+            terms: `criterion.terms(z)`, or a mapping name -> number. On a step that is not written they are not read.
+            more: further numbers, such as lr.
+
+        Returns:
+            What was written; {} where it was not the turn.
+        """
+        if step % self.log_every or not _first():
+            return {}
+        numbers = dict(terms) if isinstance(terms, Mapping) else terms.scalars()
+        record = {"step": int(step), **{k: float(v) for k, v in numbers.items()}, **more}
+        self._write(record)
+        return record
+
+    def epoch(self, model: Any, epoch: int, step: int) -> dict[str, Any]:
+        """Measure what each space knows and write it, when it is its turn (epoch 0, then every `every`).
+
+        Args:
+            model: `StyleHeads`, also inside DistributedDataParallel, or a callable images -> space -> [n, d]. It runs
+                in evaluation mode without gradient and is left in the mode that it was in.
+            epoch, step: of the training.
+
+        Returns:
+            What was written; {} where it was not the turn.
+        """
+        if epoch % self.every or self.images is None or not _first():
+            return {}
+        tables: dict[str, ScoreTable] = {}
+        if self.views is not None and len(self.views.plan.spaces) > 1:
+            tables["parameters"] = parameter_matrix(
+                model, self.views, self.images, unit=self.unit, batch_size=self.batch_size, backbone=True
+            )
+        if self.factors:
+            ready = self.images
+            if self.views is not None:
+                ready = self.views.plain(ready)
+            elif ready.dtype == torch.uint8:
+                ready = ready.float() / 255
+            z = embed(model, ready, batch_size=self.batch_size, unit=self.unit)
+            tables["r2"] = r2_matrix(z, self.factors, probe=self.probe)
+        record: dict[str, Any] = {"step": int(step), "epoch": int(epoch)}
+        for kind, table in tables.items():
+            record |= {f"{kind}/{s}/{f}": table[s, f] for s in table.spaces for f in table.factors}
+        record["tables"] = {kind: table.to_json() for kind, table in tables.items()}
+        self._write(record)
+        self._pictures(tables, step)
+        return record
+
+    def close(self) -> None:
+        """Close the TensorBoard writer that was made here; the log is closed after every line."""
+        if self._own_writer and self.writer is not None:
+            self.writer.close()
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------------ Lightning
+
+    def lightning(self, base: type | None = None) -> Any:
+        """This monitor as a Lightning callback: `Trainer(callbacks=[monitor.lightning()])`.
+
+        Every `log_every` steps it writes what the module logged (`self.log_dict(terms.scalars())`); at the end of every
+        epoch the matrices of the first `StyleHeads` in the module. Without a `tensorboard` of its own it writes to the
+        trainer's logger, where that is TensorBoard's.
+
+        Args:
+            base: the Callback class, where both packages are installed: lightning.pytorch.Callback or
+                pytorch_lightning.Callback. None takes the one that is there, lightning.pytorch first.
+
+        Raises:
+            ImportError: neither package is installed.
+        """
+        if base is None:
+            for package in ("lightning.pytorch", "pytorch_lightning"):
+                try:
+                    base = importlib.import_module(package).Callback
+                    break
+                except ImportError:
+                    continue
+            else:
+                raise ImportError("lightning(): expected lightning or pytorch_lightning to be installed: got neither")
+        monitor = self
+
+        class MonitorCallback(base):  # type: ignore[misc, valid-type]
+            """Writes `Monitor`'s lines from Lightning's hooks."""
+
+            def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+                if monitor.writer is None:
+                    for logger in trainer.loggers:
+                        if callable(getattr(logger.experiment, "add_scalar", None)):
+                            monitor.writer = logger.experiment
+
+            def on_train_batch_end(
+                self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+            ) -> None:
+                step = trainer.global_step - 1  # already counted
+                if step % monitor.log_every == 0 and trainer.global_step != getattr(self, "_written", -1):
+                    self._written = trainer.global_step
+                    numbers = {k: float(v) for k, v in trainer.callback_metrics.items()}
+                    if isinstance(outputs, Mapping) and "loss" in outputs:
+                        numbers.setdefault("loss", float(outputs["loss"]))
+                    monitor.step(step, numbers)
+
+            def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+                heads = [m for m in pl_module.modules() if isinstance(m, StyleHeads)]
+                if not heads:
+                    name = type(pl_module).__name__
+                    raise ValueError(f"Monitor: expected a StyleHeads inside the LightningModule {name}: got none")
+                monitor.epoch(heads[0], trainer.current_epoch, trainer.global_step)
+
+            def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+                monitor.close()
+
+        return MonitorCallback()
+
+    # ------------------------------------------------------------------------------------------------ writing
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.path is not None:
+            kept = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            with self.path.open("a") as file:
+                file.write(json.dumps(kept, allow_nan=False) + "\n")
+        if self.writer is not None:
+            for name, value in record.items():
+                if isinstance(value, int | float) and name not in ("step", "epoch"):
+                    self.writer.add_scalar(name, value, record["step"])
+
+    def _pictures(self, tables: Mapping[str, ScoreTable], step: int) -> None:
+        if not callable(getattr(self.writer, "add_figure", None)):
+            return
+        try:
+            plots = importlib.import_module("ssd_addon.plots")
+        except ImportError:  # matplotlib is optional; the numbers are written in any case
+            return
+        for kind, table in tables.items():
+            self.writer.add_figure(f"matrix/{kind}", plots.matrix_figure(table), step)
+
+
+def _first() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
