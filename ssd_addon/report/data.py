@@ -46,8 +46,8 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
     Args:
         spec: a folder of images (with class folders, the class is a factor "class"; with train/ and val/ in it, val is
             taken), a data set (len and items (image, label[, name])), or "FILE.py:NAME" / "MODULE:NAME", where
-            NAME(samples) or NAME() returns `Data`, a data set or a pair (images [n, C, H, W], factors). A label is a number of
-            a class, or a mapping of factors.
+            NAME(samples) or NAME() returns `Data`, a data set or a pair (images [n, C, H, W], factors). A label is a
+            number of a class, or a mapping of factors.
         size: edge in pixels that images of a data set are brought to.
         samples: at most so many.
         seed: of the choice.
@@ -66,10 +66,6 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
             made = made(samples) if takes else made()
         spec = made
     if isinstance(spec, Data):
-        if len(spec.images) > samples:
-            raise ValueError(
-                f"--data: expected at most the {samples} images that were asked for: got {len(spec.images)}"
-            )
         return spec
     classes: dict[str, list[str]] = {}
     if isinstance(spec, str | Path):
