@@ -70,10 +70,8 @@ GROUPS = {
 def sprites(samples: int) -> Data:
     """Sprites with their factors, for `python -m ssd_addon report RUN --data examples/synthetic.py:sprites`."""
     factors = draw_factors(samples, torch.Generator().manual_seed(10_001))
-    names = [
-        f"{SHAPES[s]} at {x:.2f}, {y:.2f}" for s, x, y in zip(*(factors[k] for k in ("shape", "x", "y")), strict=True)
-    ]
-    return Data(render(factors), scored(factors), names)
+    where = zip(factors["shape"].tolist(), factors["x"].tolist(), factors["y"].tolist(), strict=True)
+    return Data(render(factors), scored(factors), [f"{SHAPES[s]} at {x:.2f}, {y:.2f}" for s, x, y in where])
 
 
 class Sprites:

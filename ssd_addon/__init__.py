@@ -5,7 +5,9 @@ batch = views(images)                                                ViewBatch [
 model = StyleHeads(backbone, {"content": 256, "color": 64, ...})     backbone -> one space a group   heads
 z = model(batch)                                                     Embeddings name -> [V, B, d]    batch
 loss = JointEntropyLoss("simclr")(z)                                 invariance and joint entropy    losses
-metrics.r2_matrix(embeddings, factors)                               what each space knows           metrics
+metrics.parameter_matrix(model, views, images)                       what each space knows           metrics
+Monitor("log.jsonl", views=views, images=images)                     the same, while it trains       monitor
+python -m ssd_addon report RUN --data DIR --out report.html          a page that shows it            report
 """
 
 from importlib import import_module
@@ -23,8 +25,21 @@ _HOME = {
     "StyleHeads": "heads",
     "JointEntropyLoss": "losses",
     "DualAscent": "losses",
+    "Monitor": "monitor",
 }
-_MODULES = ("augment", "batch", "collate", "heads", "kernels", "losses", "metrics", "plots")
+_MODULES = (
+    "augment",
+    "batch",
+    "checkpoints",
+    "collate",
+    "heads",
+    "kernels",
+    "losses",
+    "metrics",
+    "monitor",
+    "plots",
+    "report",
+)
 __all__ = [*_HOME, *_MODULES, "__version__"]
 
 

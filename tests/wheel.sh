@@ -26,6 +26,8 @@ for module in (ssd_addon, sys.modules["ssd_addon.kernels"]):
     assert root not in where.parents, f"imported from the repository: {where}"
 names = {f.parts[0] for f in metadata.distribution("ssd-addon").files if f.parts[0] != ".." and not f.parts[0].endswith(".dist-info")}
 assert names == {"ssd_addon"}, f"the wheel should own one top-level name: got {sorted(names)}"
+from ssd_addon.report import page
+assert page.resources.files("ssd_addon.report").joinpath("page.js").is_file(), "the wheel should hold the report's page"
 loss = JointEntropyLoss()({"content": torch.randn(2, 4, 3)})
 print(f"wheel {ssd_addon.__version__}: imported outside the repository, loss {loss:.3f}")
 PYTHON
