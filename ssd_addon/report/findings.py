@@ -288,6 +288,8 @@ def _told(f: Findings, space: str) -> list[str]:
 def short(parameter: str) -> str:
     """ "color/0.ColorJitter/hue_factor" -> "hue"."""
     _, _, rest = parameter.partition("/")
+    if not rest:
+        return parameter
     op, _, name = rest.partition("/")
     op = op.split(".")[-1].removeprefix("Random")
     if name == "batch_prob":

@@ -137,7 +137,7 @@ def _table(t: ScoreTable, spaces: Sequence[str], *, what: str, across: str) -> s
             v = min(1.0, max(0.0, value))
             interval = t.intervals.get((space, factor))
             small = f"<small>{_number(interval[0])} to {_number(interval[1])}</small>" if interval else ""
-            classes = "heat" + (" high" if v > 0.5 else "") + (" own" if own else "")
+            classes = "heat own" if own else "heat"
             cells.append(
                 f'<td class="{classes}" style="--v:{v:.3f}" title="{escape(name)}">{_number(value)}{small}</td>'
             )

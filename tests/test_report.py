@@ -1,0 +1,301 @@
+"""The report: what it says of matrices made by hand, what it says where it cannot, and that one page holds it all."""
+
+import json
+import math
+import re
+import sys
+
+import pages
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import resnet18
+
+from ssd_addon import StyleHeads, report
+from ssd_addon.__main__ import main
+from ssd_addon.metrics import ScoreTable
+from ssd_addon.report import page as rendering
+from ssd_addon.report.findings import Findings, short
+
+
+def table(scores, factors, low=0.9, parts=None, probe="kernel"):
+    """A table of rows {space: [scores]}; intervals reach from `low` times the score to the score."""
+    cells = {(s, f): v for s, row in scores.items() for f, v in zip(factors, row, strict=True)}
+    intervals = {c: (low * v, v) for c, v in cells.items() if not math.isnan(v)}
+    return ScoreTable(tuple(scores), tuple(factors), cells, intervals, {}, probe, (), 50, 50, "pairs of views", parts)
+
+
+def groups(content, color, spatial, **options):
+    """The label-free findings with these rows, scores of the groups color and spatial."""
+    return findings(table({"content": content, "color": color, "spatial": spatial}, GROUPS, **options))
+
+
+def findings(label_free=None, labelled=None, spaces=("content", "color", "spatial")):
+    tiles = {s: torch.eye(3) for s in spaces}
+    rows = torch.arange(3)
+    return Findings("t", [], spaces, labelled or {}, label_free, None, {}, None, None, rows, tiles, [], {})
+
+
+GROUPS = ("color", "spatial")
+
+
+def test_verdict_apart():
+    head, each = report.verdict(groups([0.0, 0.05], [0.9, 0.0], [0.0, 0.6]))
+    assert head.startswith("Apart")
+    assert each == [
+        "content tells no group.",
+        "color knows color (0.90) and nothing of any other group.",
+        "spatial knows spatial (0.60) and nothing of any other group.",
+    ]
+
+
+def test_verdict_names_every_leak():
+    head, each = report.verdict(groups([0.0, 0.21], [0.93, 0.3], [0.0, 0.7]))
+    assert head == "Not apart yet: content tells spatial (0.21) and color tells spatial (0.30)."
+    assert each[0] == "content leaks spatial (0.21)."
+    assert each[1] == "color knows color (0.93) and also tells spatial (0.30)."
+
+
+def test_verdict_of_a_style_that_learnt_nothing():
+    head, each = report.verdict(groups([0.0, 0.0], [0.9, 0.0], [0.0, 0.02]))
+    assert head == "Nothing leaks, but spatial has not learnt enough of its group."
+    assert each[2] == "spatial does not know its own group and nothing of any other group."
+
+
+def test_what_is_not_told_from_nothing_is_no_leak():
+    scores = ([0.0, 0.2], [0.9, 0.0], [0.0, 0.6])
+    assert report.verdict(groups(*scores, low=-1.0))[0].startswith("Nothing leaks")
+    assert report.verdict(groups(*scores, low=0.1))[0].startswith("Not apart")
+
+
+def test_a_group_leaks_through_any_of_its_parameters():
+    names = ("color/0.ColorJitter/brightness_factor", "color/0.ColorJitter/hue_factor", "spatial/0.RandomAffine/angle")
+    parts = table({"content": [0.0, 0.5, 0.0], "color": [0.9, 0.3, 0.0], "spatial": [0.0, 0.0, 0.8]}, names)
+    whole = table({"content": [0.09, 0.0], "color": [0.6, 0.0], "spatial": [0.0, 0.8]}, GROUPS, parts=parts)
+    head, each = report.verdict(findings(whole))
+    assert head == "Not apart yet: content tells color's hue (0.50)."
+    assert each[1] == "color knows brightness (0.90), has a trace of hue (0.30) and nothing of any other group."
+
+
+def test_verdict_tells_the_known_factors_too():
+    labelled = {
+        "ridge": table({"content": [0.95, 0.0], "color": [0.0, 0.8], "spatial": [0.04, math.nan]}, ("shape", "hue"))
+    }
+    label_free = table({"content": [0.0, 0.0], "color": [0.9, 0.0], "spatial": [0.0, 0.6]}, GROUPS)
+    each = report.verdict(findings(label_free, labelled))[1]
+    assert each[0] == "content tells no group; of the known factors it tells shape (0.95)."
+    assert each[2].endswith("nothing of any other group.")
+
+
+def test_no_verdict_without_a_matrix():
+    assert report.verdict(findings()) == ("What the spaces know could not be measured.", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("color/0.ColorJitter/hue_factor", "hue"),
+        ("spatial/1.RandomHorizontalFlip/batch_prob", "HorizontalFlip on or off"),
+        ("spatial/0.RandomResizedCrop/src", "ResizedCrop place and size"),
+        ("shape", "shape"),
+    ],
+)
+def test_parameters_have_names_for_people(name, expected):
+    assert short(name) == expected
+
+
+# ---- the page
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    out = tmp_path_factory.mktemp("page") / "deep" / "report.html"
+    said = []
+    log = [{"step": s, "loss": 2.0, "constraint/color": 0.1 * s, "effective_rank/color": math.nan} for s in range(3)]
+    found = report.write(
+        out, pages.model, pages.squares(60), views=pages.views(), log=log, title="squares", say=said.append
+    )
+    return out.read_text(), found, said
+
+
+def test_one_page_holds_everything(written):
+    html, found, said = written
+    assert "label-free matrix" in said and found.reasons == {}
+    assert not re.search(r'(?:src|href)="(?!data:)', html) and "http" not in html.replace("http-equiv", "")
+    assert html.count("<table") == 7  # two label-free, two labelled, views, geometry, redundancy
+    for text in ("knows light", "n = 1020 pairs of views", "shares color with the query", "misalignment of pairs"):
+        assert text in html or text == "knows light"
+    kept = json.loads(re.search(r'id="findings">(.*?)</script>', html)[1])
+    assert kept["verdict"][0] == report.verdict(found)[0]
+    assert ScoreTable.from_json(kept["label_free"])["color", "color"] == found.label_free["color", "color"]
+
+
+def test_the_numbers_on_the_page_are_those_of_the_tables(written):
+    html, found, _ = written
+    for t in (found.label_free, found.label_free.parts, *found.labelled.values()):
+        for space in t.spaces:
+            for factor in t.factors:
+                assert f'title="{space}, {factor}">{rendering._number(t[space, factor])}<small>' in html
+
+
+def test_names_cannot_break_the_page(tmp_path):
+    evil = '</script><script>alert("x")</script>'
+    data = pages.squares(30)
+    data = report.Data(data.images, {evil: data.factors["x"]}, [evil] * 30)
+    out = tmp_path / "r.html"
+    report.write(out, pages.model, data, views=pages.views(), title=evil, about=[(evil, evil)])
+    html = out.read_text()
+    assert "<script>alert" not in html
+    assert html.count("<script") == 3 and html.count("</script>") == 3
+
+
+@pytest.mark.parametrize(
+    ("images", "views", "reasons"),
+    [
+        (
+            3,
+            True,
+            {
+                "label-free matrix": "at least 10",
+                "known factors, linear probe": "at least 10",
+                "redundancy": "at least 10",
+            },
+        ),
+        (40, False, {"label-free matrix": "does not say how its views are drawn"}),
+    ],
+)
+def test_what_cannot_be_measured_has_its_reason(tmp_path, images, views, reasons):
+    out = tmp_path / "r.html"
+    found = report.write(out, pages.model, pages.squares(images), views=pages.views() if views else None)
+    for part, reason in reasons.items():
+        assert reason in found.reasons[part]
+        assert found.reasons[part].split(":")[0].replace("'", "&#x27;") in out.read_text()
+    assert "n/a" in out.read_text()
+
+
+def test_constant_factors_are_not_scored(tmp_path):
+    data = pages.squares(30)
+    factors = {"same": torch.ones(30), "one": torch.zeros(30, dtype=torch.long), "bad": torch.full((30,), math.nan)}
+    found = report.write(tmp_path / "r.html", pages.model, report.Data(data.images, factors))
+    ridge = found.labelled["ridge"]
+    assert all(math.isnan(ridge["color", f]) for f in factors)
+    html = (tmp_path / "r.html").read_text()
+    assert (
+        "same: constant" in html and "one: one class in the training split" in html and "bad: 30 of 30 values" in html
+    )
+    kept = re.search(r'id="findings">(.*?)</script>', html)[1]
+    assert "NaN" not in kept.replace("NaN or inf", "") and ">nan<" not in html
+
+
+def test_models_without_styles_or_of_other_spaces(tmp_path):
+    only = report.write(
+        tmp_path / "a.html", lambda x: {"content": x.mean((2, 3))}, pages.squares(30), views=pages.views()
+    )
+    assert "are not those of the views" in only.reasons["geometry"]
+    assert only.shared is None and only.summary is None
+    assert (tmp_path / "a.html").exists()
+
+
+def test_the_page_is_bounded(tmp_path, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    noise = report.Data(torch.randint(256, (120, 3, 200, 200), generator=g, dtype=torch.uint8))
+    monkeypatch.setattr(report, "LIMIT", 500_000)
+    found = report.write(tmp_path / "r.html", lambda x: {"content": x.mean((2, 3))}, noise)
+    assert len(found.explored) == 60
+    assert (tmp_path / "r.html").stat().st_size < 500_000
+
+
+def test_pictures_are_bounded_and_keep_their_colours():
+    import base64
+    import io
+
+    x = torch.zeros(3, 300, 150)
+    x[0] = 1.0
+    address = rendering._picture(x)
+    picture = Image.open(io.BytesIO(base64.b64decode(address.split(",")[1])))
+    assert picture.size == (48, 96) and picture.getpixel((20, 50))[0] > 250 > 10 > picture.getpixel((20, 50))[2]
+
+
+@pytest.mark.parametrize("points", [[(0, 1.0)], [(5, 2.0), (6, 2.0)], [(0, -1e-12), (1, 1e-12)], [(0, 1e6), (9, 3e6)]])
+def test_curves_of_any_range(points):
+    svg = rendering._svg("title", "unit", {0: points})
+    assert "nan" not in svg and "inf" not in svg
+    assert all(
+        0 <= float(x) <= 320 and 0 <= float(y) <= 212
+        for x, y in re.findall(r"([\d.-]+),([\d.-]+)", svg.split("points=")[1])
+    )
+
+
+# ---- where it is written, and the command
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path):
+    (tmp_path / "file").write_text("")
+    calls = []
+    for out, message in ((tmp_path / "file" / "r.html", "can be written"), (tmp_path, "got a folder")):
+        with pytest.raises(OSError, match=message):
+            report.write(out, lambda x: calls.append(1), pages.squares(20))
+    assert calls == []
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with a card, a log and a data set of class folders."""
+    root = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    heads = StyleHeads(resnet18(num_classes=4), {"content": 8, "color": 4, "spatial": 4}, hidden=(16,))
+    card = {"backbone": "torchvision:resnet18", "views": pages.CARD, "family": "simclr", "size": 32}
+    heads.save(root / "model.pt", card=card)
+    (root / "log.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 10, "loss": 0.5}\n{"step": 2')
+    for k, image in enumerate((pages.squares(24, 40).images * 255).to(torch.uint8)):
+        folder = root / "data" / ("a", "b")[k % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{k}.png")
+    return root
+
+
+def test_the_command_writes_a_page(run, tmp_path, capsys):
+    out = tmp_path / "page" / "report.html"
+    assert main(["report", str(run), "--data", str(run / "data"), "--out", str(out)]) == 0
+    html = out.read_text()
+    said = capsys.readouterr().out
+    assert "read 24/24 images" in said and "written: " in said
+    assert "spaces <b>content 8, color 4, spatial 4</b>" in html and "rows <b>of unit length</b>" in html
+    assert 'title="a/0.png"' in html and "loss: from step 0 to 10" in html
+    assert "spatial, class" in html  # the class folders are a factor
+
+
+def test_the_command_takes_a_file_and_fewer_images(run, tmp_path, capsys):
+    out = tmp_path / "r.html"
+    arguments = ["report", str(run / "model.pt"), "--data", str(run / "data"), "--samples", "12", "--rows", "raw"]
+    assert main([*arguments, "--views", "color_spatial", "--out", str(out)]) == 0
+    assert "12 of 24" in out.read_text() and "as they are" in out.read_text()
+    assert "ResizedCrop place and size" in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"run": "nothing"}, "expected a run's folder or a checkpoint"),
+        ({"data": "nothing"}, "expected a folder of images"),
+        ({"out": "model.pt/x/r.html"}, "can be written"),
+        ({"more": ["--backbone", "torchvision:nonsense"]}, "no model 'nonsense'"),
+        ({"more": ["--views", "nonsense"]}, "preset: expected one of"),
+    ],
+)
+def test_the_command_says_what_is_wrong(run, capsys, change, message):
+    out = run / change.get("out", "r.html")
+    arguments = ["report", str(run / change.get("run", "")), "--data", str(run / change.get("data", "data"))]
+    assert main([*arguments, "--out", str(out), *change.get("more", [])]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.startswith("error: ") and "Traceback" not in captured.err
+
+
+def test_counts_below_one_are_refused(run, capsys):
+    with pytest.raises(SystemExit):
+        main(["report", str(run), "--data", "x", "--samples", "0"])
+    assert "--samples: expected 1 or more: got 0" in capsys.readouterr().err
+
+
+def test_nothing_is_drawn_with_matplotlib(run):
+    assert "matplotlib" not in (rendering.__file__ and vars(sys.modules["ssd_addon.report.page"]))
