@@ -27,6 +27,7 @@ from ssd_addon.batch import ViewBatch, ViewParameters, ViewPlan
 
 Groups = Mapping[str, Sequence[nn.Module]]
 THEN = "then"
+INDEPENDENT = -1  # in the place of a rank: no draw of the training is repeated
 RANGE_SLACK = 1e-6
 """How far outside [0, 1] the rounding of a resize may take a pixel."""
 
@@ -174,7 +175,7 @@ class StructuredViews(nn.Module):
             seed: a number, or several.
         """
         x = _unit_images(images)
-        draw = Draws((self.seed, *(seed if isinstance(seed, tuple) else (seed,))))
+        draw = Draws((self.seed, INDEPENDENT, *(seed if isinstance(seed, tuple) else (seed,))))
         out, drawn = [], []
         with torch.autocast(x.device.type, enabled=False):
             for view in range(2):

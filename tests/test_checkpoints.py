@@ -63,7 +63,7 @@ def write(path, text):
         ("torchvision:resnet18", torchvision.models.resnet18),
         ("torchvision:resnet18", lambda: torchvision.models.resnet18(num_classes=3)),
         ("timm:test_resnet", tiny),
-        ("timm:test_vit", lambda: timm.create_model("test_vit", num_classes=0, img_size=160)),
+        ("timm:test_vit", lambda: timm.create_model("test_vit", num_classes=0)),
     ],
     ids=["torchvision", "torchvision, three classes", "timm", "timm, tokens"],
 )
@@ -120,7 +120,7 @@ def test_files_of_the_callers_own(tmp_path, config, state, more):
 
 
 def test_every_part_of_the_configuration_is_kept(tmp_path):
-    model = heads(pool="flatten", in_features=64 * 4, hidden={"content": (5, 4), "color": (), "spatial": (7,)})
+    model = heads(pool="flatten", in_features=96, hidden={"content": (5, 4), "color": (), "spatial": (7,)})
     model.save(tmp_path / "m.pt", card={"backbone": TINY})
     opened = load(tmp_path / "m.pt").model
     assert opened.config() == model.config() and equal(opened, model)

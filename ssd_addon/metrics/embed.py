@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ssd_addon import _checks
 
@@ -40,13 +41,27 @@ def embed(
     with evaluation(model), torch.no_grad():
         for x in batches(images, batch_size):
             parts.append(spaces_of(model, x, backbone=backbone, unit=unit))
+    return joined(parts)
+
+
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The batches of every space one below the other."""
     if not parts:
         raise ValueError("images: expected at least one batch: got none")
+    for p in parts:
+        if p.keys() != parts[0].keys():
+            raise ValueError(
+                f"model: expected the spaces {_checks.names(parts[0])} of its first batch: got {_checks.names(p)}"
+            )
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
 
 def batches(images: Images, batch_size: int) -> Iterator[Tensor]:
     """Images [b, ...] of a tensor, or of an iterable of tensors or of tuples that begin with one."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: expected a whole number of images, 1 or more: got {batch_size!r}")
+    if not isinstance(images, Iterable):
+        raise TypeError(f"images: expected a tensor [n, C, H, W] or batches of them: got {type(images).__name__}")
     if isinstance(images, Tensor):
         if images.ndim < 2 or len(images) == 0:
             raise ValueError(f"images: expected [n, C, H, W] with an image or more: got {_checks.shape(images)}")
@@ -66,11 +81,16 @@ def spaces_of(model: Model, x: Tensor, *, backbone: bool, unit: bool) -> dict[st
     inner = getattr(model, "module", model)  # out of DistributedDataParallel
     if backbone and hasattr(inner, "features") and hasattr(inner, "project"):
         features = inner.features(x)
-        z: Mapping[str, Tensor] = {**inner.project(features), BACKBONE: features}
+        z: Mapping[str, Tensor] = inner.project(features)
+        if BACKBONE in z:
+            raise ValueError(f"model: a space named {BACKBONE!r} and the backbone's features (backbone=True) collide")
+        z = {**z, BACKBONE: features}
     else:
-        z = model(x)
+        z = inner(x) if isinstance(model, DistributedDataParallel) else model(x)  # nothing is exchanged between ranks
     if not isinstance(z, Mapping):
         raise TypeError(f"model: expected images [b, C, H, W] -> space -> [b, d]: got {type(z).__name__}")
+    if not z:
+        raise ValueError("model: expected images [b, C, H, W] -> space -> [b, d]: got no space")
     for name, t in z.items():
         if not isinstance(t, Tensor) or t.ndim != 2 or len(t) != len(x):
             got = _checks.shape(t) if isinstance(t, Tensor) else type(t).__name__

@@ -13,6 +13,7 @@ from ssd_addon import _checks
 from ssd_addon.batch import Embeddings, as_embeddings
 from ssd_addon.metrics.matrix import (
     check_finite,
+    check_fraction,
     check_options,
     check_space,
     check_spaces,
@@ -179,7 +180,8 @@ def redundancy(
     """
     if len(embeddings) < 2:
         raise ValueError(f"redundancy: expected two spaces or more: got {_checks.names(embeddings)}")
-    n, device = check_spaces(embeddings, train_fraction)
+    n, device = check_spaces(embeddings)
+    check_fraction(n, train_fraction)
     check_options(probe, folds, bootstrap, kernel_rows)
     generator = torch.Generator("cpu").manual_seed(seed)
     train, test = split_rows(n, train_fraction, generator, device)

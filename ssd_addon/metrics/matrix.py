@@ -192,6 +192,8 @@ def score_cells(
     folds: int,
     seed: int,
     without: Mapping[Cell, str],
+    units: Tensor | None = None,
+    means: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[dict[Cell, float], dict[Cell, tuple[float, float]], dict[Cell, str]]:
     """Scores, intervals and notes of every (space, factor).
 
@@ -201,10 +203,13 @@ def score_cells(
         train, test: rows.
         weights: [bootstrap, len(test)] how often each held-out row is drawn.
         without: (space, factor) -> why it gets no score.
+        units: [len(train)] which training rows belong together, numbered from 0 (pairs of views of an image).
+        means: further factor -> the factors whose scores it is the mean of.
     """
     scores: dict[Cell, float] = {}
     intervals: dict[Cell, tuple[float, float]] = {}
     notes: dict[Cell, str] = {}
+    again: dict[Cell, Tensor] = {}  # the score of every resample
     device = train.device
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         for space, blocks in inputs.items():
@@ -222,14 +227,20 @@ def score_cells(
                 valid = group[0][1].valid
                 rows, held_out, w = train[valid[train]], test[valid[test]], weights[:, valid[test]]
                 x = Inputs(blocks, rows, balance=probe == "kernel")
-                problem = Problem(x, rows, [t for _, t in group], folds, seed)
+                together = None if units is None else units[valid[train]]
+                problem = Problem(x, rows, [t for _, t in group], folds, seed, together)
                 stats = problem.held_out(PROBES[probe](problem), held_out)
                 for (name, target), each in zip(group, stats, strict=True):
                     scores[space, name] = float(target.score(each.sum(0), each.new_tensor(len(each))))
                     if len(w):
-                        resampled = target.score(torch.cat([c.double() @ each for c in w.split(64)]), w.sum(1))
-                        low, high = resampled.nanquantile(resampled.new_tensor([0.025, 0.975])).tolist()
-                        intervals[space, name] = (low, high)
+                        again[space, name] = target.score(torch.cat([c.double() @ each for c in w.split(64)]), w.sum(1))
+            for name, members in (means or {}).items():
+                scores[space, name] = sum(scores[space, m] for m in members) / len(members)
+                if len(weights):
+                    again[space, name] = torch.stack([again[space, m] for m in members]).mean(0)
+    for cell, each in again.items():
+        low, high = each.nanquantile(each.new_tensor([0.025, 0.975])).tolist()
+        intervals[cell] = (low, high)
     return scores, intervals, notes
 
 
@@ -253,8 +264,8 @@ def check_finite(what: str, z: Tensor) -> None:
         raise ValueError(f"{what}: expected finite embeddings: got NaN or inf, so the network has diverged")
 
 
-def check_spaces(embeddings: Mapping[str, Tensor], fraction: float) -> tuple[int, torch.device]:
-    """Shapes, types and lengths of the spaces, and enough rows on both sides of the split. Returns (n, device)."""
+def check_spaces(embeddings: Mapping[str, Tensor]) -> tuple[int, torch.device]:
+    """Shapes, types and lengths of the spaces. Returns (n, device)."""
     for space, z in embeddings.items():
         check_space(f"space {space!r}", z, 2 * MIN_ROWS)
     first, z = next(iter(embeddings.items()))
@@ -265,10 +276,13 @@ def check_spaces(embeddings: Mapping[str, Tensor], fraction: float) -> tuple[int
         if z.device != device:
             raise ValueError(f"space {space!r}: expected the device {device} of space {first!r}: got {z.device}")
         check_finite(f"space {space!r}", z)
-    if not 0 < fraction < 1 or min(_sizes(n, fraction)) < MIN_ROWS:
-        need = f"a share of the {n} samples with at least {MIN_ROWS} on either side"
-        raise ValueError(f"train_fraction: expected {need}: got {fraction!r}")
     return n, device
+
+
+def check_fraction(n: int, fraction: float, what: str = "samples") -> None:
+    if not 0 < fraction < 1 or min(_sizes(n, fraction)) < MIN_ROWS:
+        need = f"a share of the {n} {what} with at least {MIN_ROWS} on either side"
+        raise ValueError(f"train_fraction: expected {need}: got {fraction!r}")
 
 
 def check_factors(
@@ -277,7 +291,8 @@ def check_factors(
     """Spaces, and factors of the same length. Returns (n, device)."""
     if not embeddings or not factors:
         raise ValueError(f"expected spaces and factors: got {len(embeddings)} spaces and {len(factors)} factors")
-    n, device = check_spaces(embeddings, fraction)
+    n, device = check_spaces(embeddings)
+    check_fraction(n, fraction)
     for name, factor in factors.items():
         t = factor.angle if isinstance(factor, Circular) else factor
         if not isinstance(t, Tensor):

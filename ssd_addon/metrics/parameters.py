@@ -16,15 +16,23 @@ import torch
 from torch import Tensor
 
 from ssd_addon.batch import ViewBatch
-from ssd_addon.metrics.embed import Images, Model, batches, evaluation, spaces_of
-from ssd_addon.metrics.matrix import MIN_ROWS, check_options, check_spaces, resamples, score_cells, split_rows
+from ssd_addon.metrics.embed import Images, Model, batches, evaluation, joined, spaces_of
+from ssd_addon.metrics.matrix import (
+    MIN_ROWS,
+    check_fraction,
+    check_options,
+    check_spaces,
+    resamples,
+    score_cells,
+    split_rows,
+)
 from ssd_addon.metrics.probes import Target
 from ssd_addon.metrics.table import ScoreTable
 
 PAIRS = 2000  # unless told otherwise
 LARGEST = 16  # numbers per image; a larger parameter is a field of noise
-PERIODS = {"hue_factor": 1.0, "angle": 360.0, "degrees": 360.0}
-SIDE = ("order", "forward_input_shape", "input_size", "output_size", "padding_size", "dst")  # not drawn, or no number
+PERIODS = {"hue_factor": 1.0, "angle": 360.0, "degrees": 360.0, "times": 4.0}
+SIDE = ("order", "forward_input_shape", "input_size", "output_size", "padding_size")  # not drawn, or no number
 Drawn = tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]  # of view a and view b, batch after batch
 
 
@@ -55,10 +63,10 @@ def parameter_matrix(
     """How well each space predicts the difference of each group's parameters between two views; needs no labels.
 
     For every image two views a, b are drawn with the query's operations, sharing nothing. The probe sees
-    [z_b - z_a, z_a + z_b] and predicts theta_b - theta_a on images that it was not fitted on. An angle or a hue that is
-    drawn from more than half of its circle is scored as (cos, sin) of the difference. An operation with p < 1
-    also has the parameter batch_prob (it fired or not); where it did not fire, its other parameters count as their
-    mean. A crop's corners (src) count as centre and size, in shares of the image.
+    [z_b - z_a, z_a + z_b] and predicts theta_b - theta_a on images that it was not fitted on. An angle or a hue whose
+    draws span more than half of its circle is scored as (cos, sin) of the difference. An operation with p < 1 also has
+    the parameter batch_prob (it fired or not); where it did not fire, its other parameters count as their mean over
+    the pairs where it did. A crop's corners (src) count as centre and size, in shares of the image.
 
     Args:
         model: `StyleHeads`, or any callable [b, C, H, W] -> space -> [b, d]; see `embed`.
@@ -66,7 +74,8 @@ def parameter_matrix(
         images: [n, C, H, W], uint8 or in [0, 1], or batches of them (a data loader); n >= 10.
         probe: "ridge", "kernel" or "mlp", as in `r2_matrix`.
         draws: pairs per image; None makes about 2,000 pairs in all. Pairs of an image stay on one side of the split.
-        batch_size: images at a time, where `images` is one tensor.
+        batch_size: images at a time, where `images` is one tensor. Views are drawn per batch, so another size
+            means other draws.
         backbone: add a row for the pooled features of a `StyleHeads`.
         unit: scale rows to unit length, as the SimCLR family's loss sees them; see `embed`.
         train_fraction, folds, bootstrap, kernel_rows: as in `r2_matrix`; resamples are of images.
@@ -74,8 +83,8 @@ def parameter_matrix(
 
     Returns:
         `ScoreTable`, spaces x groups; `table.parts` has the parameters of each group: spaces x
-        "color/0.ColorJitter/hue_factor". A group's score is the mean of its parameters', each counted once. NaN and a
-        note where a group draws nothing that varies.
+        "color/0.ColorJitter/hue_factor". A group's score is the mean of its parameters'. NaN and a note where a group
+        draws nothing that varies; fields of noise and parameters of varying size are left out, and named in a note.
 
     Raises:
         ValueError, TypeError: fewer than 10 images; views without groups; a model that returns something else; and
@@ -99,59 +108,55 @@ def parameter_matrix(
         raise ValueError(
             f"images: expected at least {2 * MIN_ROWS}, as pairs of an image must lie on one side of the split: got {n}"
         )
+    check_fraction(n, train_fraction, "images")
     draws = draws or math.ceil(PAIRS / n)
     za, zb, drawn = _pairs(model, views, each, draws, backbone, unit, seed)
-    _, device = check_spaces({f"{s}": z for s, z in za.items()}, train_fraction)
+    _, device = check_spaces({**za, **{f"{s} of the second view": z for s, z in zb.items()}})
 
     generator = torch.Generator("cpu").manual_seed(seed)
     train_images, test_images = split_rows(n, train_fraction, generator, device)
-    if draws > 1 and len(train_images) >= folds:  # row % folds is then the same for all pairs of an image
-        extra = len(train_images) % folds
-        test_images = torch.cat([test_images, train_images[len(train_images) - extra :]])
-        train_images = train_images[: len(train_images) - extra]
-    train, test = ((torch.arange(draws, device=device)[:, None] * n + i).flatten() for i in (train_images, test_images))
+    every = torch.arange(draws, device=device)[:, None] * n
+    train, test = (every + train_images).flatten(), (every + test_images).flatten()
+    units = torch.arange(len(train_images), device=device).repeat(draws)
     if probe == "kernel":
-        train = train[:kernel_rows]
+        train, units = train[:kernel_rows], units[:kernel_rows]
     weights = resamples(len(test_images), bootstrap, generator, device).repeat(1, draws)
 
-    targets: dict[str, Target | str] = {}
-    members: dict[str, list[str]] = {g: [] for g in groups}
+    parts: dict[str, Target | str] = {}
+    members: dict[str, list[str]] = {}
+    empty: dict[str, Target | str] = {}  # groups without a parameter to predict, and why
+    skipped: dict[str, list[str]] = {}
     for group in groups:
-        columns: list[Tensor] = []
-        skipped: list[str] = []
-        for name, value in _differences(group, drawn, skipped).items():
-            made = _target(value.to(device), train)
-            if made is not None:
-                members[group].append(name)
-                targets[name] = made
-                columns.append(made.values)
-        if columns:
-            shares = [torch.full((c.shape[1],), 1 / (len(columns) * c.shape[1]), device=device) for c in columns]
-            note = f"left out: {', '.join(skipped)}, fields of noise" if skipped else ""
-            valid = torch.ones(draws * n, dtype=torch.bool, device=device)
-            joint = torch.cat(columns, 1), valid
-            targets[group] = Target(*joint, note=note, shares=torch.cat(shares).double())
+        found = _differences(group, drawn, skipped.setdefault(group, []))
+        made = {name: _target(value.to(device), train, test) for name, value in found.items()}
+        kept = {name: target for name, target in made.items() if target is not None}
+        if kept:
+            parts |= kept
+            members[group] = list(kept)
         else:
-            targets[group] = "no parameter of this group varies between views"
+            empty[group] = "no parameter of this group varies between views"
+            if skipped[group]:
+                empty[group] = f"left out: {', '.join(skipped[group])}; nothing else in this group varies"
     inputs = {s: [zb[s] - za[s], za[s] + zb[s]] for s in za}
     scores, intervals, notes = score_cells(
-        inputs, targets, train, test, weights, probe=probe, folds=folds, seed=seed, without={}
+        inputs,
+        parts | empty,
+        train,
+        test,
+        weights,
+        probe=probe,
+        folds=folds,
+        seed=seed,
+        without={},
+        units=units,
+        means=members,
     )
-    spaces = tuple(za)
-    whole = ScoreTable(
-        spaces,
-        (*groups, *(p for g in groups for p in members[g])),
-        scores,
-        intervals,
-        notes,
-        probe,
-        (),
-        len(train),
-        len(test),
-        "pairs of views",
+    notes |= {(s, g): f"left out: {', '.join(skipped[g])}" for g in members if skipped[g] for s in za}
+    finer = [p for g in members for p in members[g]]
+    table = ScoreTable(
+        tuple(za), (*groups, *finer), scores, intervals, notes, probe, (), len(train), len(test), "pairs of views"
     )
-    parts = whole.only(factors=[p for g in groups for p in members[g]]) if any(members.values()) else None
-    return replace(whole.only(factors=groups), parts=parts)
+    return replace(table.only(factors=groups), parts=table.only(factors=finer) if finer else None)
 
 
 def _pairs(
@@ -170,7 +175,7 @@ def _pairs(
                 b.append({s: t[len(x) :] for s, t in z.items()})
                 for view in range(2):
                     drawn[view].append(pair.parameters[view])
-    return {s: torch.cat([z[s] for z in a]) for s in a[0]}, {s: torch.cat([z[s] for z in b]) for s in b[0]}, drawn
+    return joined(a), joined(b), drawn
 
 
 def _differences(group: str, drawn: Drawn, skipped: list[str]) -> dict[str, Tensor]:
@@ -182,20 +187,19 @@ def _differences(group: str, drawn: Drawn, skipped: list[str]) -> dict[str, Tens
         if "batch_prob" in parameters:
             gates = [stacked("batch_prob", v) > 0.5 for v in range(2)]
             out[f"{group}/{op}/batch_prob"] = gates[1].double() - gates[0].double()
-        for name, value in parameters.items():
+        for name in parameters:
             path = f"{group}/{op}/{name}"
-            if name in SIDE or name == "batch_prob":
+            if name in SIDE or name == "batch_prob" or (name == "dst" and "output_size" in parameters):
                 continue
-            if value[0].numel() > LARGEST:
-                skipped.append(path)
+            sizes = {p[group][op][name].shape[1:] for view in drawn for p in view}
+            if len(sizes) > 1 or next(iter(sizes)).numel() > LARGEST:
+                skipped.append(f"{path}, {'of varying size' if len(sizes) > 1 else 'a field of noise'}")
                 continue
             x = [stacked(name, v) for v in range(2)]
             if name == "src" and "input_size" in parameters:
-                sizes = [stacked("input_size", v) for v in range(2)]
-                x = [_box(corners, size) for corners, size in zip(x, sizes, strict=True)]
+                x = [_box(corners, stacked("input_size", v)) for v, corners in enumerate(x)]
             if gates is not None:
-                fired = torch.cat([t[g[:, 0]] for t, g in zip(x, gates, strict=True)])
-                middle = fired.mean(0) if len(fired) else x[0].new_zeros(x[0].shape[1])
+                middle = torch.cat([t[g[:, 0]] for t, g in zip(x, gates, strict=True)]).mean(0)
                 x = [torch.where(g, t, middle) for t, g in zip(x, gates, strict=True)]
             difference = x[1] - x[0]
             period = PERIODS.get(name)
@@ -220,10 +224,10 @@ def _box(corners: Tensor, size: Tensor) -> Tensor:
     return torch.cat([(low + high) / 2, high - low], 1) / size.flip(1).repeat(1, 2)
 
 
-def _target(value: Tensor, train: Tensor) -> Target | None:
-    """A difference to be predicted, standardised; None where nothing of it varies."""
-    spread = value[train].amax(0) - value[train].amin(0)
-    value = value[:, spread > 1e-6 * value.abs().amax(0).clamp(min=1e-12)]
+def _target(value: Tensor, train: Tensor, test: Tensor) -> Target | None:
+    """A difference to be predicted, standardised; None where nothing of it varies on both sides of the split."""
+    spread = torch.stack([value[r].amax(0) - value[r].amin(0) for r in (train, test)]).amin(0)
+    value = value[:, spread > 1e-6 * value.abs().amax(0)]
     if not value.shape[1]:
         return None
     standard = (value - value[train].mean(0)) / value[train].std(0)

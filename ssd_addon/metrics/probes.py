@@ -25,8 +25,8 @@ Predict = Callable[[Tensor], Tensor]
 class Target:
     """One factor: numbers [n, k] standardised by the training split, or classes [n] coded 0..C-1, -1 if not trained.
 
-    The score of numbers is a mean over columns, each with its share; `pooled` sums errors and squares over the columns
-    before they are divided, so that a column counts by its variance.
+    The score of numbers is a mean over columns; `pooled` sums errors and squares over the columns before they are
+    divided, so that a column counts by its variance.
     """
 
     values: Tensor
@@ -34,7 +34,6 @@ class Target:
     classes: int = 0
     chance: float = 0.0
     note: str = ""
-    shares: Tensor | None = None  # [k], sum 1; None: equal
     pooled: bool = False
 
     @property
@@ -58,8 +57,7 @@ class Target:
         sst = yy - y**2 / count[..., None]
         if self.pooled:
             sse, sst, yy = (t.sum(-1, keepdim=True) for t in (sse, sst, yy))
-        r2 = torch.where(sst > 1e-12 * yy, 1 - sse / sst, math.nan)
-        return r2.mean(-1) if self.shares is None or self.pooled else (r2 * self.shares).sum(-1)
+        return torch.where(sst > 1e-12 * yy, 1 - sse / sst, math.nan).mean(-1)
 
 
 class Inputs:
@@ -98,6 +96,12 @@ class Problem:
     targets: Sequence[Target]
     folds: int
     seed: int = 0
+    units: Tensor | None = None  # [len(rows)] which rows belong together, numbered from 0; None: every row by itself
+
+    def part(self, f: int, of: int) -> Tensor:
+        """Places in `rows` of the f-th of so many parts; rows that belong together are in one part."""
+        units = torch.arange(len(self.rows), device=self.rows.device) if self.units is None else self.units
+        return torch.nonzero(units % of == f).flatten()
 
     @property
     def widths(self) -> list[int]:
@@ -144,7 +148,7 @@ def _primal(p: Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
     d, k = p.x.width, sum(p.widths)
     m = torch.zeros(p.folds, d + 1, d + 1 + k, dtype=torch.float64, device=p.rows.device)
     for f in range(p.folds):
-        for r in p.x.chunks(p.rows[f :: p.folds], d + 1 + k):
+        for r in p.x.chunks(p.rows[p.part(f, p.folds)], d + 1 + k):
             x = F.pad(p.x(r), (0, 1), value=1.0)
             m[f] += x.T @ torch.cat([x, p.y(r)], 1)
 
@@ -183,12 +187,13 @@ def _dual(p: Problem, k: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tenso
     lam, v = torch.linalg.eigh(k - mean_k - mean_k[:, None] + mean_k.mean())
     rotated, lam = v.T @ (y - mean_y), lam[:, None]
     errors = y.new_zeros(len(alphas), y.shape[1])
+    parts = [p.part(f, p.folds) for f in range(p.folds)]
     for i, alpha in enumerate(alphas):
         shrink = alpha / (lam + alpha)
         residual = v @ (shrink * rotated)
-        for f in range(p.folds):
-            vf = v[f :: p.folds]
-            left_out = torch.linalg.solve((vf * shrink.T) @ vf.T - 1 / n, residual[f :: p.folds])
+        for part in parts:
+            vf = v[part]
+            left_out = torch.linalg.solve((vf * shrink.T) @ vf.T - 1 / n, residual[part])
             errors[i] += (left_out**2).sum(0)
     least, place = p.best(errors)
     a = v @ (rotated / (lam + p.per_column(y.new_tensor(alphas)[place])))
@@ -230,8 +235,8 @@ def _kernel(p: Problem, alphas: Sequence[float] = (), bandwidths: Sequence[float
 def _mlp(p: Problem) -> Predict:
     """yhat = GELU(x w1 + b1) w2 + b2 in float32, one net per factor; every fifth training row decides when to stop."""
     x = torch.cat([p.x(r).float() for r in p.x.chunks(p.rows)])
-    every = torch.arange(len(x), device=x.device)
-    check, fit = every[every % 5 == 0], every[every % 5 > 0]
+    check = p.part(0, 5)
+    fit = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, check, False).nonzero().flatten()
     nets: list[list[Tensor]] = []
 
     def forward(net: Sequence[Tensor], x: Tensor) -> Tensor:

@@ -1,0 +1,472 @@
+"""Monitor: the right lines at the right steps, the numbers that the metrics give, the same from Lightning's hooks."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import kornia.augmentation as K
+import pages
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ssd_addon import JointEntropyLoss, StructuredViews, StyleHeads
+from ssd_addon.metrics import ScoreTable, embed, parameter_matrix, parameters, r2_matrix
+from ssd_addon.monitor import Monitor
+
+SPACES = {"content": 4, "color": 2, "spatial": 3}
+DATA = pages.squares(24)
+FACTORS = {name: DATA.factors[name] for name in ("x", "light")}
+GROUPS = [f"parameters/{s}/{g}" for s in (*SPACES, "backbone") for g in ("color", "spatial")]
+KNOWN = [f"r2/{s}/{f}" for s in (*SPACES, "backbone") for f in FACTORS]
+
+
+@pytest.fixture(autouse=True)
+def few_pairs(monkeypatch):
+    monkeypatch.setattr(parameters, "PAIRS", 72)  # three per image
+
+
+def heads(seed=0):
+    torch.manual_seed(seed)
+    backbone = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.2))
+    return StyleHeads(backbone, SPACES, in_features=6, hidden=(5,))
+
+
+def terms(seed=0):
+    torch.manual_seed(seed)
+    z = {name: torch.randn(4, 6, width) for name, width in SPACES.items()}
+    return JointEntropyLoss("simclr").terms(z)
+
+
+def refuse(constant):
+    raise ValueError(f"{constant} is no JSON")
+
+
+def lines(path):
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+class Numbers:
+    """A writer that can do nothing but add_scalar."""
+
+    def __init__(self):
+        self.seen = []
+
+    def add_scalar(self, name, value, step):
+        self.seen.append((name, value, step))
+
+
+class Everything(Numbers):
+    def __init__(self):
+        super().__init__()
+        self.figures = []
+
+    def add_figure(self, name, figure, step):
+        self.figures.append((name, step, [t.get_text() for t in figure.axes[0].get_yticklabels()]))
+
+    def close(self):
+        raise AssertionError("the writer is the caller's, and so is its end")
+
+
+# ---- terms
+
+
+def test_terms_are_written_when_it_is_their_turn(tmp_path):
+    log = tmp_path / "deep" / "log.jsonl"
+    monitor, given = Monitor(log, log_every=3), [terms(k) for k in range(8)]
+    returned = [monitor.step(k, given[k], lr=0.1 * k) for k in range(8)]
+    assert [bool(r) for r in returned] == [k % 3 == 0 for k in range(8)]
+    expected = [{"step": k, **given[k].scalars(), "lr": 0.1 * k} for k in (0, 3, 6)]
+    assert lines(log) == expected == [r for r in returned if r]
+    names = {"step", "loss", "entropy", "lr"}
+    names |= {f"{kind}/{s}" for kind in ("invariance", "constraint", "effective_rank") for s in SPACES}
+    assert expected[0].keys() == names
+
+
+def test_every_tenth_step_unless_told():
+    monitor = Monitor(None)
+    assert [k for k in range(21) if monitor.step(k, {"loss": 1.0})] == [0, 10, 20]
+
+
+def test_terms_are_not_read_when_it_is_not_their_turn():
+    assert Monitor(None, log_every=2).step(1, object()) == {}
+
+
+def test_terms_may_be_a_mapping_of_numbers_or_tensors(tmp_path):
+    record = Monitor(tmp_path / "l").step(0, {"loss": torch.tensor(2.0, requires_grad=True), "n": 3}, lr=0.5)
+    assert lines(tmp_path / "l") == [{"step": 0, "loss": 2.0, "n": 3.0, "lr": 0.5}] == [record]
+
+
+def test_what_is_not_finite_becomes_null(tmp_path):
+    given = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": torch.tensor(math.nan), "e": 1.0}
+    record = Monitor(tmp_path / "log").step(0, given, lr=math.nan)
+    assert lines(tmp_path / "log") == [dict.fromkeys("abcd") | {"step": 0, "e": 1.0, "lr": None}]
+    assert math.isnan(record["a"])
+
+
+def test_a_log_is_there_at_once_and_is_added_to(tmp_path):
+    log = tmp_path / "log.jsonl"
+    Monitor(log)
+    assert log.read_text() == ""
+    log.write_text('{"step": 0}\n')
+    Monitor(log).step(10, {"loss": 1.0})
+    assert [line["step"] for line in lines(log)] == [0, 10]
+
+
+# ---- matrices
+
+
+@pytest.mark.parametrize(("unit", "probe"), [(False, "ridge"), (True, "kernel")])
+def test_matrices_are_those_of_the_metrics(tmp_path, unit, probe):
+    model, views = heads(), pages.views()
+    options = {"views": views, "images": DATA.images, "factors": FACTORS, "unit": unit, "probe": probe}
+    record = Monitor(tmp_path / "log", **options, batch_size=7).epoch(model, 0, 30)
+    free = parameter_matrix(model, views, DATA.images, backbone=True, unit=unit, batch_size=7)
+    known = r2_matrix(embed(model, DATA.images, unit=unit), FACTORS, probe=probe)
+    (line,) = lines(tmp_path / "log")
+    assert line == record and list(line) == ["step", "epoch", *GROUPS, *KNOWN, "tables"]
+    assert (line["step"], line["epoch"]) == (30, 0)
+    assert line["tables"]["parameters"] == free.to_json() and free.intervals
+    back = ScoreTable.from_json(line["tables"]["r2"])
+    for s in (*SPACES, "backbone"):
+        assert all(line[f"parameters/{s}/{g}"] == free[s, g] for g in ("color", "spatial"))
+        assert all(line[f"r2/{s}/{f}"] == pytest.approx(known[s, f], abs=1e-5) for f in FACTORS)
+        assert all(back[s, f] == line[f"r2/{s}/{f}"] for f in FACTORS)
+    assert back.probe == probe and back.intervals
+
+
+def test_matrices_are_measured_when_it_is_their_turn(tmp_path):
+    seen = []
+    monitor = Monitor(tmp_path / "log", images=DATA.images, factors=FACTORS, every=2)
+    for epoch in range(5):
+        monitor.epoch(lambda x, e=epoch: (seen.append(e), {"content": x.mean((2, 3))})[1], epoch, 10 * epoch)
+    assert [(line["epoch"], line["step"]) for line in lines(tmp_path / "log")] == [(0, 0), (2, 20), (4, 40)]
+    assert set(seen) == {0, 2, 4}
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_factors_are_read_from_images_as_the_model_knows_them(scaled, normalised):
+    bytes_ = (DATA.images * 255).round().to(torch.uint8)
+    images = bytes_ / 255 if scaled else bytes_
+    seen = []
+
+    def model(x):
+        seen.append(x)
+        return {"content": x.mean((2, 3))}
+
+    views = StructuredViews({}, then=[K.Normalize(torch.tensor([0.5] * 3), torch.tensor([0.25] * 3))], seed=0)
+    monitor = Monitor(None, images=images, factors=FACTORS, views=views if normalised else None, batch_size=10)
+    record = monitor.epoch(model, 0, 0)
+    expected = (bytes_ / 255 - 0.5) / 0.25 if normalised else bytes_ / 255
+    torch.testing.assert_close(torch.cat(seen), expected)
+    assert [len(x) for x in seen] == [10, 10, 4]
+    assert list(record["tables"]) == ["r2"]  # views without groups: nothing to predict
+
+
+def test_views_alone_make_the_label_free_matrix_alone(tmp_path):
+    record = Monitor(None, views=pages.views(), images=DATA.images).epoch(heads(), 0, 0)
+    assert list(record) == ["step", "epoch", *GROUPS, "tables"] and list(record["tables"]) == ["parameters"]
+
+
+def test_nothing_is_measured_without_images(tmp_path):
+    assert Monitor(tmp_path / "log").epoch(heads(), 0, 0) == {}
+    assert lines(tmp_path / "log") == []
+
+
+def test_a_cell_without_a_score_becomes_null(tmp_path):
+    factors = {"same": torch.ones(24), "x": FACTORS["x"]}
+    monitor = Monitor(tmp_path / "log", images=DATA.images, factors=factors)
+    assert math.isnan(monitor.epoch(pages.model, 0, 0)["r2/color/same"])
+    (line,) = lines(tmp_path / "log")
+    assert line["r2/color/same"] is None and line["r2/spatial/x"] > 0.5
+    assert math.isnan(ScoreTable.from_json(line["tables"]["r2"])["color", "same"])
+
+
+def test_the_training_goes_on_as_if_nothing_had_been_measured():
+    model, views = heads().train(), pages.views()
+    model.backbone[1].eval()
+    views(DATA.images[:4])
+    modes = [m.training for m in model.modules()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    drawn, call = torch.get_rng_state(), views.call
+    Monitor(None, views=views, images=DATA.images, factors=FACTORS).epoch(model, 0, 0)
+    assert [m.training for m in model.modules()] == modes and True in modes and False in modes
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), drawn) and views.call == call
+
+
+class Wrapper(nn.Module):
+    """Shaped like DistributedDataParallel, whose forward must not run on one rank alone."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        raise AssertionError("the other ranks would be waited for")
+
+
+def test_a_wrapped_model_gives_the_same():
+    model = heads()
+    monitor = Monitor(None, views=pages.views(), images=DATA.images, factors=FACTORS)
+    assert monitor.epoch(Wrapper(model), 0, 0) == monitor.epoch(model, 0, 0)
+
+
+# ---- TensorBoard
+
+
+def read(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    tags = events.Tags()
+    scalars = {t: [(e.step, e.value) for e in events.Scalars(t)] for t in tags["scalars"]}
+    return scalars, {t: [e.step for e in events.Images(t)] for t in tags["images"]}
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_a_tensorboard_folder_holds_the_same_numbers_and_the_matrices(tmp_path, kind):
+    folder = tmp_path / "tb"
+    options = {"views": pages.views(), "images": DATA.images, "factors": FACTORS, "log_every": 1}
+    with Monitor(tmp_path / "log", tensorboard=kind(folder), **options) as monitor:
+        for k in range(3):
+            monitor.step(k, terms(k), lr=0.1)
+        monitor.epoch(heads(), 0, 2)
+    scalars, images = read(folder)
+    written = lines(tmp_path / "log")
+    expected = {n for line in written for n in line} - {"step", "epoch", "tables"}
+    assert scalars.keys() == expected and {*GROUPS, *KNOWN, "loss", "lr"} <= expected
+    for name, values in scalars.items():
+        want = [(line["step"], line[name]) for line in written if name in line]
+        assert [s for s, _ in values] == [s for s, _ in want]
+        assert [v for _, v in values] == pytest.approx([v for _, v in want], rel=1e-6)
+    assert images == {"matrix/parameters": [2], "matrix/r2": [2]}
+
+
+def test_a_writer_needs_add_scalar_alone():
+    writer = Numbers()
+    with Monitor(None, tensorboard=writer, images=DATA.images, factors=FACTORS, log_every=2) as monitor:
+        for k in range(3):
+            monitor.step(k, {"loss": 1.0 + k}, lr=0.5)
+        monitor.epoch(pages.model, 0, 7)
+    assert writer.seen[:4] == [("loss", 1.0, 0), ("lr", 0.5, 0), ("loss", 3.0, 2), ("lr", 0.5, 2)]
+    assert {n for n, _, _ in writer.seen[4:]} == {f"r2/{s}/{f}" for s in SPACES for f in FACTORS}
+    assert {s for _, _, s in writer.seen[4:]} == {7}
+
+
+def test_a_writer_of_the_callers_gets_pictures_and_stays_open():
+    writer = Everything()
+    with Monitor(None, tensorboard=writer, images=DATA.images, factors=FACTORS) as monitor:
+        monitor.epoch(pages.model, 0, 7)
+    assert writer.figures == [("matrix/r2", 7, list(SPACES))]
+
+
+def test_without_matplotlib_the_numbers_are_written(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ssd_addon.plots", None)
+    writer = Everything()
+    Monitor(None, tensorboard=writer, images=DATA.images, factors=FACTORS).epoch(pages.model, 0, 0)
+    assert writer.figures == [] and len(writer.seen) == 6
+
+
+def test_a_folder_needs_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="a folder for TensorBoard needs it: pip install tensorboard"):
+        Monitor(None, tensorboard=tmp_path)
+
+
+# ---- ranks
+
+
+def test_ranks_other_than_0_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    options = {"views": pages.views(), "images": DATA.images, "factors": FACTORS}
+    for rank in (1, 0):
+        monkeypatch.setattr(dist, "get_rank", lambda r=rank: r)
+        log, folder = tmp_path / f"{rank}" / "log.jsonl", tmp_path / f"tb{rank}"
+        with Monitor(log, tensorboard=folder, **options) as monitor:
+            assert bool(monitor.step(0, {"loss": 1.0})) == (rank == 0)
+            assert bool(monitor.epoch(heads() if rank == 0 else None, 0, 0)) == (rank == 0)
+        assert log.exists() == log.parent.exists() == folder.exists() == (rank == 0)
+    assert len(lines(log)) == 2
+
+
+# ---- bad arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"views": pages.views()}, ValueError, "views and factors need images to be measured on: got no images"),
+        ({"factors": FACTORS}, ValueError, "views and factors need images to be measured on: got no images"),
+        ({"every": 0}, ValueError, "every: expected a whole number, 1 or more: got 0"),
+        ({"every": 1.5}, ValueError, "every: expected a whole number, 1 or more: got 1.5"),
+        ({"log_every": -1}, ValueError, "log_every: expected a whole number, 1 or more: got -1"),
+        ({"log_every": True}, ValueError, "log_every: expected a whole number, 1 or more: got True"),
+        ({"tensorboard": 3}, TypeError, "tensorboard: expected a folder or a writer: got int"),
+        ({"tensorboard": SimpleNamespace(add_scalar=1)}, TypeError, "got SimpleNamespace"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Monitor(None, **arguments)
+
+
+def test_a_log_that_cannot_be_written_is_said_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        Monitor(tmp_path / "file" / "log.jsonl")
+
+
+# ---- Lightning
+
+quiet = [  # Lightning's advice on hardware and loaders, and its use of a deprecated pytree name
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*"),
+    pytest.mark.filterwarnings("ignore:.*GPU available but not used.*"),
+]
+
+
+def lightning_quietly(test):
+    for mark in quiet:
+        test = mark(test)
+    return test
+
+
+def loader():
+    return DataLoader(TensorDataset(DATA.images), batch_size=8)
+
+
+def module(inside):
+    import pytorch_lightning as pl
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.views, self.criterion = inside, pages.views(), JointEntropyLoss("simclr")
+
+        def training_step(self, batch, index):
+            if not isinstance(self.inside, StyleHeads):
+                return self.inside(batch[0]).square().mean()
+            found = self.criterion.terms(self.inside(self.views(batch[0])))
+            self.log_dict(found.scalars())
+            return found.loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    return Module()
+
+
+def fit(inside, monitor, epochs=2, logger=False, **options):
+    import pytorch_lightning as pl
+
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[monitor.lightning()],
+        **options,
+    )
+    trainer.fit(module(inside), loader())
+    return trainer
+
+
+@lightning_quietly
+def test_lightning_writes_the_lines_of_a_plain_loop(tmp_path):
+    options = {"views": pages.views(), "images": DATA.images, "factors": FACTORS, "log_every": 2}
+    fit(heads(), Monitor(tmp_path / "lightning", **options))
+
+    model, views, criterion = heads(), pages.views(), JointEntropyLoss("simclr")
+    optimizer, step = torch.optim.SGD(model.parameters(), lr=0.1), 0
+    monitor = Monitor(tmp_path / "plain", **options)
+    torch.manual_seed(0)
+    heads()  # draws what the module's did
+    for epoch in range(2):
+        for (images,) in loader():
+            found = criterion.terms(model(views(images)))
+            optimizer.zero_grad()
+            found.loss.backward()
+            optimizer.step()
+            monitor.step(step, found)
+            step += 1
+        monitor.epoch(model, epoch, step)
+
+    got, expected = lines(tmp_path / "lightning"), lines(tmp_path / "plain")
+    assert [(line["step"], "loss" in line) for line in got] == [
+        (0, True), (2, True), (3, False), (4, True), (6, False),
+    ]  # fmt: skip
+    assert [line.get("epoch") for line in got] == [None, None, 0, None, 1]
+    for a, b in zip(got, expected, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"tables"}:
+            assert a[name] == pytest.approx(b[name], abs=1e-4), name
+
+
+@lightning_quietly
+def test_lightning_writes_to_the_trainers_tensorboard(tmp_path):
+    import pytorch_lightning as pl
+
+    logger = pl.loggers.TensorBoardLogger(tmp_path, name="", version="run")
+    monitor = Monitor(None, images=DATA.images, factors=FACTORS, log_every=1)
+    fit(heads(), monitor, 1, logger, log_every_n_steps=1)
+    logger.experiment.close()
+    scalars, images = read(tmp_path / "run")
+    assert {*KNOWN, "loss", "constraint/content"} <= scalars.keys()
+    assert {step for step, _ in scalars["loss"]} == {0, 1, 2} and scalars[KNOWN[0]][0][0] == 3
+    assert images == {"matrix/r2": [3]}
+
+
+@lightning_quietly
+def test_lightning_gives_the_loss_where_the_module_logs_nothing(tmp_path):
+    fit(nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), Monitor(tmp_path / "log", log_every=2), 0)
+    callback, outputs = Monitor(tmp_path / "log", log_every=2).lightning(), {"loss": torch.tensor(0.5)}
+    for step in range(1, 4):
+        for batch in range(2):  # two batches make a step: it is written once
+            trainer = SimpleNamespace(global_step=step, callback_metrics={"lr": torch.tensor(0.1)})
+            callback.on_train_batch_end(trainer, None, outputs, None, batch)
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path / "log")] == [(0, 0.5), (2, 0.5)]
+
+
+@lightning_quietly
+def test_a_lightning_module_without_style_heads_says_so():
+    monitor = Monitor(None, images=DATA.images, factors=FACTORS)
+    with pytest.raises(ValueError, match="expected a StyleHeads inside the LightningModule Module: got none"):
+        fit(nn.Conv2d(3, 2, 3), monitor, 1)
+
+
+def test_a_monitor_of_its_own_tensorboard_leaves_the_trainers_alone():
+    own, other = Numbers(), Numbers()
+    trainer = SimpleNamespace(loggers=[SimpleNamespace(experiment=None), SimpleNamespace(experiment=other)])
+    for writer, expected in ((own, own), (None, other)):
+        monitor = Monitor(None, tensorboard=writer)
+        monitor.lightning().setup(trainer, None, "fit")
+        monitor.step(0, {"loss": 1.0})
+        assert monitor.writer is expected and expected.seen == [("loss", 1.0, 0)]
+    other.close = lambda: pytest.fail("the trainer's writer is the trainer's")
+    monitor.lightning().teardown(trainer, None, "fit")
+
+
+def test_which_lightning(monkeypatch):
+    import pytorch_lightning as pl
+
+    class Other:
+        pass
+
+    assert isinstance(Monitor(None).lightning(Other), Other)
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    assert isinstance(Monitor(None).lightning(), pl.Callback)
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", SimpleNamespace(Callback=Other))
+    assert isinstance(Monitor(None).lightning(), Other)
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
+    with pytest.raises(ImportError, match="expected lightning or pytorch_lightning to be installed: got neither"):
+        Monitor(None).lightning()
