@@ -1,15 +1,18 @@
-# make demo   environment, install, the sprites example, a report to open
-# make test   environment, install with what the tests need, lint, types, tests
+# make demo           environment, install, the sprites example, a report to open
+# make test           environment, install with what the tests need, lint, types, tests
+# make test-browser   the report in a real browser; needs Chromium (apt-get install chromium, or its path in CHROMIUM)
 
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: demo test lint types unit wheel benchmark clean
+.PHONY: demo test test-browser lint types unit wheel benchmark clean
 
 demo: $(STAMP)
 	$(PY) examples/synthetic.py --dataset sprites --minutes 3 --out runs/demo
-	@echo "Open runs/demo/matrix.png and runs/demo/views.png; the numbers are in runs/demo/metrics.json"
+	$(PY) -m ssd_addon report runs/demo --backbone examples/synthetic.py:ConvNet \
+	  --data examples/synthetic.py:sprites --out runs/demo/report.html
+	@echo "Open runs/demo/report.html in a browser; the numbers are in runs/demo/metrics.json"
 
 test: lint types unit
 
@@ -22,6 +25,9 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	$(PY) -m pytest tests ssd_addon
+
+test-browser: $(STAMP)
+	$(PY) -m pytest tests/browser
 
 wheel: $(STAMP)
 	PY=$(PY) sh tests/wheel.sh

@@ -40,7 +40,7 @@ def model(x: torch.Tensor) -> dict[str, torch.Tensor]:
     line = torch.linspace(-1, 1, w)
     across, down = (weight.sum(1) * line).sum(1), (weight.sum(2) * torch.linspace(-1, 1, h)).sum(1)
     light = grey.amax((1, 2))
-    noise = torch.frac(torch.stack([light, across, down], 1).add(3).sin() * 43758.5453) + 0.01
+    noise = (torch.stack([light, across, down], 1).add(3).sin() * 43758.5453).remainder(1) + 0.01
     return {
         "content": noise,
         "color": torch.stack([light, torch.ones_like(light)], 1),

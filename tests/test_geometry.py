@@ -371,6 +371,13 @@ def test_a_space_that_is_constant_cannot_be_predicted_and_predicts_nothing(dtype
     assert "n/a" in str(table) and "dead: constant" in str(table)
 
 
+def test_a_space_that_is_constant_on_the_training_rows_cannot_be_predicted():
+    a, stuck = randn(60, 3), randn(60, 2, seed=1)
+    stuck[split(60)[0]] = 0.1
+    table = redundancy({"a": a, "stuck": stuck}, bootstrap=10)
+    assert math.isnan(table["a", "stuck"]) and table.notes["a", "stuck"] == "constant" and table["stuck", "a"] <= 0
+
+
 def test_a_dead_coordinate_does_not_count():
     a, b = randn(60, 2), randn(60, 2, seed=1)
     b = b + a
