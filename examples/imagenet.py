@@ -14,8 +14,9 @@ Small and quick, on a CPU, 4,000 photographs of 32 pixels in ten classes (from C
 Expect, within 5 minutes on two cores: loss from 5.4 (step 10) to 2.9 and, on 1,000 other photographs, linear probes of
 0.33 (backbone), 0.32 (content), 0.22 (spatial), 0.25 (color) against a chance of 0.10 (docs/results.md). So short a run
 tells that it learns, not that it disentangles. The recipe above was not run at its full length.
-OUT/ gets log.jsonl (every line a JSON object), views.png (what each key shares), curves.png and checkpoint.pt, from
-which `--resume` continues as if nothing had happened.
+OUT/ gets log.jsonl (every line a JSON object; after every epoch what each space knows of the augmentations), views.png
+(what each key shares), curves.png and checkpoint.pt, from which `--resume` continues as if nothing had happened, and
+`python -m ssd_addon report OUT --data DIR --out report.html` makes a page.
 """
 
 import argparse
@@ -37,12 +38,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
-from ssd_addon import DualAscent, JointEntropyLoss, StructuredCollate, StructuredViews, StyleHeads, plots, presets
+from ssd_addon import (
+    DualAscent,
+    JointEntropyLoss,
+    Monitor,
+    StructuredCollate,
+    StructuredViews,
+    StyleHeads,
+    plots,
+    presets,
+)
 from ssd_addon.augment import MEAN, STD
 from ssd_addon.collate import ImageFiles
 
 BASE_LR = {"simclr": 0.5, "vicreg": 0.3, "barlow": 0.2}  # LARS, for a total batch of 256; AdamW takes 1e-3
-FREE = ("data", "out", "resume", "steps", "workers", "log_every", "save_every", "broken")  # may change on --resume
+FREE = ("data", "out", "resume", "steps", "workers", "log_every", "save_every", "broken", "measure", "tensorboard")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -69,6 +79,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--weight-decay", type=float, default=1e-6, help="timm's LARS adapts only what decays: keep it > 0")
     p.add_argument("--broken", choices=("skip", "raise"), default="raise", help="files that cannot be decoded")
     p.add_argument("--workers", type=int, default=8)
+    p.add_argument("--measure", type=int, default=500, help="images for the label-free matrix of every epoch; 0: none")
+    p.add_argument("--tensorboard", action="store_true", help="event files in OUT as well")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--log-every", type=int, default=10)
     p.add_argument("--save-every", type=int, default=1000, help="steps; also after every epoch")
@@ -186,7 +198,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
 
     # Probes on labels: on queries while training, on whole images of val/ after each epoch.
-    val = probes = net = None
+    val = probes = net = held_out = None
     if classes < 2 or targets.bincount().max() < 2:
         say(f"no probes: {classes} classes, {len(data)} images, so no class has a second image to be recognised by")
     else:
@@ -203,7 +215,10 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
             say("no val folder: probes report accuracy on training images (augmented queries) only")
     torch.manual_seed(args.seed + rank)
 
-    # Where the run stands.
+    # Where the run stands, and what `python -m ssd_addon report` has to know.
+    name = args.backbone if args.backbone.startswith("timm:") else f"torchvision:{args.backbone}"
+    card = {"name": args.out.name, "backbone": name, "family": args.family, "size": args.size}
+    card["views"] = {"preset": preset, "size": args.size, "plan": args.plan}
     checkpoint, log, step = args.out / "checkpoint.pt", args.out / "log.jsonl", 0
     config = {k: v for k, v in vars(args).items() if k not in FREE}
     config |= {"processes": world, "images": len(data), "classes": classes, "device": device.type}
@@ -219,13 +234,9 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
             dist.all_gather_object(states, state)
         if rank == 0:
             content = {"config": config, "step": step, "epoch": step // per_epoch, "rng": states}
+            content |= {"heads": core.config(), "card": card}
             torch.save(content | {n: p.state_dict() for n, p in parts.items()}, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-
-    def write(record: dict[str, float]) -> None:
-        if rank == 0:
-            with log.open("a") as file:
-                file.write(json.dumps(record) + "\n")
 
     def summed(counts: Tensor) -> Tensor:
         if world > 1:
@@ -253,6 +264,17 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
         raise FileExistsError(f"{args.out} holds the checkpoint of another run: give --resume, or another --out")
     elif rank == 0:
         log.write_text("")
+    chosen, whole = held_out or data.files, StructuredCollate(args.size)
+    rows = torch.linspace(0, len(chosen) - 1, min(args.measure, len(chosen))).long().tolist()
+    images = whole([chosen[i] for i in rows])[0] if len(rows) >= 10 and rank == 0 else None
+    monitor = Monitor(
+        log,
+        tensorboard=args.out if args.tensorboard else None,
+        views=None if images is None else views,
+        images=images,
+        unit=args.family == "simclr",
+        batch_size=args.batch_size,
+    )
     say(f"{len(data)} images, {classes} classes, {world} x {args.batch_size} a step, {per_epoch} steps an epoch")
 
     record: dict[str, float] = {}
@@ -297,7 +319,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
                 record = {"step": step, **terms.scalars(), "loss": mean_loss, "lr": lr, "images_per_s": rate}
                 if ascent:
                     record |= {f"lambda/{n}": float(w) for n, w in criterion.lambdas(views.plan).items()}
-                write(record)
+                monitor.write(record)
                 left = datetime.timedelta(seconds=round((stop - step) / speed))
                 where = f"epoch {epoch + 1}/{args.epochs}  step {step}/{stop}"
                 say(f"{where}  loss {mean_loss:.4f}  lr {lr:.3g}  {rate:.0f} images/s  {left} left", flush=True)
@@ -324,11 +346,13 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
             accuracy = summed(correct) / summed(seen).clamp(min=1)[:, None]
             for k, split in enumerate(("train", "val") if val else ("train",)):
                 scores |= {f"accuracy_{split}/{n}": a for n, a in zip(probes.layers, accuracy[k].tolist(), strict=True)}
-        write({"step": step, "epoch": epoch + 1, "broken_files": broken, **scores})
+        monitor.write({"step": step, "epoch": epoch + 1, "broken_files": broken, **scores})
+        monitor.epoch(core, epoch, step)
         record |= scores | {"broken_files": broken}
         shown = "  ".join(f"{name.removeprefix('accuracy_')} {value:.3f}" for name, value in scores.items())
         say(f"epoch {epoch + 1} ends  {shown}" + (f"  {broken} broken files replaced" if broken else ""), flush=True)
         save()
+    monitor.close()
     if rank == 0 and record:
         plots.curves([json.loads(line) for line in log.read_text().splitlines()], args.out / "curves.png")
     return record

@@ -51,6 +51,8 @@ class Monitor:
         log_every: steps between lines of terms.
         unit: score rows of unit length, as the SimCLR family's loss sees them.
         probe: of `r2_matrix`; the label-free matrix always has the kernel probe.
+        draws: pairs of views per image, as in `parameter_matrix`: one, so that an epoch's matrix costs two passes over
+            the images.
         batch_size: images at a time.
 
     Raises:
@@ -75,6 +77,7 @@ class Monitor:
         log_every: int = 10,
         unit: bool = False,
         probe: str = "ridge",
+        draws: int | None = 1,
         batch_size: int = 256,
     ) -> None:
         if images is None and (views is not None or factors):
@@ -84,7 +87,7 @@ class Monitor:
                 raise ValueError(f"{what}: expected a whole number, 1 or more: got {value!r}")
         self.views, self.images, self.factors = views, images, dict(factors or {})
         self.every, self.log_every = every, log_every
-        self.unit, self.probe, self.batch_size = unit, probe, batch_size
+        self.unit, self.probe, self.draws, self.batch_size = unit, probe, draws, batch_size
         self.path = None if log is None else Path(log)
         self.writer: Writer = tensorboard
         if isinstance(tensorboard, str | Path):
@@ -118,7 +121,7 @@ class Monitor:
             return {}
         numbers = dict(terms) if isinstance(terms, Mapping) else terms.scalars()
         record = {"step": int(step), **{k: float(v) for k, v in numbers.items()}, **more}
-        self._write(record)
+        self.write(record)
         return record
 
     def epoch(self, model: Any, epoch: int, step: int) -> dict[str, Any]:
@@ -130,14 +133,20 @@ class Monitor:
             epoch, step: of the training.
 
         Returns:
-            What was written; {} where it was not the turn.
+            What was written; {} where it was not the turn, or nothing is to be measured (no groups, no factors).
         """
         if epoch % self.every or self.images is None or not _first():
             return {}
         tables: dict[str, ScoreTable] = {}
         if self.views is not None and len(self.views.plan.spaces) > 1:
             tables["parameters"] = parameter_matrix(
-                model, self.views, self.images, unit=self.unit, batch_size=self.batch_size, backbone=True
+                model,
+                self.views,
+                self.images,
+                unit=self.unit,
+                draws=self.draws,
+                batch_size=self.batch_size,
+                backbone=True,
             )
         if self.factors:
             ready = self.images
@@ -147,11 +156,13 @@ class Monitor:
                 ready = ready.float() / 255
             z = embed(model, ready, batch_size=self.batch_size, unit=self.unit)
             tables["r2"] = r2_matrix(z, self.factors, probe=self.probe)
+        if not tables:
+            return {}
         record: dict[str, Any] = {"step": int(step), "epoch": int(epoch)}
         for kind, table in tables.items():
             record |= {f"{kind}/{s}/{f}": table[s, f] for s in table.spaces for f in table.factors}
         record["tables"] = {kind: table.to_json() for kind, table in tables.items()}
-        self._write(record)
+        self.write(record)
         self._pictures(tables, step)
         return record
 
@@ -227,9 +238,10 @@ class Monitor:
 
         return MonitorCallback()
 
-    # ------------------------------------------------------------------------------------------------ writing
-
-    def _write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write one line of numbers now, with its "step"; on ranks other than 0 nothing."""
+        if not _first():
+            return
         if self.path is not None:
             kept = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             with self.path.open("a") as file:

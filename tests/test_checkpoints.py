@@ -221,7 +221,9 @@ def test_parts_of_the_views_may_be_null():
 def test_the_seed_is_the_openers():
     assert same(build_views(GROUPS, seed=7), by_hand(seed=7))
     assert same(build_views({"preset": "content_only", "size": 8}, seed=7), preset_views(8, seed=7))
-    assert not torch.equal(build_views(GROUPS)(torch.ones(4, 3, 20, 20))[0], by_hand(seed=7)(torch.ones(4, 3, 20, 20))[0])
+    assert not torch.equal(
+        build_views(GROUPS)(torch.ones(4, 3, 20, 20))[0], by_hand(seed=7)(torch.ones(4, 3, 20, 20))[0]
+    )
 
 
 def preset_views(size, seed=0, name="content_only"):
@@ -256,7 +258,10 @@ def test_the_caller_may_name_other_views(tmp_path):
         ({"preset": "color_spatial", "groups": {}}, "either 'preset' or 'groups'"),
         ([["ColorJitter"]], "expected a mapping"),
         ({"preset": "colours"}, "preset: expected one of 'color_spatial'.*got 'colours'"),
-        ({"preset": "color_spatial", "then": [], "seed": 1}, "expected preset, size, normalize and plan: got then, seed"),
+        (
+            {"preset": "color_spatial", "then": [], "seed": 1},
+            "expected preset, size, normalize and plan: got then, seed",
+        ),
         ({"preset": "color_spatial", "size": 8, "plan": "both"}, "plan: expected one of 'shared_query'.*got 'both'"),
         ({"groups": {}, "sede": 1}, "views: expected constrained_crop, cross_image, groups.*: got sede"),
         ({"groups": {}, "seed": 1, "rank": 0}, "got rank, seed"),
@@ -322,11 +327,15 @@ def trap(tmp_path):
     assert not mark.exists(), "code ran that the card had named"
 
 
-@pytest.mark.parametrize("backbone", ["os:abort", "TRAP:spring", "builtins:exit", "torchvision.models:resnet18", "os", ""])
+@pytest.mark.parametrize(
+    "backbone", ["os:abort", "TRAP:spring", "builtins:exit", "torchvision.models:resnet18", "os", ""]
+)
 def test_a_card_may_not_choose_code(tmp_path, trap, backbone):
     backbone = backbone.replace("TRAP", str(trap))
     plain().save(tmp_path / "m.pt", card={"backbone": backbone})
-    with pytest.raises(ValueError, match="a checkpoint may not choose code to run; if it is yours, name it: --backbone"):
+    with pytest.raises(
+        ValueError, match="a checkpoint may not choose code to run; if it is yours, name it: --backbone"
+    ):
         load(tmp_path / "m.pt")
 
 
@@ -384,7 +393,9 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, place):
 
 
 def test_nothing_to_open(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing.pt: expected a run's folder or a checkpoint: got no such file"):
+    with pytest.raises(
+        FileNotFoundError, match="nothing.pt: expected a run's folder or a checkpoint: got no such file"
+    ):
         load(tmp_path / "nothing.pt")
     (tmp_path / "model.pt").mkdir()
     with pytest.raises(FileNotFoundError, match="folder with model.pt or checkpoint.pt: got neither"):
@@ -394,7 +405,9 @@ def test_nothing_to_open(tmp_path):
 @pytest.mark.parametrize("broken", [b"hello", b"\x00\x01", b"PK\x03\x04 no archive"])
 def test_a_file_that_cannot_be_read(tmp_path, broken):
     (tmp_path / "m.pt").write_bytes(broken)
-    with pytest.raises(ValueError, match=r"m\.pt: expected a checkpoint of tensors and plain data: could not be read \("):
+    with pytest.raises(
+        ValueError, match=r"m\.pt: expected a checkpoint of tensors and plain data: could not be read \("
+    ):
         load(tmp_path / "m.pt")
 
 
@@ -479,7 +492,10 @@ def test_unknown_models(tmp_path, backbone, message):
         ("HERE/net.py:Other", "backbone: .*net.py has no 'Other'"),
         ("HERE/net.py:make", "backbone: expected .*net.py:make to make an nn.Module: got int"),
         (":Net", "backbone: expected FILE.py:NAME or MODULE:NAME: got ':Net'"),
-        ("no_such_module:Net", r"backbone: expected a module that can be imported: 'no_such_module' can not \(No module"),
+        (
+            "no_such_module:Net",
+            r"backbone: expected a module that can be imported: 'no_such_module' can not \(No module",
+        ),
     ],
 )
 def test_bad_code(tmp_path, spec, message):
@@ -537,7 +553,7 @@ def test_a_log_is_read_up_to_where_it_was_cut_off(tmp_path, text, steps):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"step": 0}\n{"step": 1, "lo\n{"step": 2}\n', "log.jsonl, line 2: expected a JSON object: got '{\"step\": 1"),
+        ('{"step": 0}\n{"step": 1, "lo\n{"step": 2}\n', 'log.jsonl, line 2: expected a JSON object: got \'{"step": 1'),
         ('\n{"step": 0}\nhello\n{"st', "line 3: expected a JSON object: got 'hello'"),
         ('{"step": 0}\n[1, 2]\n', r"line 2: expected a JSON object: got '\[1, 2\]'"),
         ("3\n" + '{"step": 0}\n', "line 1: expected a JSON object: got '3'"),
