@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ssd_addon import DualAscent, JointEntropyLoss, StyleHeads, ViewBatch, plots
 from ssd_addon.checkpoints import build_views
-from ssd_addon.metrics import Circular, r2_matrix
+from ssd_addon.metrics import Circular, embed, parameter_matrix, r2_matrix
 from ssd_addon.report import Data
 
 
@@ -144,15 +144,6 @@ def shares(embeddings: dict[str, Tensor], factors: dict[str, Any]) -> dict[str, 
     return out
 
 
-@torch.no_grad()
-def embed(model: StyleHeads, x: Tensor) -> dict[str, Tensor]:
-    """Every space and the backbone, in evaluation mode."""
-    model.eval()
-    parts = [{**model(c), "backbone": model.features(c)} for c in x.split(500)]
-    model.train()
-    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", choices=("sprites", "latents"), default="sprites")
@@ -177,6 +168,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     p.add_argument("--batch-size", type=int, default=128)
     p.add_argument("--minutes", type=float, default=12.0)
     p.add_argument("--steps", type=int, default=None, help="stop after so many steps instead")
+    p.add_argument(
+        "--rows",
+        choices=("auto", "unit", "raw"),
+        default="auto",
+        help="score unit-length rows, as SimCLR's loss sees them, or raw ones",
+    )
     p.add_argument("--samples", type=int, default=4000, help="labelled samples for the probes")
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--amp", action="store_true", help="bfloat16 autocast: faster where the processor has it")
@@ -188,7 +185,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         stored = args.out / "metrics.json"
         if not stored.exists() or not (args.out / "model.pt").exists():
             p.error(f"--evaluate: expected metrics.json and model.pt of a finished run in {args.out}: got none")
-        kept = {"out": args.out, "evaluate": True}
+        kept = {"out": args.out, "evaluate": True, "rows": args.rows}
         args = argparse.Namespace(**vars(args) | json.loads(stored.read_text())["config"] | kept)
 
     torch.manual_seed(args.seed)
@@ -251,10 +248,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 )
 
     x, factors = data.labelled(args.samples, torch.Generator().manual_seed(args.seed + 10_000))
-    z = embed(model, x)
+    unit = args.rows == "unit" or (args.rows == "auto" and args.family == "simclr")
+    z = embed(model, x, batch_size=500, unit=unit)
     tables = {name: r2_matrix(z, factors, probe=kind) for name, kind in (("linear", "ridge"), ("nonlinear", "kernel"))}
     if args.dataset == "latents" and "content" in factors:
         tables["conditional"] = r2_matrix(z, factors, probe="kernel", given=("content",))
+    if args.dataset == "sprites":
+        scored_views = build_views({"groups": GROUPS})  # also for a model that was trained without style spaces
+        made = parameter_matrix(model, scored_views, x[:2000], unit=unit, backbone=True)
+        tables |= {"label-free": made, **({"label-free, each parameter": made.parts} if made.parts else {})}
     for title, table in tables.items():
         print(f"\n{title}\n{table}")
     share = shares(z, factors)

@@ -51,7 +51,15 @@ def matrix_figure(tables: Mapping[str, ScoreTable] | ScoreTable) -> Figure:
                 ax.text(j, i, text, ha="center", va="bottom", color=ink, fontsize=11)
                 if (s, f) in table.intervals:
                     low, high = table.intervals[s, f]
-                    ax.text(j, i + 0.08, f"{low:.2f} to {high:.2f}", ha="center", va="top", color=ink, fontsize=7)
+                    ax.text(
+                        j,
+                        i + 0.08,
+                        f"{low:.2f} to {high:.2f}".replace("-0.00", "0.00"),
+                        ha="center",
+                        va="top",
+                        color=ink,
+                        fontsize=7,
+                    )
         kind = f"{table.probe} probe, n = {table.n_test} {table.unit} held out"
         ax.set_title(f"{title} ({kind})" if title else kind, fontsize=10, loc="left")
     fig.colorbar(image, ax=list(axes), label="R², or accuracy rescaled from chance = 0", shrink=0.8)

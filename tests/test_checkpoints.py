@@ -1,4 +1,4 @@
-"""checkpoints: a saved model opens again without its script; a card names libraries and never code; the rest says why."""
+"""checkpoints: a saved model opens again without its script; a card never names code; the rest says why."""
 
 import json
 import os

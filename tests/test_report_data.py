@@ -1,7 +1,4 @@
-"""report.data.read: folders, data sets, pairs and code give images of one size with their factors; the rest says why."""
-
-import math
-import warnings
+"""report.data.read: folders, data sets, pairs and code give images with their factors; the rest says why."""
 
 import numpy as np
 import pytest
@@ -163,7 +160,7 @@ def test_bytes_and_shares_are_brought_to_one_scale():
 
 def test_what_is_read_is_told():
     said = []
-    get(Pictures(600), samples=510, say=said.append)
+    get(Pictures(600, image=lambda k: torch.zeros(3, 8, 8)), samples=510, say=said.append)
     assert said == ["read 250/510 images", "read 500/510 images", "read 510/510 images"]
     get(Pictures(3), say=said.append)
     assert said[-1] == "read 3/3 images"
@@ -362,11 +359,3 @@ IMAGES = torch.rand(4, 3, 8, 8)
 def test_nonsense(spec, error, message):
     with pytest.raises(error, match=message):
         get(spec)
-
-
-def test_reading_warns_of_nothing(tmp_path):
-    picture(tmp_path / "a" / "0.png")
-    picture(tmp_path / "b" / "0.png")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert math.isfinite(get(tmp_path).images.float().mean())
