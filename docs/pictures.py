@@ -1,4 +1,4 @@
-"""Pictures of a report for these pages: `python docs/pictures.py report.html docs/results`. Needs playwright and Chromium.
+"""Pictures of a report for these pages: `python docs/pictures.py report.html docs/results`. Needs Chromium.
 
 Writes report-desktop.png (verdict and matrices), report-explorer.png (an image, its neighbours, a mix) and
 report-phone.png (the same page on a phone, in the dark).

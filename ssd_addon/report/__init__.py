@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssd_addon.metrics import Factor
 from ssd_addon.metrics.embed import Model
-from ssd_addon.report.data import Data, read
+from ssd_addon.report.data import Data, Say, read
 from ssd_addon.report.findings import EXPLORED, Findings, measure, verdict
 from ssd_addon.report.page import LIMIT, render
 
@@ -38,7 +38,7 @@ def write(
     explored: int = EXPLORED,
     batch_size: int = 64,
     seed: int = 0,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say | None = None,
 ) -> Findings:
     """Measure a model on a data set and write the page: self-contained, below 10 MB whatever the images' size.
 

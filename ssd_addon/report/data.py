@@ -40,7 +40,7 @@ class Data:
         object.__setattr__(self, "total", self.total or n)
 
 
-def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say: Say = lambda _: None) -> Data:
+def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say: Say | None = None) -> Data:
     """Up to `samples` images, drawn at random (in the order of the data set) where there are more.
 
     Args:
@@ -100,7 +100,7 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
         images.append(batch)
         labels.append(sample[1])
         names.append(name[0])
-        if (i + 1) % 250 == 0 or i + 1 == len(chosen):
+        if say is not None and ((i + 1) % 250 == 0 or i + 1 == len(chosen)):
             say(f"read {i + 1}/{len(chosen)} images")
     kinds = {i.dtype for i in images}
     if len(kinds) > 1:

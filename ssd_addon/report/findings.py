@@ -25,7 +25,7 @@ from ssd_addon.metrics import (
     space_geometry,
 )
 from ssd_addon.metrics.embed import BACKBONE, Model
-from ssd_addon.report.data import Data
+from ssd_addon.report.data import Data, Say
 
 KNOWS, TRACE = 0.5, 0.1
 """A score from which a space knows a factor, and below which it does not; between them there is a trace of it."""
@@ -87,7 +87,7 @@ def measure(
     batch_size: int = 64,
     explored: int = EXPLORED,
     seed: int = 0,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say | None = None,
 ) -> Findings:
     """All measures of a model on a data set; what cannot be measured gets its reason, the rest goes on.
 
@@ -107,13 +107,14 @@ def measure(
     images = data.images
     n = len(images)
     ready = views.plain(images) if views is not None else (images / 255 if images.dtype == torch.uint8 else images)
-    say(f"embedding {n} images")
+    tell = say or (lambda _: None)
+    tell(f"embedding {n} images")
     z = embed(model, ready, batch_size=batch_size, unit=unit)
     spaces = tuple(s for s in z if s != BACKBONE)
     styles = {s: z[s] for s in spaces}
 
     def attempt(part: str, make: Callable[[], Any]) -> Any:
-        say(part)
+        tell(part)
         try:
             return make()
         except ValueError as error:  # too few images, no groups, NaN: said on the page

@@ -67,8 +67,8 @@ def _verdict(f: Findings, head: str, each: Sequence[str]) -> str:
     told = "".join(f"<li>{escape(s)}</li>" for s in each)
     how = (
         "A number is R²: how much of a parameter's change between two views a probe reads from the space; 1 is all of "
-        "it, 0 nothing. From 0.5 on the space knows it; below 0.1 it does not. Of a known factor, R² is how much of the "
-        "factor itself a linear probe reads."
+        "it, 0 nothing. From 0.5 on the space knows it; below 0.1 it does not. Of a known factor, R² is how much "
+        "of it a linear probe reads."
     )
     return (
         f"<header>\n<h1>{escape(f.title or 'What each space knows')}</h1>\n"
