@@ -59,7 +59,7 @@ def test_verdict_names_every_leak():
 def test_verdict_of_a_style_that_learnt_nothing():
     head, each = report.verdict(groups([0.0, 0.0], [0.9, 0.0], [0.0, 0.02]))
     assert head == "Nothing leaks, but spatial has not learnt enough of its group."
-    assert each[2] == "spatial does not know its own group and nothing of any other group."
+    assert each[2] == "spatial does not know its own group and tells nothing of any other."
 
 
 def test_what_is_not_told_from_nothing_is_no_leak():

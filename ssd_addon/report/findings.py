@@ -14,7 +14,6 @@ from ssd_addon.batch import ViewBatch
 from ssd_addon.metrics import (
     Dci,
     ScoreTable,
-    StyleIndex,
     dci,
     embed,
     mig,
@@ -235,7 +234,8 @@ def verdict(f: Findings) -> tuple[str, list[str]]:
             parts.append(f"{'also tells' if has_own else 'leaks'} {_listed(alien)}")
         if has_own and not held and not faint:
             parts.insert(0, "does not know its own group")
-        if not alien:
+            parts += [] if alien else ["tells nothing of any other"]
+        elif not alien:
             parts.append("nothing of any other group" if has_own else "tells no group")
         told = _told(f, space)
         each.append(f"{space} {_listed(parts)}{f'; of the known factors it tells {_listed(told)}' if told else ''}.")
@@ -302,6 +302,3 @@ def short(parameter: str) -> str:
 
 def _listed(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
-
-
-__all__ = ["Findings", "StyleIndex", "Summary", "measure", "short", "verdict"]

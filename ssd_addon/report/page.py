@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from ssd_addon.metrics import ScoreTable
-from ssd_addon.metrics.embed import BACKBONE
 from ssd_addon.report.data import Data
 from ssd_addon.report.findings import Findings, short, verdict
 
@@ -427,6 +426,3 @@ def _number(value: float) -> str:
 
 def _na(why: str) -> str:
     return f'<p class="na">n/a: {escape(why)}</p>'
-
-
-__all__ = ["BACKBONE", "LIMIT", "TILE", "render"]
