@@ -196,6 +196,12 @@ def test_models_without_styles_or_of_other_spaces(tmp_path):
     assert (tmp_path / "a.html").exists()
 
 
+def test_a_model_that_has_diverged_makes_no_page(tmp_path):
+    with pytest.raises(ValueError, match="space 'content': expected finite embeddings.*diverged"):
+        report.write(tmp_path / "r.html", lambda x: {"content": x.mean((2, 3)) * math.nan}, pages.squares(20))
+    assert not (tmp_path / "r.html").exists()
+
+
 def test_the_page_is_bounded(tmp_path, monkeypatch):
     g = torch.Generator().manual_seed(0)
     noise = report.Data(torch.randint(256, (120, 3, 200, 200), generator=g, dtype=torch.uint8))

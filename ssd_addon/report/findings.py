@@ -24,6 +24,7 @@ from ssd_addon.metrics import (
     space_geometry,
 )
 from ssd_addon.metrics.embed import BACKBONE, Model
+from ssd_addon.metrics.matrix import check_finite
 from ssd_addon.report.data import Data, Say
 
 KNOWS, TRACE = 0.5, 0.1
@@ -101,6 +102,9 @@ def measure(
         explored: images in the explorer, at most.
         seed: of splits and views.
         say: told what is being done.
+
+    Raises:
+        ValueError: embeddings that are not finite: there is nothing to be said of such a model.
     """
     reasons: dict[str, str] = {}
     images = data.images
@@ -109,6 +113,8 @@ def measure(
     tell = say or (lambda _: None)
     tell(f"embedding {n} images")
     z = embed(model, ready, batch_size=batch_size, unit=unit)
+    for space, rows in z.items():
+        check_finite(f"space {space!r}", rows)
     spaces = tuple(s for s in z if s != BACKBONE)
     styles = {s: z[s] for s in spaces}
 
