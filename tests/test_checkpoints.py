@@ -210,6 +210,11 @@ def test_every_part_of_the_views_counts(part):
     assert not torch.equal(got.views, whole.views)
 
 
+def test_lists_are_kornias_tuples():
+    made = build_views({"groups": {"color": [["RandomInvert"]]}, "then": [["CenterCrop", {"size": [8, 8]}]]})
+    assert same(made, StructuredViews({"color": [K.RandomInvert()]}, then=[K.CenterCrop((8, 8))], seed=0))
+
+
 def test_parts_of_the_views_may_be_null():
     assert same(
         build_views({"groups": {"color": [["RandomInvert"]]}, "key_groups": None, "key_then": None}),
@@ -295,13 +300,18 @@ def test_backbones_of_the_callers_own(tmp_path, monkeypatch):
         "import beside_it\n@dataclass\nclass Options:\n    width: int = beside_it.WIDTH\n"
         "class Net(nn.Conv2d):\n    def __init__(self):\n        super().__init__(3, Options().width, 3)\n",
     )
+    (tmp_path / "later").mkdir()
+    write(tmp_path / "later" / "beside_it.py", "WIDTH = 9\n")  # what lies beside the script comes first
+    monkeypatch.syspath_prepend(tmp_path / "later")
     before = list(sys.path)
     assert equal(load(tmp_path / "m.pt", backbone=f"{script}:Net").model, model)
     assert sys.path == before
     monkeypatch.delitem(sys.modules, "beside_it")
     monkeypatch.syspath_prepend(tmp_path / "mine")
     assert equal(load(tmp_path / "m.pt", backbone="net:Net").model, model)
-    assert equal(load(tmp_path / "m.pt", backbone=nn.Conv2d(3, 4, 3)).model, model)
+    given = nn.Conv2d(3, 4, 3)
+    opened = load(tmp_path / "m.pt", backbone=given).model
+    assert opened.backbone is given and equal(opened, model)
 
 
 def test_a_script_that_fails_leaves_no_path_behind(tmp_path):

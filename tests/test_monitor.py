@@ -263,6 +263,23 @@ def test_a_tensorboard_folder_holds_the_same_numbers_and_the_matrices(tmp_path, 
     assert images == {"matrix/parameters": [2], "matrix/r2": [2]}
 
 
+@pytest.mark.parametrize("lightning", [False, True])
+def test_a_writer_of_its_own_is_closed_in_the_end(tmp_path, monkeypatch, lightning):
+    import torch.utils.tensorboard as tensorboard
+
+    closed = []
+    real = tensorboard.SummaryWriter.close
+    monkeypatch.setattr(tensorboard.SummaryWriter, "close", lambda self: (closed.append(self), real(self)))
+    monitor = Monitor(None, tensorboard=tmp_path)
+    if lightning:
+        monitor.lightning().teardown(None, None, "fit")
+    else:
+        with pytest.raises(ZeroDivisionError), monitor as entered:
+            assert entered is monitor and closed == []
+            1 / 0  # noqa: B018
+    assert closed == [monitor.writer]
+
+
 def test_a_writer_needs_add_scalar_alone():
     writer = Numbers()
     with Monitor(None, tensorboard=writer, images=DATA.images, factors=FACTORS, log_every=2) as monitor:

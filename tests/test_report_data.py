@@ -76,6 +76,7 @@ def test_val_is_taken_then_train(tmp_path, parts, taken):
     data = get(tmp_path)
     assert values(data) == [float(taken == "val"), 10.0 + (taken == "val")]
     assert data.classes == {"class": ["a", "b"]} and data.names == ["a/0.png", "b/0.png"]
+    assert data.factors["class"].tolist() == [0, 1]
 
 
 def test_a_broken_file_is_left_out_and_named(tmp_path):
@@ -349,6 +350,7 @@ IMAGES = torch.rand(4, 3, 8, 8)
         (Pictures(3, image=lambda k: torch.rand(1 + 2 * (k % 2), 8, 8)), ValueError, r"of channels: got \[1, 3\]"),
         (Pictures(3, lambda k: {"x": 1} if k else {"y": 1}), ValueError, "the same factors for every image"),
         (Pictures(3, lambda k: {"x": 1, "y": 1} if k else {"x": 1}), ValueError, "the same factors for every image"),
+        (Pictures(3, lambda k: {"x": 1} if k else {"x": 1, "y": 1}), ValueError, "the same factors for every image"),
         ((IMAGES[0], {}), ValueError, r"images \[n, C, H, W\], one or more: got \[3, 8, 8\]"),
         ((IMAGES[:0], {}), ValueError, r"one or more: got \[0, 3, 8, 8\]"),
         ((IMAGES, torch.rand(4)), TypeError, "expected factors as a mapping name -> values: got Tensor"),
