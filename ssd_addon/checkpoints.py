@@ -18,7 +18,7 @@ import inspect
 import json
 import pickle
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,12 @@ def load(path: str | Path, *, backbone: str | nn.Module | None = None, views: An
         raise FileNotFoundError(f"{path}: expected a run's folder or a checkpoint: got no such file")
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever a file's bytes make the reader say
+        reason = (
+            "it holds more than tensors and plain data, which loading would run"
+            if isinstance(error, pickle.UnpicklingError)
+            else type(error).__name__
+        )
         raise ValueError(
             f"{file}: expected a checkpoint of tensors and plain data: could not be read ({reason})"
         ) from error
@@ -95,7 +99,7 @@ def load(path: str | Path, *, backbone: str | nn.Module | None = None, views: An
             "they are put together. Write it with StyleHeads.save(path, card=...), or put 'config': model.config() and "
             "'state_dict': model.state_dict() into the file"
         )
-    if not isinstance(state, Mapping):
+    if not isinstance(state, Mapping) or not all(isinstance(k, str) for k in state):
         raise ValueError(f"{what}: got no 'state_dict' in it (keys: {_checks.names(stored)})")
     card = stored.get("card") or {}
     if not isinstance(card, Mapping):
@@ -103,11 +107,17 @@ def load(path: str | Path, *, backbone: str | nn.Module | None = None, views: An
     given = dict(config)
     made = _backbone(file, backbone, card.get("backbone"))
     try:
-        model = StyleHeads(made, given.pop("spaces"), **given)
-    except TypeError as error:
-        raise ValueError(f"{file}: its configuration does not make a StyleHeads ({error})") from error
-    model.restore(config, state)
+        try:
+            model = StyleHeads(made, given.pop("spaces"), **given)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"its configuration does not make a StyleHeads ({error})") from error
+        model.restore(config, _without_classifier(made, state))
+    except (TypeError, ValueError) as error:
+        reason = str(error)
+        raise ValueError(f"{file}: {reason if len(reason) < 600 else reason[:600] + ' ...'}") from error
     chosen = views if views is not None else card.get("views")
+    if isinstance(views, str) and ":" not in views and not views.endswith(".json"):
+        chosen = {"preset": views, "size": card.get("size", 224)}
     return Opened(
         model.eval(),
         None if chosen is None else build_views(chosen, code=views is not None),
@@ -115,6 +125,13 @@ def load(path: str | Path, *, backbone: str | nn.Module | None = None, views: An
         read_log(folder / LOG) if (folder / LOG).is_file() else [],
         file,
     )
+
+
+def _without_classifier(backbone: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The weights less those of a timm model's classifier, which heads do not run but a checkpoint may hold."""
+    names = getattr(backbone, "default_cfg", {}).get("classifier") or ()
+    prefixes = tuple(f"backbone.model.{name}." for name in ((names,) if isinstance(names, str) else names))
+    return {k: v for k, v in state.items() if not k.startswith(prefixes)} if prefixes else state
 
 
 def _backbone(file: Path, given: str | nn.Module | None, stored: Any) -> nn.Module:
@@ -147,17 +164,23 @@ def build_backbone(spec: str, *, code: bool = False) -> nn.Module:
     home, _, name = spec.partition(":")
     if not name:
         raise ValueError(f"backbone: expected torchvision:NAME, timm:NAME or FILE.py:NAME: got {spec!r}")
-    if home in ("torchvision", "timm"):
-        library = importlib.import_module("torchvision.models" if home == "torchvision" else "timm")
+    if home == "torchvision":
+        models = importlib.import_module("torchvision.models")
+        if name not in models.list_models(module=models):  # classification; the others load weights of their own
+            raise ValueError(f"backbone: torchvision has no classification model {name!r} (see torchvision.models)")
+        return models.get_model(name, weights=None)
+    if home == "timm":
+        timm = importlib.import_module("timm")
+        if ":" in name or "/" in name or not timm.is_model(name):  # names of hubs and folders are no architectures
+            raise ValueError(f"backbone: timm has no model {name!r}")
         try:
-            if home == "timm":
-                return library.create_model(name, pretrained=False, num_classes=0)
-            return library.get_model(name, weights=None)
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise ValueError(f"backbone: {home} has no model {name!r} ({error})") from error
+            return timm.create_model(name, pretrained=False, num_classes=0)
+        except RuntimeError as error:  # a tag that it does not have
+            raise ValueError(f"backbone: timm has no model {name!r} ({error})") from error
     if not code:
         raise ValueError(f"backbone: expected torchvision:NAME or timm:NAME: got {spec!r}")
-    made = find(spec, "backbone")()
+    maker = find(spec, "backbone")
+    made = maker() if callable(maker) else maker
     if not isinstance(made, nn.Module):
         raise ValueError(f"backbone: expected {spec} to make an nn.Module: got {type(made).__name__}")
     return made
@@ -171,7 +194,6 @@ def build_views(spec: Any, *, code: bool = False, seed: int | None = 0) -> Any:
             "then": [...], ...} with the arguments of `StructuredViews`, each operation as Kornia's name and its
             arguments; or a `StructuredViews`. With `code` also a preset's name, a JSON file of such a mapping, or
             "FILE.py:NAME", where NAME() makes the views.
-
         seed: of the draws.
 
     Raises:
@@ -181,6 +203,8 @@ def build_views(spec: Any, *, code: bool = False, seed: int | None = 0) -> Any:
 
     if isinstance(spec, StructuredViews):
         return spec
+    if isinstance(spec, Path):
+        spec = str(spec)
     if isinstance(spec, str) and code:
         if spec.endswith(".json"):
             try:
@@ -188,7 +212,8 @@ def build_views(spec: Any, *, code: bool = False, seed: int | None = 0) -> Any:
             except (OSError, ValueError) as error:
                 raise ValueError(f"views: expected a JSON file: {spec} could not be read ({error})") from error
         elif ":" in spec:
-            made = find(spec, "views")()
+            maker = find(spec, "views")
+            made = maker() if callable(maker) and not isinstance(maker, StructuredViews) else maker
             if not isinstance(made, StructuredViews):
                 raise ValueError(f"views: expected {spec} to make StructuredViews: got {type(made).__name__}")
             return made
@@ -201,39 +226,53 @@ def build_views(spec: Any, *, code: bool = False, seed: int | None = 0) -> Any:
         if extra:
             raise ValueError(f"views: expected preset, size, normalize and plan: got {_checks.names(extra)} too")
         options = {k: spec[k] for k in ("size", "normalize") if k in spec}
+        size = spec.get("size", 1)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"views: expected the preset's size in whole pixels, 1 or more: got {size!r}")
         return StructuredViews(**presets(spec["preset"], **options), plan=spec.get("plan", "shared_query"), seed=seed)
     allowed = set(inspect.signature(StructuredViews).parameters) - {"seed", "rank"}
     if unknown := spec.keys() - allowed:
         raise ValueError(f"views: expected {_checks.names(sorted(allowed))}: got {_checks.names(sorted(unknown))}")
     arguments = dict(spec)
     for name in ("groups", "key_groups"):
-        if arguments.get(name) is not None:
-            arguments[name] = {g: [_operation(op) for op in ops] for g, ops in arguments[name].items()}
+        groups = arguments.get(name)
+        if groups is not None:
+            if not isinstance(groups, Mapping):
+                raise ValueError(f"views: expected {name} as a mapping name -> operations: got {groups!r}")
+            arguments[name] = {g: _operations(ops, f"{name}[{g!r}]") for g, ops in groups.items()}
     for name in ("then", "key_then"):
         if arguments.get(name) is not None:
-            arguments[name] = [_operation(op) for op in arguments[name]]
+            arguments[name] = _operations(arguments[name], name)
     return StructuredViews(**arguments, seed=seed)
 
 
-def _operation(spec: Any) -> nn.Module:
+def _operations(specs: Any, where: str) -> list[nn.Module]:
     import kornia.augmentation as K
 
-    if not isinstance(spec, Sequence) or isinstance(spec, str) or len(spec) not in (1, 2):
-        raise ValueError(f"views: expected an operation as [name, arguments]: got {spec!r}")
-    name, arguments = spec[0], dict(spec[1]) if len(spec) == 2 else {}
-    kind = getattr(K, str(name), None)
-    if not inspect.isclass(kind) or not issubclass(kind, nn.Module):
-        raise ValueError(f"views: expected the name of an operation of kornia.augmentation: got {name!r}")
-    try:
-        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"views: {name} does not take {arguments!r} ({error})") from error
+    if not isinstance(specs, list | tuple):
+        raise ValueError(f"views: expected {where} as a list of operations [name, arguments]: got {specs!r}")
+    made: list[nn.Module] = []
+    for spec in specs:
+        if not isinstance(spec, list | tuple) or len(spec) not in (1, 2) or not isinstance(spec[-1], str | Mapping):
+            raise ValueError(f"views: expected an operation of {where} as [name, arguments]: got {spec!r}")
+        name, arguments = spec[0], spec[1] if len(spec) == 2 else {}
+        kind: Any = getattr(K, str(name), None)
+        made_for_images = inspect.isclass(kind) and issubclass(kind, K.AugmentationBase2D)
+        if not made_for_images:
+            raise ValueError(f"views: expected the name of a 2-D operation of kornia.augmentation: got {name!r}")
+        if not isinstance(arguments, Mapping):
+            raise ValueError(f"views: expected the arguments of {name} as a mapping: got {arguments!r}")
+        try:
+            made.append(kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}))
+        except Exception as error:  # Kornia checks by assertions and type errors alike
+            raise ValueError(f"views: {name} does not take {dict(arguments)!r} ({error})") from error
+    return made
 
 
 def find(spec: str, what: str) -> Any:
     """The thing called NAME in "FILE.py:NAME" or "MODULE:NAME"; runs that file or module."""
     home, _, name = spec.rpartition(":")
-    if not home or not name:
+    if not home or not name or home.startswith("."):
         raise ValueError(f"{what}: expected FILE.py:NAME or MODULE:NAME: got {spec!r}")
     if home.endswith(".py"):
         file = Path(home).resolve()

@@ -57,6 +57,8 @@ class Monitor:
 
     Raises:
         ValueError: factors or views without images; counts below 1.
+        TypeError: a writer without add_scalar.
+        OSError: a log that cannot be written.
         ImportError: a folder for TensorBoard where the package is missing.
 
     >>> monitor = Monitor(None, images=torch.rand(20, 3, 8, 8), factors={"light": torch.rand(20)})
@@ -100,9 +102,9 @@ class Monitor:
         elif tensorboard is not None and not callable(getattr(tensorboard, "add_scalar", None)):
             raise TypeError(f"tensorboard: expected a folder or a writer: got {type(tensorboard).__name__}")
         self._own_writer = isinstance(tensorboard, str | Path)
+        self._logged_elsewhere = False  # Lightning's own logger has the terms already
         if self.path is not None and _first():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.touch()  # says now if it cannot be written
+            _ready(self.path)
 
     # ------------------------------------------------------------------------------------------------ plain loops
 
@@ -119,9 +121,9 @@ class Monitor:
         """
         if step % self.log_every or not _first():
             return {}
-        numbers = dict(terms) if isinstance(terms, Mapping) else terms.scalars()
-        record = {"step": int(step), **{k: float(v) for k, v in numbers.items()}, **more}
-        self.write(record)
+        numbers: dict[str, Any] = dict(terms) if isinstance(terms, Mapping) else terms.scalars()
+        record = {"step": int(step), **{k: _number(v) for k, v in (numbers | more).items()}}
+        self.write(record, tensorboard=not self._logged_elsewhere)
         return record
 
     def epoch(self, model: Any, epoch: int, step: int) -> dict[str, Any]:
@@ -210,16 +212,19 @@ class Monitor:
             """Writes `Monitor`'s lines from Lightning's hooks."""
 
             def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+                if monitor.images is not None and not _heads(pl_module):
+                    name = type(pl_module).__name__
+                    raise ValueError(f"Monitor: expected a StyleHeads inside the LightningModule {name}: got none")
                 if monitor.writer is None:
                     for logger in trainer.loggers:
                         if callable(getattr(logger.experiment, "add_scalar", None)):
-                            monitor.writer = logger.experiment
+                            monitor.writer, monitor._logged_elsewhere = logger.experiment, True
 
             def on_train_batch_end(
                 self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
             ) -> None:
-                step = trainer.global_step - 1  # already counted
-                if step % monitor.log_every == 0 and trainer.global_step != getattr(self, "_written", -1):
+                step = trainer.global_step - 1  # already counted; -1 while gradients are accumulated for the first
+                if step >= 0 and step % monitor.log_every == 0 and trainer.global_step != getattr(self, "_written", -1):
                     self._written = trainer.global_step
                     numbers = {k: float(v) for k, v in trainer.callback_metrics.items()}
                     if isinstance(outputs, Mapping) and "loss" in outputs:
@@ -227,26 +232,28 @@ class Monitor:
                     monitor.step(step, numbers)
 
             def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-                heads = [m for m in pl_module.modules() if isinstance(m, StyleHeads)]
-                if not heads:
-                    name = type(pl_module).__name__
-                    raise ValueError(f"Monitor: expected a StyleHeads inside the LightningModule {name}: got none")
-                monitor.epoch(heads[0], trainer.current_epoch, trainer.global_step)
+                for heads in _heads(pl_module)[:1]:
+                    monitor.epoch(heads, trainer.current_epoch, trainer.global_step)
 
             def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
                 monitor.close()
 
         return MonitorCallback()
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Write one line of numbers now, with its "step"; on ranks other than 0 nothing."""
+    def write(self, record: Mapping[str, Any], *, tensorboard: bool = True) -> None:
+        """Write one line of numbers now, with its "step"; on ranks other than 0 nothing.
+
+        Args:
+            record: name -> number, with "step".
+            tensorboard: to the writer as well.
+        """
         if not _first():
             return
         if self.path is not None:
             kept = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             with self.path.open("a") as file:
                 file.write(json.dumps(kept, allow_nan=False) + "\n")
-        if self.writer is not None:
+        if tensorboard and self.writer is not None:
             for name, value in record.items():
                 if isinstance(value, int | float) and name not in ("step", "epoch"):
                     self.writer.add_scalar(name, value, record["step"])
@@ -260,6 +267,31 @@ class Monitor:
             return
         for kind, table in tables.items():
             self.writer.add_figure(f"matrix/{kind}", plots.matrix_figure(table), step)
+
+
+def _ready(path: Path) -> None:
+    """Make the log's folder and say now if it cannot be written; drop a last line that was cut off."""
+    if path.is_dir():
+        raise IsADirectoryError(f"log: expected a file to write, such as {path / 'log.jsonl'}: got a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        file.seek(0)
+        text = file.read()
+        whole, _, last = text.rpartition("\n")
+        if last:
+            try:
+                json.loads(last)
+                file.write("\n")
+            except ValueError:
+                file.truncate(len(whole.encode()) + bool(whole))
+
+
+def _number(value: Any) -> float:
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
+
+
+def _heads(module: Any) -> list[StyleHeads]:
+    return [m for m in module.modules() if isinstance(m, StyleHeads)]
 
 
 def _first() -> bool:

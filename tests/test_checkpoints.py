@@ -270,11 +270,11 @@ def test_the_caller_may_name_other_views(tmp_path):
         ({"preset": "color_spatial", "size": 8, "plan": "both"}, "plan: expected one of 'shared_query'.*got 'both'"),
         ({"groups": {}, "sede": 1}, "views: expected constrained_crop, cross_image, groups.*: got sede"),
         ({"groups": {}, "seed": 1, "rank": 0}, "got rank, seed"),
-        ({"groups": {"color": "ColorJitter"}}, r"an operation as \[name, arguments\]: got 'C'"),
-        ({"groups": {"color": ["ColorJitter"]}}, r"an operation as \[name, arguments\]: got 'ColorJitter'"),
+        ({"groups": {"color": "ColorJitter"}}, r"groups\['color'\] as a list of operations .*: got 'ColorJitter'"),
+        ({"groups": {"color": ["ColorJitter"]}}, r"as \[name, arguments\]: got 'ColorJitter'"),
         ({"groups": {"color": [[]]}}, r"\[name, arguments\]: got \[\]"),
         ({"groups": {"color": [["ColorJitter", {}, {}]]}}, r"\[name, arguments\]: got"),
-        ({"groups": {"color": [["ColourJitter"]]}}, "an operation of kornia.augmentation: got 'ColourJitter'"),
+        ({"groups": {"color": [["ColourJitter"]]}}, "2-D operation of kornia.augmentation: got 'ColourJitter'"),
         ({"groups": {}, "then": [["Blur"]]}, "kornia.augmentation: got 'Blur'"),
         ({"groups": {"color": [["ColorJitter", {"hues": 0.1}]]}}, r"ColorJitter does not take {'hues': 0.1} \(.*hues"),
         ({"groups": {"color": [["ColorJitter", {"hue": 3.0}]]}}, "ColorJitter does not take {'hue': 3.0}"),
@@ -479,8 +479,8 @@ def test_weights_of_another_backbone(tmp_path):
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        ("torchvision:resnet19", r"backbone: torchvision has no model 'resnet19' \(.*resnet19"),
-        ("timm:resnet19x", r"backbone: timm has no model 'resnet19x' \(.*resnet19x"),
+        ("torchvision:resnet19", "backbone: torchvision has no classification model 'resnet19'"),
+        ("timm:resnet19x", "backbone: timm has no model 'resnet19x'"),
         ("timm:test_resnet.no_such_weights", "timm has no model 'test_resnet.no_such_weights'"),
         ("torchvision:", "expected torchvision:NAME, timm:NAME or FILE.py:NAME: got 'torchvision:'"),
     ],
@@ -576,3 +576,57 @@ def test_a_broken_log_says_where(tmp_path, text, message):
     plain().save(tmp_path / checkpoints.FILES[0])
     with pytest.raises(ValueError, match=message):
         load(tmp_path, backbone=nn.Conv2d(3, 4, 3))
+
+
+# ---- what a review found
+
+
+def test_timm_with_its_classifier_opens(tmp_path):
+    StyleHeads(timm.create_model("test_resnet"), {"content": 2}, hidden=()).save(
+        tmp_path / "m.pt", card={"backbone": "timm:test_resnet"}
+    )
+    load(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b".hello world", b"Ghello"])
+def test_no_checkpoint(tmp_path, content):
+    (tmp_path / "m.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"m\.pt: expected a checkpoint"):
+        load(tmp_path / "m.pt")
+
+
+def test_a_card_starts_no_download(monkeypatch):
+    import socket
+
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: pytest.fail("asked the network"))
+    for name in ("torchvision:fasterrcnn_resnet50_fpn",):  # and timm:hf-hub:a/b, which tries for 30 s
+        with pytest.raises(ValueError):
+            build_backbone(name)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"groups": [1]},
+        {"groups": {"color": 3}},
+        {"groups": {"color": [["ColorJitter", 0.4]]}},
+        {"groups": {"color": [["ColorJitter", [0.4]]]}},
+        {"groups": {"color": [["AugmentationSequential"]]}},
+        {"preset": "color_spatial", "size": "x"},
+        {"preset": "content_only", "size": 0},
+    ],
+)
+def test_broken_views_on_a_card(spec):
+    with pytest.raises(ValueError, match="views"):
+        build_views(spec)
+
+
+def test_state_of_other_keys(tmp_path):
+    torch.save({"config": plain().config(), "state_dict": {1: torch.ones(2)}}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="m.pt"):
+        load(tmp_path / "m.pt", backbone=nn.Conv2d(3, 4, 3))
+
+
+def test_what_cannot_be_called():
+    with pytest.raises(ValueError, match="os:sep"):
+        build_backbone("os:sep", code=True)

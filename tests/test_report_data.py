@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from ssd_addon.metrics import Circular
 from ssd_addon.report import Data
@@ -137,7 +137,7 @@ def test_mappings_are_factors():
     assert values(data) == [0, 1, 2, 3] and data.images.shape == (4, 3, 8, 8)
 
 
-@pytest.mark.parametrize("label", [lambda k: "word", lambda k: None, lambda k: {"x": 1} if k else 3])
+@pytest.mark.parametrize("label", [lambda k: None, lambda k: {"x": 1} if k else 3])
 def test_other_labels_are_left_out(label):
     assert get(Pictures(3, label)).factors == {}
 
@@ -213,7 +213,8 @@ def test_factors_stay_with_their_images():
 
 def test_data_is_taken_as_it_is():
     data = Data(torch.rand(3, 3, 5, 5), {"x": torch.rand(3)}, ["a", "b", "c"], total=9)
-    assert get(data) is data
+    kept = get(data)
+    assert torch.equal(kept.images, data.images) and kept.names == data.names and kept.total == data.total
     assert Data(torch.rand(2, 3, 5, 5)).names == ["", ""] and Data(torch.rand(2, 3, 5, 5)).total == 2
 
 
@@ -343,8 +344,8 @@ IMAGES = torch.rand(4, 3, 8, 8)
         (iter([]), TypeError, "got list_iterator"),
         ([], ValueError, "--data: expected at least one image: got an empty data set"),
         (Pictures(0), ValueError, "got an empty data set"),
-        (IMAGES, TypeError, r"expected samples \(image, label\) or \(image, label, name\): got Tensor"),
-        ([torch.zeros(3, 8, 8)] * 3, TypeError, r"expected samples \(image, label\).*got Tensor"),
+        (IMAGES, TypeError, r"expected items \(image, label\) or \(image, label, name\): got Tensor"),
+        ([torch.zeros(3, 8, 8)] * 3, TypeError, r"expected items \(image, label\).*got Tensor"),
         ([("a.png", 1)], TypeError, "expected a PIL image, an array or a tensor: got str"),
         ([(torch.rand(8, 8), 1)], TypeError, r"expected an image \[C, H, W\].*\[8, 8\]"),
         (Pictures(3, image=lambda k: torch.rand(1 + 2 * (k % 2), 8, 8)), ValueError, r"of channels: got \[1, 3\]"),
@@ -361,3 +362,77 @@ IMAGES = torch.rand(4, 3, 8, 8)
 def test_nonsense(spec, error, message):
     with pytest.raises(error, match=message):
         get(spec)
+
+
+# ---- what a review found
+
+
+def test_numpy_labels_are_classes():
+    assert "class" in read([(x, np.int64(1)) for x in IMAGES], size=8, samples=4).factors
+
+
+@pytest.mark.parametrize("n", [2, 9])
+def test_angles_are_one_per_image(n):
+    with pytest.raises(ValueError, match="one per image"):
+        read((IMAGES, {"a": Circular(torch.rand(n))}), size=8, samples=4)
+
+
+CLASS = """
+import torch
+class Made:
+    def __len__(self):
+        return 6
+    def __getitem__(self, k):
+        return torch.rand(3, 8, 8), k
+def default(path="abc"):
+    assert path == "abc", path
+    return Made()
+def keyword(*, samples=3):
+    return Made()
+"""
+
+
+@pytest.mark.parametrize("name", ["Made", "default", "keyword"])
+def test_code(tmp_path, name):
+    (tmp_path / "made.py").write_text(CLASS)
+    read(f"{tmp_path / 'made.py'}:{name}", size=8, samples=4)
+
+
+def test_samples_without_labels_say_so():
+    with pytest.raises(TypeError, match="image, label"):
+        read(TensorDataset(IMAGES), size=8, samples=4)
+
+
+def test_words_are_classes():
+    words = ["dog", "cat", "dog", "owl"]
+    data = read([(x, {"a": w, "b": k}) for k, (x, w) in enumerate(zip(IMAGES, words, strict=True))], size=8, samples=4)
+    assert data.factors["a"].tolist() == [1, 0, 1, 2] and data.classes == {"a": ["cat", "dog", "owl"]}
+    assert read(list(zip(IMAGES, words, strict=True)), size=8, samples=4).classes == {"class": ["cat", "dog", "owl"]}
+    with pytest.raises(ValueError, match="factor 'a': expected numbers, or words, of one kind"):
+        read([(x, {"a": w}) for x, w in zip(IMAGES, ["dog", 1, None, 2], strict=True)], size=8, samples=4)
+
+
+def test_a_subset_keeps_everything_together():
+    n = 9
+    data = Data(
+        torch.arange(n).view(n, 1, 1, 1) / n, {"k": torch.arange(n)}, [f"n{k}" for k in range(n)], {"k": ["z"] * n}
+    )
+    few = read(data, size=8, samples=4, seed=2)
+    k = few.factors["k"]
+    assert len(k) == 4 and few.names == [f"n{i}" for i in k.tolist()] and few.classes == data.classes and few.total == n
+    assert torch.equal(few.images[:, 0, 0, 0], k / n)
+
+
+@pytest.mark.parametrize("factor", [torch.tensor(1.0), ["a"] * 6])
+def test_factors_of_a_pair_that_are_none(factor):
+    with pytest.raises((ValueError, TypeError), match="--data"):
+        read((IMAGES, {"a": factor}), size=8, samples=4)
+
+
+def test_data_is_bounded_too():
+    assert len(read(Data(IMAGES), size=8, samples=4).images) == 4
+
+
+def test_no_samples():
+    with pytest.raises(ValueError, match="samples"):
+        read([(x, 1) for x in IMAGES], size=8, samples=0)

@@ -46,8 +46,8 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
     Args:
         spec: a folder of images (with class folders, the class is a factor "class"; with train/ and val/ in it, val is
             taken), a data set (len and items (image, label[, name])), or "FILE.py:NAME" / "MODULE:NAME", where
-            NAME(samples) or NAME() returns `Data`, a data set or a pair (images [n, C, H, W], factors). A label is a
-            number of a class, or a mapping of factors.
+            NAME(samples=...), where it takes that, or NAME() returns `Data`, a data set or a pair (images
+            [n, C, H, W], factors). A label is a class (an integer or a word), a number, or a mapping of factors.
         size: edge in pixels that images of a data set are brought to.
         samples: at most so many.
         seed: of the choice.
@@ -57,16 +57,17 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
         FileNotFoundError: no such folder, or no image in it.
         ValueError, TypeError: something else.
     """
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples: expected a whole number of images, 1 or more: got {samples!r}")
     if isinstance(spec, str) and ":" in spec and not Path(spec).exists():
         from ssd_addon.checkpoints import find
 
         made = find(spec, "--data")
-        if callable(made) and not hasattr(made, "__getitem__"):
-            takes = inspect.signature(made).parameters
-            made = made(samples) if takes else made()
+        if inspect.isclass(made) or (callable(made) and not hasattr(made, "__getitem__")):
+            made = made(samples=samples) if "samples" in inspect.signature(made).parameters else made()
         spec = made
     if isinstance(spec, Data):
-        return spec
+        return _subset(spec, samples, seed)
     classes: dict[str, list[str]] = {}
     if isinstance(spec, str | Path):
         folder = Path(spec)
@@ -81,7 +82,9 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
             classes["class"] = files.classes
         spec = files
     if isinstance(spec, tuple | list) and len(spec) == 2 and isinstance(spec[0], Tensor):
-        return _pair(spec[0], spec[1], samples, seed)
+        if not isinstance(spec[1], Mapping):
+            raise TypeError(f"--data: expected factors as a mapping name -> values: got {type(spec[1]).__name__}")
+        return _subset(Data(spec[0], spec[1]), samples, seed)
     if not hasattr(spec, "__len__") or not hasattr(spec, "__getitem__"):
         raise TypeError(
             "--data: expected a folder, a data set with len() and items (image, label), or a pair (images, factors): "
@@ -95,7 +98,10 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
     images, labels, names = [], [], []
     for i, k in enumerate(chosen.tolist()):
         sample = spec[k]
-        batch, _, name = collate([(sample[0], 0, *sample[2:3])] if isinstance(sample, tuple | list) else [sample])
+        if not isinstance(sample, tuple | list) or not 2 <= len(sample) <= 3:
+            got = f"{len(sample)} items" if isinstance(sample, tuple | list) else type(sample).__name__
+            raise TypeError(f"--data: expected items (image, label) or (image, label, name): got {got}")
+        batch, _, name = collate([(sample[0], 0, *sample[2:3])])
         assert isinstance(batch, Tensor)
         images.append(batch)
         labels.append(sample[1])
@@ -108,9 +114,10 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
     channels = sorted({i.shape[1] for i in images})
     if len(channels) > 1:
         raise ValueError(f"--data: expected one number of channels: got {channels}")
-    factors = _factors(labels)
+    factors, words = _factors(labels)
     if isinstance(spec, ImageFiles) and len(spec.classes) < 2:
         factors = {}
+    classes |= words
     return Data(torch.cat(images), factors, names, classes, total)
 
 
@@ -119,33 +126,54 @@ def _chosen(total: int, samples: int, seed: int) -> Tensor:
     return order[:samples].sort().values
 
 
-def _pair(images: Tensor, factors: Any, samples: int, seed: int) -> Data:
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f"--data: expected images [n, C, H, W], one or more: got {_checks.shape(images)}")
-    if not isinstance(factors, Mapping):
-        raise TypeError(f"--data: expected factors as a mapping name -> values: got {type(factors).__name__}")
-    rows = _chosen(len(images), samples, seed)
+def _subset(data: Data, samples: int, seed: int) -> Data:
+    """At most so many images, with what is known of them."""
+    n = len(data.images)
+    if data.images.ndim != 4 or not n:
+        raise ValueError(f"--data: expected images [n, C, H, W], one or more: got {_checks.shape(data.images)}")
+    if len(data.names) != n:
+        raise ValueError(f"--data: expected {n} names, one per image: got {len(data.names)}")
+    rows = _chosen(n, samples, seed)
     kept: dict[str, Factor] = {}
-    for name, f in factors.items():
+    for name, f in data.factors.items():
+        try:
+            values = f.angle if isinstance(f, Circular) else torch.as_tensor(f)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"--data: factor {name!r}: expected numbers: got {type(f).__name__} ({error})") from error
+        if values.ndim < 1:
+            raise ValueError(f"--data: factor {name!r}: expected {n} values, one per image: got a single number")
+        if len(values) != n:
+            raise ValueError(f"--data: factor {name!r}: expected {n} values, one per image: got {len(values)}")
         if isinstance(f, Circular):
             fold = f.fold[rows] if isinstance(f.fold, Tensor) and f.fold.ndim else f.fold
-            kept[name] = Circular(f.angle[rows], fold)
+            kept[name] = Circular(values[rows], fold)
         else:
-            t = torch.as_tensor(f)
-            if len(t) != len(images):
-                raise ValueError(f"--data: factor {name!r}: expected {len(images)} values, one per image: got {len(t)}")
-            kept[name] = t[rows]
-    return Data(images[rows], kept, total=len(images))
+            kept[name] = values[rows]
+    return Data(data.images[rows], kept, [data.names[i] for i in rows.tolist()], data.classes, max(data.total, n))
 
 
-def _factors(labels: list[Any]) -> dict[str, Factor]:
-    """Numbers of classes, or mappings of factors that all samples have; nothing where labels are something else."""
+def _factors(labels: list[Any]) -> tuple[dict[str, Factor], dict[str, list[str]]]:
+    """Labels, or mappings of factors that all samples have; and the names of classes that are words."""
     if all(isinstance(x, Mapping) for x in labels):
         names = list(labels[0])
         if any(set(x) != set(names) for x in labels):
             raise ValueError("--data: expected the same factors for every image: some have others")
-        return {name: torch.stack([torch.as_tensor(x[name]) for x in labels]) for name in names}
-    numbers = [x.item() if isinstance(x, Tensor) and x.ndim == 0 else x for x in labels]
-    if all(isinstance(x, int) and not isinstance(x, bool) for x in numbers):
-        return {"class": torch.tensor(numbers)}
-    return {}
+        columns = {name: [x[name] for x in labels] for name in names}
+    else:
+        columns = {"class": labels}
+    factors: dict[str, Factor] = {}
+    words: dict[str, list[str]] = {}
+    for name, values in columns.items():
+        if all(isinstance(v, str) for v in values):
+            words[name] = sorted(set(values))
+            factors[name] = torch.tensor([words[name].index(v) for v in values])
+            continue
+        try:
+            factors[name] = torch.stack([torch.as_tensor(v) for v in values])
+        except (TypeError, ValueError, RuntimeError) as error:
+            if name == "class" and not isinstance(labels[0], Mapping):
+                return {}, {}  # a label that is neither a number nor a word: nothing is known
+            raise ValueError(
+                f"--data: factor {name!r}: expected numbers, or words, of one kind for every image ({error})"
+            ) from error
+    return factors, words
