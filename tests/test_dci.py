@@ -536,6 +536,15 @@ def test_no_mutual_information_comes_with_its_reason(factor, reason):
     assert math.isnan(mean)
 
 
+@pytest.mark.parametrize("side", [0, 1], ids=["training", "held-out"])
+def test_one_class_on_a_side_of_the_split_has_no_mutual_information(side):
+    label = torch.arange(40) % 2
+    label[split(40)[side]] = 0
+    mean, gaps, table = mig({"a": label[:, None] + 0.1 * randn(40, 1), "b": randn(40, 1, seed=1)}, {"label": label})
+    assert math.isnan(mean) and math.isnan(gaps["label"])
+    assert all(math.isnan(table[s, "label"]) and table.notes[s, "label"] for s in ("a", "b"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -716,3 +725,18 @@ def test_only_finds_parts_by_their_names():
 def test_only_refuses_names_that_the_table_does_not_have(names):
     with pytest.raises(KeyError, match="spaces content, color; factors color, crop"):
         grouped().only(**names)
+
+
+@pytest.mark.parametrize("bins", [2, 10])
+def test_most_samples_may_share_the_least_or_the_greatest_number(bins):
+    g = torch.Generator().manual_seed(0)
+    y = (torch.rand(400, generator=g) < 0.9).float()
+    z = {"a": y[:, None] + 0.01 * torch.randn(400, 1, generator=g), "b": torch.randn(400, 2, generator=g)}
+    for values in (y, 1 - y):
+        assert mig(z, {"y": values}, bins=bins)[0] > 0.9
+
+
+def test_embeddings_may_have_a_gradient():
+    z = {"a": torch.randn(100, 3, requires_grad=True), "b": torch.randn(100, 2)}
+    mig(z, {"y": torch.randn(100)})
+    assert z["a"].grad is None

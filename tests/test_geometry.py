@@ -318,6 +318,14 @@ def test_a_predicted_space_may_be_turned_moved_and_scaled():
     assert other.intervals["b", "a"] == pytest.approx(plain.intervals["b", "a"], abs=1e-9)
 
 
+@pytest.mark.parametrize("probe", ["kernel", "mlp"])
+def test_the_unit_of_a_predicted_space_does_not_matter_to_any_probe(probe):
+    a, b = randn(60, 2), randn(60, 2, seed=1)
+    b = b + a
+    plain, scaled = (redundancy({"a": z, "b": b}, probe=probe, bootstrap=0) for z in (a, 1000 * a))
+    assert 0.1 < plain["b", "a"] < 0.9 and scaled["b", "a"] == pytest.approx(plain["b", "a"], abs=1e-3)
+
+
 def test_a_rotation_of_a_white_space_leaves_redundancy_as_it_was():
     train = torch.from_numpy(split(60)[0])
     a, b = randn(60, 3), randn(60, 2, seed=1)
@@ -457,3 +465,12 @@ def test_bad_arguments_of_redundancy(arguments, message):
 def test_an_absent_space_is_named():
     with pytest.raises(KeyError, match=r"spaces a, b; factors a, b: got \('a', 'color'\)"):
         redundancy({"a": A, "b": B}, bootstrap=0)["a", "color"]
+
+
+def test_a_space_that_is_constant_on_either_side_of_the_split_is_not_predicted():
+    z, w = torch.randn(100, 3, generator=generator()), torch.randn(100, 2, generator=generator(1))
+    for rows in matrix.split_rows(100, 0.5, torch.Generator().manual_seed(0), torch.device("cpu")):
+        flat = z.clone()
+        flat[rows] = 0.1
+        table = redundancy({"a": flat, "b": w})
+        assert math.isnan(table["b", "a"]) and table.notes["b", "a"] == "constant"

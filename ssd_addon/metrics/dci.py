@@ -1,7 +1,8 @@
 """One number for a whole matrix: disentanglement, completeness, informativeness, SAP and MIG.
 
-All of them over *spaces* (blocks of coordinates), since within a space no axis means anything: they do not change when
-a space is rotated. Legend: S spaces, K factors (or blocks of factors), n samples, d the width of a space, C classes.
+All of them over *spaces* (blocks of coordinates), since within a space no axis means anything. Probes standardise every
+coordinate, so a rotation of a space whose coordinates differ in scale may move a score a little.
+Legend: S spaces, K factors (or blocks of factors), n samples, d the width of a space, C classes.
 """
 
 import math
@@ -220,7 +221,7 @@ def mig(
 
     I(z_s; v) is bounded from below by H(v) - CE, with CE the held-out cross-entropy of v under softmax regression on
     z_s (any q(v | z) gives I >= H(v) + E log q(v | z), Barber and Agakov 2003); no less than 0. The bound asks the
-    space as a whole, so it does not change when the space is rotated, but it sees linearly coded information only.
+    space as a whole, not its axes, but it sees linearly coded information only.
 
     Args:
         embeddings: space -> [n, d]; two or more, without the backbone.
@@ -246,7 +247,7 @@ def mig(
     cells: dict[tuple[str, str], float] = {}
     notes: dict[tuple[str, str], str] = {}
     labels = {name: _labels(f, bins, device) for name, f in factors.items()}
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         for space, z in embeddings.items():
             for name, (columns, valid, why) in labels.items():
                 rows, held_out = train[valid[train]], test[valid[test]]
@@ -291,7 +292,11 @@ def _labels(factor: Factor, bins: int, device: torch.device) -> tuple[list[Tenso
     out = []
     for v in values.T:
         edges = torch.quantile(v[valid].cpu(), torch.linspace(0, 1, bins + 1, dtype=v.dtype)[1:-1]).to(device)
-        out.append(torch.bucketize(v.contiguous(), edges.unique().contiguous()))
+        low = v[valid].min()
+        above = v[valid][v[valid] > low]
+        if len(above):  # where many samples share the least value, it is a class of its own
+            edges = torch.where(edges == low, above.min(), edges)
+        out.append(torch.bucketize(v.contiguous(), edges.unique().contiguous(), right=True))
     return out, valid, ""
 
 
@@ -303,4 +308,4 @@ def _importance(r: Tensor, what: str, axis: int) -> Tensor:
         raise ValueError("importance: expected finite numbers of at least 0: got NaN, inf or negative ones")
     if r.shape[axis] < 2:
         raise ValueError(f"importance: expected two {what} or more, to compare: got {r.shape[axis]}")
-    return r.double()
+    return r.detach().double()

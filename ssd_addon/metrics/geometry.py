@@ -188,7 +188,7 @@ def redundancy(
     if probe == "kernel":
         train = train[:kernel_rows]
     weights = resamples(len(test), bootstrap, generator, device)
-    targets = {name: _whole_space(z, train) for name, z in embeddings.items()}
+    targets = {name: _whole_space(z, train, test) for name, z in embeddings.items()}
     itself = {(name, name): "itself" for name in embeddings}
     inputs = {name: [z] for name, z in embeddings.items()}
     cells = score_cells(inputs, targets, train, test, weights, probe=probe, folds=folds, seed=seed, without=itself)
@@ -196,12 +196,13 @@ def redundancy(
     return ScoreTable(names, names, *cells, probe, (), len(train), len(test))
 
 
-def _whole_space(z: Tensor, train: Tensor) -> Target | str:
+def _whole_space(z: Tensor, train: Tensor, test: Tensor) -> Target | str:
     """A space to be predicted: centred, all coordinates on one scale."""
-    x = z.double()
+    x = z.detach().double()
     x = x - x[train].mean(0)
     scale = (x[train] ** 2).sum(1).mean().sqrt()
-    if not scale > torch.finfo(z.dtype).eps * z.double().norm(dim=1).amax():
+    spread = min(float((x[rows] - x[rows].mean(0)).square().sum(1).mean().sqrt()) for rows in (train, test))
+    if not spread > torch.finfo(z.dtype).eps * float(z.detach().double().norm(dim=1).amax()):
         return "constant"
     return Target(x / scale, torch.ones(len(z), dtype=torch.bool, device=z.device), pooled=True)
 
@@ -211,7 +212,8 @@ def _unit(what: str, z: Tensor, least: int) -> Tensor:
     check_space(what, z, least)
     check_finite(what, z)
     x = z.detach().double()
-    length = x.norm(dim=1, keepdim=True)
-    if not (length > 0).all():
-        raise ValueError(f"{what}: expected rows with a direction: got {int((length == 0).sum())} rows of length 0")
-    return x / length
+    largest = x.abs().amax(dim=1, keepdim=True)
+    if not (largest > 0).all():
+        raise ValueError(f"{what}: expected rows with a direction: got {int((largest == 0).sum())} rows of length 0")
+    x = x / largest
+    return x / x.norm(dim=1, keepdim=True)

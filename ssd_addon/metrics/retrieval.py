@@ -34,7 +34,8 @@ class StyleIndex:
         embeddings: space -> [n, d_s] floating point, on any device, where an exact search then runs. Rows are scaled to
             unit length; a row of length 0 has similarity 0 to all.
         backend: "exact" compares with every image, in bounded memory; "faiss" asks FAISS (`pip install faiss-cpu`).
-        factory: a FAISS factory string, such as "HNSW32,Flat" or "IVF256,Flat"; "Flat" is exact.
+        factory: a FAISS factory string, such as "HNSW32,Flat" or "IVF256,Flat"; "Flat" is exact. An
+            approximate index is built for equal weights: the further the weights are from them, the lower its recall.
 
     Raises:
         ValueError: no space, embeddings that are not [n, d], finite and of one length.
@@ -102,6 +103,7 @@ class StyleIndex:
 
         Raises:
             ValueError: an unknown space, no weight other than 0, a row or k that the index does not have.
+            TypeError: rows that are no integers.
         """
         w = self._weights(weights)
         exclude: Tensor | None = None
@@ -120,7 +122,8 @@ class StyleIndex:
         scores, rows = [], []
         step = max(1, CHUNK // len(self))
         for start in range(0, len(q), step):
-            similarity = q[start : start + step] @ self.rows.T
+            with torch.autocast(q.device.type, enabled=False):
+                similarity = (q[start : start + step] @ self.rows.T).clamp_(-1, 1)
             if exclude is not None:
                 similarity.scatter_(1, exclude[start : start + step, None], -math.inf)
             best = similarity.topk(k, dim=1)

@@ -97,11 +97,13 @@ class ScoreTable:
         Raises:
             KeyError: a name that the table does not have.
         """
-        rows, columns = tuple(spaces or self.spaces), tuple(factors or self.factors)
+        rows = self.spaces if spaces is None else tuple(spaces)
+        columns = self.factors if factors is None else tuple(factors)
         cells = [(s, f) for s in rows for f in columns]
         scores = {cell: self[cell] for cell in cells}
-        intervals = {c: self.intervals[c] for c in cells if c in self.intervals}
-        notes = {c: self.notes[c] for c in cells if c in self.notes}
+        own = [self] if self.parts is None else [self, self.parts]
+        intervals = {c: t.intervals[c] for t in own for c in cells if c in t.intervals}
+        notes = {c: t.notes[c] for t in own for c in cells if c in t.notes}
         return replace(self, spaces=rows, factors=columns, scores=scores, intervals=intervals, notes=notes, parts=None)
 
     def __str__(self) -> str:
