@@ -104,6 +104,32 @@ def test_parameters_have_names_for_people(name, expected):
     assert short(name) == expected
 
 
+def test_spaces_that_are_named_after_no_group_are_not_called_apart():
+    only = findings(table({"content": [0.0, 0.0]}, GROUPS), spaces=("content",))
+    assert report.verdict(only)[0] == (
+        "Nothing leaks, but no space is named after color and spatial: nobody can say that it is kept."
+    )
+    other = findings(table({"content": [0.0], "tint": [0.9]}, ("color",)), spaces=("content", "tint"))
+    assert report.verdict(other)[0] == "Not apart yet: tint tells color (0.90)."
+
+
+def test_known_factors_alone_make_a_verdict():
+    labelled = {"ridge": table({"content": [0.95, 0.0], "color": [0.0, 0.8]}, ("shape", "hue"))}
+    head, each = report.verdict(findings(None, labelled, ("content", "color")))
+    assert "was not measured" in head and each == ["content tells shape (0.95).", "color tells hue (0.80)."]
+
+
+def test_images_out_of_range_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"expected uint8, or floating point in \[0, 1\]: got values from 0 to"):
+        report.write(tmp_path / "r.html", pages.model, pages.squares(20).images * 255)
+
+
+def test_a_factor_with_a_slash_keeps_its_name(tmp_path):
+    data = pages.squares(30)
+    report.write(tmp_path / "r.html", pages.model, report.Data(data.images, {"light/dark": data.factors["light"]}))
+    assert '<th scope="col">light/dark</th>' in (tmp_path / "r.html").read_text()
+
+
 # ---- the page
 
 

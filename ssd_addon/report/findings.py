@@ -109,7 +109,11 @@ def measure(
     reasons: dict[str, str] = {}
     images = data.images
     n = len(images)
-    ready = views.plain(images) if views is not None else (images / 255 if images.dtype == torch.uint8 else images)
+    if images.dtype != torch.uint8 and not (float(images.min()) >= 0 and float(images.max()) <= 1):
+        got = f"values from {float(images.min()):.4g} to {float(images.max()):.4g}"
+        raise ValueError(f"images: expected uint8, or floating point in [0, 1]: got {got}")
+    plain = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    ready = views.plain(images) if views is not None else plain
     tell = say or (lambda _: None)
     tell(f"embedding {n} images")
     z = embed(model, ready, batch_size=batch_size, unit=unit)
@@ -245,10 +249,17 @@ def verdict(f: Findings) -> tuple[str, list[str]]:
             parts.append("nothing of any other group" if has_own else "tells no group")
         told = _told(f, space)
         each.append(f"{space} {_listed(parts)}{f'; of the known factors it tells {_listed(told)}' if told else ''}.")
+    if not each and f.labelled:
+        known_by = {space: _told(f, space) for space in f.spaces}
+        each = [f"{s} tells {_listed(t) if t else 'none of them'}." for s, t in known_by.items()]
+        return "Which augmentation the spaces know was not measured; of the known factors:", each
     if not each:
         return "What the spaces know could not be measured.", []
+    nameless = [g for g in f.label_free.factors if g not in f.spaces] if f.label_free else []
     if leaks:
         head = f"Not apart yet: {_listed(leaks)}."
+    elif nameless:
+        head = f"Nothing leaks, but no space is named after {_listed(nameless)}: nobody can say that it is kept."
     elif weak:
         head = (
             f"Nothing leaks, but {_listed(weak)} {'has' if len(weak) == 1 else 'have'} not learnt enough of its group."

@@ -120,7 +120,7 @@ def _table(t: ScoreTable, spaces: Sequence[str], *, what: str, across: str) -> s
         group, _, rest = factor.partition("/")
         heads.append(
             f'<th scope="col">{escape(short(factor))}<small>{escape(group)}</small></th>'
-            if rest
+            if rest and across == "parameter"
             else f'<th scope="col">{escape(factor)}</th>'
         )
     rows = []
@@ -128,7 +128,7 @@ def _table(t: ScoreTable, spaces: Sequence[str], *, what: str, across: str) -> s
         cells = []
         for factor in t.factors:
             value = t[space, factor]
-            own = factor.partition("/")[0] == space
+            own = across != "factor" and factor.partition("/")[0] == space
             name = f"{space}, {factor}"
             if math.isnan(value):
                 why = t.notes.get((space, factor), "no score")
