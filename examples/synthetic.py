@@ -74,6 +74,22 @@ def sprites(samples: int) -> Data:
     return Data(render(factors), scored(factors), [f"{SHAPES[s]} at {x:.2f}, {y:.2f}" for s, x, y in where])
 
 
+class Latents(CausalLatents):
+    """The causal latent model with the widths and the network of this example."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(
+            args.seed,
+            dependent=args.dependent,
+            content_dependent=args.content_dependent_style,
+            cross_image=args.cross_image and args.method == "ours",
+            plan=args.plan,
+            spaces=args.method == "ours",
+        )
+        self.widths = widths({"content": 16, **dict.fromkeys(self.plan.spaces[1:], 8)}, args.widths)
+        self.backbone, self.features = mlp(self.width), 256
+
+
 class Sprites:
     """Images made anew for every step, with the two groups that change them."""
 
@@ -191,7 +207,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     g = torch.Generator().manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    data = Sprites(args) if args.dataset == "sprites" else CausalLatents(args, mlp)
+    data = Sprites(args) if args.dataset == "sprites" else Latents(args)
     model = StyleHeads(
         data.backbone, data.widths, in_features=data.features, hidden=(256,), sample_ndim=data.sample_ndim
     )

@@ -15,7 +15,7 @@ from ssd_addon.metrics.dci import Dci, completeness, dci, disentanglement, mig, 
 from ssd_addon.metrics.embed import embed
 from ssd_addon.metrics.geometry import alignment, effective_rank, redundancy, space_geometry, uniformity
 from ssd_addon.metrics.matrix import Circular, Factor, r2_matrix
-from ssd_addon.metrics.parameters import parameter_matrix
+from ssd_addon.metrics.parameters import parameter_differences, parameter_matrix
 from ssd_addon.metrics.retrieval import StyleIndex
 from ssd_addon.metrics.table import ScoreTable
 
@@ -32,6 +32,7 @@ __all__ = [
     "effective_rank",
     "embed",
     "mig",
+    "parameter_differences",
     "parameter_matrix",
     "r2_matrix",
     "redundancy",

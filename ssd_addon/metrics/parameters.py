@@ -32,6 +32,7 @@ from ssd_addon.metrics.table import ScoreTable
 PAIRS = 2000  # unless told otherwise
 LARGEST = 16  # numbers per image; a larger parameter is a field of noise
 PERIODS = {"hue_factor": 1.0, "angle": 360.0, "degrees": 360.0, "times": 4.0}
+THEN = "then"  # drawn anew for every view, for no group
 SIDE = ("order", "forward_input_shape", "input_size", "output_size", "padding_size")  # not drawn, or no number
 Drawn = tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]  # of view a and view b, batch after batch
 
@@ -159,6 +160,40 @@ def parameter_matrix(
     return replace(table.only(factors=groups), parts=table.only(factors=finer) if finer else None)
 
 
+def parameter_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Tensor]:
+    """By how much two views of the same images differ: what `parameter_matrix` has its probes predict.
+
+    For losses and probes of your own, such as one that has the backbone predict the differences (AugSelf).
+
+    >>> a = {"color": {"0.ColorJitter": {"brightness_factor": torch.tensor([0.5, 1.0])}}}
+    >>> b = {"color": {"0.ColorJitter": {"brightness_factor": torch.tensor([1.5, 1.25])}}}
+    >>> parameter_differences(a, b)
+    {'color/0.ColorJitter/brightness_factor': tensor([[1.0000],
+            [0.2500]], dtype=torch.float64)}
+
+    Args:
+        a, b: how two views were drawn, such as `batch.parameters[0]` and `batch.parameters[1]`.
+
+    Returns:
+        "group/operation/parameter" -> theta_b - theta_a [B, k] float64 on the CPU, in the units of the parameter. An
+        angle or a hue whose draws in this batch span more than half of its circle is (cos, sin) of the difference;
+        "batch_prob" is +-1 where the operation fired in one view alone, and where it did not fire in a view its other
+        parameters count as their mean over the batch. A crop's corners are centre and size, in shares of the image.
+        Fields of noise are left out, and so is what was drawn for no group ("then").
+
+    Raises:
+        ValueError: views with different groups or operations.
+    """
+    for what, x, y in [("groups", a, b), *((f"operations of {g!r}", a[g], b[g]) for g in a if g in b)]:
+        if x.keys() != y.keys():
+            raise ValueError(f"expected two views with the same {what}: got {list(x)} and {list(y)}")
+    out: dict[str, Tensor] = {}
+    for group in a:
+        if group != THEN:
+            out |= _differences(group, ([a], [b]), [])
+    return out
+
+
 def _pairs(
     model: Model, views: Views, each: list[Tensor], draws: int, backbone: bool, unit: bool, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Drawn]:
@@ -199,7 +234,8 @@ def _differences(group: str, drawn: Drawn, skipped: list[str]) -> dict[str, Tens
             if name == "src" and "input_size" in parameters:
                 x = [_box(corners, stacked("input_size", v)) for v, corners in enumerate(x)]
             if gates is not None:
-                middle = torch.cat([t[g[:, 0]] for t, g in zip(x, gates, strict=True)]).mean(0)
+                fired = torch.cat([t[g[:, 0]] for t, g in zip(x, gates, strict=True)])
+                middle = fired.mean(0) if len(fired) else torch.zeros_like(x[0][0])
                 x = [torch.where(g, t, middle) for t, g in zip(x, gates, strict=True)]
             difference = x[1] - x[0]
             period = PERIODS.get(name)

@@ -1,0 +1,179 @@
+"""The grid of the study: experiment -> rows (a name and what differs from the defaults), with three seeds or one.
+
+Three seeds for what docs/results.md claims, one where a setting is only scanned. In all about ten hours of two cores.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+Config = dict[str, Any]
+
+DEFAULTS: Config = {
+    "method": "ours",
+    "family": "simclr",
+    "plan": "shared_query",
+    "cross": False,  # cross-image keys: latents True or False, images a list of groups
+    "temperature": 0.15,
+    "content_weight": None,
+    "content_keys": "first",
+    "content_entropy": False,
+    "dual": None,
+    "dual_step": 0.05,
+    "dual_warmup": 400,
+    "heads": "separate",
+    "constrained_crop": None,
+    "response": 1.0,
+    "independence": 25.0,
+    "augself": 1.0,
+    "amp": False,
+}
+OF_WORLD: dict[str, Config] = {
+    "latents": {
+        "temperature": 0.05, "batch": 512, "steps": 1200, "lr": 1e-3, "content": 4, "styles": 2, "style": 2,
+        "dependent": False, "content_dependent": False, "content_width": 16, "style_width": 8,
+        "samples": 2400,
+    },
+    "sprites": {
+        "size": 48, "batch": 128, "steps": 1600, "lr": 2e-3, "content_width": 8, "amp": True,
+        "content_entropy": True, "content_weight": 2.0, "dual": 0.01, "samples": 4000,
+    },
+    "photographs": {
+        "size": 32, "load_size": 32, "batch": 128, "steps": 1600, "lr": 2e-3, "content_width": 64, "style_width": 32,
+        "amp": True, "groups": "color_spatial",
+    },
+}  # fmt: skip
+
+Row = tuple[str, Config, int]  # name, configuration, number of seeds
+
+
+def both(name: str, c: Config, seeds: int = 1) -> list[Row]:
+    """With plain keys, and with cross-image keys."""
+    return [(f"{name}, plain", c, seeds), (f"{name}, cross-image", c | {"cross": True}, seeds)]
+
+
+LATENTS: dict[str, list[Row]] = {
+    "latents/families": [
+        *both("simclr", {}, 3),
+        *both("vicreg", {"family": "vicreg"}, 3),
+        *both("barlow", {"family": "barlow"}, 3),
+    ],
+    "latents/cures": [
+        ("shallow style heads", {"heads": "shallow styles"}, 1),
+        ("response penalty, 1", {"method": "response"}, 1),
+        ("response penalty, 4", {"method": "response", "response": 4.0}, 1),
+        ("squared distance in a cube", {"method": "cube"}, 1),
+        ("squared distance in a cube, tau 0.02", {"method": "cube", "temperature": 0.02}, 1),
+    ],
+    "latents/controls": [
+        ("content-only", {"method": "content-only", "steps": 2400}, 3),
+        ("plain pairs, same heads", {"method": "plain pairs"}, 3),
+        ("sum of entropies, plain", {"method": "sum of entropies"}, 3),
+        ("sum of entropies, cross-image", {"method": "sum of entropies", "cross": True}, 3),
+        ("interleaved, plain", {"plan": "interleaved", "batch": 1024}, 3),
+        ("interleaved, cross-image", {"plan": "interleaved", "batch": 1024, "cross": True}, 3),
+        ("one projector, plain", {"heads": "one projector"}, 3),
+        ("one projector, cross-image", {"heads": "one projector", "cross": True}, 3),
+        ("LooC", {"method": "looc"}, 3),
+        ("AugSelf", {"method": "augself", "steps": 2400}, 3),
+    ],
+    "latents/styles": [
+        *both("1 style", {"styles": 1}, 3),
+        *both("4 styles", {"styles": 4}, 3),
+    ],
+    "latents/dependence": [
+        *both("dependent", {"dependent": True}, 3),
+        *both("style depends on content", {"content_dependent": True}, 3),
+    ],
+    "latents/temperature": [
+        row for t in (0.02, 0.1, 0.15, 0.3, 0.5) for row in both(f"tau {t}", {"temperature": t})
+    ],
+    "latents/batch": [
+        row for b in (64, 128, 256, 1024) for row in both(f"batch {b}", {"batch": b})
+    ],
+    "latents/length": [
+        row for n in (300, 600, 2400, 4800) for row in both(f"{n} steps", {"steps": n})
+    ],
+    "latents/dimensions": [
+        *both("content 2", {"content": 2}),
+        *both("content 8", {"content": 8}),
+        *both("styles of 1", {"style": 1}),
+        *both("styles of 4", {"style": 4}),
+        *both("spaces of 5 and 3", {"content_width": 5, "style_width": 3}),
+        *both("spaces of 64 and 64", {"content_width": 64, "style_width": 64}),
+    ],
+    "latents/entropy": [
+        ("vicreg, independent features, plain", {"family": "vicreg", "method": "independent"}, 1),
+        ("vicreg, independent features, cross-image", {"family": "vicreg", "method": "independent", "cross": True}, 1),
+        ("vicreg, 4,800 steps, cross-image", {"family": "vicreg", "cross": True, "steps": 4800}, 1),
+        ("vicreg, spaces of 64, cross-image",
+         {"family": "vicreg", "cross": True, "content_width": 64, "style_width": 64}, 1),
+    ],
+}  # fmt: skip
+
+SPRITES: dict[str, list[Row]] = {
+    "sprites/methods": [
+        ("ours", {}, 3),
+        ("content-only", {"method": "content-only", "steps": 3200}, 3),
+        ("LooC", {"method": "looc"}, 3),
+        ("AugSelf", {"method": "augself", "steps": 3200}, 3),
+    ],
+    "sprites/ablations": [
+        ("plain pairs, same heads", {"method": "plain pairs"}, 3),
+        ("sum of entropies", {"method": "sum of entropies"}, 3),
+        ("fixed weights", {"dual": None, "content_weight": None}, 3),
+        ("interleaved", {"plan": "interleaved", "batch": 256}, 3),
+        ("one projector", {"heads": "one projector"}, 3),
+    ],
+    "sprites/cross": [
+        ("cross-image color", {"cross": ["color"]}, 1),
+        ("cross-image spatial", {"cross": ["spatial"]}, 1),
+        ("cross-image both", {"cross": ["color", "spatial"]}, 1),
+    ],
+}
+
+EACH = ["crop", "rotation", "gain", "hue", "saturation", "blur"]
+CIFAR, IMAGENET = {"data": "cifar"}, {"data": "imagenet", "size": 64, "load_size": 72}
+PHOTOGRAPHS: dict[str, list[Row]] = {
+    "cifar/methods": [
+        ("ours", CIFAR, 3),
+        ("content-only", CIFAR | {"method": "content-only", "steps": 3200}, 3),
+        ("ours, dual ascent", CIFAR | {"dual": 0.05}, 3),
+        ("LooC", CIFAR | {"method": "looc"}, 3),
+        ("AugSelf", CIFAR | {"method": "augself", "steps": 3200}, 3),
+        ("plain pairs, same heads", CIFAR | {"method": "plain pairs"}, 3),
+    ],
+    "cifar/cross": [
+        ("kinds, plain", CIFAR | {"groups": "kinds"}, 3),
+        ("kinds, cross-image", CIFAR | {"groups": "kinds", "cross": ["spatial", "color"]}, 3),
+        ("each operation, plain", CIFAR | {"groups": "each"}, 1),
+        ("each operation, cross-image", CIFAR | {"groups": "each", "cross": EACH}, 1),
+    ],
+    "cifar/crop": [
+        ("constrained crop, 0.25", CIFAR | {"constrained_crop": 0.25}, 3),
+    ],
+    "imagenet/cross": [
+        ("plain", IMAGENET | {"groups": "kinds"}, 1),
+        ("cross-image", IMAGENET | {"groups": "kinds", "cross": ["spatial", "color"]}, 1),
+    ],
+}
+
+EXPERIMENTS: dict[str, list[Row]] = {**LATENTS, **SPRITES, **PHOTOGRAPHS}
+
+
+def world(experiment: str) -> str:
+    first = experiment.split("/")[0]
+    return first if first in OF_WORLD else "photographs"
+
+
+def runs(names: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Every (configuration, seed) of the experiments that begin with one of the names; first seeds first."""
+    if unknown := [n for n in names if not any(e.startswith(n) for e in EXPERIMENTS)]:
+        raise SystemExit(f"expected experiments of {', '.join(EXPERIMENTS)}: got {', '.join(unknown)}")
+    chosen = [e for e in EXPERIMENTS if not names or any(e.startswith(n) for n in names)]
+    out = []
+    for e in chosen:
+        for seed in range(3):
+            for name, config, seeds in EXPERIMENTS[e]:
+                if seed < seeds:
+                    out.append({"experiment": e, "name": name, "config": {"world": world(e), **config}, "seed": seed})
+    return out

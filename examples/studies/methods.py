@@ -1,0 +1,234 @@
+"""What is trained in a study: the library's loss in its forms, the controls, the cures that were tried, the baselines.
+
+A method is a module: (model, batch, terms wanted) -> (loss, terms or None). Legend: V views, B images, S spaces.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from baselines.augself import AugSelf
+from baselines.looc import LooCLoss
+from torch import Tensor, nn
+
+from ssd_addon import DualAscent, JointEntropyLoss, StyleHeads, ViewBatch
+from ssd_addon.kernels.similarity import negative_lse
+from ssd_addon.losses import Terms
+from ssd_addon.metrics import parameter_differences
+
+Config = dict[str, Any]
+Result = tuple[Tensor, Terms | None]
+
+
+class Trunk(nn.Module):
+    """A backbone and the hidden layers that all heads share: one projector whose output is split into spaces."""
+
+    def __init__(self, backbone: nn.Module, features: int, hidden: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.hidden = nn.Sequential(nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hidden(self.backbone(x))
+
+
+def build_model(c: Config, world: Any) -> StyleHeads:
+    backbone, features, hidden = world.backbone(), world.features, (256,)
+    if c["heads"] == "one projector":
+        width = 256 * len(world.widths)  # as many weights as the separate heads have
+        return StyleHeads(
+            Trunk(backbone, features, width), world.widths, in_features=width, hidden=(), sample_ndim=world.sample_ndim
+        )
+    shallow = c["heads"] == "shallow styles"
+    by_name = {n: () if shallow and n != "content" else hidden for n in world.widths}
+    return StyleHeads(backbone, world.widths, in_features=features, hidden=by_name, sample_ndim=world.sample_ndim)
+
+
+class Joint(nn.Module):
+    """JointEntropyLoss, with dual ascent where the configuration has a tolerance."""
+
+    def __init__(self, c: Config, world: Any, **options: Any) -> None:
+        super().__init__()
+        family = c["family"]
+        weights = None
+        if c["content_weight"] is not None:
+            base = {"simclr": 1.0, "vicreg": 25.0, "barlow": 1.0}[family]
+            weights = dict.fromkeys(world.widths, base) | {"content": c["content_weight"]}
+        several = len(world.widths) > 1
+        self.criterion = JointEntropyLoss(
+            family,
+            temperature=c["temperature"] if family == "simclr" else None,
+            weights=weights,
+            content_keys=c["content_keys"] if several else "first",
+            content_entropy=c["content_entropy"] and several,
+            backend="streaming" if family == "simclr" else "auto",  # on a CPU faster than eager at any size here
+            **options,
+        )
+        self.ascent = None
+        if c["dual"] is not None and several:
+            self.ascent = DualAscent(
+                self.criterion, tolerance=c["dual"], step_size=c["dual_step"], warmup_steps=c["dual_warmup"]
+            )
+
+    def forward(self, model: StyleHeads, batch: ViewBatch, log: bool) -> Result:
+        z = model(batch)
+        if log or self.ascent is not None:
+            terms = self.criterion.terms(z)
+            return terms.loss, terms
+        return self.criterion(z), None
+
+    def after(self, terms: Terms | None) -> None:
+        if self.ascent is not None and terms is not None:
+            self.ascent.step(terms)
+
+
+class SumOfEntropies(Joint):
+    """Every space its own contrastive loss: nothing keeps a space from repeating what another holds (SimCLR)."""
+
+    def forward(self, model: StyleHeads, batch: ViewBatch, log: bool) -> Result:
+        z = model(batch)
+        terms = self.criterion.terms(z)
+        ids = z.image_ids if z.image_ids is not None else torch.arange(batch.views.shape[1]).expand(len(batch), -1)
+        own = [
+            negative_lse(F.normalize(t.flatten(0, 1), dim=1), ids.flatten(), self.criterion.temperature).mean()
+            for t in z.values()
+        ]
+        return terms.loss - terms_entropy(self.criterion, z) + torch.stack(own).mean(), terms
+
+
+def terms_entropy(criterion: JointEntropyLoss, z: Any) -> Tensor:
+    """The joint entropy term with its graph."""
+    return criterion._parts(z).entropy
+
+
+class Cube(nn.Module):
+    """Squared distance in a cube instead of the cosine on a sphere: z = tanh, no normalisation.
+
+    invariance_s = mean |z_a - z_b|^2 / tau,  entropy = mean log sum exp(-mean_s |z_i - z_j|^2 / tau); a cube has no
+    rotations, under which a sphere's code may turn with the content.
+    """
+
+    def __init__(self, c: Config, world: Any) -> None:
+        super().__init__()
+        self.temperature = c["temperature"]
+
+    def forward(self, model: StyleHeads, batch: ViewBatch, log: bool) -> Result:
+        z = model(batch)
+        cubes = {n: torch.tanh(t) / math.sqrt(t.shape[-1]) for n, t in z.items()}  # |z| <= 1
+        pulls = []
+        for s, t in enumerate(cubes.values()):
+            pulls.append((t[0] - t[1 + s]).square().sum(-1).mean() / self.temperature)
+        joint = torch.cat(list(cubes.values()), dim=-1).flatten(0, 1) / math.sqrt(len(cubes))
+        ids = z.image_ids if z.image_ids is not None else torch.arange(batch.views.shape[1]).expand(len(batch), -1)
+        ids = ids.flatten()
+        square = joint.square().sum(1)
+        distance = square[:, None] + square - 2 * joint @ joint.T
+        logits = (-distance / self.temperature).masked_fill(ids[:, None] == ids, -math.inf)
+        return torch.stack(pulls).mean() + logits.logsumexp(1).mean(), None
+
+
+class Response(Joint):
+    """The joint loss and a penalty: what a known change of parameters does to a style code depends on the code alone.
+
+    A small network predicts the code of the content key from the query's and the parameters' difference; with a code
+    that content turns, the answer depends on the content and cannot be predicted. Needs no second image.
+    """
+
+    def __init__(self, c: Config, world: Any) -> None:
+        super().__init__(c, world)
+        self.weight = c["response"]
+        self.changes = world_changes(world)
+        self.predict = nn.ModuleDict()
+        for n, d in world.widths.items():
+            if n != "content":
+                k = sum(width for name, width in self.changes.items() if name.startswith(f"{n}/"))
+                self.predict[n] = nn.Sequential(nn.Linear(d + k, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
+                self.predict[n].append(nn.Linear(128, d))
+
+    def forward(self, model: StyleHeads, batch: ViewBatch, log: bool) -> Result:
+        z = model(batch)
+        terms = self.criterion.terms(z)
+        changes = parameter_differences(batch.parameters[0], batch.parameters[1])
+        penalties = []
+        for name, predict in self.predict.items():
+            u = F.normalize(z[name], dim=-1)
+            known = [v.float() for key, v in changes.items() if key.startswith(f"{name}/")]
+            guess = F.normalize(predict(torch.cat([u[0], *known], dim=1)), dim=1)
+            penalties.append(1 - (guess * u[1]).sum(1).mean())
+        return terms.loss + self.weight * torch.stack(penalties).mean() / self.criterion.temperature, terms
+
+
+class Independent(Joint):
+    """VICReg's loss, and spaces decorrelated nonlinearly: covariances of random Fourier features across spaces."""
+
+    def __init__(self, c: Config, world: Any, features: int = 128) -> None:
+        super().__init__(c, world)
+        self.weight, self.maps, self.features = c["independence"], {}, features
+        g = torch.Generator().manual_seed(1)
+        for n, d in world.widths.items():
+            w = torch.randn(d, features, generator=g) / math.sqrt(d)
+            self.maps[n] = (w, 2 * math.pi * torch.rand(features, generator=g))
+
+    def forward(self, model: StyleHeads, batch: ViewBatch, log: bool) -> Result:
+        z = model(batch)
+        terms = self.criterion.terms(z)
+        found = []
+        for n, t in z.items():
+            x = t[0]
+            w, phase = self.maps[n]
+            x = (x - x.mean(0)) / x.std(0).clamp(min=1e-3)
+            f = math.sqrt(2) * torch.cos(x @ w + phase)
+            found.append(f - f.mean(0))
+        across = [
+            (a.T @ b / len(a)).square().sum() / self.features for i, a in enumerate(found) for b in found[i + 1 :]
+        ]
+        return terms.loss + self.weight * torch.stack(across).mean(), terms
+
+
+class LooC(nn.Module):
+    """Xiao et al. 2021, see baselines/looc.py."""
+
+    def __init__(self, c: Config, world: Any) -> None:
+        super().__init__()
+        self.criterion = LooCLoss(c["temperature"])
+
+    def forward(self, model: StyleHeads, batch: ViewBatch, log: bool) -> Result:
+        return self.criterion(model(batch)), None
+
+
+class WithAugSelf(Joint):
+    """Ordinary two-view SSL, and AugSelf's prediction from the backbone; see baselines/augself.py."""
+
+    def __init__(self, c: Config, world: Any) -> None:
+        super().__init__(c, world)
+        self.weight = c["augself"]
+        self.augself = AugSelf(world.features, world_changes(world))
+
+    def forward(self, model: StyleHeads, batch: ViewBatch, log: bool) -> Result:
+        features = model.features(batch.views.flatten(0, 1))
+        shape = batch.views.shape[:2]
+        z = {n: t.view(*shape, -1) for n, t in model.project(features).items()}
+        terms = self.criterion.terms(z)
+        changes = parameter_differences(batch.parameters[0], batch.parameters[1])
+        a, b = features.view(*shape, -1)
+        return terms.loss + self.weight * self.augself(a, b, changes), terms
+
+
+def world_changes(world: Any) -> dict[str, int]:
+    """The parameters that two views differ by, and their widths."""
+    batch = world.batch(64, torch.Generator().manual_seed(0))
+    return {k: v.shape[1] for k, v in parameter_differences(batch.parameters[0], batch.parameters[1]).items()}
+
+
+METHODS = {
+    "ours": Joint,
+    "content-only": Joint,
+    "plain pairs": Joint,
+    "sum of entropies": SumOfEntropies,
+    "cube": Cube,
+    "response": Response,
+    "independent": Independent,
+    "looc": LooC,
+    "augself": WithAugSelf,
+}

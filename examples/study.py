@@ -1,0 +1,145 @@
+"""Does it disentangle, and what decides it? Runs a grid of configurations and seeds; docs/results.md is made from it.
+
+    python examples/study.py run latents --workers 2                       # resumes: what has a line is not run again
+    python examples/study.py run sprites --workers 2
+    python examples/study.py run photographs --workers 2 --cifar DIR --imagenet DIR
+    python examples/study.py list                                          # what is there, what is missing
+    python examples/study.py tables                                        # docs/results.md's tables and pictures
+
+Every finished run is one line of docs/results/study.jsonl: experiment, name, configuration (what differs from the
+defaults), seed, what each space knows, the last terms of the loss, seconds. A run has one thread, so that two workers
+on two cores do not disturb each other; its length is steps, never minutes. The grid is in studies/grid.py.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from studies import grid, report
+from studies.methods import METHODS, build_model
+from studies.worlds import WORLDS
+from synthetic import learning_rate
+
+from ssd_addon.metrics import embed
+
+LINES = Path(__file__).parent.parent / "docs" / "results" / "study.jsonl"
+
+
+def train(config: dict[str, Any], seed: int) -> dict[str, Any]:
+    """One run: what its line in the results says."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    c = grid.DEFAULTS | grid.OF_WORLD[config["world"]] | config
+    g = torch.Generator().manual_seed(seed)
+    world: Any = WORLDS[c["world"]](c, seed)
+    model = build_model(c, world)
+    method: Any = METHODS[c["method"]](c, world)
+    parameters = [*model.parameters(), *(p for p in method.parameters() if p.requires_grad)]
+    optimizer = torch.optim.AdamW(parameters, lr=c["lr"], weight_decay=1e-4)
+    start, terms = time.monotonic(), None
+    for step in range(c["steps"]):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step / c["steps"], c["lr"])
+        batch = world.batch(c["batch"], g)
+        with torch.autocast("cpu", torch.bfloat16, enabled=c["amp"]):
+            loss, found = method(model, batch, step == c["steps"] - 1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        terms = found or terms
+        if hasattr(method, "after"):
+            method.after(found)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"step {step}: the loss is {loss.item()}")
+    seconds = time.monotonic() - start
+
+    unit = c["family"] == "simclr" and c["method"] != "cube"
+
+    def spaces(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        z = embed(model, x, batch_size=500, unit=unit)
+        if c["method"] == "cube":
+            z |= {n: torch.tanh(z[n]) for n in world.widths}
+        if c["heads"] == "one projector":  # the row "backbone" is the backbone's, not that of the shared hidden layer
+            inner = embed(lambda y: {"backbone": model.backbone.backbone(y)}, x, batch_size=500, unit=unit)
+            z |= inner
+        return z
+
+    model.eval()
+    line = {"seconds": round(seconds, 1), **world.scores(spaces, model, unit)}
+    if terms is not None:
+        line["terms"] = {k: round(v, 4) for k, v in terms.scalars().items()}
+    if getattr(method, "ascent", None) is not None:
+        line["lambda"] = [round(w, 3) for w in method.ascent.weights.tolist()]
+    return line
+
+
+def key(run: dict[str, Any]) -> str:
+    return json.dumps([run["experiment"], run["config"], run["seed"]], sort_keys=True)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def attempt(run: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
+    config = dict(run["config"])
+    if config.get("data"):
+        config["data"] = places[config["data"]]
+    return run | train(config, run["seed"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("command", choices=("run", "list", "tables"))
+    p.add_argument("experiments", nargs="*", help=f"of {', '.join(grid.EXPERIMENTS)}, or NAME/ROW; all when none")
+    p.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
+    p.add_argument("--cifar", default="", help="DIR with train/CLASS/* and val/CLASS/*, 32 pixels")
+    p.add_argument("--imagenet", default="", help="DIR with train/CLASS/*")
+    p.add_argument("--steps", type=int, help="instead of the grid's: to try it")
+    p.add_argument("--out", type=Path, default=LINES)
+    args = p.parse_args(argv)
+    done = {key(line) for line in lines(args.out)}
+    runs = [r for r in grid.runs(args.experiments) if args.command != "run" or key(r) not in done]
+    if args.command == "tables":
+        report.write(lines(args.out))
+        return 0
+    if args.command == "list":
+        for r in runs:
+            print("done" if key(r) in done else "-   ", r["experiment"], r["name"], "seed", r["seed"])
+        return 0
+    places = {"cifar": args.cifar, "imagenet": args.imagenet}
+    if lacking := {r["config"]["data"] for r in runs if r["config"].get("data")} - {k for k, v in places.items() if v}:
+        p.error(f"expected the folder of --{' and --'.join(sorted(lacking))}: got none")
+    if args.steps:
+        runs = [r | {"config": r["config"] | {"steps": args.steps}} for r in runs]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    failed, start = 0, time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+        waiting = {pool.submit(attempt, r, places): r for r in runs}
+        for count, future in enumerate(concurrent.futures.as_completed(waiting), 1):
+            run = waiting[future]
+            try:
+                with open(args.out, "a") as file:
+                    file.write(json.dumps(future.result()) + "\n")
+            except Exception:
+                failed += 1
+                traceback.print_exc()
+            elapsed = (time.monotonic() - start) / 60
+            print(
+                f"{count} of {len(runs)}  {elapsed:.0f} min, {elapsed / count * (len(runs) - count):.0f} min left  "
+                f"{run['experiment']}: {run['name']}, seed {run['seed']}",
+                flush=True,
+            )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

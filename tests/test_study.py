@@ -1,0 +1,110 @@
+"""The study's runner: every configuration of the grid trains, a stopped grid resumes, and lines are what was run."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import study
+from latents import CausalLatents
+from studies import grid, methods, worlds
+
+
+def test_every_row_has_a_name_and_a_configuration_of_its_own():
+    for experiment, rows in grid.EXPERIMENTS.items():
+        names = [name for name, _, _ in rows]
+        assert len(set(names)) == len(names), experiment
+        configs = [json.dumps(c, sort_keys=True) for _, c, _ in rows]
+        assert len(set(configs)) == len(configs), experiment
+
+
+def test_no_option_of_the_grid_is_misspelt():
+    for run in grid.runs():
+        allowed = grid.DEFAULTS.keys() | grid.OF_WORLD[run["config"]["world"]].keys() | {"world", "data"}
+        assert run["config"].keys() <= allowed, run
+
+
+def different(rows: list[grid.Row]) -> list[grid.Config]:
+    """One configuration for every way in which rows differ beyond sizes and strengths."""
+    kinds = ("method", "family", "plan", "cross", "heads", "dependent", "content_dependent", "styles", "groups", "dual")
+    return list({json.dumps([c.get(k) for k in kinds]): c for _, c, _ in rows}.values())
+
+
+def photographs(tmp_path: Path) -> Path:
+    from torchvision.utils import save_image
+
+    g = torch.Generator().manual_seed(0)
+    for split, n in (("train", 6), ("val", 3)):
+        for label in ("a", "b"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(n):
+                save_image(torch.rand(3, 32, 32, generator=g), tmp_path / split / label / f"{i}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("world", ["latents", "sprites", "photographs"])
+def test_every_kind_of_row_trains(world, tmp_path):
+    torch.manual_seed(0)
+    rows = [row for e, rows in grid.EXPERIMENTS.items() if grid.world(e) == world for row in rows]
+    for config in different(rows):
+        c = grid.DEFAULTS | grid.OF_WORLD[world] | config | {"batch": 16, "size": 32}
+        if world == "photographs":
+            c["data"] = str(photographs(tmp_path / str(len(list(tmp_path.iterdir())))))
+        w = worlds.WORLDS[world](c, 0)
+        model = methods.build_model(c, w)
+        method = methods.METHODS[c["method"]](c, w)
+        loss, _ = method(model, w.batch(c["batch"], torch.Generator().manual_seed(0)), True)
+        loss.backward()
+        assert torch.isfinite(loss) and set(w.widths) == set(model.spaces), config
+        for name, p in model.named_parameters():
+            if "color" in name or "style" in name:
+                assert p.grad is not None and bool(p.grad.any()), (config, name)
+
+
+def test_a_stopped_grid_resumes(tmp_path, monkeypatch, capsys):
+    rows = {"latents/try": [("a", {"batch": 16}, 2), ("b", {"batch": 20}, 1)]}
+    monkeypatch.setattr(grid, "EXPERIMENTS", rows)
+    out = tmp_path / "lines.jsonl"
+    one = study.train({"world": "latents", "batch": 16, "steps": 1, "samples": 200}, 0)
+    assert one["tables"]["kernel"].keys() == {"content", "style_1", "style_2", "backbone"} and one["terms"]["loss"]
+    with open(out, "w") as file:
+        for r in grid.runs()[:2]:
+            file.write(json.dumps(r | one) + "\n")
+    assert study.main(["list", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("done") == 2
+    monkeypatch.setattr(study, "attempt", None)  # nothing that has a line is run again
+    rows["latents/try"] = rows["latents/try"][:1]
+    with open(out, "a") as file:
+        file.write(json.dumps(grid.runs()[1] | one) + "\n")
+    assert study.main(["run", "--out", str(out)]) == 0
+    with pytest.raises(SystemExit, match="expected experiments of"):
+        study.main(["run", "latent/try", "--out", str(out)])
+
+
+def test_one_seed_is_one_run():
+    config = {"world": "latents", "batch": 16, "steps": 2, "method": "response", "samples": 200}
+    a, b = study.train(config, 1), study.train(config, 1)
+    assert a["tables"] == b["tables"] and a["terms"] == b["terms"]
+
+
+class TestLatents:
+    def test_interleaved_keys_share_the_block_that_their_row_serves(self):
+        data = CausalLatents(0, plan="interleaved", cross_image=True)
+        batch = data.batch(10, torch.Generator().manual_seed(0))
+        index = torch.arange(10) % 3
+        for m, name in enumerate(data.styles):
+            a, b = (p[name]["0.Block"]["value"] for p in batch.parameters)
+            assert torch.equal((a == b).all(1), index == m + 1)
+        moved = batch.image_ids[1] != batch.image_ids[0]
+        assert torch.equal(moved, index > 0)  # content's own rows keep their image
+        assert all(int(i) % 3 == int(r) % 3 for r, i in enumerate(batch.image_ids[1]))  # among the rows of the space
+
+    def test_unstructured_keys_share_no_block(self):
+        batch = CausalLatents(0, structured=False).batch(8, torch.Generator().manual_seed(0))
+        for v in range(1, 4):
+            for name in ("style_1", "style_2"):
+                a, b = (batch.parameters[k][name]["0.Block"]["value"] for k in (0, v))
+                assert not (a == b).all(1).any()
