@@ -46,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:  # torch's: images that the backbone does not take, a device without memory
+        print(f"error: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -62,7 +65,13 @@ def report(args: argparse.Namespace) -> None:
     opened = checkpoints.load(args.checkpoint, backbone=args.backbone, views=args.views)
     card, model = opened.card, opened.model
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    model.to(device)
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device: expected one that this machine has, such as cpu: got {device} ({reason})"
+        ) from error
     size = args.size or card.get("size", 224)
     family = card.get("family")
     unit = args.rows == "unit" or (args.rows == "auto" and family in (None, "simclr"))
@@ -76,6 +85,9 @@ def report(args: argparse.Namespace) -> None:
         ("rows", "of unit length" if unit else "as they are"),
     ]
     about += [("family", str(family))] if family else []
+    if opened.log_problem:
+        about.append(("log", f"left out: {opened.log_problem}"))
+        say(f"the log is left out: {opened.log_problem}")
     found = page.write(
         args.out,
         model,

@@ -43,6 +43,7 @@ class Opened:
         card: as stored; {} where there is none.
         log: entries of the run's JSON-lines log, oldest first; [] where there is none.
         path: of the file that the weights came from.
+        log_problem: why `log` is empty although there is one, "" otherwise.
     """
 
     model: StyleHeads
@@ -50,6 +51,7 @@ class Opened:
     card: Mapping[str, Any]
     log: list[dict[str, Any]] = field(default_factory=list)
     path: Path = Path()
+    log_problem: str = ""
 
 
 def load(path: str | Path, *, backbone: str | nn.Module | None = None, views: Any = None) -> Opened:
@@ -116,15 +118,22 @@ def load(path: str | Path, *, backbone: str | nn.Module | None = None, views: An
         reason = str(error)
         raise ValueError(f"{file}: {reason if len(reason) < 600 else reason[:600] + ' ...'}") from error
     chosen = views if views is not None else card.get("views")
-    if isinstance(views, str) and ":" not in views and not views.endswith(".json"):
-        chosen = {"preset": views, "size": card.get("size", 224)}
-    return Opened(
-        model.eval(),
-        None if chosen is None else build_views(chosen, code=views is not None),
-        card,
-        read_log(folder / LOG) if (folder / LOG).is_file() else [],
-        file,
-    )
+    code = views is not None
+    if isinstance(views, str) and views.endswith(".json"):
+        chosen, code = _json(views), False
+    if isinstance(chosen, str) and ":" not in chosen and not chosen.endswith(".json"):
+        chosen = {"preset": chosen}
+    if isinstance(chosen, Mapping) and "preset" in chosen:
+        chosen = {"size": card.get("size", 224)} | dict(chosen)
+    log: list[dict[str, Any]] = []
+    problem = ""
+    if (folder / LOG).is_file():
+        try:
+            log = read_log(folder / LOG)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    made_views = None if chosen is None else build_views(chosen, code=code)
+    return Opened(model.eval(), made_views, card, log, file, problem)
 
 
 def _without_classifier(backbone: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -146,6 +155,10 @@ def _backbone(file: Path, given: str | nn.Module | None, stored: Any) -> nn.Modu
         )
     if not isinstance(stored, str):
         raise ValueError(f"{file}: expected the card's backbone as a string: got {type(stored).__name__}")
+    if not stored.strip():
+        raise ValueError(
+            f"{file}: expected the card to name the backbone, such as torchvision:resnet18: got {stored!r}"
+        )
     if stored.split(":")[0] not in ("torchvision", "timm"):
         raise ValueError(
             f"{file}: its backbone is {stored!r}, which is code, and a checkpoint may not choose code to run; if it is "
@@ -207,10 +220,7 @@ def build_views(spec: Any, *, code: bool = False, seed: int | None = 0) -> Any:
         spec = str(spec)
     if isinstance(spec, str) and code:
         if spec.endswith(".json"):
-            try:
-                spec = json.loads(Path(spec).read_text())
-            except (OSError, ValueError) as error:
-                raise ValueError(f"views: expected a JSON file: {spec} could not be read ({error})") from error
+            spec = _json(spec)
         elif ":" in spec:
             maker = find(spec, "views")
             made = maker() if callable(maker) and not isinstance(maker, StructuredViews) else maker
@@ -244,6 +254,13 @@ def build_views(spec: Any, *, code: bool = False, seed: int | None = 0) -> Any:
         if arguments.get(name) is not None:
             arguments[name] = _operations(arguments[name], name)
     return StructuredViews(**arguments, seed=seed)
+
+
+def _json(file: str) -> Any:
+    try:
+        return json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"views: expected a JSON file: {file} could not be read ({error})") from error
 
 
 def _operations(specs: Any, where: str) -> list[nn.Module]:
@@ -303,7 +320,9 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line that is no JSON object, with its number.
     """
-    lines = Path(path).read_text().splitlines()
+    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
     entries: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -24,8 +24,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssd_addon import _checks
 from ssd_addon.heads import StyleHeads
-from ssd_addon.metrics import Factor, ScoreTable, embed, parameter_matrix, r2_matrix
+from ssd_addon.metrics import Circular, Factor, ScoreTable, embed, parameter_matrix, r2_matrix
+from ssd_addon.metrics.probes import PROBES
 
 Writer = Any  # anything with add_scalar(name, value, step), such as torch.utils.tensorboard.SummaryWriter
 
@@ -87,6 +89,19 @@ class Monitor:
         for what, value in (("every", every), ("log_every", log_every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{what}: expected a whole number, 1 or more: got {value!r}")
+        _checks.choice(probe, tuple(PROBES), "probe")
+        if images is not None and (not isinstance(images, Tensor) or images.ndim < 2 or not len(images)):
+            got = _checks.shape(images) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"Monitor: expected images [n, C, H, W], one or more: got {got}")
+        if views is not None and not callable(getattr(views, "independent", None)):
+            raise TypeError(f"Monitor: expected views as StructuredViews: got {type(views).__name__}")
+        for name, factor in (factors or {}).items():
+            values = factor.angle if isinstance(factor, Circular) else factor
+            if not isinstance(values, Tensor):
+                raise TypeError(f"factor {name!r}: expected a tensor or Circular: got {type(values).__name__}")
+            if images is not None and (values.ndim < 1 or len(values) != len(images)):
+                got = _checks.shape(values)
+                raise ValueError(f"factor {name!r}: expected a value for each of the {len(images)} images: got {got}")
         self.views, self.images, self.factors = views, images, dict(factors or {})
         self.every, self.log_every = every, log_every
         self.unit, self.probe, self.draws, self.batch_size = unit, probe, draws, batch_size
@@ -119,8 +134,12 @@ class Monitor:
         Returns:
             What was written; {} where it was not the turn.
         """
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise TypeError(f"step: expected a whole number: got {step!r}")
         if step % self.log_every or not _first():
             return {}
+        if not isinstance(terms, Mapping) and not callable(getattr(terms, "scalars", None)):
+            raise TypeError(f"terms: expected criterion.terms(z), or a mapping name -> number: got {terms!r}")
         numbers: dict[str, Any] = dict(terms) if isinstance(terms, Mapping) else terms.scalars()
         record = {"step": int(step), **{k: _number(v) for k, v in (numbers | more).items()}}
         self.write(record, tensorboard=not self._logged_elsewhere)

@@ -166,7 +166,7 @@ def test_dci_equals_a_loop_over_held_out_scores():
 def test_blocks_average_the_importance_of_their_factors():
     spaces, factors = codes()
     factors["nothing"] = torch.ones(60)
-    result = dci(spaces, factors, blocks={"first": ["x", "both", "nothing"], "second": ("y",)})
+    result = dci(spaces, factors, blocks={"first": ["x", "both", "nothing"], "second": ("y",)}, bootstrap=0)
     table = r2_matrix(spaces, factors, bootstrap=0)
     r = [
         [(max(0.0, table[s, "x"]) + max(0.0, table[s, "both"])) / 2, max(0.0, table[s, "y"])]  # "nothing" has no score
@@ -192,6 +192,16 @@ def test_perfect_and_duplicated_codes():
     assert duplicated.informativeness > 0.99
     copies = dci({"a": x[:, None], "b": x[:, None], "c": y[:, None]}, factors)  # pure spaces, but x lies in two
     assert copies.disentanglement > 0.95 and 0.3 < copies.by_factor["x"][0] < 0.5 and copies.by_factor["y"][0] > 0.9
+
+
+def test_noise_is_not_disentangled():
+    noise = {"a": randn(400, 3), "b": randn(400, 3, seed=1)}
+    factors = {"x": randn(400, seed=7), "y": randn(400, seed=27)}
+    scores = r2_matrix(noise, factors, bootstrap=0).scores
+    assert any(v > 0 for v in scores.values())  # by chance: what counted as importance once
+    result = dci(noise, factors)
+    assert math.isnan(result.disentanglement) and result.notes["disentanglement"].startswith("no space tells")
+    assert not math.isnan(dci(noise, factors, bootstrap=0).disentanglement)
 
 
 def test_spaces_that_hold_nothing_have_no_number():
@@ -551,6 +561,7 @@ def test_one_class_on_a_side_of_the_split_has_no_mutual_information(side):
         ({"bins": 1}, "bins: expected a whole number, 2 or more: got 1"),
         ({"bins": 2.0}, "bins: .*got 2.0"),
         ({"bins": True}, "bins: .*got True"),
+        ({"bins": 21}, "no more than the 20 samples that the probe is fitted on.*got 21"),
         ({"train_fraction": 0.0}, "train_fraction: expected a share of the 40 samples"),
         ({"train_fraction": 0.95}, "train_fraction: .*at least 5 on either side"),
     ],

@@ -524,3 +524,27 @@ def test_lightning_without_style_heads_and_without_matrices():
 
     trainer = SimpleNamespace(current_epoch=0, global_step=3)
     Monitor(None).lightning().on_train_epoch_end(trainer, nn.Linear(2, 2))  # terms alone were asked for
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.zeros(0, 3, 8, 8)}, r"images \[n, C, H, W\], one or more: got \[0, 3, 8, 8\]"),
+        ({"images": [1, 2]}, "images .*got list"),
+        ({"views": "color_spatial"}, "expected views as StructuredViews: got str"),
+        ({"factors": {"x": torch.rand(3)}}, "factor 'x': expected a value for each of the 24 images: got"),
+        ({"factors": {"x": [0.0] * 24}}, "factor 'x': expected a tensor or Circular: got list"),
+        ({"probe": "linear"}, "probe: expected one of"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_the_training(change, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        Monitor(None, **({"images": DATA.images} | change))
+
+
+def test_step_and_terms_of_another_type():
+    monitor = Monitor(None)
+    with pytest.raises(TypeError, match="step: expected a whole number: got '0'"):
+        monitor.step("0", {"loss": 1.0})
+    with pytest.raises(TypeError, match=r"terms: expected criterion.terms\(z\), or a mapping name -> number: got 3.0"):
+        monitor.step(0, 3.0)

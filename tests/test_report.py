@@ -248,7 +248,19 @@ def test_pictures_are_bounded_and_keep_their_colours():
     assert picture.size == (48, 96) and picture.getpixel((20, 50))[0] > 250 > 10 > picture.getpixel((20, 50))[2]
 
 
-@pytest.mark.parametrize("points", [[(0, 1.0)], [(5, 2.0), (6, 2.0)], [(0, -1e-12), (1, 1e-12)], [(0, 1e6), (9, 3e6)]])
+@pytest.mark.parametrize(
+    "points",
+    [
+        [(0, 1.0)],
+        [(5, 2.0), (6, 2.0)],
+        [(0, -1e-12), (1, 1e-12)],
+        [(0, 1e6), (9, 3e6)],
+        [(0, 1e20), (1, 1e20)],
+        [(0, -1e20), (1, -1e20)],
+        [(0, 1e20), (1, 1.00001e20)],
+        [(0, -9e299), (1, 9e299)],
+    ],
+)
 def test_curves_of_any_range(points):
     svg = rendering._svg("title", "unit", {0: points})
     assert "nan" not in svg and "inf" not in svg
@@ -278,6 +290,12 @@ def run(tmp_path_factory):
     heads = StyleHeads(resnet18(num_classes=4), {"content": 8, "color": 4, "spatial": 4}, hidden=(16,))
     card = {"backbone": "torchvision:resnet18", "views": pages.CARD, "family": "simclr", "size": 32}
     heads.save(root / "model.pt", card=card)
+    (root / "bad.py").write_text(
+        "import torch\n"
+        "def raises(): 1 / 0\n"
+        "def grey(): return torch.rand(20, 1, 32, 32), {}\n"
+        "def last(): return torch.rand(20, 32, 32, 4), {}\n"
+    )
     (root / "log.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 10, "loss": 0.5}\n{"step": 2')
     for k, image in enumerate((pages.squares(24, 40).images * 255).to(torch.uint8)):
         folder = root / "data" / ("a", "b")[k % 2]
@@ -313,6 +331,10 @@ def test_the_command_takes_a_file_and_fewer_images(run, tmp_path, capsys):
         ({"out": "model.pt/x/r.html"}, "can be written"),
         ({"more": ["--backbone", "torchvision:nonsense"]}, "no classification model 'nonsense'"),
         ({"more": ["--views", "nonsense"]}, "preset: expected one of"),
+        ({"more": ["--device", "foo"]}, "--device: expected one that this machine has, such as cpu: got foo"),
+        ({"data": "bad.py:raises"}, "bad.py:raises raised ZeroDivisionError: division by zero"),
+        ({"data": "bad.py:grey"}, "to have 3 channels, but got 1 channels"),
+        ({"data": "bad.py:last"}, "with 1 or 3 channels, one image or more: got [20, 32, 32, 4]"),
     ],
 )
 def test_the_command_says_what_is_wrong(run, capsys, change, message):
@@ -321,6 +343,45 @@ def test_the_command_says_what_is_wrong(run, capsys, change, message):
     assert main([*arguments, "--out", str(out), *change.get("more", [])]) == 1
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.startswith("error: ") and "Traceback" not in captured.err
+
+
+def test_a_broken_log_costs_the_curves_alone(run, tmp_path, capsys):
+    import shutil
+
+    there = shutil.copytree(run, tmp_path / "run")
+    (there / "log.jsonl").write_text('{"step": 0}\nhello\n{"step": 2}\n')
+    out = tmp_path / "r.html"
+    assert main(["report", str(there), "--data", str(there / "data"), "--out", str(out)]) == 0
+    assert "the log is left out: " in capsys.readouterr().out
+    assert "line 2: expected a JSON object" in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"names": ["a"]}, "names: expected 20, one per image: got 1"),
+        ({"factors": {"light": torch.rand(19)}}, "factor 'light': expected a tensor of 20 values, one per image"),
+        ({"factors": {"light": [1.0] * 20}}, "factor 'light': expected a tensor .*got list"),
+        ({"factors": {3: torch.rand(20)}}, "factors: expected their names as strings: got 3"),
+        ({"factors": {"kind": torch.arange(20) % 3}, "classes": {"kind": ["a", "b"]}}, "a word for each class up to 2"),
+        ({"images": torch.rand(20, 2, 8, 8)}, r"images: expected .* with 1 or 3 channels.*got \[20, 2, 8, 8\]"),
+        ({"explored": 0}, "explored: expected a whole number of images, 1 or more: got 0"),
+    ],
+)
+def test_what_does_not_fit_the_images_is_refused_before_anything_is_computed(tmp_path, change, message):
+    explored = change.pop("explored", 5)
+    data = report.Data(**({"images": torch.rand(20, 3, 8, 8)} | change))
+    with pytest.raises((ValueError, TypeError), match=message):
+        report.write(tmp_path / "r.html", pytest.fail, data, explored=explored)
+
+
+def test_steps_and_values_that_are_no_numbers_are_no_points(tmp_path):
+    log = [{"step": 0, "loss": 1.0}, {"step": 1, "loss": math.nan}, {"step": math.inf, "loss": 2.0}]
+    log += [{"step": 2, "loss": 1e308}, {"step": 3, "loss": 10**400}, {"step": 4, "loss": 2.0}]
+    out = tmp_path / "r.html"
+    report.write(out, lambda x: {"content": x.mean((2, 3))}, torch.rand(20, 3, 8, 8), log=log)
+    html = out.read_text()
+    assert "loss: from step 0 to 4" in html and "nan" not in html.split("points=")[1].split(">")[0]
 
 
 def test_counts_below_one_are_refused(run, capsys):

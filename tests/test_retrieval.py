@@ -419,3 +419,23 @@ def test_rows_are_integers(rows):
 def test_bad_embeddings_to_ask_with(query, message):
     with pytest.raises(ValueError, match=message):
         index(spaces()).search(query, {"content": 1, "color": -1}, k=2)
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e308, 5])
+def test_only_the_ratio_of_weights_matters(scale):
+    index = StyleIndex(spaces())
+    scores, rows = index.search(3, {"content": scale, "color": scale}, k=4)
+    again, same = index.search(3, {"content": 1.0, "color": 1.0}, k=4)
+    assert torch.equal(rows, same)
+    torch.testing.assert_close(scores, again)
+
+
+def test_a_query_that_is_no_tensor_is_named():
+    with pytest.raises(TypeError, match="query 'color': expected a tensor .*got int"):
+        StyleIndex(spaces()).search({"color": 5}, "color")
+
+
+def test_a_factory_that_faiss_does_not_know():
+    pytest.importorskip("faiss")
+    with pytest.raises(ValueError, match="factory: expected a description that FAISS knows.*got 'Fla'"):
+        StyleIndex(spaces(), backend="faiss", factory="Fla")

@@ -108,15 +108,18 @@ def dci(
     *,
     blocks: Mapping[str, Sequence[str]] | None = None,
     probe: str = "ridge",
+    bootstrap: int = 200,
     seed: int = 0,
 ) -> Dci:
     """Disentanglement, completeness and informativeness over spaces.
 
-    The importance of a space for a factor is its held-out score for it alone, no less than 0 (`r2_matrix`): what the
-    space *can* tell, also where another space tells it too, as a regression on all spaces together would hide.
+    The importance of a space for a factor is its held-out score for it alone (`r2_matrix`): what the space *can* tell,
+    also where another space tells it too, as a regression on all spaces together would hide. A score whose interval
+    reaches down to 0 counts as 0, or spaces of noise, which score 0.01 here and there, would count as disentangled.
 
     Args:
-        embeddings, factors, probe, seed: as in `r2_matrix`. Leave the backbone out: it holds everything.
+        embeddings, factors, probe, bootstrap, seed: as in `r2_matrix`. Leave the backbone out: it holds everything.
+            bootstrap=0 makes no intervals: every score above 0 counts.
         blocks: name -> factors that belong together, such as {"color": ["hue", "brightness"]}: their importances are
             averaged, so that a space that holds a whole block counts as disentangled. None: each factor by itself.
             A factor without a score (n/a) counts in no block.
@@ -134,7 +137,7 @@ def dci(
     """
     if ALL in embeddings:
         raise ValueError(f"dci: a space may not be named {ALL!r}, which is the row of all of them")
-    table = r2_matrix(embeddings, factors, probe=probe, bootstrap=0, seed=seed)
+    table = r2_matrix(embeddings, factors, probe=probe, bootstrap=bootstrap, seed=seed)
     together = r2_matrix({ALL: torch.cat(list(embeddings.values()), 1)}, factors, probe=probe, bootstrap=0, seed=seed)
     wanted = blocks if blocks is not None else {f: [f] for f in factors}
     for name, members in wanted.items():
@@ -149,8 +152,13 @@ def dci(
             notes[block] = "; ".join(f"{f}: {together.notes.get((ALL, f), 'no score')}" for f in wanted[block])
     used = [b for b in scored if scored[b]]
     spaces = tuple(embeddings)
+
+    def importance_of(cell: tuple[str, str]) -> float:
+        low, _ = table.intervals.get(cell, (1.0, 1.0))
+        return max(0.0, table[cell]) if low > 0 else 0.0
+
     r = torch.tensor(
-        [[sum(max(0.0, table[s, f]) for f in scored[b]) / len(scored[b]) for b in used] for s in spaces],
+        [[sum(importance_of((s, f)) for f in scored[b]) / len(scored[b]) for b in used] for s in spaces],
         dtype=torch.float64,
     ).view(len(spaces), len(used))
     d, by_space = disentanglement(r) if len(used) > 1 else (math.nan, r.new_full((len(spaces),), math.nan))
@@ -163,6 +171,8 @@ def dci(
         if math.isnan(value):
             notes.setdefault(name, "no space tells anything of any factor")
     told = {b: sum(together[ALL, f] for f in scored[b]) / len(scored[b]) for b in used}
+    if not told:
+        notes["informativeness"] = "needs a factor or block that can be scored: got none"
     cells = {(s, b): float(r[i, j]) for i, s in enumerate(spaces) for j, b in enumerate(used)}
     cells |= {(s, b): math.nan for s in spaces for b in wanted if b not in used}
     cells |= {(ALL, b): told.get(b, math.nan) for b in wanted}
@@ -227,7 +237,7 @@ def mig(
         embeddings: space -> [n, d]; two or more, without the backbone.
         factors: as in `r2_matrix`. Numbers and angles are cut into `bins` classes of equally many samples; a factor of
             several columns is the mean over them.
-        bins: 2 or more.
+        bins: 2 or more, and no more than there are samples to train; with few samples in each the bound is loose.
         train_fraction, seed: of the split.
 
     Returns:
@@ -244,6 +254,10 @@ def mig(
         raise ValueError(f"bins: expected a whole number, 2 or more: got {bins!r}")
     n, device = check_factors(embeddings, factors, train_fraction)
     train, test = split_rows(n, train_fraction, torch.Generator("cpu").manual_seed(seed), device)
+    if bins > len(train):
+        raise ValueError(
+            f"bins: expected no more than the {len(train)} samples that the probe is fitted on: got {bins}"
+        )
     cells: dict[tuple[str, str], float] = {}
     notes: dict[tuple[str, str], str] = {}
     labels = {name: _labels(f, bins, device) for name, f in factors.items()}
@@ -268,6 +282,8 @@ def mig(
                 cells[space, name] = sum(told) / len(told) if told else math.nan
                 if not told:
                     notes[space, name] = why or "constant"
+                elif not valid.all():
+                    notes[space, name] = f"defined for {int(valid.sum())} of {n} samples"
     spaces = tuple(embeddings)
     table = ScoreTable(spaces, tuple(factors), cells, {}, notes, "softmax", (), len(train), len(test))
     mean, gaps = sap(table)

@@ -69,7 +69,14 @@ class StyleIndex:
                 raise ImportError(
                     "backend='faiss' needs FAISS (pip install faiss-cpu); 'exact' needs nothing"
                 ) from error
-            self._faiss = faiss.index_factory(self.rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+            try:
+                self._faiss = faiss.index_factory(self.rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+            except (RuntimeError, TypeError) as error:
+                reason = str(error).splitlines()[-1].strip() if str(error) else type(error).__name__
+                raise ValueError(
+                    f"factory: expected a description that FAISS knows, such as 'Flat' or 'HNSW32': got {factory!r} "
+                    f"({reason})"
+                ) from error
             stored = self.rows.cpu().contiguous().numpy()
             if not self._faiss.is_trained:
                 self._faiss.train(stored)
@@ -152,10 +159,10 @@ class StyleIndex:
                 raise ValueError(f"weights: expected names of spaces ({_checks.names(self.widths)}): got {name!r}")
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"weights: expected a finite number for space {name!r}: got {value!r}")
-        used = {name: float(value) for name, value in weights.items() if value}
-        if not used:
+        most = max((abs(float(value)) for value in weights.values()), default=0.0)
+        if not most:
             raise ValueError(f"weights: expected a space of weight other than 0: got {dict(weights)!r}")
-        return used
+        return {name: float(value) / most for name, value in weights.items() if value}  # no sum of them overflows
 
     def _row_numbers(self, query: int | Tensor) -> Tensor:
         rows = torch.as_tensor(query, device=self.rows.device).reshape(-1)
@@ -172,13 +179,14 @@ class StyleIndex:
         missing = [name for name in w if name not in query]
         if missing:
             raise ValueError(f"query: expected embeddings of every weighted space: missing {_checks.names(missing)}")
+        for name in w:
+            check_space(f"query {name!r}", query[name], 1)
         count = len(query[next(iter(w))])
         parts = []
         for name, d in self.widths.items():
             if name not in w:
                 parts.append(self.rows.new_zeros(count, d))
                 continue
-            check_space(f"query {name!r}", query[name], 1)
             check_finite(f"query {name!r}", query[name])
             if query[name].shape != (count, d):
                 got = _checks.shape(query[name])

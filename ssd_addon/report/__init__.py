@@ -62,10 +62,14 @@ def write(
 
     Raises:
         OSError: `out` cannot be written; said before anything is computed.
-        ValueError, TypeError: images that are not [n, C, H, W], and what `metrics.embed` refuses.
+        ValueError, TypeError: images that are not [n, C, H, W] with 1 or 3 channels, names or factors that are not one
+            for each image, and what `metrics.embed` refuses.
     """
     path = writable(out)
     data = images if isinstance(images, Data) else Data(images, factors or {}, list(names))
+    data.check()
+    if isinstance(explored, bool) or not isinstance(explored, int) or explored < 1:
+        raise ValueError(f"explored: expected a whole number of images, 1 or more: got {explored!r}")
     found = measure(
         model,
         data,

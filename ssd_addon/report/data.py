@@ -39,6 +39,29 @@ class Data:
         object.__setattr__(self, "names", list(self.names) or [""] * n)
         object.__setattr__(self, "total", self.total or n)
 
+    def check(self) -> None:
+        """Raises what does not fit: images without a picture, names, factors or classes that are not theirs."""
+        x, n = self.images, len(self.images)
+        if x.ndim != 4 or not n or x.shape[1] not in (1, 3):
+            raise ValueError(
+                f"images: expected [n, C, H, W] with 1 or 3 channels, one image or more: got {_checks.shape(x)}"
+            )
+        if len(self.names) != n:
+            raise ValueError(f"names: expected {n}, one per image: got {len(self.names)}")
+        for name, f in self.factors.items():
+            if not isinstance(name, str):
+                raise TypeError(f"factors: expected their names as strings: got {name!r}")
+            values = f.angle if isinstance(f, Circular) else f
+            if not isinstance(values, Tensor) or values.ndim < 1 or len(values) != n:
+                got = _checks.shape(values) if isinstance(values, Tensor) else type(values).__name__
+                raise ValueError(f"factor {name!r}: expected a tensor of {n} values, one per image: got {got}")
+        for name, words in self.classes.items():
+            if name in self.factors:
+                factor = self.factors[name]
+                most = 0 if isinstance(factor, Circular) else int(torch.as_tensor(factor).max())
+                if most >= len(words):
+                    raise ValueError(f"classes {name!r}: expected a word for each class up to {most}: got {len(words)}")
+
 
 def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say: Say | None = None) -> Data:
     """Up to `samples` images, drawn at random (in the order of the data set) where there are more.
@@ -64,7 +87,10 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
 
         made = find(spec, "--data")
         if inspect.isclass(made) or (callable(made) and not hasattr(made, "__getitem__")):
-            made = made(samples=samples) if "samples" in inspect.signature(made).parameters else made()
+            try:
+                made = made(samples=samples) if "samples" in inspect.signature(made).parameters else made()
+            except Exception as error:  # whatever the caller's own code raises
+                raise ValueError(f"--data: {spec} raised {type(error).__name__}: {error}") from error
         spec = made
     if isinstance(spec, Data):
         return _subset(spec, samples, seed)

@@ -200,7 +200,7 @@ def _numbers(f: Findings) -> str:
 
 
 def _curves(f: Findings) -> str:
-    steps = [e for e in f.log if isinstance(e.get("step"), int | float)]
+    steps = [e for e in f.log if _finite(e.get("step"))]
     out = ["<section>", "<h2>Training, space by space</h2>"]
     panels = [
         ("constraint/", "misalignment of pairs", "0 is perfect"),
@@ -240,8 +240,8 @@ def _svg(title: str, unit: str, series: Mapping[int, Sequence[tuple[float, float
     y0, y1 = min(ys), max(ys)
     if 0 < y0 < y1 / 2:
         y0 = 0.0
-    if y1 - y0 < 1e-9:
-        y0, y1 = y0 - 0.5, y1 + 0.5
+    if y1 - y0 <= 1e-9 * max(1.0, abs(y0), abs(y1)):  # a constant
+        y0, y1 = y0 - 0.5 * max(1.0, abs(y0)), y1 + 0.5 * max(1.0, abs(y1))
     ticks = _ticks(y0, y1)
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -417,7 +417,8 @@ def _json(value: Any) -> str:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that a curve can be drawn through."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _number(value: float) -> str:
