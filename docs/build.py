@@ -11,7 +11,8 @@ NAMES = {
     "batch": ("ViewPlan", "ViewBatch", "Embeddings"),
     "collate": ("StructuredCollate", "ImageFiles"),
     "heads": ("StyleHeads",),
-    "losses": ("JointEntropyLoss", "Terms", "DualAscent"),
+    "losses": ("JointEntropyLoss", "Terms"),
+    "ascent": ("DualAscent",),
     "metrics": (
         "embed",
         "r2_matrix",

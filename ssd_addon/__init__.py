@@ -24,7 +24,7 @@ _HOME = {
     "StructuredCollate": "collate",
     "StyleHeads": "heads",
     "JointEntropyLoss": "losses",
-    "DualAscent": "losses",
+    "DualAscent": "ascent",
     "Monitor": "monitor",
 }
 _MODULES = (
