@@ -11,6 +11,8 @@ BACKENDS = ("auto", "eager", "streaming", "triton")
 
 EAGER_BYTES = 64 * 2**20
 """Up to this size of the matrix that eager materialises, eager is the choice of "auto"."""
+CPU_EAGER_BYTES = 256 * 2**10
+"""The same for the log-sums on a CPU, where streaming is the faster one from about 256 rows on (docs/benchmarks.md)."""
 
 
 def choose_backend(
@@ -29,7 +31,8 @@ def choose_backend(
         matrix_elements: entries of the matrix that eager would keep (N x N, or D x D).
         dtype: type that the arithmetic runs in.
         device: where the rows are; None checks the name alone.
-        rows, width: N and D, by which "auto" picks triton on CUDA where table.json has it measured as faster.
+        rows, width: N and D of the log-sums (0 rows: covariances), by which "auto" picks triton on CUDA where
+            table.json has it measured as faster, and streaming on a CPU from a smaller matrix on.
 
     Raises:
         ValueError: an unknown name, or a named backend that cannot run here; the message says what can.
@@ -52,7 +55,9 @@ def choose_backend(
         and why_no_triton(device, dtype) is None
     ):
         return "triton"
-    if dtype == torch.float64 or matrix_elements * dtype.itemsize <= EAGER_BYTES:
+    log_sums_on_cpu = rows > 0 and device is not None and device.type == "cpu"
+    limit = min(EAGER_BYTES, CPU_EAGER_BYTES) if log_sums_on_cpu else EAGER_BYTES
+    if dtype == torch.float64 or matrix_elements * dtype.itemsize <= limit:
         return "eager"
     return "streaming"
 

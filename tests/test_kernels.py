@@ -12,6 +12,7 @@ import torch
 from reference import grouped, unit
 from torch.nn import functional as F
 
+from ssd_addon import JointEntropyLoss
 from ssd_addon.kernels import BACKENDS, choose_backend, dispatch, negative_lse, off_diagonal_energy
 
 ROOT = Path(__file__).parents[1]
@@ -288,6 +289,18 @@ def test_auto_goes_by_type_and_size():
     assert choose_backend("auto", matrix_elements=limit + 1, dtype=torch.float32) == "streaming"
     assert choose_backend("auto", matrix_elements=limit + 1, dtype=torch.float64) == "eager"
     assert choose_backend("streaming", matrix_elements=1, dtype=torch.float64) == "streaming"
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(256, "eager"), (257, "streaming")])
+def test_auto_streams_the_log_sums_earlier_on_a_cpu(rows, expected):
+    on_cpu = {"dtype": torch.float32, "device": torch.device("cpu")}
+    assert choose_backend("auto", matrix_elements=rows**2, rows=rows, **on_cpu) == expected
+    assert choose_backend("auto", matrix_elements=rows**2, **on_cpu) == "eager"  # covariances
+    assert choose_backend(
+        "auto", matrix_elements=rows**2, rows=rows, dtype=torch.float64, device=torch.device("cpu")
+    ) == ("eager")
+    z = {"content": torch.randn(2, -(-rows // 2), 3, generator=torch.Generator().manual_seed(0))}
+    assert JointEntropyLoss("simclr").terms(z).backend == expected
 
 
 # ------------------------------------------------------------------------------------------ off_diagonal_energy

@@ -62,7 +62,6 @@ class Joint(nn.Module):
             weights=weights,
             content_keys=c["content_keys"] if several else "first",
             content_entropy=c["content_entropy"] and several,
-            backend="streaming" if family == "simclr" else "auto",  # on a CPU faster than eager at any size here
             **options,
         )
         self.ascent = None

@@ -1,7 +1,7 @@
 """docs/results.md's tables and pictures, from the lines of the study.
 
-A block of the page between `<!-- NAME -->` and `<!-- end -->` is what `TABLES[NAME]` makes of the lines; the
-rest is written by hand. Cells are means over seeds with the standard deviation; a row of one seed has a ° and no spread.
+A block of the page between `<!-- NAME -->` and `<!-- end -->` is what `TABLES[NAME]` makes of the lines; the rest is
+written by hand. Cells are means over seeds with the standard deviation; a row of one seed has a ° and no spread.
 """
 
 import math
