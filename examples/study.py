@@ -100,13 +100,15 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("command", choices=("run", "list", "tables"))
     p.add_argument("experiments", nargs="*", help=f"of {', '.join(grid.EXPERIMENTS)}, or NAME/ROW; all when none")
     p.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
+    p.add_argument("--seeds", type=int, default=3, help="only the first so many of every row")
     p.add_argument("--cifar", default="", help="DIR with train/CLASS/* and val/CLASS/*, 32 pixels")
     p.add_argument("--imagenet", default="", help="DIR with train/CLASS/*")
     p.add_argument("--steps", type=int, help="instead of the grid's: to try it")
     p.add_argument("--out", type=Path, default=LINES)
     args = p.parse_args(argv)
     done = {key(line) for line in lines(args.out)}
-    runs = [r for r in grid.runs(args.experiments) if args.command != "run" or key(r) not in done]
+    runs = [r for r in grid.runs(args.experiments) if r["seed"] < args.seeds]
+    runs = [r for r in runs if args.command != "run" or key(r) not in done]
     if args.command == "tables":
         report.write(lines(args.out))
         return 0

@@ -71,15 +71,15 @@ def by_rows(n: int, d: int, group: Any) -> bool:
 
 
 def _triton(x: Tensor, y: Tensor | None, group: Any) -> Tensor:
-    from ssd_addon.kernels import fused
+    from ssd_addon.kernels import energy
 
     out: Tensor
     if group is not None:
-        out = fused.EnergyOverRanks.apply(x, y, group)
+        out = energy.EnergyOverRanks.apply(x, y, group)
         return out
     if not x.shape[0]:
         return (x.sum() + (0 if y is None else y.sum())).float() * 0
-    out, _, _ = fused.off_diagonal_energy(x, y, by_rows(x.shape[0], x.shape[1], group))
+    out, _, _ = energy.off_diagonal_energy(x, y, by_rows(x.shape[0], x.shape[1], group))
     return out
 
 

@@ -59,8 +59,12 @@ LATENTS: dict[str, list[Row]] = {
     ],
     "latents/cures": [
         ("shallow style heads", {"heads": "shallow styles"}, 1),
-        ("response penalty, 1", {"method": "response"}, 1),
+        ("response penalty, 1", {"method": "response"}, 3),
+        ("response penalty, 0.5", {"method": "response", "response": 0.5}, 3),
+        ("response penalty, 0.25", {"method": "response", "response": 0.25}, 1),
+        ("response penalty, 2", {"method": "response", "response": 2.0}, 1),
         ("response penalty, 4", {"method": "response", "response": 4.0}, 1),
+        ("vicreg, response penalty, 1", {"method": "response", "family": "vicreg"}, 3),
         ("squared distance in a cube", {"method": "cube"}, 1),
         ("squared distance in a cube, tau 0.02", {"method": "cube", "temperature": 0.02}, 1),
     ],
@@ -114,6 +118,7 @@ SPRITES: dict[str, list[Row]] = {
     "sprites/methods": [
         ("ours", {}, 3),
         ("content-only", {"method": "content-only", "steps": 3200}, 3),
+        ("ours, response penalty, 0.5", {"method": "response", "response": 0.5}, 3),
         ("LooC", {"method": "looc"}, 3),
         ("AugSelf", {"method": "augself", "steps": 3200}, 3),
     ],
@@ -145,6 +150,7 @@ PHOTOGRAPHS: dict[str, list[Row]] = {
     "cifar/cross": [
         ("kinds, plain", CIFAR | {"groups": "kinds"}, 3),
         ("kinds, cross-image", CIFAR | {"groups": "kinds", "cross": ["spatial", "color"]}, 3),
+        ("kinds, response penalty, 0.5", CIFAR | {"groups": "kinds", "method": "response", "response": 0.5}, 3),
         ("each operation, plain", CIFAR | {"groups": "each"}, 1),
         ("each operation, cross-image", CIFAR | {"groups": "each", "cross": EACH}, 1),
     ],

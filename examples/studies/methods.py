@@ -150,12 +150,16 @@ class Response(Joint):
         terms = self.criterion.terms(z)
         changes = parameter_differences(batch.parameters[0], batch.parameters[1])
         penalties = []
+        directions = self.criterion.family == "simclr"
         for name, predict in self.predict.items():
-            u = F.normalize(z[name], dim=-1)
+            u = F.normalize(z[name], dim=-1) if directions else z[name]
             known = [v.float() for key, v in changes.items() if key.startswith(f"{name}/")]
-            guess = F.normalize(predict(torch.cat([u[0], *known], dim=1)), dim=1)
-            penalties.append(1 - (guess * u[1]).sum(1).mean())
-        return terms.loss + self.weight * torch.stack(penalties).mean() / self.criterion.temperature, terms
+            guess = predict(torch.cat([u[0], *known], dim=1))
+            if directions:
+                penalties.append((1 - (F.normalize(guess, dim=1) * u[1]).sum(1).mean()) / self.criterion.temperature)
+            else:
+                penalties.append(25 * (guess - u[1]).square().mean())
+        return terms.loss + self.weight * torch.stack(penalties).mean(), terms
 
 
 class Independent(Joint):
