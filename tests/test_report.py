@@ -392,3 +392,24 @@ def test_counts_below_one_are_refused(run, capsys):
 
 def test_nothing_is_drawn_with_matplotlib(run):
     assert "matplotlib" not in (rendering.__file__ and vars(sys.modules["ssd_addon.report.page"]))
+
+
+def test_a_factor_that_cannot_be_scored_does_not_cost_the_others(tmp_path):
+    data = pages.squares(24)
+    images = report.Data(data.images, {"x": data.factors["x"], "odd": torch.rand(24, 2, 2)})
+    found = report.write(tmp_path / "r.html", lambda x: {"content": x.mean((2, 3)), "color": x.amax((2, 3))}, images)
+    assert found.labelled["ridge"].factors == ("x",)
+    assert (
+        "odd is left out",
+        "factor 'odd': expected numbers [n] or [n, k]: got [24, 2, 2] torch.float32",
+    ) in found.about
+
+
+def test_a_space_of_one_column_is_a_sign_when_rows_have_unit_length(tmp_path):
+    def model(x):
+        return {"content": x.mean((2, 3)), "tone": x.mean((1, 2, 3))[:, None] - 0.5}
+
+    for unit in (True, False):
+        found = report.write(tmp_path / "r.html", model, torch.rand(24, 3, 8, 8), unit=unit)
+        assert ("note" in dict(found.about)) == unit
+    assert "tone: 1 wide, so of unit length there is a sign alone" not in (tmp_path / "r.html").read_text()

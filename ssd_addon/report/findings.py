@@ -24,7 +24,7 @@ from ssd_addon.metrics import (
     space_geometry,
 )
 from ssd_addon.metrics.embed import BACKBONE, Model
-from ssd_addon.metrics.matrix import check_finite
+from ssd_addon.metrics.matrix import MIN_ROWS, check_factors, check_finite
 from ssd_addon.report.data import Data, Say
 
 KNOWS, TRACE = 0.5, 0.1
@@ -130,22 +130,36 @@ def measure(
             reasons[part] = str(error)
             return None
 
+    about = list(about)
+    thin = [s for s in spaces if unit and z[s].shape[1] == 1]
+    if thin:
+        about.append(("note", f"{_listed(thin)}: 1 wide, so of unit length there is a sign alone"))
     labelled: dict[str, ScoreTable] = {}
     summary = None
-    if data.factors:
+    factors = {}
+    for name, factor in data.factors.items():  # one that cannot be scored does not cost the others
+        try:
+            if n >= 2 * MIN_ROWS:
+                check_factors(styles, {name: factor}, 0.5)
+            factors[name] = factor
+        except (ValueError, TypeError) as error:
+            about.append((f"{name} is left out", str(error)))
+    if factors:
         for probe, called in (("ridge", "linear"), ("kernel", "nonlinear")):
-            table = attempt(f"known factors, {called} probe", partial(r2_matrix, z, data.factors, probe=probe))
+            table = attempt(f"known factors, {called} probe", partial(r2_matrix, z, factors, probe=probe))
             if table is not None:
                 labelled[probe] = table
         if labelled and len(spaces) > 1:
 
             def numbers() -> Summary:
                 gap = sap(labelled["ridge"].only(spaces=spaces))[0]
-                return Summary(dci(styles, data.factors, seed=seed), gap, mig(styles, data.factors, seed=seed)[0])
+                return Summary(dci(styles, factors, seed=seed), gap, mig(styles, factors, seed=seed)[0])
 
             summary = attempt("summary numbers", numbers)
-    else:
+    elif not data.factors:
         reasons["known factors"] = "the data set names none"
+    else:
+        reasons["known factors"] = "none of them can be scored, see the head of the page"
     label_free = None
     if views is None:
         reasons["label-free matrix"] = "the checkpoint does not say how its views are drawn; name them with --views"
@@ -171,7 +185,7 @@ def measure(
     similarity = {s: (t @ t.T).float() for s, t in index.items()}
     return Findings(
         title,
-        list(about),
+        about,
         spaces,
         labelled,
         label_free,
