@@ -13,6 +13,7 @@ NAMES = {
     "heads": ("StyleHeads",),
     "losses": ("JointEntropyLoss", "Terms"),
     "ascent": ("DualAscent",),
+    "equivariance": ("EquivarianceLoss",),
     "metrics": (
         "embed",
         "r2_matrix",

@@ -15,7 +15,9 @@ import argparse
 import concurrent.futures
 import json
 import multiprocessing
+import os
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -95,6 +97,17 @@ def attempt(run: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
     return run | train(config, run["seed"])
 
 
+def end_with(parent: int) -> None:
+    """In a worker: stop when the runner was stopped, also by a signal that it could not pass on."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("command", choices=("run", "list", "tables"))
@@ -124,7 +137,8 @@ def main(argv: list[str] | None = None) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     failed, start = 0, time.monotonic()
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+    workers = {"mp_context": context, "initializer": end_with, "initargs": (os.getpid(),)}
+    with concurrent.futures.ProcessPoolExecutor(args.workers, **workers) as pool:
         waiting = {pool.submit(attempt, r, places): r for r in runs}
         for count, future in enumerate(concurrent.futures.as_completed(waiting), 1):
             run = waiting[future]

@@ -25,6 +25,7 @@ _HOME = {
     "StyleHeads": "heads",
     "JointEntropyLoss": "losses",
     "DualAscent": "ascent",
+    "EquivarianceLoss": "equivariance",
     "Monitor": "monitor",
 }
 _MODULES = (

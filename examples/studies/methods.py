@@ -12,7 +12,7 @@ from baselines.augself import AugSelf
 from baselines.looc import LooCLoss
 from torch import Tensor, nn
 
-from ssd_addon import DualAscent, JointEntropyLoss, StyleHeads, ViewBatch
+from ssd_addon import DualAscent, EquivarianceLoss, JointEntropyLoss, StyleHeads, ViewBatch
 from ssd_addon.kernels.similarity import negative_lse
 from ssd_addon.losses import Terms
 from ssd_addon.metrics import parameter_differences
@@ -127,39 +127,23 @@ class Cube(nn.Module):
         return torch.stack(pulls).mean() + logits.logsumexp(1).mean(), None
 
 
-class Response(Joint):
-    """The joint loss and a penalty: what a known change of parameters does to a style code depends on the code alone.
-
-    A small network predicts the code of the content key from the query's and the parameters' difference; with a code
-    that content turns, the answer depends on the content and cannot be predicted. Needs no second image.
-    """
+class Equivariant(Joint):
+    """The joint loss and `EquivarianceLoss`: a known change of parameters does to every code the same."""
 
     def __init__(self, c: Config, world: Any) -> None:
         super().__init__(c, world)
-        self.weight = c["response"]
-        self.changes = world_changes(world)
-        self.predict = nn.ModuleDict()
-        for n, d in world.widths.items():
-            if n != "content":
-                k = sum(width for name, width in self.changes.items() if name.startswith(f"{n}/"))
-                self.predict[n] = nn.Sequential(nn.Linear(d + k, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
-                self.predict[n].append(nn.Linear(128, d))
+        self.equivariance = EquivarianceLoss(
+            world.widths,
+            world.batch(64, torch.Generator().manual_seed(0)),
+            family=c["family"],
+            temperature=c["temperature"] if c["family"] == "simclr" else None,
+            weight=c["equivariance"],
+        )
 
     def forward(self, model: StyleHeads, batch: ViewBatch, log: bool) -> Result:
         z = model(batch)
         terms = self.criterion.terms(z)
-        changes = parameter_differences(batch.parameters[0], batch.parameters[1])
-        penalties = []
-        directions = self.criterion.family == "simclr"
-        for name, predict in self.predict.items():
-            u = F.normalize(z[name], dim=-1) if directions else z[name]
-            known = [v.float() for key, v in changes.items() if key.startswith(f"{name}/")]
-            guess = predict(torch.cat([u[0], *known], dim=1))
-            if directions:
-                penalties.append((1 - (F.normalize(guess, dim=1) * u[1]).sum(1).mean()) / self.criterion.temperature)
-            else:
-                penalties.append(25 * (guess - u[1]).square().mean())
-        return terms.loss + self.weight * torch.stack(penalties).mean(), terms
+        return terms.loss + self.equivariance(z, batch), terms
 
 
 class Independent(Joint):
@@ -230,7 +214,7 @@ METHODS = {
     "plain pairs": Joint,
     "sum of entropies": SumOfEntropies,
     "cube": Cube,
-    "response": Response,
+    "equivariance": Equivariant,
     "independent": Independent,
     "looc": LooC,
     "augself": WithAugSelf,

@@ -169,14 +169,14 @@ def parameter_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[st
     >>> b = {"color": {"0.ColorJitter": {"brightness_factor": torch.tensor([1.5, 1.25])}}}
     >>> parameter_differences(a, b)
     {'color/0.ColorJitter/brightness_factor': tensor([[1.0000],
-            [0.2500]], dtype=torch.float64)}
+            [0.2500]])}
 
     Args:
         a, b: how two views were drawn, such as `batch.parameters[0]` and `batch.parameters[1]`.
 
     Returns:
-        "group/operation/parameter" -> theta_b - theta_a [B, k] float64 on the CPU, in the units of the parameter. An
-        angle or a hue whose draws in this batch span more than half of its circle is (cos, sin) of the difference;
+        "group/operation/parameter" -> theta_b - theta_a [B, k] float32 on its device, in the units of the parameter. An
+        angle or a hue is (cos, sin) of the difference, whatever its range, so that k is the same for every batch;
         "batch_prob" is +-1 where the operation fired in one view alone, and where it did not fire in a view its other
         parameters count as their mean over the batch. A crop's corners are centre and size, in shares of the image.
         Fields of noise are left out, and so is what was drawn for no group ("then").
@@ -190,7 +190,7 @@ def parameter_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[st
     out: dict[str, Tensor] = {}
     for group in a:
         if group != THEN:
-            out |= _differences(group, ([a], [b]), [])
+            out |= _differences(group, ([a], [b]), [], in_training=True)
     return out
 
 
@@ -213,15 +213,18 @@ def _pairs(
     return joined(a), joined(b), drawn
 
 
-def _differences(group: str, drawn: Drawn, skipped: list[str]) -> dict[str, Tensor]:
-    """Name -> theta_b - theta_a [P, k] of every parameter that the group draws."""
+def _differences(group: str, drawn: Drawn, skipped: list[str], *, in_training: bool = False) -> dict[str, Tensor]:
+    """Name -> theta_b - theta_a [P, k] of every parameter that the group draws.
+
+    In training: nothing leaves the device or waits for it, float32, and any angle is (cos, sin).
+    """
     out: dict[str, Tensor] = {}
     for op, parameters in drawn[0][0][group].items():
-        stacked = partial(_stacked, drawn, group, op)
+        stacked = partial(_stacked, drawn, group, op, in_training)
         gates = None
         if "batch_prob" in parameters:
             gates = [stacked("batch_prob", v) > 0.5 for v in range(2)]
-            out[f"{group}/{op}/batch_prob"] = gates[1].double() - gates[0].double()
+            out[f"{group}/{op}/batch_prob"] = stacked("batch_prob", 1).round() - stacked("batch_prob", 0).round()
         for name in parameters:
             path = f"{group}/{op}/{name}"
             if name in SIDE or name == "batch_prob" or (name == "dst" and "output_size" in parameters):
@@ -234,22 +237,23 @@ def _differences(group: str, drawn: Drawn, skipped: list[str]) -> dict[str, Tens
             if name == "src" and "input_size" in parameters:
                 x = [_box(corners, stacked("input_size", v)) for v, corners in enumerate(x)]
             if gates is not None:
-                fired = torch.cat([t[g[:, 0]] for t, g in zip(x, gates, strict=True)])
-                middle = fired.mean(0) if len(fired) else torch.zeros_like(x[0][0])
+                fired, count = torch.cat(gates), sum(g.sum() for g in gates)
+                middle = torch.where(fired, torch.cat(x), 0).sum(0) / torch.as_tensor(count).clamp(min=1)
                 x = [torch.where(g, t, middle) for t, g in zip(x, gates, strict=True)]
             difference = x[1] - x[0]
             period = PERIODS.get(name)
             both = torch.cat(x)
-            if period is not None and float(both.max() - both.min()) > period / 2:
+            if period is not None and (in_training or float(both.max() - both.min()) > period / 2):
                 phase = 2 * math.pi / period * difference
                 difference = torch.cat([phase.cos(), phase.sin()], 1)
             out[path] = difference
     return out
 
 
-def _stacked(drawn: Drawn, group: str, op: str, name: str, view: int) -> Tensor:
-    """One parameter of all pairs: [P, k] float64."""
-    values = [p[group][op][name].detach().cpu().double() for p in drawn[view]]
+def _stacked(drawn: Drawn, group: str, op: str, in_training: bool, name: str, view: int) -> Tensor:
+    """One parameter of all pairs: [P, k]; float64 on the CPU, or in training float32 where it is."""
+    values = [p[group][op][name].detach() for p in drawn[view]]
+    values = [v.float() for v in values] if in_training else [v.cpu().double() for v in values]
     return torch.cat([v.flatten(1) if v.ndim > 1 else v[:, None] for v in values])
 
 

@@ -1,0 +1,198 @@
+"""EquivarianceLoss: its equation by loops, what it can and cannot tell, and what it refuses."""
+
+import math
+
+import kornia.augmentation as K
+import pytest
+import torch
+from torch import nn
+
+from ssd_addon import Embeddings, EquivarianceLoss, StructuredViews, ViewBatch, ViewPlan
+from ssd_addon.metrics import parameter_differences
+
+PLAN = ViewPlan.shared_query(("content", "color", "spatial"))
+WIDTHS = {"content": 4, "color": 3, "spatial": 2}
+
+
+def views(**options):
+    groups = {"color": [K.ColorJitter(0.4, hue=0.5, p=1.0)], "spatial": [K.RandomRotation(90.0, p=1.0)]}
+    return StructuredViews(groups, seed=0, **options)
+
+
+def embeddings(plan=PLAN, b=6, **more):
+    g = torch.Generator().manual_seed(1)
+    z = {n: torch.randn(plan.num_views, b, d, generator=g) for n, d in WIDTHS.items()}
+    return Embeddings(z, plan, **more)
+
+
+def alignment(family, guess, b, temperature):
+    """The definitions, a row and a coordinate at a time."""
+    n, d = guess.shape
+    if family == "simclr":
+        cosines = [float(guess[i] @ b[i] / (guess[i].norm() * b[i].norm())) for i in range(n)]
+        return (1 - sum(cosines) / n) / temperature
+    if family == "vicreg":
+        return 25 * sum(float(guess[i, k] - b[i, k]) ** 2 for i in range(n) for k in range(d)) / (n * d)
+    total = 0.0
+    for k in range(d):
+        columns = []
+        for x in (guess[:, k].tolist(), b[:, k].tolist()):
+            mean = sum(x) / n
+            root = math.sqrt(sum((v - mean) ** 2 for v in x) / n + 1e-5)
+            columns.append([(v - mean) / root for v in x])
+        total += (sum(p * q for p, q in zip(*columns, strict=True)) / n - 1) ** 2
+    return total
+
+
+@pytest.mark.parametrize("family", ["simclr", "vicreg", "barlow"])
+def test_it_is_its_equation(family):
+    torch.manual_seed(0)
+    batch, z = views()(torch.rand(6, 3, 8, 8)), embeddings()
+    options = {"temperature": 0.3} if family == "simclr" else {}
+    loss = EquivarianceLoss(WIDTHS, batch, family=family, weight=0.7, hidden=(5,), **options)
+    changes = parameter_differences(batch.parameters[0], batch.parameters[1])
+    expected = 0.0
+    for name in ("color", "spatial"):
+        change = torch.cat([t for key, t in changes.items() if key.startswith(f"{name}/")], 1)
+        change = (change - change.mean(0)) / (change.var(0, unbiased=False) + 1e-5).sqrt()
+        a, b = z[name][0], z[name][1]
+        if family == "simclr":
+            a = a / a.norm(dim=1, keepdim=True)
+        guess = loss.networks[f"_{name}"]["predict"](torch.cat([a, change], 1))
+        expected += alignment(family, guess.detach(), b, 0.3)
+    assert loss(z, batch).item() == pytest.approx(0.7 * expected / 2, rel=1e-4)
+
+
+def test_both_codes_and_the_networks_are_trained_and_content_is_not():
+    batch, z = views()(torch.rand(6, 3, 8, 8)), embeddings()
+    for t in z.values():
+        t.requires_grad_()
+    loss = EquivarianceLoss(WIDTHS, batch)
+    loss(z, batch).backward()
+    for name in ("color", "spatial"):
+        assert z[name].grad[0].any() and z[name].grad[1].any() and not z[name].grad[2:].any()
+    assert z["content"].grad is None
+    assert all(p.grad is not None and p.grad.any() for p in loss.parameters())
+
+
+def drawn(s: torch.Tensor, n: int = 256) -> ViewBatch:
+    parameters = [{"style": {"0.Shift": {"value": v}}} for v in (*s, s[0])]
+    return ViewBatch(torch.zeros(3, n, 1), ViewPlan.shared_query(("content", "style")), parameters=parameters)
+
+
+def learnt(code, steps=300):
+    """What is left of the loss when the networks alone are trained on a fixed code of (content, style)."""
+    torch.manual_seed(0)
+    loss = None
+    for step in range(steps):
+        c, s = torch.randn(256), torch.randn(2, 256)
+        batch = drawn(s)
+        z = {"content": c.expand(3, -1)[..., None], "style": torch.stack([code(c, s[0]), code(c, s[1]), code(c, s[0])])}
+        if loss is None:
+            loss = EquivarianceLoss({"content": 1, "style": 2}, batch, temperature=1.0)
+            optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2 if step == 0 else 1e-3)
+        value = loss(Embeddings(z, batch.plan), batch)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    return value.item()
+
+
+def on_circle(angle):
+    return torch.stack([angle.cos(), angle.sin()], 1)
+
+
+def test_a_code_that_content_turns_about_costs_more():
+    plain = learnt(lambda c, s: on_circle(s))
+    mirrored = learnt(lambda c, s: on_circle(s * c.sign()))  # the same change goes the other way round
+    assert plain < 0.02 < 0.1 < mirrored
+
+
+def test_a_code_that_content_turns_along_its_own_changes_is_not_told():
+    """The limit in docs/method.md: where the change itself is a rotation, so may the content's be."""
+    assert learnt(lambda c, s: on_circle(s + c)) < 0.02
+
+
+@pytest.mark.parametrize("plan", ["shared_query", "interleaved"])
+def test_rows_of_another_image_are_left_out(plan):
+    torch.manual_seed(0)
+    make = views(plan=plan, cross_image=("color", "spatial"))
+    batch = make(torch.rand(12, 3, 8, 8))
+    z = embeddings(batch.plan, 12, image_ids=batch.image_ids, space_index=batch.space_index)
+    loss = EquivarianceLoss(WIDTHS, batch).eval()
+    before = loss(z, batch).item()
+    moved = batch.image_ids[1] != batch.image_ids[0]
+    assert moved.any() == (plan == "interleaved")
+    for name in ("color", "spatial"):
+        z[name][1, moved] = torch.randn(int(moved.sum()), WIDTHS[name])
+    assert loss(z, batch).item() == pytest.approx(before, rel=1e-6)
+    z["color"][1, ~moved] = torch.randn(int((~moved).sum()), 3)
+    assert loss(z, batch).item() != pytest.approx(before, rel=1e-3)
+
+
+def test_half_precision_and_autocast_compute_in_float32():
+    batch, z = views()(torch.rand(6, 3, 8, 8)), embeddings()
+    loss = EquivarianceLoss(WIDTHS, batch).eval()
+    half = Embeddings({n: t.bfloat16() for n, t in z.items()}, z.plan)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(half, batch)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(
+        loss(Embeddings({n: t.float() for n, t in half.items()}, z.plan), batch).item()
+    )
+
+
+def test_a_batch_that_never_fired_has_the_same_parameters():
+    groups = {"color": [K.ColorJitter(0.4, p=0.1)]}
+    make = StructuredViews(groups, seed=0)
+    loss = EquivarianceLoss({"content": 1, "color": 2}, make(torch.rand(4, 3, 4, 4)))
+    for _ in range(4):
+        batch = make(torch.rand(4, 3, 4, 4))
+        z = Embeddings({"content": torch.randn(3, 4, 1), "color": torch.randn(3, 4, 2)}, batch.plan)
+        assert torch.isfinite(loss(z, batch))
+
+
+def test_it_is_saved_and_moves_with_a_module():
+    batch = views()(torch.rand(6, 3, 8, 8))
+    torch.manual_seed(0)
+    loss = EquivarianceLoss(WIDTHS, batch).eval()
+    torch.manual_seed(1)
+    other = EquivarianceLoss(WIDTHS, batch).eval()
+    other.load_state_dict(loss.state_dict())
+    assert other(embeddings(), batch).item() == loss(embeddings(), batch).item()
+    assert isinstance(loss, nn.Module) and "simclr" in repr(loss) and "color, spatial" in repr(loss)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"family": "moco"}, "family: expected one of"),
+        ({"family": "vicreg", "temperature": 0.1}, "temperature: the 'vicreg' family has none: got 0.1"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"weight": -1.0}, "weight"),
+        ({"spaces": {"content": 3}}, "spaces: expected content and at least one style: got content"),
+        ({"spaces": {"content": 3, "blur": 2}}, "style space 'blur': .*got those of color, spatial"),
+        ({"batch": ViewBatch(torch.zeros(4, 2, 1), PLAN)}, "batch: expected the parameters of two views.*got 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    options = {"spaces": WIDTHS, "batch": views()(torch.rand(6, 3, 8, 8))} | change
+    with pytest.raises(ValueError, match=message):
+        EquivarianceLoss(options.pop("spaces"), options.pop("batch"), **options)
+
+
+def test_embeddings_and_batches_that_do_not_fit_are_refused():
+    make = views()
+    batch = make(torch.rand(6, 3, 8, 8))
+    loss = EquivarianceLoss(WIDTHS, batch)
+    with pytest.raises(ValueError, match="expected 5 images, those of the embeddings: got 6"):
+        loss(embeddings(b=5), batch)
+    other = StructuredViews({"color": [K.ColorJitter(0.4, p=1.0)], "spatial": [K.RandomHorizontalFlip()]}, seed=0)(
+        torch.rand(6, 3, 8, 8)
+    )
+    with pytest.raises(ValueError, match="batch: expected parameters spatial/0.RandomRotation/degrees"):
+        loss(embeddings(), other)
+    z = embeddings()
+    del z["spatial"]
+    with pytest.raises(ValueError, match="embeddings: expected the style space 'spatial': got content, color"):
+        loss(z, batch)
