@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import study
 from latents import CausalLatents
-from studies import grid, methods, worlds
+from studies import grid, methods, report, worlds
 
 
 def test_every_row_has_a_name_and_a_configuration_of_its_own():
@@ -108,3 +108,43 @@ class TestLatents:
             for name in ("style_1", "style_2"):
                 a, b = (batch.parameters[k][name]["0.Block"]["value"] for k in (0, v))
                 assert not (a == b).all(1).any()
+
+
+def test_the_page_of_results_is_what_its_lines_say():
+    """docs/results.md is made by `python examples/study.py tables`; nobody writes a number of its tables by hand."""
+    text = (report.DOCS / "results.md").read_text()
+    made = report.filled(text, study.lines(study.LINES))
+    assert made == text, "run `python examples/study.py tables`"
+    assert all(f"<!-- {name} -->" in text for name in report.TABLES)
+    with pytest.raises(ValueError, match="expected a block of .*got 'nonsense'"):
+        report.filled("<!-- nonsense -->\n<!-- end -->", [])
+
+
+class TestCells:
+    def line(self, seed, own, content):
+        kernel = {"content": {"content": 1.0, "style_1": 0.0}, "style_1": {"content": content, "style_1": own}}
+        kernel["backbone"] = {"content": 1.0, "style_1": 1.0}
+        given = {s: {f: v for f, v in row.items() if f != "content"} for s, row in kernel.items()}
+        tables = {"linear": kernel, "kernel": kernel, "conditional": given}
+        return {
+            "experiment": "latents/try",
+            "name": "a",
+            "config": {"world": "latents"},
+            "seed": seed,
+            "tables": tables,
+        }
+
+    def test_mean_and_spread_over_seeds_and_a_mark_for_one(self, monkeypatch):
+        monkeypatch.setattr(grid, "EXPERIMENTS", {"latents/try": [("a", {}, 2), ("b", {"batch": 3}, 1)]})
+        lines = [self.line(0, 0.5, 0.1), self.line(1, 0.7, 0.3)]
+        lines.append(self.line(0, 0.9, 0.0) | {"config": {"world": "latents", "batch": 3}})
+        lines.append(self.line(0, 0.0, 0.0) | {"config": {"world": "latents", "batch": 4}})  # the grid has left it
+        rows = [r.split(" | ") for r in report.latents("latents/try")(lines).splitlines()]
+        at = rows[0].index("styles")
+        assert [r[0] for r in rows[2:]] == ["| a", "| b°"]
+        assert rows[2][at] == "0.60 ± 0.14" and rows[3][at] == "0.90"
+        assert rows[2][rows[0].index("content in styles")] == "0.20 ± 0.14"
+        assert rows[2][rows[0].index("other styles")] == "n/a"  # there is one style alone
+        one = report.latents("latents/try")(lines[:1]).splitlines()
+        assert one[2].startswith("| a° | ")
+        assert report.latents("latents/try")([]) == "*Not run yet.*"

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import matplotlib.pyplot as plt
 from studies import grid
 
-from ssd_addon import plots
-from ssd_addon.metrics import ScoreTable
+matplotlib.use("agg")
+
 
 Line = dict[str, Any]
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -43,6 +45,8 @@ def cell(values: list[float]) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return "*Not run yet.*"
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -189,24 +193,42 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
 # ---------------------------------------------------------------------------------------------------- pictures
 
 
-def mean_table(found: list[Line], kind: str, spaces: list[str] | None = None) -> ScoreTable:
-    """The mean matrix over seeds."""
-    first = found[0]["tables"][kind]
-    spaces = spaces or list(first)
-    factors = list(first[spaces[-1]])
-    cells = {(s, f): _mean(score(x, kind, s, f) for x in found) for s in spaces for f in factors}
-    return ScoreTable(tuple(spaces), tuple(factors), cells, {}, {}, "kernel", (), 0, 0)
+def mean_matrix(found: list[Line], kind: str, spaces: list[str], factors: list[str]) -> list[list[float]]:
+    return [[_mean(score(x, kind, s, f) for x in found) for f in factors] for s in spaces]
 
 
 def pictures(lines: list[Line], folder: Path) -> None:
-    families = rows_of(lines, "latents/families")
-    shown = {
-        name: mean_table(found, "kernel", ["content", "style_1", "style_2"])
-        for name, found in families.items()
-        if name.startswith(("simclr", "vicreg"))
+    """What plain pairs leave open, and both cures: a row for each family, a column for each kind of key."""
+    families, cures = rows_of(lines, "latents/families"), rows_of(lines, "latents/cures")
+    rows = {
+        "SimCLR": [families.get("simclr, plain"), families.get("simclr, cross-image"), cures.get("equivariance, 1")],
+        "VICReg": [
+            families.get("vicreg, plain"),
+            families.get("vicreg, cross-image"),
+            cures.get("vicreg, equivariance, 1"),
+        ],
     }
-    if shown:
-        plots.matrix(shown, folder / "latents-cross-image.png")
+    names = ["content", "style_1", "style_2"]
+    figure, axes = plt.subplots(2, 3, figsize=(9.6, 6.4), layout="constrained")
+    for row, (family, found) in zip(axes, rows.items(), strict=True):
+        for axis, title, lines_of in zip(row, ("plain pairs", "cross-image keys", "equivariance"), found, strict=True):
+            axis.set_title(f"{family}, {title}", fontsize=11)
+            axis.set_xticks(range(3), ["content", "style 1", "style 2"])
+            axis.set_yticks(range(3), ["content", "style 1", "style 2"] if axis is row[0] else ["", "", ""])
+            axis.tick_params(length=0)
+            if not lines_of:
+                axis.text(0.5, 0.5, "not run yet", ha="center", va="center", transform=axis.transAxes)
+                continue
+            matrix = mean_matrix(lines_of, "kernel", names, names)
+            axis.imshow(matrix, vmin=0, vmax=1, cmap="cividis")
+            for y, values in enumerate(matrix):
+                for x, value in enumerate(values):
+                    text = f"{value:.2f}".replace("-0.00", "0.00")
+                    axis.text(x, y, text, ha="center", va="center", color="black" if value > 0.5 else "white")
+        row[0].set_ylabel("space")
+    figure.supxlabel("what it knows: R² of a kernel probe, mean over seeds", fontsize=11)
+    figure.savefig(folder / "latents-cures.png", dpi=110)
+    plt.close(figure)
 
 
 def write(lines: list[Line], docs: Path = DOCS) -> None:
