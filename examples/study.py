@@ -45,17 +45,21 @@ def train(config: dict[str, Any], seed: int) -> dict[str, Any]:
     method: Any = METHODS[c["method"]](c, world)
     parameters = [*model.parameters(), *(p for p in method.parameters() if p.requires_grad)]
     optimizer = torch.optim.AdamW(parameters, lr=c["lr"], weight_decay=1e-4)
-    start, terms = time.monotonic(), None
+    start, terms, history = time.monotonic(), None, []
     for step in range(c["steps"]):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step / c["steps"], c["lr"])
         batch = world.batch(c["batch"], g)
         with torch.autocast("cpu", torch.bfloat16, enabled=c["amp"]):
-            loss, found = method(model, batch, step == c["steps"] - 1)
+            noted = bool(c["history"]) and step % c["history"] == 0
+            loss, found = method(model, batch, noted or step == c["steps"] - 1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         terms = found or terms
+        if noted and found is not None:
+            of_content = {k: v for k, v in found.scalars().items() if k.endswith("/content")}
+            history.append({"step": step, **{k: round(v, 4) for k, v in of_content.items()}})
         if hasattr(method, "after"):
             method.after(found)
         if not torch.isfinite(loss):
@@ -77,6 +81,8 @@ def train(config: dict[str, Any], seed: int) -> dict[str, Any]:
     line = {"seconds": round(seconds, 1), **world.scores(spaces, model, unit)}
     if terms is not None:
         line["terms"] = {k: round(v, 4) for k, v in terms.scalars().items()}
+    if history:
+        line["history"] = history
     if getattr(method, "ascent", None) is not None:
         line["lambda"] = [round(w, 3) for w in method.ascent.weights.tolist()]
     return line

@@ -26,6 +26,7 @@ DEFAULTS: Config = {
     "independence": 25.0,
     "augself": 1.0,
     "amp": False,
+    "history": 0,  # keep content's terms of every so many steps
 }
 OF_WORLD: dict[str, Config] = {
     "latents": {
@@ -128,6 +129,15 @@ SPRITES: dict[str, list[Row]] = {
         ("fixed weights", {"dual": None, "content_weight": None}, 3),
         ("interleaved", {"plan": "interleaved", "batch": 256}, 3),
         ("one projector", {"heads": "one projector"}, 3),
+    ],
+    "sprites/collapse": [
+        ("weight 1", {"steps": 800, "history": 20, "dual": None, "content_weight": None}, 1),
+        ("weight 3 from the start", {"steps": 800, "history": 20, "dual": None, "content_weight": 3.0}, 1),
+        (
+            "weight 1, raised by dual ascent",
+            {"steps": 800, "history": 20, "content_weight": None, "dual_warmup": 200},
+            1,
+        ),
     ],
     "sprites/cross": [
         ("cross-image color", {"cross": ["color"]}, 1),

@@ -52,10 +52,10 @@ class Joint(nn.Module):
         super().__init__()
         family = c["family"]
         weights = None
-        if c["content_weight"] is not None:
+        several = len(world.widths) > 1
+        if c["content_weight"] is not None and several:  # of one space, it would outweigh the entropy: collapse
             base = {"simclr": 1.0, "vicreg": 25.0, "barlow": 1.0}[family]
             weights = dict.fromkeys(world.widths, base) | {"content": c["content_weight"]}
-        several = len(world.widths) > 1
         self.criterion = JointEntropyLoss(
             family,
             temperature=c["temperature"] if family == "simclr" else None,

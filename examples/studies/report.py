@@ -15,6 +15,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 from studies import grid
 
+from ssd_addon import plots
+
 matplotlib.use("agg")
 
 
@@ -180,6 +182,7 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
     "sprites: linear": sprites("linear", "sprites/methods"),
     "sprites: kernel": sprites("kernel", "sprites/methods"),
     "sprites: label-free": label_free("sprites/methods"),
+    "sprites: collapse": sprites("kernel", "sprites/collapse"),
     "sprites: ablations": sprites("linear", "sprites/ablations", "sprites/cross"),
     "sprites: ablations, label-free": label_free("sprites/ablations", "sprites/cross"),
     "cifar: accuracy": accuracy("cifar/methods", "cifar/crop"),
@@ -231,11 +234,35 @@ def pictures(lines: list[Line], folder: Path) -> None:
     plt.close(figure)
 
 
+def collapse(lines: list[Line], folder: Path) -> None:
+    """Content's misalignment and effective rank while it trains, at three ways to weigh it."""
+    found = rows_of(lines, "sprites/collapse")
+    if not found:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+    panels = {
+        "constraint/content": "misalignment of content's pairs",
+        "effective_rank/content": "effective rank of content",
+    }
+    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+        for (name, its), colour in zip(found.items(), plots.PALETTE, strict=False):
+            history = its[0]["history"]
+            axis.plot([h["step"] for h in history], [h[key] for h in history], label=name, color=colour)
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("step")
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    figure.savefig(folder / "sprites-collapse.png", dpi=110)
+    plt.close(figure)
+
+
 def write(lines: list[Line], docs: Path = DOCS) -> None:
     """Fill the blocks of results.md and draw its pictures."""
     page = docs / "results.md"
     page.write_text(filled(page.read_text(), lines))
     pictures(lines, docs / "results")
+    collapse(lines, docs / "results")
     print(f"written: {page}")
 
 
