@@ -16,6 +16,7 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -68,17 +69,19 @@ def train(config: dict[str, Any], seed: int) -> dict[str, Any]:
 
     unit = c["family"] == "simclr" and c["method"] != "cube"
 
-    def spaces(x: torch.Tensor) -> dict[str, torch.Tensor]:
-        z = embed(model, x, batch_size=500, unit=unit)
+    def scored(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every space, and the backbone itself also where all heads share a hidden layer behind it."""
+        features = model.features(x)
+        z = model.project(features)
         if c["method"] == "cube":
-            z |= {n: torch.tanh(z[n]) for n in world.widths}
-        if c["heads"] == "one projector":  # the row "backbone" is the backbone's, not that of the shared hidden layer
-            inner = embed(lambda y: {"backbone": model.backbone.backbone(y)}, x, batch_size=500, unit=unit)
-            z |= inner
-        return z
+            z = {n: torch.tanh(t) for n, t in z.items()}
+        return z | {"backbone": model.backbone.backbone(x) if c["heads"] == "one projector" else features}
 
     model.eval()
-    line = {"seconds": round(seconds, 1), **world.scores(spaces, model, unit)}
+    line = {
+        "seconds": round(seconds, 1),
+        **world.scores(lambda x: embed(scored, x, batch_size=500, unit=unit), scored, unit),
+    }
     if terms is not None:
         line["terms"] = {k: round(v, 4) for k, v in terms.scalars().items()}
     if history:
@@ -93,7 +96,20 @@ def key(run: dict[str, Any]) -> str:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The finished runs; a last line that was cut off is none."""
+    text = path.read_text().splitlines() if path.exists() else []
+    if text and not text[-1].endswith("}"):
+        text.pop()
+    return [json.loads(line) for line in text]
+
+
+def commit() -> str | None:
+    """Of the code that runs."""
+    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def attempt(run: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
@@ -141,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.steps:
         runs = [r | {"config": r["config"] | {"steps": args.steps}} for r in runs]
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    runs = [r | {"commit": commit()} for r in runs]
     failed, start = 0, time.monotonic()
     context = multiprocessing.get_context("spawn")
     workers = {"mp_context": context, "initializer": end_with, "initargs": (os.getpid(),)}

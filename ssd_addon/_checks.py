@@ -63,6 +63,18 @@ def not_negative(value: float, what: str, meaning: str) -> float:
     return float(value)
 
 
+def width(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{what}: expected a whole number, 1 or more: got {value!r}")
+    return value
+
+
+def widths(value: Sequence[int], whose: str) -> tuple[int, ...]:
+    if isinstance(value, int | str):
+        raise TypeError(f"hidden: expected a sequence of widths for {whose}, such as (2048, 2048): got {value!r}")
+    return tuple(width(h, f"hidden width of {whose}") for h in value)
+
+
 def choice(value: Any, allowed: Sequence[Any], what: str) -> Any:
     if value not in allowed:
         raise ValueError(f"{what}: expected one of {', '.join(map(repr, allowed))}: got {value!r}")

@@ -67,19 +67,19 @@ class StyleHeads(nn.Module):
         if not isinstance(spaces, Mapping):
             raise TypeError(f"spaces: expected a mapping name -> width, 'content' first: got {type(spaces).__name__}")
         names = _checks.spaces(tuple(spaces), "spaces")
-        self.spaces: dict[str, int] = {n: _width(w, f"width of space {n!r}") for n, w in spaces.items()}
+        self.spaces: dict[str, int] = {n: _checks.width(w, f"width of space {n!r}") for n, w in spaces.items()}
         self.pool = _checks.choice(pool, POOLS, "pool")
-        self.sample_ndim = _width(sample_ndim, "sample_ndim")
+        self.sample_ndim = _checks.width(sample_ndim, "sample_ndim")
         if not isinstance(backbone, nn.Module):
             raise TypeError(f"backbone: expected an nn.Module: got {type(backbone).__name__}")
         if in_features is not None:
-            in_features = _width(in_features, "in_features")
+            in_features = _checks.width(in_features, "in_features")
         self.backbone, self.in_features = _without_classifier(backbone, in_features, pool)
         if isinstance(hidden, Mapping):
             _checks.same_names(hidden, names, "hidden", "heads")
-            by_name = {n: _widths(hidden[n], n) for n in names}
+            by_name = {n: _checks.widths(hidden[n], n) for n in names}
         else:
-            by_name = dict.fromkeys(names, _widths(hidden, "every head"))
+            by_name = dict.fromkeys(names, _checks.widths(hidden, "every head"))
         self.hidden: dict[str, tuple[int, ...]] = by_name
         # Heads of the same hidden widths form a stack, in the order of the spaces.
         self.stacks = nn.ModuleList()
@@ -305,7 +305,7 @@ def _without_classifier(backbone: nn.Module, in_features: int | None, pool: str)
         pooled = pool == "auto"
         width = getattr(backbone, "head_hidden_size", None) if pooled else None
         width = width or getattr(backbone, "num_features", None)
-        return _TimmFeatures(backbone, pooled), in_features or _width(width, "num_features of the backbone")
+        return _TimmFeatures(backbone, pooled), in_features or _checks.width(width, "num_features of the backbone")
     for attribute in ("fc", "heads", "head", "classifier"):
         classifier = getattr(backbone, attribute, None)
         if not isinstance(classifier, nn.Module):
@@ -326,18 +326,6 @@ def _without_classifier(backbone: nn.Module, in_features: int | None, pool: str)
             "read the width of its features from: got none of them; give in_features"
         )
     return backbone, in_features
-
-
-def _width(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{what}: expected a whole number, 1 or more: got {value!r}")
-    return value
-
-
-def _widths(value: Sequence[int], whose: str) -> tuple[int, ...]:
-    if isinstance(value, int | str):
-        raise TypeError(f"hidden: expected a sequence of widths for {whose}, such as (2048, 2048): got {value!r}")
-    return tuple(_width(h, f"hidden width of {whose}") for h in value)
 
 
 def _name(module: nn.Module) -> str:

@@ -4,6 +4,7 @@ import math
 import sys
 from pathlib import Path
 
+import kornia.augmentation as K
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from baselines.augself import AugSelf
 from baselines.looc import LooCLoss
 
+from ssd_addon import StructuredViews
 from ssd_addon.metrics import parameter_differences
 
 
@@ -43,6 +45,10 @@ def embeddings(views: int = 4, b: int = 5) -> dict[str, torch.Tensor]:
 def test_looc_is_its_equation():
     z = embeddings()
     assert LooCLoss(0.3)(z).item() == pytest.approx(looc(z, 0.3), abs=1e-12)
+    assert LooCLoss()(z).item() == pytest.approx(looc(z, 0.2), abs=1e-12)
+    half = {n: t.bfloat16() for n, t in z.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert LooCLoss(0.3)(half).dtype == torch.float32
 
 
 def test_looc_repels_the_keys_of_the_same_image_that_differ_in_its_augmentation():
@@ -66,9 +72,11 @@ def test_augself_is_the_squared_error_of_standardised_differences():
     differences = {"hue": 5 * torch.randn(6, 2) + 1, "angle": torch.randn(6, 1)}
     expected = 0.0
     for predict, t in zip(loss.predict, differences.values(), strict=True):
-        target = (t - t.mean(0)) / (t.var(0, unbiased=False) + 1e-5).sqrt()
+        target = (t - t.mean(0)) / (t.var(0, unbiased=False) + 1e-10).sqrt()
         expected += (predict(torch.cat([a, b], 1)) - target).square().mean().item()
     assert loss(a, b, differences).item() == pytest.approx(expected, rel=1e-5)
+    layers = [type(m).__name__ for m in loss.predict[0]]
+    assert layers == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear"]  # three layers, as in the paper
     with pytest.raises(ValueError, match="targets"):
         AugSelf(3, {})
 
@@ -107,6 +115,19 @@ class TestParameterDifferences:
         never = self.drawn(batch_prob=torch.zeros(3), contrast_factor=torch.tensor([1.0, 2.0, 3.0]))
         out = parameter_differences(never, never)
         assert all(bool((t == 0).all()) for t in out.values()) and len(out) == 2
+
+    def test_a_crop_is_its_centre_and_size_in_shares_of_the_image(self):
+        batch = StructuredViews({"spatial": [K.RandomResizedCrop((4, 4), p=1.0)]}, seed=0)(torch.rand(5, 3, 20, 10))
+        a, b = batch.parameters[:2]
+        corners = [p["spatial"]["0.RandomResizedCrop"]["src"] for p in (a, b)]  # [B, 4, (x, y)]
+        boxes = []
+        for c in corners:
+            low, high = c.amin(1), c.amax(1)
+            size = torch.tensor([10.0, 20.0])
+            boxes.append(torch.cat([(low + high) / 2 / size, (high - low) / size], 1))
+        (found,) = (v for k, v in parameter_differences(a, b).items() if k.endswith("src"))
+        torch.testing.assert_close(found, boxes[1] - boxes[0], atol=1e-6, rtol=1e-5)
+        assert found.dtype == torch.float32
 
     def test_then_belongs_to_no_group(self):
         a = self.drawn(contrast_factor=torch.ones(2)) | {"then": {"0.Noise": {"std": torch.ones(2)}}}

@@ -9,8 +9,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import study
+import torch.nn.functional as F
+from baselines.looc import LooCLoss
 from latents import CausalLatents
 from studies import grid, methods, report, worlds
+
+from ssd_addon import JointEntropyLoss
 
 
 def test_every_row_has_a_name_and_a_configuration_of_its_own():
@@ -135,7 +139,8 @@ class TestCells:
         }
 
     def test_mean_and_spread_over_seeds_and_a_mark_for_one(self, monkeypatch):
-        monkeypatch.setattr(grid, "EXPERIMENTS", {"latents/try": [("a", {}, 2), ("b", {"batch": 3}, 1)]})
+        experiments = {"latents/try": [("a", {}, 2), ("b", {"batch": 3}, 1)], "latents/other": [("a", {}, 3)]}
+        monkeypatch.setattr(grid, "EXPERIMENTS", experiments)
         lines = [self.line(0, 0.5, 0.1), self.line(1, 0.7, 0.3)]
         lines.append(self.line(0, 0.9, 0.0) | {"config": {"world": "latents", "batch": 3}})
         lines.append(self.line(0, 0.0, 0.0) | {"config": {"world": "latents", "batch": 4}})  # the grid has left it
@@ -145,6 +150,67 @@ class TestCells:
         assert rows[2][at] == "0.60 ± 0.14" and rows[3][at] == "0.90"
         assert rows[2][rows[0].index("content in styles")] == "0.20 ± 0.14"
         assert rows[2][rows[0].index("other styles")] == "n/a"  # there is one style alone
+        lines += [lines[1] | {"seed": 2}, lines[0] | {"experiment": "latents/other"}, self.line(1, 0.7, 0.3)]
+        assert report.latents("latents/try")(lines).splitlines() == [
+            " | ".join(r) for r in rows
+        ]  # no seed counts twice
         one = report.latents("latents/try")(lines[:1]).splitlines()
         assert one[2].startswith("| a° | ")
         assert report.latents("latents/try")([]) == "*Not run yet.*"
+        two = [self.line(s, 0.5, 0.1) | {"experiment": "latents/other"} for s in (1, 0)]
+        assert report.rows_of(two, "latents/other")["a"] == two[::-1]
+        assert report.latents("latents/other")(two).splitlines()[2].startswith("| a (2 seeds) | ")
+
+    def test_rows_of_other_parameters_have_a_table_of_their_own(self, monkeypatch):
+        monkeypatch.setattr(grid, "EXPERIMENTS", {"cifar/try": [("a", {}, 1), ("b", {"groups": "each"}, 1)]})
+        lines = []
+        for config, parameter in (({}, "color/0.ColorJitter/hue_factor"), ({"groups": "each"}, "blur/0.Blur/sigma")):
+            tables = {"label-free, each": {s: {parameter: 0.5} for s in ("content", "backbone")}}
+            run = {"experiment": "cifar/try", "config": {"world": "photographs", **config}, "seed": 0}
+            lines.append(run | {"tables": tables})
+        first, second = report.label_free("cifar/try")(lines).split("\n\n")
+        assert first.splitlines()[0] == "|  | space | hue |" and second.splitlines()[0] == "|  | space | sigma |"
+        assert "n/a" not in first + second
+
+
+def test_a_line_that_was_cut_off_is_no_run(tmp_path):
+    (tmp_path / "l.jsonl").write_text('{"seed": 0}\n{"seed": 1, "tab')
+    assert study.lines(tmp_path / "l.jsonl") == [{"seed": 0}]
+
+
+@pytest.mark.parametrize("method", ["separate entropies", "equivariance", "augself", "looc", "unstructured pairs"])
+def test_a_method_is_what_it_says(method):
+    torch.manual_seed(0)
+    c = grid.DEFAULTS | grid.OF_WORLD["latents"] | {"world": "latents", "method": method, "equivariance": 0.5}
+    world = worlds.WORLDS["latents"](c, 0)
+    model = methods.build_model(c, world).eval()
+    batch = world.batch(12, torch.Generator().manual_seed(0))
+    made = methods.METHODS[method](c, world).eval()
+    loss = made(model, batch, True)[0].item()
+    z, tau = model(batch), c["temperature"]
+    joint = JointEntropyLoss("simclr", temperature=tau)
+    if method == "separate entropies":
+        each = []
+        for s, (name, t) in enumerate(z.items()):
+            u = F.normalize(t, dim=-1)
+            every, ids = u.flatten(0, 1), torch.arange(12).repeat(4)
+            logits = (every @ every.T / tau).masked_fill(ids[:, None] == ids, -torch.inf)
+            each.append(logits.logsumexp(1).mean() - (u[0] * u[1 + s]).sum(1).mean() / tau)
+            assert name in model.spaces
+        expected = sum(each).item() / 3
+    elif method == "equivariance":
+        expected = (joint(z) + made.equivariance(z, batch)).item()
+        assert made.equivariance.weight == 0.5 and expected != pytest.approx(joint(z).item(), abs=1e-3)
+    elif method == "augself":
+        a, b = model.features(batch)
+        values = [{n: p[n]["0.Block"]["value"] for n in world.styles} for p in batch.parameters]
+        changes = {f"{n}/0.Block/value": values[1][n] - values[0][n] for n in world.styles}
+        expected = (joint(z) + made.augself(a, b, changes)).item()
+        assert list(z) == ["content"] and made.augself(a, b, changes) > 0.1
+    elif method == "looc":
+        expected = LooCLoss(tau)(z).item()
+    else:
+        expected = joint(z).item()
+        drawn = [p["style_1"]["0.Block"]["value"] for p in batch.parameters]
+        assert not any((drawn[0] == d).all(1).any() for d in drawn[1:])
+    assert loss == pytest.approx(expected, rel=1e-5)

@@ -36,7 +36,7 @@ class AugSelf(nn.Module):
             return nn.Sequential(*layers, nn.Linear(hidden, k))
 
         self.predict = nn.ModuleList(perceptron(k) for k in targets.values())
-        self.scale = nn.ModuleList(nn.BatchNorm1d(k, affine=False) for k in targets.values())
+        self.scale = nn.ModuleList(nn.BatchNorm1d(k, affine=False, eps=1e-10) for k in targets.values())
 
     def forward(self, a: Tensor, b: Tensor, differences: Mapping[str, Tensor]) -> Tensor:
         both = torch.cat([a, b], dim=1)

@@ -39,8 +39,9 @@ class LooCLoss(nn.Module):
             views, b = t.shape[:2]
             if views != len(z) + 1:
                 raise ValueError(f"{len(z)} spaces need {len(z) + 1} views, a query and a key for each: got {views}")
-            u = F.normalize(t, dim=-1)
-            logits = torch.einsum("bd,kcd->bkc", u[0], u[1:]) / self.temperature  # [query, key view, image]
+            with torch.autocast(t.device.type, enabled=False):
+                u = F.normalize(t.to(torch.promote_types(t.dtype, torch.float32)), dim=-1)
+                logits = torch.einsum("bd,kcd->bkc", u[0], u[1:]) / self.temperature  # [query, key view, image]
             own = torch.eye(b, dtype=torch.bool, device=t.device)[:, None, :].expand_as(logits)
             kept = torch.ones_like(own)
             if i == 0:  # of the image itself only the positive is in the content space's sum

@@ -36,7 +36,9 @@ class Trunk(nn.Module):
 def build_model(c: Config, world: Any) -> StyleHeads:
     backbone, features, hidden = world.backbone(), world.features, (256,)
     if c["heads"] == "one projector":
-        width = 256 * len(world.widths)  # as many weights as the separate heads have
+        # As wide as gives it the weights of the separate heads.
+        widths = world.widths.values()
+        width = round(sum(features * 256 + 256 * d for d in widths) / (features + sum(widths)))
         return StyleHeads(
             Trunk(backbone, features, width), world.widths, in_features=width, hidden=(), sample_ndim=world.sample_ndim
         )
@@ -82,23 +84,22 @@ class Joint(nn.Module):
             self.ascent.step(terms)
 
 
-class SumOfEntropies(Joint):
-    """Every space its own contrastive loss: nothing keeps a space from repeating what another holds (SimCLR)."""
+class SeparateEntropies(Joint):
+    """The mean over spaces of a contrastive loss of each: nothing keeps one from repeating another (SimCLR)."""
 
     def forward(self, model: StyleHeads, batch: ViewBatch, log: bool) -> Result:
         z = model(batch)
         terms = self.criterion.terms(z)
         ids = z.image_ids if z.image_ids is not None else torch.arange(batch.views.shape[1]).expand(len(batch), -1)
-        own = [
-            negative_lse(F.normalize(t.flatten(0, 1), dim=1), ids.flatten(), self.criterion.temperature).mean()
-            for t in z.values()
-        ]
-        return terms.loss - terms_entropy(self.criterion, z) + torch.stack(own).mean(), terms
-
-
-def terms_entropy(criterion: JointEntropyLoss, z: Any) -> Tensor:
-    """The joint entropy term with its graph."""
-    return criterion._parts(z).entropy
+        weights = self.criterion.lambdas(z.plan)
+        losses = []
+        with torch.autocast("cpu", enabled=False):
+            for name, (a, b, _) in z.plan.pairs(batch.views.shape[1]).items():
+                u = F.normalize(z[name].float(), dim=-1)
+                tau = self.criterion.temperature
+                invariance = -(u[a] * u[b]).sum(-1).mean() / tau
+                losses.append(weights[name] * invariance + negative_lse(u.flatten(0, 1), ids.flatten(), tau).mean())
+        return torch.stack(losses).mean(), terms
 
 
 class Cube(nn.Module):
@@ -198,8 +199,9 @@ class WithAugSelf(Joint):
         z = {n: t.view(*shape, -1) for n, t in model.project(features).items()}
         terms = self.criterion.terms(z)
         changes = parameter_differences(batch.parameters[0], batch.parameters[1])
-        a, b = features.view(*shape, -1)
-        return terms.loss + self.weight * self.augself(a, b, changes), terms
+        a, b = features.float().view(*shape, -1)
+        with torch.autocast("cpu", enabled=False):
+            return terms.loss + self.weight * self.augself(a, b, changes), terms
 
 
 def world_changes(world: Any) -> dict[str, int]:
@@ -211,8 +213,8 @@ def world_changes(world: Any) -> dict[str, int]:
 METHODS = {
     "ours": Joint,
     "content-only": Joint,
-    "plain pairs": Joint,
-    "sum of entropies": SumOfEntropies,
+    "unstructured pairs": Joint,
+    "separate entropies": SeparateEntropies,
     "cube": Cube,
     "equivariance": Equivariant,
     "independent": Independent,

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 from studies import grid
 
 from ssd_addon import plots
+from ssd_addon.report.findings import short
 
 matplotlib.use("agg")
 
@@ -30,8 +31,9 @@ def rows_of(lines: Iterable[Line], experiment: str) -> dict[str, list[Line]]:
     for name, config, seeds in grid.EXPERIMENTS[experiment]:
         wanted = {"world": grid.world(experiment), **config}
         found = [x for x in lines if x["experiment"] == experiment and x["config"] == wanted and x["seed"] < seeds]
+        by_seed = {x["seed"]: x for x in found}  # a line for each seed, the last one where there are more
         if found:
-            out[name] = sorted(found, key=lambda x: x["seed"])
+            out[name] = [by_seed[seed] for seed in sorted(by_seed)]
     return out
 
 
@@ -138,21 +140,20 @@ def sprites(kind: str, *experiments: str) -> Callable[[list[Line]], str]:
 
 
 def label_free(*experiments: str) -> Callable[[list[Line]], str]:
-    """Rows (method, space), columns the parameters of the augmentations."""
+    """Rows (method, space), columns the parameters of the augmentations; a table for each set of parameters."""
 
     def make(lines: list[Line]) -> str:
-        rows: list[list[str]] = []
-        parameters: list[str] = []
+        rows: dict[tuple[str, ...], list[list[str]]] = {}
         for e in experiments:
             seeds = {name: n for name, _, n in grid.EXPERIMENTS[e]}
             for name, found in rows_of(lines, e).items():
                 kind = found[0]["tables"]["label-free, each"]
-                own = list(kind["backbone"])
-                parameters = parameters or own
+                parameters = tuple(kind["backbone"])
                 for space in kind:
                     cells = [cell([score(x, "label-free, each", space, p) for x in found]) for p in parameters]
-                    rows.append([named(name, found, seeds[name]), space, *cells])
-        return table(["", "space", *(p.split("/")[-1].removesuffix("_factor") for p in parameters)], rows)
+                    rows.setdefault(parameters, []).append([named(name, found, seeds[name]), space, *cells])
+        made = [table(["", "space", *map(short, parameters)], its) for parameters, its in rows.items()]
+        return "\n\n".join(made) or table([], [])
 
     return make
 
@@ -204,7 +205,7 @@ def pictures(lines: list[Line], folder: Path) -> None:
     """What plain pairs leave open, and both cures: a row for each family, a column for each kind of key."""
     families, cures = rows_of(lines, "latents/families"), rows_of(lines, "latents/cures")
     rows = {
-        "SimCLR": [families.get("simclr, plain"), families.get("simclr, cross-image"), cures.get("equivariance, 1")],
+        "SimCLR": [families.get("simclr, plain"), families.get("simclr, cross-image"), cures.get("equivariance, 2")],
         "VICReg": [
             families.get("vicreg, plain"),
             families.get("vicreg, cross-image"),
@@ -214,7 +215,9 @@ def pictures(lines: list[Line], folder: Path) -> None:
     names = ["content", "style_1", "style_2"]
     figure, axes = plt.subplots(2, 3, figsize=(9.6, 6.4), layout="constrained")
     for row, (family, found) in zip(axes, rows.items(), strict=True):
-        for axis, title, lines_of in zip(row, ("plain pairs", "cross-image keys", "equivariance"), found, strict=True):
+        for axis, title, lines_of in zip(
+            row, ("same-image keys", "cross-image keys", "equivariance"), found, strict=True
+        ):
             axis.set_title(f"{family}, {title}", fontsize=11)
             axis.set_xticks(range(3), ["content", "style 1", "style 2"])
             axis.set_yticks(range(3), ["content", "style 1", "style 2"] if axis is row[0] else ["", "", ""])

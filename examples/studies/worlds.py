@@ -67,7 +67,7 @@ class LatentWorld(CausalLatents):
             content_dependent=c["content_dependent"],
             cross_image=c["cross"],
             plan=c["plan"],
-            structured=c["method"] != "plain pairs",
+            structured=c["method"] != "unstructured pairs",
             spaces=c["method"] not in ONE_SPACE,
         )
         self.widths = {"content": c["content_width"], **dict.fromkeys(self.plan.spaces[1:], c["style_width"])}
@@ -94,7 +94,7 @@ class ImageWorld:
 
     def __init__(self, c: Config, seed: int, groups: Any, widths: dict[str, int]) -> None:
         self.config, self.groups = c, groups
-        grouped = c["method"] not in ("plain pairs", "content-only")
+        grouped = c["method"] not in ("unstructured pairs", "content-only")
         options: Config = {"plan": c["plan"], "cross_image": c["cross"] or ()} if grouped else {}
         if grouped and c["constrained_crop"]:
             options["constrained_crop"] = c["constrained_crop"]
@@ -108,7 +108,6 @@ class ImageWorld:
                 {"groups": groups} if grouped else {"groups": {}, "then": [op for ops in groups.values() for op in ops]}
             )
             self.views = build_views(recipe | options, seed=seed)
-        self.draw = torch.Generator().manual_seed(seed)
         spaces = ("content",) if c["method"] in ONE_SPACE else ("content", *names)
         self.plan = ViewPlan(c["plan"] if len(spaces) > 1 else "shared_query", spaces)
         self.widths = {n: widths[n] for n in spaces}
@@ -117,20 +116,18 @@ class ImageWorld:
         return ConvNet()
 
     def structured(self, images: Tensor) -> ViewBatch:
-        if self.config["method"] == "plain pairs":  # as many views as ours has, none of which shares a group
-            parts = [self.views(images).views for _ in range(math.ceil(self.plan.num_views / 2))]
-            return ViewBatch(torch.cat(parts)[: self.plan.num_views], self.plan)
-        if self.config["method"] == "augself":  # needs parameters by group; its two views share none
-            seed = int(torch.randint(2**40, (), generator=self.draw))
-            pair = self.views.independent(images, seed=seed)
-            return ViewBatch(pair.views, self.plan, parameters=pair.parameters)
+        if self.config["method"] == "unstructured pairs":  # a query and as many keys as ours has; none shares a group
+            first, *more = (self.views(images).views for _ in range(self.plan.num_views - 1))
+            return ViewBatch(torch.cat([first, *(v[1:] for v in more)]), self.plan)
+        if self.config["method"] == "augself":  # the query and the content key, whose parameters are drawn by group
+            batch = self.views(images)
+            return ViewBatch(batch.views[:2], self.plan, parameters=batch.parameters[:2])
         return self.views(images)
 
     def label_free(self, model: Any, images: Tensor, unit: bool) -> dict[str, Any]:
-        views = self.groups
-        views = StructuredViews(**presets(views, size=self.config["size"])) if isinstance(views, str) else None
-        views = views or build_views({"groups": self.groups})
-        made = parameter_matrix(model, views, images, unit=unit, backbone=True, bootstrap=0)
+        groups, size = self.groups, self.config["size"]
+        recipe = {"preset": groups, "size": size} if isinstance(groups, str) else {"groups": groups}
+        made = parameter_matrix(model, build_views(recipe, seed=0), images, unit=unit, bootstrap=0)
         parts = {} if made.parts is None else {"label-free, each": made.parts}
         return {"label-free": made, **parts}
 
@@ -162,6 +159,11 @@ class PhotographWorld(ImageWorld):
         root = Path(c["data"])
         self.images, self.labels = self.read(root / "train")
         self.held_out = self.read(root / "val") if (root / "val").is_dir() else None
+        if self.held_out is None:  # every second photograph is for the probes alone
+            self.scored = self.images[1::2]
+            self.images, self.labels = self.images[::2], self.labels[::2]
+        else:
+            self.scored = self.held_out[0][:1000]
 
     def read(self, folder: Path) -> tuple[Tensor, Tensor]:
         files, collate = ImageFiles(folder), StructuredCollate(self.config["load_size"])
@@ -173,9 +175,9 @@ class PhotographWorld(ImageWorld):
         return self.structured(self.images[rows])
 
     def scores(self, z: Any, model: Any, unit: bool) -> dict[str, Any]:
-        images, labels = self.held_out or (self.images[::2], self.labels[::2])
-        out: dict[str, Any] = {"tables": tables(self.label_free(model, images[:1000], unit))}
+        out: dict[str, Any] = {"tables": tables(self.label_free(model, self.scored, unit))}
         if self.held_out:
+            images, labels = self.held_out
             seen, known = z(self.plain(self.images)), z(self.plain(images))
             out["accuracy"] = {
                 name: {

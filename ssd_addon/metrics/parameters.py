@@ -178,8 +178,8 @@ def parameter_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[st
         "group/operation/parameter" -> theta_b - theta_a [B, k] float32 on its device, in the units of the parameter. An
         angle or a hue is (cos, sin) of the difference, whatever its range, so that k is the same for every batch;
         "batch_prob" is +-1 where the operation fired in one view alone, and where it did not fire in a view its other
-        parameters count as their mean over the batch. A crop's corners are centre and size, in shares of the image.
-        Fields of noise are left out, and so is what was drawn for no group ("then").
+        parameters count as their mean over both views where it did. A crop's corners are centre and size, in shares of
+        the image. Fields of noise are left out, and so is what was drawn for no group ("then").
 
     Raises:
         ValueError: views with different groups or operations.
