@@ -205,7 +205,7 @@ def pictures(lines: list[Line], folder: Path) -> None:
     """What plain pairs leave open, and both cures: a row for each family, a column for each kind of key."""
     families, cures = rows_of(lines, "latents/families"), rows_of(lines, "latents/cures")
     rows = {
-        "SimCLR": [families.get("simclr, plain"), families.get("simclr, cross-image"), cures.get("equivariance, 2")],
+        "SimCLR": [families.get("simclr, plain"), families.get("simclr, cross-image"), cures.get("equivariance, 0.5")],
         "VICReg": [
             families.get("vicreg, plain"),
             families.get("vicreg, cross-image"),
