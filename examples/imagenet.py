@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from ssd_addon import (
     DualAscent,
+    EquivarianceLoss,
     JointEntropyLoss,
     Monitor,
     StructuredCollate,
@@ -68,6 +69,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--hidden", default="8192,8192", help="widths of every head's hidden layers")
     p.add_argument("--widths", default="", help="content=2048,color=512: widths of spaces, 2048 where not named")
     p.add_argument("--dual-ascent", type=float, metavar="TOL", help="adapt lambda until every constraint is below TOL")
+    p.add_argument("--cross-image", default="", metavar="GROUP,...", help="groups whose keys show another image")
+    p.add_argument("--equivariance", type=float, default=0.0, metavar="WEIGHT", help="of EquivarianceLoss; 0: without")
     p.add_argument("--size", type=int, default=224, help="edge of the views in pixels")
     p.add_argument("--load-size", type=int, help="edge that photographs are loaded at, before crops (default: --size)")
     p.add_argument("--batch-size", type=int, default=64, help="images per process")
@@ -179,7 +182,8 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
 
     # Views, model, loss.
     preset = "content_only" if args.method == "content-only" else args.preset
-    views = StructuredViews(**presets(preset, size=args.size), plan=args.plan, seed=args.seed)
+    crossed = tuple(name for name in args.cross_image.split(",") if name)
+    views = StructuredViews(**presets(preset, size=args.size), plan=args.plan, cross_image=crossed, seed=args.seed)
     torch.manual_seed(args.seed)
     core = build_model(args, views.plan.spaces).to(device, memory_format=torch.channels_last)
     if world > 1 and gpu:
@@ -192,7 +196,15 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     ascent = None
     if args.dual_ascent is not None:
         ascent = DualAscent(criterion, tolerance=args.dual_ascent, step_size=0.01, warmup_steps=int(warmup))
-    optimizer, peak = build_optimizer(args, core), args.lr * args.batch_size * world / 256
+    equivariance = respond = None
+    if args.equivariance:
+        example = views.independent(torch.rand(2, 3, args.load_size, args.load_size))  # for its parameters alone
+        equivariance = EquivarianceLoss(core.spaces, example, family=args.family, weight=args.equivariance).to(device)
+        respond = (
+            DistributedDataParallel(equivariance) if world > 1 else equivariance
+        )  # its inputs are in place already
+    trained = core if equivariance is None else nn.ModuleList([core, equivariance])
+    optimizer, peak = build_optimizer(args, trained), args.lr * args.batch_size * world / 256
     half = (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16) if gpu else None
     amp = torch.autocast(device.type, dtype=half) if gpu else contextlib.nullcontext()
     scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
@@ -223,6 +235,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     config = {k: v for k, v in vars(args).items() if k not in FREE}
     config |= {"processes": world, "images": len(data), "classes": classes, "device": device.type}
     parts = {"model": core, "optimizer": optimizer, "scaler": scaler, "views": views, "ascent": ascent}
+    parts["equivariance"] = equivariance
     parts |= {"probes": probes, "probe_optimizer": probe_optimizer} if probes else {}
     parts = {name: part for name, part in parts.items() if part is not None}
 
@@ -296,8 +309,9 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
             with amp:
                 z = model(batch)
             terms = criterion.terms(z)
+            response = respond(z, batch) if respond else None
             optimizer.zero_grad()
-            scaler.scale(terms.loss).backward()
+            scaler.scale(terms.loss if response is None else terms.loss + response).backward()
             scaler.step(optimizer)
             scaler.update()
             if ascent:
@@ -317,6 +331,8 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
                 mean_loss = summed(terms.loss.detach().clone()).item() / world
                 rate = round(speed * args.batch_size * world, 1)
                 record = {"step": step, **terms.scalars(), "loss": mean_loss, "lr": lr, "images_per_s": rate}
+                if response is not None:
+                    record["equivariance"] = summed(response.detach().clone()).item() / world
                 if ascent:
                     record |= {f"lambda/{n}": float(w) for n, w in criterion.lambdas(views.plan).items()}
                 monitor.write(record)

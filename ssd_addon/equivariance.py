@@ -61,10 +61,11 @@ class EquivarianceLoss(nn.Module):
             spaces: 1 counts (M + 1) / M times as much as an invariance of the family's default weight.
         hidden: widths of h_m's hidden layers.
 
-    Its parameters are trained with the model's: give both to the optimizer, and under DistributedDataParallel make it a
-    part of the module that is wrapped, so that its gradients are averaged too. Over ranks every rank takes its own rows
-    and their statistics (the changes' scale; barlow's standardisation); nothing is gathered. Rows whose key was made
-    from another image, and in an interleaved plan the rows whose key shares group m, are left out.
+    Its parameters are trained with the model's: give both to the optimizer, and under DistributedDataParallel wrap it
+    too, without `device_ids` (which would rebuild the embeddings and lose their plan), so that its gradients are
+    averaged. Over ranks every rank takes its own rows and their statistics (the changes' scale; barlow's
+    standardisation); nothing is gathered. Rows whose key was made from another image, and in an interleaved plan the
+    rows whose key shares group m, are left out.
 
     Raises:
         ValueError: a style space without a group, or a group that draws nothing; a temperature in another family.

@@ -58,6 +58,7 @@ def parameters_of(data: Path, out: str) -> dict[str, torch.Tensor]:
     ("options", "spaces"),
     [
         ("--family simclr --dual-ascent 0.1", ["content", "spatial", "color"]),
+        ("--family simclr --equivariance 0.5 --cross-image color", ["content", "spatial", "color"]),
         ("--family vicreg --plan interleaved --optimizer adamw", ["content", "spatial", "color"]),
         ("--family barlow --method content-only --widths content=16", ["content"]),
     ],
@@ -69,6 +70,7 @@ def test_two_steps(data: Path, options: str, spaces: list[str]) -> None:
     for s in steps:
         assert all(np.isfinite(s[key]) for key in ("loss", "lr", "images_per_s", *(f"invariance/{n}" for n in spaces)))
         assert ("lambda/content" in s) == ("--dual-ascent" in options)
+        assert ("equivariance" in s) == ("--equivariance" in options)
     for split in ("train", "val"):
         assert {f"accuracy_{split}/{n}" for n in ("backbone", *spaces)} <= epoch.keys()
     assert last["loss"] == steps[1]["loss"] and last["broken_files"] == 0
@@ -96,7 +98,7 @@ def test_learning_rate() -> None:
 
 def test_a_resumed_run_equals_an_uninterrupted_one(data: Path) -> None:
     """Four steps against two and two: the interruption is within an epoch of three, the end in the next one."""
-    options = ("--dual-ascent", "0.1")
+    options = ("--dual-ascent", "0.1", "--equivariance", "0.5")
     run(data, "straight", "--steps", "4", *options)
     run(data, "halves", "--steps", "2", *options)
     torch.manual_seed(123)
@@ -161,6 +163,7 @@ def test_two_processes(data: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "examples/imagenet.py", *SMALL.split()]
     command += ["--data", str(data), "--out", str(data.parent / "run"), "--steps", "2", "--batch-size", "2"]
+    command += ["--equivariance", "0.5"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -169,6 +172,7 @@ def test_two_processes(data: Path) -> None:
     assert [s["step"] for s in lines if "loss" in s] == [1, 2] and "accuracy_val/content" in lines[-1]
     stored = torch.load(data.parent / "run" / "checkpoint.pt", weights_only=True)
     assert stored["config"]["processes"] == 2 and len(stored["rng"]) == 2
+    assert stored["equivariance"] and "equivariance" in next(s for s in lines if "loss" in s)
 
 
 @pytest.mark.parametrize("family", ["simclr", "vicreg"])
