@@ -48,8 +48,8 @@ Row = tuple[str, Config, int]  # name, configuration, number of seeds
 
 
 def both(name: str, c: Config, seeds: int = 1) -> list[Row]:
-    """With plain keys, and with cross-image keys."""
-    return [(f"{name}, plain", c, seeds), (f"{name}, cross-image", c | {"cross": True}, seeds)]
+    """With keys of the same image, and with cross-image keys."""
+    return [(f"{name}, same-image", c, seeds), (f"{name}, cross-image", c | {"cross": True}, seeds)]
 
 
 LATENTS: dict[str, list[Row]] = {
@@ -73,11 +73,11 @@ LATENTS: dict[str, list[Row]] = {
     "latents/controls": [
         ("content-only", {"method": "content-only", "steps": 2400}, 3),
         ("unstructured pairs, same heads", {"method": "unstructured pairs"}, 3),
-        ("separate entropies, plain", {"method": "separate entropies"}, 3),
+        ("separate entropies, same-image", {"method": "separate entropies"}, 3),
         ("separate entropies, cross-image", {"method": "separate entropies", "cross": True}, 3),
-        ("interleaved, plain", {"plan": "interleaved", "batch": 1024}, 3),
+        ("interleaved, same-image", {"plan": "interleaved", "batch": 1024}, 3),
         ("interleaved, cross-image", {"plan": "interleaved", "batch": 1024, "cross": True}, 3),
-        ("one projector, plain", {"heads": "one projector"}, 3),
+        ("one projector, same-image", {"heads": "one projector"}, 3),
         ("one projector, cross-image", {"heads": "one projector", "cross": True}, 3),
         ("LooC", {"method": "looc"}, 3),
         ("AugSelf", {"method": "augself", "steps": 2400}, 3),
@@ -108,7 +108,7 @@ LATENTS: dict[str, list[Row]] = {
         *both("spaces of 64 and 64", {"content_width": 64, "style_width": 64}),
     ],
     "latents/entropy": [
-        ("vicreg, independent features, plain", {"family": "vicreg", "method": "independent"}, 1),
+        ("vicreg, independent features, same-image", {"family": "vicreg", "method": "independent"}, 1),
         ("vicreg, independent features, cross-image", {"family": "vicreg", "method": "independent", "cross": True}, 1),
         ("vicreg, 4,800 steps, cross-image", {"family": "vicreg", "cross": True, "steps": 4800}, 1),
         ("vicreg, spaces of 64, cross-image",
@@ -159,17 +159,17 @@ PHOTOGRAPHS: dict[str, list[Row]] = {
         ("unstructured pairs, same heads", CIFAR | {"method": "unstructured pairs"}, 3),
     ],
     "cifar/cross": [
-        ("kinds, plain", CIFAR | {"groups": "kinds"}, 3),
+        ("kinds, same-image", CIFAR | {"groups": "kinds"}, 3),
         ("kinds, cross-image", CIFAR | {"groups": "kinds", "cross": ["spatial", "color"]}, 3),
         ("kinds, equivariance, 0.5", CIFAR | {"groups": "kinds", "method": "equivariance", "equivariance": 0.5}, 3),
-        ("each operation, plain", CIFAR | {"groups": "each"}, 1),
+        ("each operation, same-image", CIFAR | {"groups": "each"}, 1),
         ("each operation, cross-image", CIFAR | {"groups": "each", "cross": EACH}, 1),
     ],
     "cifar/crop": [
         ("constrained crop, 0.25", CIFAR | {"constrained_crop": 0.25}, 3),
     ],
     "imagenet/cross": [
-        ("plain", IMAGENET | {"groups": "kinds"}, 1),
+        ("same-image", IMAGENET | {"groups": "kinds"}, 1),
         ("cross-image", IMAGENET | {"groups": "kinds", "cross": ["spatial", "color"]}, 1),
     ],
 }

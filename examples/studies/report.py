@@ -87,6 +87,7 @@ def latent_numbers(line: Line) -> dict[str, float]:
         "styles, linear": get("linear", [(s, s) for s in own]),
         "styles": get("kernel", [(s, s) for s in own]),
         "styles given content": get("conditional", [(s, s) for s in own]),
+        "content in styles, linear": get("linear", [(s, "content") for s in own]),
         "content in styles": get("kernel", [(s, "content") for s in own]),
         "styles in content": get("kernel", [("content", s) for s in styles]),
         "other styles": get("kernel", [(s, f) for s in own for f in styles if f != s]),
@@ -205,9 +206,13 @@ def pictures(lines: list[Line], folder: Path) -> None:
     """What plain pairs leave open, and both cures: a row for each family, a column for each kind of key."""
     families, cures = rows_of(lines, "latents/families"), rows_of(lines, "latents/cures")
     rows = {
-        "SimCLR": [families.get("simclr, plain"), families.get("simclr, cross-image"), cures.get("equivariance, 0.5")],
+        "SimCLR": [
+            families.get("simclr, same-image"),
+            families.get("simclr, cross-image"),
+            cures.get("equivariance, 0.5"),
+        ],
         "VICReg": [
-            families.get("vicreg, plain"),
+            families.get("vicreg, same-image"),
             families.get("vicreg, cross-image"),
             cures.get("vicreg, equivariance, 1"),
         ],
