@@ -66,6 +66,7 @@ LATENTS: dict[str, list[Row]] = {
         ("equivariance, 2", {"method": "equivariance", "equivariance": 2.0}, 3),
         ("equivariance, 4", {"method": "equivariance", "equivariance": 4.0}, 1),
         ("vicreg, equivariance, 1", {"method": "equivariance", "family": "vicreg"}, 3),
+        ("vicreg, equivariance, 0.1", {"method": "equivariance", "family": "vicreg", "equivariance": 0.1}, 1),
         ("barlow, equivariance, 1", {"method": "equivariance", "family": "barlow"}, 1),
         ("squared distance in a cube", {"method": "cube"}, 1),
         ("squared distance in a cube, tau 0.02", {"method": "cube", "temperature": 0.02}, 1),
@@ -144,6 +145,7 @@ SPRITES: dict[str, list[Row]] = {
         ("cross-image color", {"cross": ["color"]}, 1),
         ("cross-image spatial", {"cross": ["spatial"]}, 1),
         ("cross-image both", {"cross": ["color", "spatial"]}, 1),
+        ("equivariance, 0.1", {"method": "equivariance", "equivariance": 0.1}, 1),
     ],
 }
 
