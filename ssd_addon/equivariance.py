@@ -45,7 +45,7 @@ class EquivarianceLoss(nn.Module):
     squared difference, or sum over coordinates of (c_kk - 1)^2.
 
     >>> import kornia.augmentation as K
-    >>> from ssd_addon import StructuredViews
+    >>> from ssd_addon import Embeddings, StructuredViews
     >>> batch = StructuredViews({"color": [K.ColorJitter(hue=0.5, p=1.0)]}, seed=0)(torch.rand(8, 3, 4, 4))
     >>> equivariance = EquivarianceLoss({"content": 6, "color": 3}, batch)
     >>> z = Embeddings({"content": torch.randn(3, 8, 6), "color": torch.randn(3, 8, 3)}, batch.plan)
