@@ -2,13 +2,13 @@
 
     python examples/study.py run latents --workers 2                       # resumes: what has a line is not run again
     python examples/study.py run sprites --workers 2
-    python examples/study.py run photographs --workers 2 --cifar DIR --imagenet DIR
+    python examples/study.py run cifar imagenet --workers 2 --cifar DIR --imagenet DIR
     python examples/study.py list                                          # what is there, what is missing
     python examples/study.py tables                                        # docs/results.md's tables and pictures
 
 Every finished run is one line of docs/results/study.jsonl: experiment, name, configuration (what differs from the
-defaults), seed, what each space knows, the last terms of the loss, seconds. A run has one thread, so that two workers
-on two cores do not disturb each other; its length is steps, never minutes. The grid is in studies/grid.py.
+defaults), seed, commit, what each space knows, the last terms of the loss, seconds. A run has one thread, so that two
+workers on two cores do not disturb each other; its length is steps, never minutes. The grid is in studies/grid.py.
 """
 
 import argparse
@@ -133,14 +133,16 @@ def end_with(parent: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("command", choices=("run", "list", "tables"))
-    p.add_argument("experiments", nargs="*", help=f"of {', '.join(grid.EXPERIMENTS)}, or NAME/ROW; all when none")
+    p.add_argument("experiments", nargs="*", help=f"of {', '.join(grid.EXPERIMENTS)}, or how they begin; none: all")
     p.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     p.add_argument("--seeds", type=int, default=3, help="only the first so many of every row")
     p.add_argument("--cifar", default="", help="DIR with train/CLASS/* and val/CLASS/*, 32 pixels")
     p.add_argument("--imagenet", default="", help="DIR with train/CLASS/*")
-    p.add_argument("--steps", type=int, help="instead of the grid's: to try it")
+    p.add_argument("--steps", type=int, help="instead of the grid's, to try it; needs --out")
     p.add_argument("--out", type=Path, default=LINES)
     args = p.parse_args(argv)
+    if args.steps and args.out == LINES:
+        p.error(f"--steps: expected --out beside it, as runs of other lengths are no results: got none, so {LINES}")
     done = {key(line) for line in lines(args.out)}
     runs = [r for r in grid.runs(args.experiments) if r["seed"] < args.seeds]
     runs = [r for r in runs if args.command != "run" or key(r) not in done]

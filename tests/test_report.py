@@ -14,6 +14,7 @@ from torchvision.models import resnet18
 from ssd_addon import StyleHeads, report
 from ssd_addon.__main__ import main
 from ssd_addon.metrics import ScoreTable
+from ssd_addon.report import curves
 from ssd_addon.report import page as rendering
 from ssd_addon.report.findings import Findings, short
 
@@ -262,7 +263,7 @@ def test_pictures_are_bounded_and_keep_their_colours():
     ],
 )
 def test_curves_of_any_range(points):
-    svg = rendering._svg("title", "unit", {0: points})
+    svg = curves.panel("title", "unit", {0: points})
     assert "nan" not in svg and "inf" not in svg
     assert all(
         0 <= float(x) <= 320 and 0 <= float(y) <= 212

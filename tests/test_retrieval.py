@@ -436,6 +436,5 @@ def test_a_query_that_is_no_tensor_is_named():
 
 
 def test_a_factory_that_faiss_does_not_know():
-    pytest.importorskip("faiss")
     with pytest.raises(ValueError, match="factory: expected a description that FAISS knows.*got 'Fla'"):
         StyleIndex(spaces(), backend="faiss", factory="Fla")

@@ -1,6 +1,7 @@
 """The study's runner: every configuration of the grid trains, a stopped grid resumes, and lines are what was run."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -86,6 +87,19 @@ def test_a_stopped_grid_resumes(tmp_path, monkeypatch, capsys):
     assert study.main(["run", "--out", str(out)]) == 0
     with pytest.raises(SystemExit, match="expected experiments of"):
         study.main(["run", "latent/try", "--out", str(out)])
+    with pytest.raises(SystemExit):
+        study.main(["run", "--steps", "3"])
+    assert "--steps: expected --out beside it" in capsys.readouterr().err
+
+
+def test_the_commands_that_are_written_down_name_experiments():
+    for text in (
+        study.__doc__,
+        (report.DOCS / "results.md").read_text(),
+        (report.DOCS.parent / "README.md").read_text(),
+    ):
+        for command in re.findall(r"study\.py run ([a-z ]+?)(?: --|`|\s*$|  )", text, flags=re.MULTILINE):
+            assert grid.runs(command.split()), command
 
 
 def test_one_seed_is_one_run():

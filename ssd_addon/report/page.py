@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from typing import Any
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssd_addon.metrics import ScoreTable
+from ssd_addon.report.curves import finite, panel
 from ssd_addon.report.data import Data
 from ssd_addon.report.findings import Findings, short, verdict
 
@@ -200,7 +201,7 @@ def _numbers(f: Findings) -> str:
 
 
 def _curves(f: Findings) -> str:
-    steps = [e for e in f.log if _finite(e.get("step"))]
+    steps = [e for e in f.log if finite(e.get("step"))]
     out = ["<section>", "<h2>Training, space by space</h2>"]
     panels = [
         ("constraint/", "misalignment of pairs", "0 is perfect"),
@@ -213,14 +214,14 @@ def _curves(f: Findings) -> str:
         series = {}
         for k, space in enumerate(f.spaces):
             key = f"{prefix}{space}/{space}" if prefix == "parameters/" else f"{prefix}{space}"
-            points = [(e["step"], e[key]) for e in steps if _finite(e.get(key))]
+            points = [(e["step"], e[key]) for e in steps if finite(e.get(key))]
             if points:
                 series[k] = points
         if series:
-            drawn.append(_svg(title, unit, series))
-    points = [(e["step"], e["loss"]) for e in steps if _finite(e.get("loss"))]
+            drawn.append(panel(title, unit, series))
+    points = [(e["step"], e["loss"]) for e in steps if finite(e.get("loss"))]
     if points:
-        drawn.insert(0, _svg("loss", "", {6: points}))
+        drawn.insert(0, panel("loss", "", {6: points}))
     if not drawn:
         out.append(_na("there is no log.jsonl beside the checkpoint" if not f.log else "the log holds no curve"))
     else:
@@ -229,53 +230,6 @@ def _curves(f: Findings) -> str:
         )
         out += [f'<ul class="legend">{legend}</ul>', f'<div class="plots">{"".join(drawn)}</div>']
     return "\n".join([*out, "</section>"])
-
-
-def _svg(title: str, unit: str, series: Mapping[int, Sequence[tuple[float, float]]]) -> str:
-    """One panel: step across, the value up."""
-    w, h, left, right, top, bottom = 320, 212, 44, 10, 38, 34
-    xs = [x for points in series.values() for x, _ in points]
-    ys = [y for points in series.values() for _, y in points]
-    x0, x1 = min(xs), max(xs)
-    y0, y1 = min(ys), max(ys)
-    if 0 < y0 < y1 / 2:
-        y0 = 0.0
-    if y1 - y0 <= 1e-9 * max(1.0, abs(y0), abs(y1)):  # a constant
-        y0, y1 = y0 - 0.5 * max(1.0, abs(y0)), y1 + 0.5 * max(1.0, abs(y1))
-    ticks = _ticks(y0, y1)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x0) / (x1 - x0) if x1 > x0 else 0.5
-        return left + across * (w - left - right), h - bottom - (y - y0) / (y1 - y0) * (h - top - bottom)
-
-    parts = [f'<text class="title" x="{left}" y="14">{escape(title)}</text>']
-    if unit:
-        parts.append(f'<text x="{left}" y="28">{escape(unit)}</text>')
-    for tick in ticks:
-        _, y = place(x0, tick)
-        parts.append(f'<path class="axis" d="M{left} {y:.1f}H{w - right}"/>')
-        parts.append(f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for x, anchor in ((x0, "start"), (x1, "end")) if x1 > x0 else ((x0, "middle"),):
-        parts.append(f'<text x="{place(x, y0)[0]:.1f}" y="{h - bottom + 15}" text-anchor="{anchor}">{x:g}</text>')
-    parts.append(f'<text x="{(left + w - right) / 2}" y="{h - 6}" text-anchor="middle">step</text>')
-    for k, points in series.items():
-        thin = points[:: max(1, len(points) // 300)]
-        thin = [*thin, points[-1]] if thin[-1] != points[-1] else thin
-        colour = f"var(--s{k if k == 6 else k % 6})"
-        xy = [place(*p) for p in thin]
-        if len(xy) == 1:
-            parts.append(f'<circle cx="{xy[0][0]:.1f}" cy="{xy[0][1]:.1f}" r="3" style="fill:{colour}"/>')
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in xy)
-        parts.append(f'<polyline class="curve" style="stroke:{colour}" points="{line}"/>')
-    label = f"{title}: from step {x0:g} to {x1:g}"
-    return f'<svg viewBox="0 0 {w} {h}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    step = 10 ** math.floor(math.log10((high - low) / 3))
-    step = next(step * m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 4)
-    first = math.ceil(low / step - 1e-9)
-    return [round(k * step, 10) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 # ---- pictures
@@ -407,18 +361,13 @@ def _kept(f: Findings) -> dict[str, Any]:
         "labelled": {k: t.to_json() for k, t in f.labelled.items()},
         "label_free": None if f.label_free is None else f.label_free.to_json(),
         "redundancy": None if f.shared is None else f.shared.to_json(),
-        "geometry": {s: {k: v if _finite(v) else None for k, v in row.items()} for s, row in f.geometry.items()},
+        "geometry": {s: {k: v if finite(v) else None for k, v in row.items()} for s, row in f.geometry.items()},
         "reasons": f.reasons,
     }
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
-def _finite(value: Any) -> bool:
-    """A number that a curve can be drawn through."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _number(value: float) -> str:
