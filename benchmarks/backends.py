@@ -1,6 +1,6 @@
 """Eager against streaming log-sums on this CPU: where "auto" should change from one to the other.
 
-    python benchmarks/backends.py            # about three minutes; a table as in docs/benchmarks.md, and every time
+    python benchmarks/backends.py            # half a minute; the table of docs/benchmarks.md
 
 Forward and backward of `negative_lse` alone in float32. The backends take turns, in reversed order every second round;
 the ratio is the median over rounds of eager / streaming, with the smallest and the largest.
