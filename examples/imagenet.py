@@ -230,7 +230,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     # Where the run stands, and what `python -m ssd_addon report` has to know.
     name = args.backbone if args.backbone.startswith("timm:") else f"torchvision:{args.backbone}"
     card = {"name": args.out.name, "backbone": name, "family": args.family, "size": args.size}
-    card["views"] = {"preset": preset, "size": args.size, "plan": args.plan}
+    card["views"] = {"preset": preset, "size": args.size, "plan": args.plan, "cross_image": crossed}
     checkpoint, log, step = args.out / "checkpoint.pt", args.out / "log.jsonl", 0
     config = {k: v for k, v in vars(args).items() if k not in FREE}
     config |= {"processes": world, "images": len(data), "classes": classes, "device": device.type}

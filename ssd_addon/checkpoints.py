@@ -9,9 +9,11 @@ A checkpoint says what it needs on its *card*, plain data beside the weights:
     opened = checkpoints.load("model.pt")                                    "state_dict": ...} in a file of your own
                                                                              ("heads" and "model" are read as well)
 
-A card may name libraries and operations, never code to run: a backbone of your own is named by the caller.
+A card may name libraries and operations, never code to run: a backbone of your own is named by the caller. Keys of
+your own may stand on it ("commit", "notes"): they come back as they are.
 """
 
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -28,8 +30,11 @@ from torch import nn
 
 from ssd_addon import _checks
 from ssd_addon.heads import StyleHeads
+from ssd_addon.losses import FAMILIES
 
 FILES = ("model.pt", "checkpoint.pt")
+KEYS = ("backbone", "views", "family", "size", "name")
+PRESET_KEYS = ("preset", "size", "normalize", "plan", "cross_image", "constrained_crop")
 LOG = "log.jsonl"
 
 
@@ -104,8 +109,7 @@ def load(path: str | Path, *, backbone: str | nn.Module | None = None, views: An
     if not isinstance(state, Mapping) or not all(isinstance(k, str) for k in state):
         raise ValueError(f"{what}: got no 'state_dict' in it (keys: {_checks.names(stored)})")
     card = stored.get("card") or {}
-    if not isinstance(card, Mapping):
-        raise ValueError(f"{file}: expected the card as a mapping: got {type(card).__name__}")
+    check_card(card, str(file))
     given = dict(config)
     made = _backbone(file, backbone, card.get("backbone"))
     try:
@@ -134,6 +138,27 @@ def load(path: str | Path, *, backbone: str | nn.Module | None = None, views: An
             problem = str(error)
     made_views = None if chosen is None else build_views(chosen, code=code)
     return Opened(model.eval(), made_views, card, log, file, problem)
+
+
+def check_card(card: Any, where: str = "card") -> None:
+    """Refuse what a reader would take wrongly, or pass over in silence because it is misspelt.
+
+    Raises:
+        ValueError: no mapping, another family or size than there is, a key that is nearly one of `KEYS`.
+    """
+    if not isinstance(card, Mapping):
+        raise ValueError(f"{where}: expected the card as a mapping: got {type(card).__name__}")
+    family, size = card.get("family"), card.get("size", 1)
+    if family is not None and family not in FAMILIES:
+        raise ValueError(
+            f"{where}: expected the card's family to be one of {_checks.names(FAMILIES)}, as it decides whether rows "
+            f"are scored at unit length: got {family!r}"
+        )
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"{where}: expected the card's size in whole pixels, 1 or more: got {size!r}")
+    for key in card:
+        if key not in KEYS and (meant := difflib.get_close_matches(str(key), KEYS, 1, 0.75)):
+            raise ValueError(f"{where}: expected the card's key {meant[0]!r}: got {key!r}, which nothing reads")
 
 
 def _without_classifier(backbone: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -203,10 +228,10 @@ def build_views(spec: Any, *, code: bool = False, seed: int | None = 0) -> Any:
     """`StructuredViews` from plain data.
 
     Args:
-        spec: {"preset": name, "size": pixels}, or {"groups": {"color": [["ColorJitter", {"hue": 0.1}], ...]},
-            "then": [...], ...} with the arguments of `StructuredViews`, each operation as Kornia's name and its
-            arguments; or a `StructuredViews`. With `code` also a preset's name, a JSON file of such a mapping, or
-            "FILE.py:NAME", where NAME() makes the views.
+        spec: {"preset": name, "size": pixels}, with "plan", "cross_image" and "constrained_crop" beside it if need be;
+            or {"groups": {"color": [["ColorJitter", {"hue": 0.1}], ...]}, "then": [...], ...} with the arguments of
+            `StructuredViews`, each operation as Kornia's name and its arguments; or a `StructuredViews`. With `code`
+            also a preset's name, a JSON file of such a mapping, or "FILE.py:NAME", where NAME() makes the views.
         seed: of the draws.
 
     Raises:
@@ -232,14 +257,14 @@ def build_views(spec: Any, *, code: bool = False, seed: int | None = 0) -> Any:
     if not isinstance(spec, Mapping) or ("preset" in spec) == ("groups" in spec):
         raise ValueError(f"views: expected a mapping with either 'preset' or 'groups': got {spec!r}")
     if "preset" in spec:
-        extra = {k: v for k, v in spec.items() if k not in ("preset", "size", "normalize", "plan")}
-        if extra:
-            raise ValueError(f"views: expected preset, size, normalize and plan: got {_checks.names(extra)} too")
+        if extra := [k for k in spec if k not in PRESET_KEYS]:
+            raise ValueError(f"views: expected {_checks.names(PRESET_KEYS)}: got {_checks.names(extra)} too")
         options = {k: spec[k] for k in ("size", "normalize") if k in spec}
         size = spec.get("size", 1)
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"views: expected the preset's size in whole pixels, 1 or more: got {size!r}")
-        return StructuredViews(**presets(spec["preset"], **options), plan=spec.get("plan", "shared_query"), seed=seed)
+        drawn = {k: spec[k] for k in ("plan", "cross_image", "constrained_crop") if k in spec}
+        return StructuredViews(**presets(spec["preset"], **options), **drawn, seed=seed)
     allowed = set(inspect.signature(StructuredViews).parameters) - {"seed", "rank"}
     if unknown := spec.keys() - allowed:
         raise ValueError(f"views: expected {_checks.names(sorted(allowed))}: got {_checks.names(sorted(unknown))}")

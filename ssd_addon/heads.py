@@ -151,7 +151,14 @@ class StyleHeads(nn.Module):
             path: where to write.
             card: what else is needed to open the file without the training script (`ssd_addon.checkpoints`): plain
                 numbers, strings, lists and dictionaries.
+
+        Raises:
+            ValueError: a card that could not be read rightly (`checkpoints.check_card`).
         """
+        if card is not None:
+            from ssd_addon.checkpoints import check_card  # it opens what this class writes
+
+            check_card(card)
         content = {"config": self.config(), "state_dict": self.state_dict()}
         torch.save(content if card is None else content | {"card": dict(card)}, path)
 

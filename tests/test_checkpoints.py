@@ -150,6 +150,8 @@ def same(views, expected):
         ({"preset": "appearance_spatial", "size": 12, "normalize": False}, {}),
         ({"preset": "content_only", "size": 16}, {}),
         ({"preset": "color_spatial", "size": 16, "plan": "interleaved"}, {"plan": "interleaved"}),
+        ({"preset": "color_spatial", "size": 16, "cross_image": ["color"]}, {"cross_image": ("color",)}),
+        ({"preset": "color_spatial", "size": 16, "constrained_crop": 0.2}, {"constrained_crop": 0.2}),
     ],
 )
 def test_presets(card, options):
@@ -266,7 +268,7 @@ def test_the_caller_may_name_other_views(tmp_path):
         ({"preset": "colours"}, "preset: expected one of 'color_spatial'.*got 'colours'"),
         (
             {"preset": "color_spatial", "then": [], "seed": 1},
-            "expected preset, size, normalize and plan: got then, seed",
+            "expected preset, size, normalize, plan, cross_image, constrained_crop: got then, seed too",
         ),
         ({"preset": "color_spatial", "size": 8, "plan": "both"}, "plan: expected one of 'shared_query'.*got 'both'"),
         ({"groups": {}, "sede": 1}, "views: expected constrained_crop, cross_image, groups.*: got sede"),
@@ -464,6 +466,34 @@ def test_a_card_that_names_no_backbone(tmp_path, card):
         load(tmp_path / "m.pt")
     opened = load(tmp_path / "m.pt", backbone=nn.Conv2d(3, 4, 3), views=by_hand())
     assert opened.card == (card or {})
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ([1], "expected the card as a mapping: got list"),
+        ({"family": "simcrl"}, "family to be one of simclr, vicreg, barlow, .*unit length: got 'simcrl'"),
+        ({"family": ["simclr"]}, "family to be one of"),
+        ({"size": "32"}, "size in whole pixels, 1 or more: got '32'"),
+        ({"size": True}, "size in whole pixels"),
+        ({"size": 0}, "size in whole pixels"),
+        ({"view": {"preset": "color_spatial"}}, "expected the card's key 'views': got 'view', which nothing reads"),
+        ({"back_bone": TINY}, "expected the card's key 'backbone': got 'back_bone'"),
+    ],
+)
+def test_a_card_that_would_be_read_wrongly(tmp_path, card, message):
+    with pytest.raises(ValueError, match=f"card: .*{message}"):
+        plain().save(tmp_path / "m.pt", card=card)
+    assert not list(tmp_path.iterdir())
+    torch.save({"config": CONFIG, "state_dict": STATE, "card": card}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=rf"m\.pt: .*{message}"):
+        load(tmp_path / "m.pt", backbone=nn.Conv2d(3, 4, 3))
+
+
+def test_a_card_keeps_keys_of_ones_own(tmp_path):
+    card = {"commit": "a1b2", "notes": ["long"], "seed": 3, 4: "four", "family": None}
+    plain().save(tmp_path / "m.pt", card=card)
+    assert load(tmp_path / "m.pt", backbone=nn.Conv2d(3, 4, 3)).card == card
 
 
 def test_weights_of_another_backbone(tmp_path):
