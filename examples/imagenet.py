@@ -49,8 +49,8 @@ from ssd_addon import (
     plots,
     presets,
 )
-from ssd_addon.augment import MEAN, STD
 from ssd_addon.collate import ImageFiles
+from ssd_addon.recipes import MEAN, STD
 
 BASE_LR = {"simclr": 0.5, "vicreg": 0.3, "barlow": 0.2}  # LARS, for a total batch of 256; AdamW takes 1e-3
 FREE = ("data", "out", "resume", "steps", "workers", "log_every", "save_every", "broken", "measure", "tensorboard")

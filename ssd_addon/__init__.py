@@ -17,7 +17,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "StructuredViews": "augment",
-    "presets": "augment",
+    "presets": "recipes",
+    "recipe": "recipes",
+    "Recipe": "recipes",
     "ViewPlan": "batch",
     "ViewBatch": "batch",
     "Embeddings": "batch",

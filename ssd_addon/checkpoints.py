@@ -237,7 +237,8 @@ def build_views(spec: Any, *, code: bool = False, seed: int | None = 0) -> Any:
     Raises:
         ValueError: another form, an unknown operation, arguments that it does not take.
     """
-    from ssd_addon.augment import StructuredViews, presets
+    from ssd_addon.augment import StructuredViews
+    from ssd_addon.recipes import presets
 
     if isinstance(spec, StructuredViews):
         return spec

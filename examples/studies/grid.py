@@ -126,11 +126,11 @@ SPRITES: dict[str, list[Row]] = {
         ("AugSelf", {"method": "augself", "steps": 3200}, 3),
     ],
     "sprites/ablations": [
-        ("unstructured pairs, same heads", {"method": "unstructured pairs"}, 3),
-        ("separate entropies", {"method": "separate entropies"}, 3),
-        ("fixed weights", {"dual": None, "content_weight": None}, 3),
-        ("interleaved", {"plan": "interleaved", "batch": 256}, 3),
-        ("one projector", {"heads": "one projector"}, 3),
+        ("unstructured pairs, same heads", {"method": "unstructured pairs"}, 1),
+        ("separate entropies", {"method": "separate entropies"}, 1),
+        ("fixed weights", {"dual": None, "content_weight": None}, 1),
+        ("interleaved", {"plan": "interleaved", "batch": 256}, 1),
+        ("one projector", {"heads": "one projector"}, 1),
     ],
     "sprites/collapse": [
         ("weight 1", {"steps": 800, "history": 20, "dual": None, "content_weight": None}, 1),
@@ -155,20 +155,41 @@ PHOTOGRAPHS: dict[str, list[Row]] = {
     "cifar/methods": [
         ("ours", CIFAR, 3),
         ("content-only", CIFAR | {"method": "content-only", "steps": 3200}, 3),
-        ("ours, dual ascent", CIFAR | {"dual": 0.05}, 3),
-        ("LooC", CIFAR | {"method": "looc"}, 3),
-        ("AugSelf", CIFAR | {"method": "augself", "steps": 3200}, 3),
-        ("unstructured pairs, same heads", CIFAR | {"method": "unstructured pairs"}, 3),
+        ("ours, dual ascent", CIFAR | {"dual": 0.05}, 1),
+        ("LooC", CIFAR | {"method": "looc"}, 1),
+        ("AugSelf", CIFAR | {"method": "augself", "steps": 3200}, 1),
+        ("unstructured pairs, same heads", CIFAR | {"method": "unstructured pairs"}, 1),
     ],
     "cifar/cross": [
         ("kinds, same-image", CIFAR | {"groups": "kinds"}, 3),
         ("kinds, cross-image", CIFAR | {"groups": "kinds", "cross": ["spatial", "color"]}, 3),
-        ("kinds, equivariance, 0.5", CIFAR | {"groups": "kinds", "method": "equivariance", "equivariance": 0.5}, 3),
+        ("kinds, equivariance, 0.5", CIFAR | {"groups": "kinds", "method": "equivariance", "equivariance": 0.5}, 1),
         ("each operation, same-image", CIFAR | {"groups": "each"}, 1),
         ("each operation, cross-image", CIFAR | {"groups": "each", "cross": EACH}, 1),
     ],
     "cifar/crop": [
-        ("constrained crop, 0.25", CIFAR | {"constrained_crop": 0.25}, 3),
+        ("constrained crop, 0.25", CIFAR | {"constrained_crop": 0.25}, 1),
+    ],
+    "cifar/weights": [
+        ("content entropy", CIFAR | {"content_entropy": True}, 1),
+        (
+            "content entropy, weight 2, dual ascent 0.05",
+            CIFAR | {"content_entropy": True, "content_weight": 2.0, "dual": 0.05},
+            3,
+        ),
+        (
+            "content entropy, weight 2, dual ascent 0.2",
+            CIFAR | {"content_entropy": True, "content_weight": 2.0, "dual": 0.2},
+            1,
+        ),
+    ],
+    "cifar/widths": [
+        ("content 16, styles 128", CIFAR | {"content_width": 16, "style_width": 128}, 1),
+        ("content 256, styles 256", CIFAR | {"content_width": 256, "style_width": 256}, 1),
+    ],
+    "cifar/families": [
+        ("vicreg", CIFAR | {"family": "vicreg"}, 1),
+        ("barlow", CIFAR | {"family": "barlow"}, 1),
     ],
     "imagenet/cross": [
         ("same-image", IMAGENET | {"groups": "kinds"}, 1),
