@@ -7,13 +7,14 @@ from pathlib import Path
 
 PAGE = Path(__file__).parent / "api.md"
 NAMES = {
-    "augment": ("StructuredViews", "presets"),
+    "augment": ("StructuredViews",),
     "batch": ("ViewPlan", "ViewBatch", "Embeddings"),
     "collate": ("StructuredCollate", "ImageFiles"),
     "heads": ("StyleHeads",),
     "losses": ("JointEntropyLoss", "Terms"),
     "ascent": ("DualAscent",),
     "equivariance": ("EquivarianceLoss",),
+    "recipes": ("recipe", "Recipe", "presets"),
     "metrics": (
         "embed",
         "r2_matrix",
@@ -34,7 +35,7 @@ NAMES = {
         "StyleIndex",
     ),
     "monitor": ("Monitor",),
-    "checkpoints": ("load", "Opened", "build_backbone", "build_views", "read_log"),
+    "checkpoints": ("load", "Opened", "build_backbone", "build_views", "check_card", "read_log"),
     "report": ("write", "read", "Data", "measure", "Findings", "verdict"),
     "plots": ("matrix", "matrix_figure", "curves", "views_strip"),
     "kernels": ("negative_lse", "off_diagonal_energy"),

@@ -47,7 +47,7 @@ from ssd_addon import (
     StructuredViews,
     StyleHeads,
     plots,
-    presets,
+    recipe,
 )
 from ssd_addon.collate import ImageFiles
 from ssd_addon.recipes import MEAN, STD
@@ -64,10 +64,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--method", choices=("ours", "content-only"), default="ours", help="content-only: ordinary SSL")
     p.add_argument("--family", choices=("simclr", "vicreg", "barlow"), default="simclr")
     p.add_argument("--plan", choices=("shared_query", "interleaved"), default="shared_query")
+    p.add_argument(
+        "--recipe",
+        choices=("paper", "recommended"),
+        default="paper",
+        help="recommended: widths, entropy, weights and dual ascent of ssd_addon.recipe; other options go first",
+    )
     p.add_argument("--preset", choices=("color_spatial", "appearance_spatial"), default="color_spatial")
     p.add_argument("--backbone", default="resnet50", help="a torchvision model, or timm:NAME")
     p.add_argument("--hidden", default="8192,8192", help="widths of every head's hidden layers")
-    p.add_argument("--widths", default="", help="content=2048,color=512: widths of spaces, 2048 where not named")
+    p.add_argument("--widths", default="", help="content=2048,color=512: of spaces (paper: 2048 where not named)")
     p.add_argument("--dual-ascent", type=float, metavar="TOL", help="adapt lambda until every constraint is below TOL")
     p.add_argument("--cross-image", default="", metavar="GROUP,...", help="groups whose keys show another image")
     p.add_argument("--equivariance", type=float, default=0.0, metavar="WEIGHT", help="of EquivarianceLoss; 0: without")
@@ -131,8 +137,8 @@ class Probes(nn.Module):
         return {n: layer(features[n].detach().float()) for n, layer in self.layers.items()}
 
 
-def build_model(args: argparse.Namespace, spaces: tuple[str, ...]) -> StyleHeads:
-    given = dict(part.split("=") for part in args.widths.split(",") if part)
+def build_model(args: argparse.Namespace, widths: dict[str, int]) -> StyleHeads:
+    given, spaces = dict(part.split("=") for part in args.widths.split(",") if part), tuple(widths)
     if unknown := given.keys() - set(spaces):
         raise ValueError(f"--widths: expected names of spaces ({', '.join(spaces)}): got {', '.join(sorted(unknown))}")
     if args.backbone.startswith("timm:"):
@@ -140,7 +146,7 @@ def build_model(args: argparse.Namespace, spaces: tuple[str, ...]) -> StyleHeads
     else:
         backbone = torchvision.models.get_model(args.backbone, weights=None)
     hidden = [int(h) for h in args.hidden.split(",") if h]
-    return StyleHeads(backbone, {n: int(given.get(n, 2048)) for n in spaces}, hidden=hidden)
+    return StyleHeads(backbone, {n: int(given.get(n, widths[n])) for n in spaces}, hidden=hidden)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
@@ -183,19 +189,23 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     # Views, model, loss.
     preset = "content_only" if args.method == "content-only" else args.preset
     crossed = tuple(name for name in args.cross_image.split(",") if name)
-    views = StructuredViews(**presets(preset, size=args.size), plan=args.plan, cross_image=crossed, seed=args.seed)
+    made = recipe(preset, family=args.family, sets=crossed, size=args.size, warmup_steps=int(warmup))
+    views = StructuredViews(**made.views, plan=args.plan, seed=args.seed)
+    paper = args.recipe == "paper"
     torch.manual_seed(args.seed)
-    core = build_model(args, views.plan.spaces).to(device, memory_format=torch.channels_last)
+    widths = dict.fromkeys(views.plan.spaces, 2048) if paper else made.spaces
+    core = build_model(args, widths).to(device, memory_format=torch.channels_last)
     if world > 1 and gpu:
         core = nn.SyncBatchNorm.convert_sync_batchnorm(core)
     features: dict[str, Tensor] = {}
     core.stacks[0].register_forward_pre_hook(lambda _, inputs: features.update(backbone=inputs[0].detach()))
     wrap = {"device_ids": [device.index] if gpu else None}
     model = DistributedDataParallel(core, **wrap) if world > 1 else core
-    criterion = JointEntropyLoss(args.family, gather_distributed=True)
-    ascent = None
+    criterion = JointEntropyLoss(**({"family": args.family} if paper else made.loss), gather_distributed=True)
+    rise = None if paper else made.ascent
     if args.dual_ascent is not None:
-        ascent = DualAscent(criterion, tolerance=args.dual_ascent, step_size=0.01, warmup_steps=int(warmup))
+        rise = {"step_size": 0.01, "warmup_steps": int(warmup)} | (rise or {}) | {"tolerance": args.dual_ascent}
+    ascent = DualAscent(criterion, **rise) if rise else None
     equivariance = respond = None
     if args.equivariance:
         example = views.independent(torch.rand(2, 3, args.load_size, args.load_size))  # for its parameters alone

@@ -5,6 +5,7 @@ batch = views(images)                                                ViewBatch [
 model = StyleHeads(backbone, {"content": 256, "color": 64, ...})     backbone -> one space a group   heads
 z = model(batch)                                                     Embeddings name -> [V, B, d]    batch
 loss = JointEntropyLoss("simclr")(z)                                 invariance and joint entropy    losses
+recipe("color_spatial")                                              settings for all of these       recipes
 metrics.parameter_matrix(model, views, images)                       what each space knows           metrics
 Monitor("log.jsonl", views=views, images=images)                     the same, while it trains       monitor
 python -m ssd_addon report RUN --data DIR --out report.html          a page that shows it            report
@@ -41,6 +42,7 @@ _MODULES = (
     "metrics",
     "monitor",
     "plots",
+    "recipes",
     "report",
 )
 __all__ = [*_HOME, *_MODULES, "__version__"]

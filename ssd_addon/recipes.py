@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ssd_addon import _checks
+from ssd_addon.losses import FAMILIES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -116,5 +117,49 @@ def recipe(
     style: int = 32,
     warmup_steps: int = 400,
 ) -> Recipe:
-    """The settings that were measured to work, for groups of your own or those of a preset."""
-    raise NotImplementedError
+    """What the library recommends for groups of operations: views, widths, loss, weights.
+
+    >>> r = recipe({"spatial": [K.RandomRotation(180.0, p=1.0)], "color": [K.RandomGrayscale(p=0.5)]},
+    ...            sets=("spatial",))
+    >>> r.spaces
+    {'content': 64, 'spatial': 32, 'color': 32}
+    >>> r.views["cross_image"], r.loss["temperature"]
+    (('spatial',), 0.15)
+
+    Args:
+        groups: a preset's name (`presets`), or name -> Kornia operations.
+        family: "simclr", "vicreg" or "barlow".
+        sets: the groups that *set* their style instead of shifting the one that an image has (rotation of upright
+            photographs, grey of coloured ones): their keys show another image.
+        size, normalize: of a preset.
+        content, style: widths of the spaces.
+        warmup_steps: of the dual ascent (simclr): until pairs agree a little; about a tenth of the training.
+
+    Raises:
+        ValueError: an unknown preset, family or group.
+
+    Source: docs/choose-your-groups.md, which has the measurements.
+    """
+    _checks.choice(family, FAMILIES, "family")
+    if isinstance(groups, str):
+        views = presets(groups, size=size, normalize=normalize)
+    elif isinstance(groups, Mapping):
+        views = {"groups": dict(groups)}
+    else:
+        raise TypeError(
+            f"groups: expected a preset's name or a mapping name -> operations: got {type(groups).__name__}"
+        )
+    names = tuple(views["groups"])
+    if isinstance(sets, str) or set(sets) - set(names):
+        raise ValueError(f"sets: expected names of groups ({_checks.names(names)}): got {sets!r}")
+    if sets:
+        views["cross_image"] = tuple(sets)
+    spaces = {"content": _checks.width(content, "content"), **dict.fromkeys(names, _checks.width(style, "style"))}
+    if family != "simclr":
+        return Recipe(views, spaces, {"family": family}, None)
+    loss: dict[str, Any] = {"family": family, "temperature": 0.15}
+    if not names:  # one space: more weight than the entropy has would collapse it
+        return Recipe(views, spaces, loss, None)
+    loss |= {"content_entropy": True, "weights": {"content": 2.0, **dict.fromkeys(names, 1.0)}}
+    ascent = {"tolerance": 0.05, "step_size": 0.05, "warmup_steps": warmup_steps}
+    return Recipe(views, spaces, loss, ascent)

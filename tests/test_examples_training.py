@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from examples import imagenet, lightly_pipeline
+from ssd_addon import recipe
 
 pytestmark = [
     # Lightning's advice on hardware and loaders, and its use of a deprecated pytree name.
@@ -76,9 +77,22 @@ def test_two_steps(data: Path, options: str, spaces: list[str]) -> None:
     assert last["loss"] == steps[1]["loss"] and last["broken_files"] == 0
 
 
+def test_the_recommended_recipe_is_what_trains(data: Path) -> None:
+    plain = [word for word in SMALL.split() if word not in ("--widths", "content=16,spatial=8,color=8")]
+    common = [*plain, "--data", str(data), "--recipe", "recommended", "--steps", "2", "--widths", "color=8"]
+    imagenet.main([*common, "--out", str(data.parent / "run")])
+    stored, r = torch.load(data.parent / "run" / "checkpoint.pt", weights_only=True), recipe()
+    assert stored["heads"]["spaces"] == r.spaces | {"color": 8}
+    assert stored["ascent"]["weights"].tolist() == [2.0, 1.0, 1.0]  # the warm-up of an epoch is not over
+    log = log_of(data, "run")
+    assert [line["lambda/content"] for line in log[:2]] == [2.0, 2.0]
+    imagenet.main([*common, "--family", "barlow", "--out", str(data.parent / "other")])
+    assert "lambda/content" not in log_of(data, "other")[0]
+
+
 def test_parameters_move_and_one_dimensional_ones_do_not_decay(data: Path) -> None:
     args = imagenet.parse([*SMALL.split(), "--data", str(data)])
-    model = imagenet.build_model(args, ("content", "spatial", "color"))
+    model = imagenet.build_model(args, dict.fromkeys(("content", "spatial", "color"), 2048))
     matrices, vectors = imagenet.build_optimizer(args, model).param_groups
     assert matrices["weight_decay"] == 1e-6 and vectors["weight_decay"] == 0
     assert all(p.ndim > 1 for p in matrices["params"]) and all(p.ndim == 1 for p in vectors["params"])
