@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from studies import grid, report
+from studies import grid, pictures, report
 from studies.methods import METHODS, build_model
 from studies.worlds import WORLDS
 from synthetic import learning_rate
@@ -148,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = [r for r in runs if args.command != "run" or key(r) not in done]
     if args.command == "tables":
         report.write(lines(args.out))
+        pictures.draw(lines(args.out), report.DOCS / "results")
         return 0
     if args.command == "list":
         for r in runs:

@@ -13,7 +13,7 @@ import study
 import torch.nn.functional as F
 from baselines.looc import LooCLoss
 from latents import CausalLatents
-from studies import grid, methods, report, worlds
+from studies import grid, methods, pictures, report, worlds
 
 from ssd_addon import JointEntropyLoss
 
@@ -185,6 +185,15 @@ class TestCells:
         first, second = report.label_free("cifar/try")(lines).split("\n\n")
         assert first.splitlines()[0] == "|  | space | hue |" and second.splitlines()[0] == "|  | space | sigma |"
         assert "n/a" not in first + second
+
+
+def test_pictures_of_what_there_is(tmp_path):
+    pictures.draw([], tmp_path)  # nothing has been run
+    empty = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    pictures.draw(study.lines(study.LINES), tmp_path)
+    full = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert {p.name for p in (report.DOCS / "results").glob("*.png")} >= full.keys() >= empty.keys()
+    assert all(full[name] != picture for name, picture in empty.items())
 
 
 def test_a_line_that_was_cut_off_is_no_run(tmp_path):

@@ -1,4 +1,4 @@
-"""docs/results.md's tables and pictures, from the lines of the study.
+"""docs/results.md's tables, from the lines of the study; its pictures are in pictures.py.
 
 A block of the page between `<!-- NAME -->` and `<!-- end -->` is what `TABLES[NAME]` makes of the lines; the rest is
 written by hand. Cells are means over seeds with the standard deviation; a row of one seed has a ° and no spread.
@@ -11,15 +11,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
 from studies import grid
 
-from ssd_addon import plots
 from ssd_addon.report.findings import short
-
-matplotlib.use("agg")
-
 
 Line = dict[str, Any]
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -67,7 +61,7 @@ def score(line: Line, kind: str, space: str, factor: str) -> float:
 # ---------------------------------------------------------------------------------------------------- latents
 
 
-def _mean(values: Iterable[float]) -> float:
+def mean(values: Iterable[float]) -> float:
     known = [v for v in values if not math.isnan(v)]
     return statistics.mean(known) if known else math.nan
 
@@ -80,7 +74,7 @@ def latent_numbers(line: Line) -> dict[str, float]:
     own = [s for s in spaces if s in styles]
 
     def get(kind: str, pairs: Iterable[tuple[str, str]]) -> float:
-        return _mean(score(line, kind, s, f) for s, f in pairs)
+        return mean(score(line, kind, s, f) for s, f in pairs)
 
     return {
         "content": get("kernel", [("content", "content")]),
@@ -131,7 +125,7 @@ def sprites(kind: str, *experiments: str) -> Callable[[list[Line]], str]:
             for name, found in rows_of(lines, e).items():
                 for space in found[0]["tables"][kind]:
                     cells = [
-                        cell([_mean(score(x, kind, space, f) for f in fs) for x in found])
+                        cell([mean(score(x, kind, space, f) for f in fs) for x in found])
                         for fs in SPRITE_FACTORS.values()
                     ]
                     rows.append([named(name, found, seeds[name]), space, *cells])
@@ -195,82 +189,10 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
-
-
-def mean_matrix(found: list[Line], kind: str, spaces: list[str], factors: list[str]) -> list[list[float]]:
-    return [[_mean(score(x, kind, s, f) for x in found) for f in factors] for s in spaces]
-
-
-def pictures(lines: list[Line], folder: Path) -> None:
-    """What plain pairs leave open, and both cures: a row for each family, a column for each kind of key."""
-    families, cures = rows_of(lines, "latents/families"), rows_of(lines, "latents/cures")
-    rows = {
-        "SimCLR": [
-            families.get("simclr, same-image"),
-            families.get("simclr, cross-image"),
-            cures.get("equivariance, 0.5"),
-        ],
-        "VICReg": [
-            families.get("vicreg, same-image"),
-            families.get("vicreg, cross-image"),
-            cures.get("vicreg, equivariance, 1"),
-        ],
-    }
-    names = ["content", "style_1", "style_2"]
-    figure, axes = plt.subplots(2, 3, figsize=(9.6, 6.4), layout="constrained")
-    for row, (family, found) in zip(axes, rows.items(), strict=True):
-        for axis, title, lines_of in zip(
-            row, ("same-image keys", "cross-image keys", "equivariance"), found, strict=True
-        ):
-            axis.set_title(f"{family}, {title}", fontsize=11)
-            axis.set_xticks(range(3), ["content", "style 1", "style 2"])
-            axis.set_yticks(range(3), ["content", "style 1", "style 2"] if axis is row[0] else ["", "", ""])
-            axis.tick_params(length=0)
-            if not lines_of:
-                axis.text(0.5, 0.5, "not run yet", ha="center", va="center", transform=axis.transAxes)
-                continue
-            matrix = mean_matrix(lines_of, "kernel", names, names)
-            axis.imshow(matrix, vmin=0, vmax=1, cmap="cividis")
-            for y, values in enumerate(matrix):
-                for x, value in enumerate(values):
-                    text = f"{value:.2f}".replace("-0.00", "0.00")
-                    axis.text(x, y, text, ha="center", va="center", color="black" if value > 0.5 else "white")
-        row[0].set_ylabel("space")
-    figure.supxlabel("what it knows: R² of a kernel probe, mean over seeds", fontsize=11)
-    figure.savefig(folder / "latents-cures.png", dpi=110)
-    plt.close(figure)
-
-
-def collapse(lines: list[Line], folder: Path) -> None:
-    """Content's misalignment and effective rank while it trains, at three ways to weigh it."""
-    found = rows_of(lines, "sprites/collapse")
-    if not found:
-        return
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
-    panels = {
-        "constraint/content": "misalignment of content's pairs",
-        "effective_rank/content": "effective rank of content",
-    }
-    for axis, (key, title) in zip(axes, panels.items(), strict=True):
-        for (name, its), colour in zip(found.items(), plots.PALETTE, strict=False):
-            history = its[0]["history"]
-            axis.plot([h["step"] for h in history], [h[key] for h in history], label=name, color=colour)
-        axis.set_title(title, fontsize=11)
-        axis.set_xlabel("step")
-        axis.set_ylim(bottom=0)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
-    figure.savefig(folder / "sprites-collapse.png", dpi=110)
-    plt.close(figure)
-
-
 def write(lines: list[Line], docs: Path = DOCS) -> None:
-    """Fill the blocks of results.md and draw its pictures."""
+    """Fill the blocks of results.md."""
     page = docs / "results.md"
     page.write_text(filled(page.read_text(), lines))
-    pictures(lines, docs / "results")
-    collapse(lines, docs / "results")
     print(f"written: {page}")
 
 
