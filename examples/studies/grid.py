@@ -163,7 +163,7 @@ PHOTOGRAPHS: dict[str, list[Row]] = {
     "cifar/cross": [
         ("kinds, same-image", CIFAR | {"groups": "kinds"}, 3),
         ("kinds, cross-image", CIFAR | {"groups": "kinds", "cross": ["spatial", "color"]}, 3),
-        ("kinds, equivariance, 0.5", CIFAR | {"groups": "kinds", "method": "equivariance", "equivariance": 0.5}, 1),
+        ("kinds, equivariance, 0.5", CIFAR | {"groups": "kinds", "method": "equivariance", "equivariance": 0.5}, 3),
         ("each operation, same-image", CIFAR | {"groups": "each"}, 1),
         ("each operation, cross-image", CIFAR | {"groups": "each", "cross": EACH}, 1),
     ],
@@ -173,9 +173,14 @@ PHOTOGRAPHS: dict[str, list[Row]] = {
     "cifar/weights": [
         ("content entropy", CIFAR | {"content_entropy": True}, 1),
         (
+            "content entropy, equivariance, 0.5",
+            CIFAR | {"content_entropy": True, "method": "equivariance", "equivariance": 0.5},
+            3,
+        ),
+        (
             "content entropy, weight 2, dual ascent 0.05",
             CIFAR | {"content_entropy": True, "content_weight": 2.0, "dual": 0.05},
-            3,
+            1,
         ),
         (
             "content entropy, weight 2, dual ascent 0.2",
