@@ -1,5 +1,6 @@
 """docs/results.md's pictures, from the lines of the study. A panel that has not been run yet says so."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def heat(axis: Any, title: str, matrix: list[list[float]] | None, spaces: list[s
         axis.text(0.5, 0.5, "not run yet", ha="center", va="center", transform=axis.transAxes)
         return
     axis.imshow(matrix, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-    axis.set_xticks(range(len(factors)), factors)
+    axis.set_xticks(range(len(factors)), [textwrap.fill(f, 14) for f in factors])
     axis.set_yticks(range(len(spaces)), spaces)
     for y, values in enumerate(matrix):
         for x, value in enumerate(values):
@@ -113,19 +114,25 @@ def sprites(lines: list[Line], folder: Path) -> None:
 
 def photographs(lines: list[Line], folder: Path) -> None:
     """Without labels: what each space of each method knows of the augmentations of photographs."""
-    found = rows_of(lines, "cifar/methods")
+    _label_free(rows_of(lines, "cifar/methods"), METHODS, folder / "cifar-methods.png")
+
+
+def keys(lines: list[Line], folder: Path) -> None:
+    """The same for keys of the same image, of another one, and with the equivariance term."""
+    names = ["kinds, same-image", "kinds, cross-image", "kinds, equivariance, 0.5"]
+    found = rows_of(lines, "cifar/cross")
+    _label_free(found, names, folder / "cifar-keys.png")
+    each = ["each operation, same-image", "each operation, cross-image"]
+    _label_free({n: found[n] for n in each if n in found}, each, folder / "cifar-each.png")
+
+
+def _label_free(found: dict[str, list[Line]], names: list[str], path: Path) -> None:
     if not found:
         return
     kind = next(iter(found.values()))[0]["tables"]["label-free, each"]["backbone"]
     shown = {short(p): (p,) for p in kind if not p.endswith("batch_prob") or "Grayscale" in p}
-    _methods(
-        found,
-        METHODS,
-        "label-free, each",
-        shown,
-        "by how much two views differ: R² of a kernel probe, without labels",
-        folder / "cifar-methods.png",
-    )
+    what = "by how much two views differ: R² of a kernel probe, without labels"
+    _methods(found, names, "label-free, each", shown, what, path)
 
 
 def _methods(
@@ -145,7 +152,7 @@ def _methods(
     last = [n for n in names if n in found][-1:]
     for axis, name in zip(axes, names, strict=True):
         seeds = len(found.get(name, []))
-        title = f"{name} ({seeds} seed{'s' if seeds > 1 else ''})" if seeds else name
+        title = name.removeprefix("kinds, ") + (f" ({seeds} seed{'s' if seeds > 1 else ''})" if seeds else "")
         matrix = means(found.get(name), kind, spaces[name], list(factors.values()))
         heat(axis, title, matrix, spaces[name], list(factors) if [name] == last else [""] * len(factors))
     figure.supxlabel(what, fontsize=11)
@@ -178,5 +185,5 @@ def collapse(lines: list[Line], folder: Path) -> None:
 
 def draw(lines: list[Line], folder: Path) -> None:
     """Every picture."""
-    for picture in (cures, scans, sprites, photographs, collapse):
+    for picture in (cures, scans, sprites, photographs, keys, collapse):
         picture(lines, folder)
