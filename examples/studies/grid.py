@@ -164,8 +164,13 @@ PHOTOGRAPHS: dict[str, list[Row]] = {
         ("kinds, same-image", CIFAR | {"groups": "kinds"}, 3),
         ("kinds, cross-image", CIFAR | {"groups": "kinds", "cross": ["spatial", "color"]}, 3),
         ("kinds, equivariance, 0.5", CIFAR | {"groups": "kinds", "method": "equivariance", "equivariance": 0.5}, 3),
-        ("each operation, same-image", CIFAR | {"groups": "each"}, 1),
+        ("each operation, same-image", CIFAR | {"groups": "each"}, 3),
         ("each operation, cross-image", CIFAR | {"groups": "each", "cross": EACH}, 1),
+        (
+            "each operation, equivariance, 0.5",
+            CIFAR | {"groups": "each", "method": "equivariance", "equivariance": 0.5},
+            1,
+        ),
     ],
     "cifar/crop": [
         ("constrained crop, 0.25", CIFAR | {"constrained_crop": 0.25}, 1),

@@ -122,7 +122,7 @@ def keys(lines: list[Line], folder: Path) -> None:
     names = ["kinds, same-image", "kinds, cross-image", "kinds, equivariance, 0.5"]
     found = rows_of(lines, "cifar/cross")
     _label_free(found, names, folder / "cifar-keys.png")
-    each = ["each operation, same-image", "each operation, cross-image"]
+    each = [f"each operation, {how}" for how in ("same-image", "cross-image", "equivariance, 0.5")]
     _label_free({n: found[n] for n in each if n in found}, each, folder / "cifar-each.png")
 
 
