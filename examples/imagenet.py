@@ -68,7 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--recipe",
         choices=("paper", "recommended"),
         default="paper",
-        help="recommended: widths, entropy, weights and dual ascent of ssd_addon.recipe; other options go first",
+        help="recommended: widths, content entropy and equivariance of ssd_addon.recipe; other options go first",
     )
     p.add_argument("--preset", choices=("color_spatial", "appearance_spatial"), default="color_spatial")
     p.add_argument("--backbone", default="resnet50", help="a torchvision model, or timm:NAME")
@@ -76,7 +76,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--widths", default="", help="content=2048,color=512: of spaces (paper: 2048 where not named)")
     p.add_argument("--dual-ascent", type=float, metavar="TOL", help="adapt lambda until every constraint is below TOL")
     p.add_argument("--cross-image", default="", metavar="GROUP,...", help="groups whose keys show another image")
-    p.add_argument("--equivariance", type=float, default=0.0, metavar="WEIGHT", help="of EquivarianceLoss; 0: without")
+    p.add_argument("--equivariance", type=float, metavar="WEIGHT", help="of EquivarianceLoss (paper: 0, without)")
     p.add_argument("--size", type=int, default=224, help="edge of the views in pixels")
     p.add_argument("--load-size", type=int, help="edge that photographs are loaded at, before crops (default: --size)")
     p.add_argument("--batch-size", type=int, default=64, help="images per process")
@@ -189,7 +189,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     # Views, model, loss.
     preset = "content_only" if args.method == "content-only" else args.preset
     crossed = tuple(name for name in args.cross_image.split(",") if name)
-    made = recipe(preset, family=args.family, sets=crossed, size=args.size, warmup_steps=int(warmup))
+    made = recipe(preset, family=args.family, sets=crossed, size=args.size)
     views = StructuredViews(**made.views, plan=args.plan, seed=args.seed)
     paper = args.recipe == "paper"
     torch.manual_seed(args.seed)
@@ -202,14 +202,16 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     wrap = {"device_ids": [device.index] if gpu else None}
     model = DistributedDataParallel(core, **wrap) if world > 1 else core
     criterion = JointEntropyLoss(**({"family": args.family} if paper else made.loss), gather_distributed=True)
-    rise = None if paper else made.ascent
+    ascent = None
     if args.dual_ascent is not None:
-        rise = {"step_size": 0.01, "warmup_steps": int(warmup)} | (rise or {}) | {"tolerance": args.dual_ascent}
-    ascent = DualAscent(criterion, **rise) if rise else None
+        ascent = DualAscent(criterion, tolerance=args.dual_ascent, step_size=0.01, warmup_steps=int(warmup))
     equivariance = respond = None
-    if args.equivariance:
+    response_weight = args.equivariance
+    if response_weight is None:
+        response_weight = 0.0 if paper or made.equivariance is None else made.equivariance["weight"]
+    if response_weight:
         example = views.independent(torch.rand(2, 3, args.load_size, args.load_size))  # for its parameters alone
-        equivariance = EquivarianceLoss(core.spaces, example, family=args.family, weight=args.equivariance).to(device)
+        equivariance = EquivarianceLoss(core.spaces, example, family=args.family, weight=response_weight).to(device)
         respond = (
             DistributedDataParallel(equivariance) if world > 1 else equivariance
         )  # its inputs are in place already

@@ -82,12 +82,12 @@ def test_the_recommended_recipe_is_what_trains(data: Path) -> None:
     common = [*plain, "--data", str(data), "--recipe", "recommended", "--steps", "2", "--widths", "color=8"]
     imagenet.main([*common, "--out", str(data.parent / "run")])
     stored, r = torch.load(data.parent / "run" / "checkpoint.pt", weights_only=True), recipe()
-    assert stored["heads"]["spaces"] == r.spaces | {"color": 8}
-    assert stored["ascent"]["weights"].tolist() == [2.0, 1.0, 1.0]  # the warm-up of an epoch is not over
-    log = log_of(data, "run")
-    assert [line["lambda/content"] for line in log[:2]] == [2.0, 2.0]
-    imagenet.main([*common, "--family", "barlow", "--out", str(data.parent / "other")])
-    assert "lambda/content" not in log_of(data, "other")[0]
+    assert stored["heads"]["spaces"] == r.spaces | {"color": 8} and "equivariance" in stored
+    assert all("equivariance" in line for line in log_of(data, "run")[:2])
+    imagenet.main([*common, "--equivariance", "0", "--out", str(data.parent / "other")])
+    assert "equivariance" not in log_of(data, "other")[0]
+    imagenet.main([*common, "--recipe", "paper", "--out", str(data.parent / "paper")])
+    assert ["content_entropy" in log_of(data, name)[0] for name in ("run", "other", "paper")] == [True, True, False]
 
 
 def test_parameters_move_and_one_dimensional_ones_do_not_decay(data: Path) -> None:

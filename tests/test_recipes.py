@@ -5,7 +5,16 @@ import pytest
 import torch
 from torch import nn
 
-from ssd_addon import DualAscent, JointEntropyLoss, Recipe, StructuredViews, StyleHeads, presets, recipe
+from ssd_addon import (
+    DualAscent,
+    EquivarianceLoss,
+    JointEntropyLoss,
+    Recipe,
+    StructuredViews,
+    StyleHeads,
+    presets,
+    recipe,
+)
 
 
 def own() -> dict[str, list[nn.Module]]:
@@ -19,30 +28,42 @@ def backbone() -> nn.Module:
 @pytest.mark.parametrize("family", ["simclr", "vicreg", "barlow"])
 @pytest.mark.parametrize("groups", ["color_spatial", "appearance_spatial", "content_only", "own"])
 def test_a_recipe_trains(groups, family):
-    r = recipe(own() if groups == "own" else groups, family=family, size=16, content=4, style=3, warmup_steps=1)
+    ascending = family == "simclr" and groups != "content_only"
+    more = {"tolerance": 0.01, "warmup_steps": 1} if ascending else {}
+    r = recipe(own() if groups == "own" else groups, family=family, size=16, content=4, style=3, **more)
     views = StructuredViews(**r.views, seed=0)
     model = StyleHeads(backbone(), r.spaces, in_features=6, hidden=(5,))
     criterion = JointEntropyLoss(**r.loss)
     assert criterion.family == family and tuple(r.spaces) == views.plan.spaces
+    assert (r.ascent is None, r.equivariance is None) == (not ascending, not ascending)
     ascent = DualAscent(criterion, **r.ascent) if r.ascent else None
+    equivariance = EquivarianceLoss(r.spaces, views(torch.rand(8, 3, 16, 16)), **r.equivariance) if ascending else None
     for _ in range(3):
-        terms = criterion.terms(model(views(torch.rand(8, 3, 16, 16))))
-        terms.loss.backward()
+        batch = views(torch.rand(8, 3, 16, 16))
+        z = model(batch)
+        terms = criterion.terms(z)
+        loss = terms.loss if equivariance is None else terms.loss + equivariance(z, batch)
+        loss.backward()
         if ascent is not None:
             ascent.step(terms)
-    assert torch.isfinite(terms.loss)
+    assert torch.isfinite(loss)
     if ascent is not None:
         assert ascent.weights[0] != 2.0, "the ascent moves content's weight after its warm-up"
+        assert (equivariance.temperature, equivariance.weight) == (criterion.temperature, 0.5)
 
 
-def test_only_simclr_with_styles_has_weights_and_an_ascent():
+def test_what_photographs_were_measured_with():
     r = recipe("color_spatial")
-    assert r.loss["weights"] == {"content": 2.0, "spatial": 1.0, "color": 1.0} and r.loss["content_entropy"]
-    assert r.ascent is not None and r.ascent["warmup_steps"] == 400
-    assert recipe("content_only").ascent is None and recipe("content_only").loss.keys() == {"family", "temperature"}
+    assert r.loss == {"family": "simclr", "temperature": 0.15, "content_entropy": True} and r.ascent is None
+    assert recipe("content_only").loss == {"family": "simclr", "temperature": 0.15}
     for family in ("vicreg", "barlow"):
-        r = recipe("color_spatial", family=family)
-        assert r.loss == {"family": family} and r.ascent is None
+        assert recipe("color_spatial", family=family).loss == {"family": family}
+
+
+def test_a_tolerance_brings_an_ascent_and_more_weight_for_content():
+    r = recipe(own(), tolerance=0.01)
+    assert r.loss["weights"] == {"content": 2.0, "spatial": 1.0, "color": 1.0}
+    assert r.ascent == {"tolerance": 0.01, "step_size": 0.05, "warmup_steps": 400}
 
 
 def test_groups_that_set_their_style_get_keys_of_other_images():
@@ -62,12 +83,13 @@ def test_a_preset_is_passed_on():
 
 
 def test_a_recipe_is_readable():
-    text = str(recipe(own(), sets=("color",)))
+    text = str(recipe(own(), sets=("color",), tolerance=0.1))
     assert (
         "StructuredViews\n  groups: {spatial: [RandomRotation], color: [ColorJitter]}\n  cross_image: [color]" in text
     )
     assert "StyleHeads\n  spaces: {content: " in text and "DualAscent\n  tolerance: " in text
-    assert "DualAscent" not in str(recipe(own(), family="vicreg"))
+    assert "EquivarianceLoss\n  family: simclr\n  temperature: 0.15\n  weight: 0.5\n" in text
+    assert not any(part in str(recipe(own(), family="vicreg")) for part in ("DualAscent", "EquivarianceLoss"))
     assert isinstance(recipe(own()), Recipe)
 
 
@@ -79,6 +101,8 @@ def test_a_recipe_is_readable():
         ({"family": "moco"}, "family: expected one of 'simclr'.*got 'moco'"),
         ({"sets": ("hue",)}, r"sets: expected names of groups \(spatial, color\): got \('hue',\)"),
         ({"sets": "color"}, r"sets: expected names of groups \(spatial, color\): got 'color'"),
+        ({"family": "vicreg", "tolerance": 0.1}, "tolerance: expected None, .*got one for the 'vicreg' family"),
+        ({"groups": "content_only", "tolerance": 0.1}, "tolerance: expected None, .*got one for content alone"),
         ({"content": 0}, "content: expected"),
         ({"style": 1.5}, "style: expected"),
     ],
