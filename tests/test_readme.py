@@ -10,17 +10,31 @@ from torch import nn
 README = Path(__file__).parents[1] / "README.md"
 
 
+def small_backbone() -> nn.Module:
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    backbone.num_features = 8
+    return backbone
+
+
 def test_quick_start():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert len(blocks) == 1
-    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    backbone.num_features = 8
+    backbone = small_backbone()
     images = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
     names = {"backbone": backbone, "images": images}
     exec(compile(blocks[0], str(README), "exec"), names)
     assert torch.isfinite(names["loss"])
     assert backbone[0].weight.grad.abs().sum() > 0
     assert list(names["terms"].invariance) == ["content", "color", "spatial"]
+
+
+def test_the_recipe_as_it_is_written_down():
+    page = README.parent / "docs" / "choose-your-groups.md"
+    block = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)[0]
+    images = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
+    names = {"backbone": small_backbone(), "images": images, "torch": torch}
+    exec(compile(block, str(page), "exec"), names)
+    assert torch.isfinite(names["loss"]) and names["views"].cross_image == ("blur",)
 
 
 def test_links_lead_somewhere():
