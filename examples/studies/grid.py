@@ -35,7 +35,7 @@ OF_WORLD: dict[str, Config] = {
         "samples": 2400,
     },
     "sprites": {
-        "size": 48, "batch": 128, "steps": 1600, "lr": 2e-3, "content_width": 8, "amp": True,
+        "size": 48, "batch": 128, "steps": 1600, "lr": 2e-3, "content_width": 8, "spatial_width": 128, "amp": True,
         "content_entropy": True, "content_weight": 2.0, "dual": 0.01, "samples": 4000,
     },
     "photographs": {
@@ -146,6 +146,11 @@ SPRITES: dict[str, list[Row]] = {
         ("cross-image spatial", {"cross": ["spatial"]}, 1),
         ("cross-image both", {"cross": ["color", "spatial"]}, 1),
         ("equivariance, 0.1", {"method": "equivariance", "equivariance": 0.1}, 1),
+        (
+            "equivariance, 0.5, spatial 16 wide",
+            {"method": "equivariance", "equivariance": 0.5, "spatial_width": 16},
+            1,
+        ),
     ],
 }
 

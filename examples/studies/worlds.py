@@ -134,7 +134,8 @@ class ImageWorld:
 
 class SpriteWorld(ImageWorld):
     def __init__(self, c: Config, seed: int) -> None:
-        super().__init__(c, seed, GROUPS, {"content": c["content_width"], "color": 32, "spatial": 128})
+        widths = {"content": c["content_width"], "color": 32, "spatial": c["spatial_width"]}
+        super().__init__(c, seed, GROUPS, widths)
 
     def batch(self, n: int, g: torch.Generator) -> ViewBatch:
         return self.structured(render(draw_factors(n, g), self.config["size"]))
