@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from examples import imagenet, lightly_pipeline
-from ssd_addon import recipe
+from ssd_addon import StructuredViews, recipe
 
 pytestmark = [
     # Lightning's advice on hardware and loaders, and its use of a deprecated pytree name.
@@ -86,8 +86,49 @@ def test_the_recommended_recipe_is_what_trains(data: Path) -> None:
     assert all("equivariance" in line for line in log_of(data, "run")[:2])
     imagenet.main([*common, "--equivariance", "0", "--out", str(data.parent / "other")])
     assert "equivariance" not in log_of(data, "other")[0]
+    imagenet.main([*common, "--equivariance", "0.5", "--out", str(data.parent / "same")])
+    assert log_of(data, "same")[0]["equivariance"] == log_of(data, "run")[0]["equivariance"]
+    imagenet.main([*common, "--family", "barlow", "--out", str(data.parent / "barlow")])
+    assert "equivariance" not in log_of(data, "barlow")[0]
     imagenet.main([*common, "--recipe", "paper", "--out", str(data.parent / "paper")])
     assert ["content_entropy" in log_of(data, name)[0] for name in ("run", "other", "paper")] == [True, True, False]
+
+
+def test_options_reach_the_views_and_the_card(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def noted(**arguments):
+        asked.update(arguments)
+        return StructuredViews(**arguments)
+
+    monkeypatch.setattr(imagenet, "StructuredViews", noted)
+    run(
+        data,
+        "run",
+        "--steps",
+        "1",
+        "--plan",
+        "interleaved",
+        "--cross-image",
+        "color",
+        "--seed",
+        "5",
+        "--batch-size",
+        "6",
+    )
+    assert (asked["plan"], asked["cross_image"], asked["seed"]) == ("interleaved", ("color",), 5)
+    card = torch.load(data.parent / "run" / "checkpoint.pt", weights_only=True)["card"]
+    assert card["views"] == {"preset": "color_spatial", "size": 32, "plan": "interleaved", "cross_image": ("color",)}
+
+
+def test_the_networks_of_the_equivariance_are_trained(data: Path) -> None:
+    def weights(steps: str) -> dict[str, torch.Tensor]:
+        run(data, steps, "--steps", steps, "--equivariance", "0.5")
+        stored = torch.load(data.parent / steps / "checkpoint.pt", weights_only=True)["equivariance"]
+        return {k: v for k, v in stored.items() if k.startswith("networks")}
+
+    first, second = weights("1"), weights("2")
+    assert first and all(not torch.equal(first[k], second[k]) for k in first)
 
 
 def test_parameters_move_and_one_dimensional_ones_do_not_decay(data: Path) -> None:

@@ -60,10 +60,74 @@ def test_what_photographs_were_measured_with():
         assert recipe("color_spatial", family=family).loss == {"family": family}
 
 
+def test_strengths_of_the_presets():
+    """The ImageNet recipe that they part, whichever group an operation is in."""
+    crop, flip, jitter, grey, blur = (
+        "RandomResizedCrop",
+        "RandomHorizontalFlip",
+        "ColorJitter",
+        "RandomGrayscale",
+        "blur",
+    )
+
+    def listed(ops):
+        names = {"RandomGaussianBlur": blur}
+        return [(names.get(type(op).__name__, type(op).__name__), float(op.p)) for op in ops]
+
+    def color(solarise):
+        return [(jitter, 0.8), (grey, 0.2), ("RandomSolarize", solarise)]
+
+    spatial, end = [(crop, 1.0), (flip, 0.5)], [("Normalize", 1.0)]
+    made = {
+        name: {
+            part: {g: listed(ops) for g, ops in of.items()} if isinstance(of, dict) else listed(of)
+            for part, of in presets(name).items()
+        }
+        for name in ("color_spatial", "appearance_spatial", "content_only")
+    }
+    assert made == {
+        "color_spatial": {
+            "groups": {"spatial": spatial, "color": color(0.0)},
+            "key_groups": {"color": color(0.2)},
+            "then": [(blur, 1.0), *end],
+            "key_then": [(blur, 0.1), *end],
+        },
+        "appearance_spatial": {
+            "groups": {"spatial": spatial, "appearance": [*color(0.0), (blur, 1.0)]},
+            "key_groups": {"appearance": [*color(0.2), (blur, 0.1)]},
+            "then": end,
+        },
+        "content_only": {
+            "groups": {},
+            "then": [*spatial, *color(0.0), (blur, 1.0), *end],
+            "key_then": [*spatial, *color(0.2), (blur, 0.1), *end],
+        },
+    }
+    first, _ = presets("color_spatial", size=224)["groups"]["spatial"]
+    assert first.flags["size"] == (224, 224) and first.flags["resample"].name == "BICUBIC"
+    assert first.flags["cropping_mode"] == "slice"
+    for size, kernel in ((224, 23), (32, 3), (8, 3)):
+        assert presets("color_spatial", size=size)["then"][0].flags["kernel_size"] == (kernel, kernel), size
+    assert [type(op).__name__ for op in presets("color_spatial", normalize=False)["then"]] == ["RandomGaussianBlur"]
+
+
+def test_widths_and_the_size_of_views_unless_told():
+    r = recipe()
+    assert r.spaces == {"content": 64, "spatial": 32, "color": 32}
+    assert r.views["groups"]["spatial"][0].flags["size"] == (224, 224) and len(r.views["then"]) == 2
+    given = own()
+    made = recipe(given).views["groups"]
+    given.clear()
+    assert list(made) == ["spatial", "color"], "the recipe holds a copy"
+
+
 def test_a_tolerance_brings_an_ascent_and_more_weight_for_content():
     r = recipe(own(), tolerance=0.01)
     assert r.loss["weights"] == {"content": 2.0, "spatial": 1.0, "color": 1.0}
     assert r.ascent == {"tolerance": 0.01, "step_size": 0.05, "warmup_steps": 400}
+    assert recipe(own(), tolerance=0.0).ascent["tolerance"] == 0.0
+    with pytest.raises(ValueError, match="tolerance: expected None"):
+        recipe(own(), family="barlow", tolerance=0.0)
 
 
 def test_groups_that_set_their_style_get_keys_of_other_images():
