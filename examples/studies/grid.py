@@ -183,7 +183,7 @@ PHOTOGRAPHS: dict[str, list[Row]] = {
     "cifar/weights": [
         ("content entropy", CIFAR | {"content_entropy": True}, 1),
         (
-            "content entropy, equivariance, 0.5",
+            "the recipe: content entropy, equivariance 0.5",
             CIFAR | {"content_entropy": True, "method": "equivariance", "equivariance": 0.5},
             3,
         ),

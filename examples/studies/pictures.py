@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 from studies import grid
-from studies.report import SPRITE_FACTORS, Line, latent_numbers, mean, rows_of, score
+from studies.report import SPRITE_FACTORS, Line, latent_numbers, mean, rows_of, score, told
 
 from ssd_addon import plots
 from ssd_addon.report.findings import short
@@ -130,7 +130,7 @@ def _label_free(found: dict[str, list[Line]], names: list[str], path: Path) -> N
     if not found:
         return
     kind = next(iter(found.values()))[0]["tables"]["label-free, each"]["backbone"]
-    shown = {short(p): (p,) for p in kind if not p.endswith("batch_prob") or "Grayscale" in p}
+    shown = {short(p): (p,) for p in told(kind)}
     what = "by how much two views differ: R² of a kernel probe, without labels"
     _methods(found, names, "label-free, each", shown, what, path)
 

@@ -134,6 +134,11 @@ def sprites(kind: str, *experiments: str) -> Callable[[list[Line]], str]:
     return make
 
 
+def told(parameters: Iterable[str]) -> tuple[str, ...]:
+    """Without whether an operation fired, but for grey, whose only parameter it is: nothing tells it of the others."""
+    return tuple(p for p in parameters if not p.endswith("batch_prob") or "Grayscale" in p)
+
+
 def label_free(*experiments: str) -> Callable[[list[Line]], str]:
     """Rows (method, space), columns the parameters of the augmentations; a table for each set of parameters."""
 
@@ -143,7 +148,7 @@ def label_free(*experiments: str) -> Callable[[list[Line]], str]:
             seeds = {name: n for name, _, n in grid.EXPERIMENTS[e]}
             for name, found in rows_of(lines, e).items():
                 kind = found[0]["tables"]["label-free, each"]
-                parameters = tuple(kind["backbone"])
+                parameters = told(kind["backbone"])
                 for space in kind:
                     cells = [cell([score(x, "label-free, each", space, p) for x in found]) for p in parameters]
                     rows.setdefault(parameters, []).append([named(name, found, seeds[name]), space, *cells])
@@ -154,16 +159,25 @@ def label_free(*experiments: str) -> Callable[[list[Line]], str]:
 
 
 def accuracy(*experiments: str) -> Callable[[list[Line]], str]:
+    """Rows methods, columns backbone, content and the mean over style spaces, by both classifiers."""
+
     def make(lines: list[Line]) -> str:
-        rows = []
+        rows, kinds = [], {"linear": "linear", "neighbours": "20 neighbours"}
         for e in experiments:
             seeds = {name: n for name, _, n in grid.EXPERIMENTS[e]}
             for name, found in rows_of(lines, e).items():
                 found = [x for x in found if "accuracy" in x]
-                for space in found[0]["accuracy"] if found else ():
-                    values = [[x["accuracy"][space][k] for x in found] for k in ("linear", "neighbours")]
-                    rows.append([named(name, found, seeds[name]), space, *map(cell, values)])
-        return table(["", "space", "linear probe", "20 neighbours"], rows)
+                if not found:
+                    continue
+                styles = [s for s in found[0]["accuracy"] if s not in ("content", "backbone")]
+                cells = [
+                    cell([mean(x["accuracy"][s][k] for s in spaces) for x in found])
+                    for spaces in (["backbone"], ["content"], styles)
+                    for k in kinds
+                ]
+                rows.append([named(name, found, seeds[name]), *cells])
+        head = [f"{what}, {k}" for what in ("backbone", "content", "styles") for k in kinds.values()]
+        return table(["", *head], rows)
 
     return make
 
@@ -182,7 +196,8 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
     "sprites: ablations": sprites("linear", "sprites/ablations", "sprites/cross"),
     "sprites: ablations, label-free": label_free("sprites/ablations", "sprites/cross"),
     "cifar: accuracy": accuracy("cifar/methods", "cifar/weights", "cifar/crop", "cifar/widths", "cifar/families"),
-    "cifar: label-free": label_free("cifar/methods", "cifar/weights", "cifar/crop", "cifar/widths", "cifar/families"),
+    "cifar: label-free": label_free("cifar/methods"),
+    "cifar: settings": label_free("cifar/weights", "cifar/crop", "cifar/widths", "cifar/families"),
     "cifar: kinds": label_free("cifar/cross"),
     "cifar: kinds, accuracy": accuracy("cifar/cross"),
     "imagenet: label-free": label_free("imagenet/cross"),
