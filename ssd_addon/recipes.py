@@ -10,7 +10,7 @@
 Every choice and the figures behind it: docs/choose-your-groups.md and docs/results.md.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ def presets(name: str, *, size: int = 224, normalize: bool = True) -> dict[str, 
     Source: the ImageNet recipe of Eastwood et al., arXiv 2311.08815 (groups) and BYOL/SimCLR (strengths).
     """
     _checks.choice(name, ("color_spatial", "appearance_spatial", "content_only"), "preset")
+    size = _checks.width(size, "size")
     blur = max(3, int(0.1 * size) // 2 * 2 + 1)
 
     def color(solarise: float) -> list[nn.Module]:
@@ -74,7 +75,7 @@ def presets(name: str, *, size: int = 224, normalize: bool = True) -> dict[str, 
     }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recipe:
     """Arguments for every part; print it to read them, change what you like (`r.loss | {"temperature": 0.1}`).
 
@@ -113,9 +114,9 @@ def recipe(
     groups: str | Mapping[str, Sequence[nn.Module]] = "color_spatial",
     *,
     family: str = "simclr",
-    sets: Sequence[str] = (),
-    size: int = 224,
-    normalize: bool = True,
+    sets: Iterable[str] = (),
+    size: int | None = None,
+    normalize: bool | None = None,
     content: int = 64,
     style: int = 32,
     tolerance: float | None = None,
@@ -137,7 +138,7 @@ def recipe(
         family: "simclr", "vicreg" or "barlow".
         sets: the groups that *set* their style instead of shifting the one that an image has (a blur of sharp
             photographs): their keys show another image.
-        size, normalize: of a preset.
+        size, normalize: of a preset (default 224, True); groups of your own have them in their operations.
         content, style: widths of the spaces.
         tolerance: of a dual ascent (simclr): how far content's and the styles' pairs may disagree, 1 - mean cosine;
             content's weight then starts at 2. For images whose content every view shows (sprites: 0.01); photographs
@@ -151,20 +152,33 @@ def recipe(
     Source: docs/choose-your-groups.md, which has the measurements.
     """
     _checks.choice(family, FAMILIES, "family")
+    given: dict[str, Any] = {k: v for k, v in (("size", size), ("normalize", normalize)) if v is not None}
     if isinstance(groups, str):
-        views = presets(groups, size=size, normalize=normalize)
+        views = presets(groups, **given)
     elif isinstance(groups, Mapping):
+        if given:
+            raise ValueError(
+                f"{_checks.names(given)}: expected with a preset alone, as groups of your own hold their sizes "
+                f"themselves: got groups {_checks.names(groups)}"
+            )
+        if "content" in groups:
+            raise ValueError("groups: 'content' is taken; name the group after what it changes, such as 'color'")
         views = {"groups": dict(groups)}
     else:
         raise TypeError(
             f"groups: expected a preset's name or a mapping name -> operations: got {type(groups).__name__}"
         )
     names = tuple(views["groups"])
-    if isinstance(sets, str) or set(sets) - set(names):
-        raise ValueError(f"sets: expected names of groups ({_checks.names(names)}): got {sets!r}")
-    if sets:
-        views["cross_image"] = tuple(sets)
+    if isinstance(sets, str) or not isinstance(sets, Iterable):
+        raise TypeError(f"sets: expected a sequence of names of groups: got {sets!r}")
+    crossed = tuple(sets)
+    if unknown := [n for n in crossed if n not in names]:
+        raise ValueError(f"sets: expected names of groups ({_checks.names(names)}): got {_checks.names(unknown)}")
+    if crossed:
+        views["cross_image"] = crossed
     spaces = {"content": _checks.width(content, "content"), **dict.fromkeys(names, _checks.width(style, "style"))}
+    if tolerance is not None:
+        tolerance = _checks.not_negative(tolerance, "tolerance", "how far pairs may disagree, 1 - mean cosine")
     if tolerance is not None and (family != "simclr" or not names):
         where = f"the {family!r} family" if names else "content alone"
         raise ValueError(f"tolerance: expected None, as it was measured for simclr with groups: got one for {where}")

@@ -30,7 +30,8 @@ def backbone() -> nn.Module:
 def test_a_recipe_trains(groups, family):
     ascending = family == "simclr" and groups != "content_only"
     more = {"tolerance": 0.01, "warmup_steps": 1} if ascending else {}
-    r = recipe(own() if groups == "own" else groups, family=family, size=16, content=4, style=3, **more)
+    more |= {} if groups == "own" else {"size": 16}
+    r = recipe(own() if groups == "own" else groups, family=family, content=4, style=3, **more)
     views = StructuredViews(**r.views, seed=0)
     model = StyleHeads(backbone(), r.spaces, in_features=6, hidden=(5,))
     criterion = JointEntropyLoss(**r.loss)
@@ -131,7 +132,7 @@ def test_a_tolerance_brings_an_ascent_and_more_weight_for_content():
 
 
 def test_groups_that_set_their_style_get_keys_of_other_images():
-    r = recipe(own(), sets=["spatial"], content=4, style=3)
+    r = recipe(own(), sets=(n for n in ["spatial"]), content=4, style=3)  # an iterator is read once
     assert r.views["cross_image"] == ("spatial",) and r.spaces == {"content": 4, "spatial": 3, "color": 3}
     batch = StructuredViews(**r.views, seed=0)(torch.rand(4, 3, 8, 8))
     own_image = batch.image_ids == torch.arange(4)
@@ -163,8 +164,15 @@ def test_a_recipe_is_readable():
         ({"groups": "colours"}, "preset: expected one of 'color_spatial'.*got 'colours'"),
         ({"groups": [K.RandomHorizontalFlip()]}, "expected a preset's name or a mapping name -> operations: got list"),
         ({"family": "moco"}, "family: expected one of 'simclr'.*got 'moco'"),
-        ({"sets": ("hue",)}, r"sets: expected names of groups \(spatial, color\): got \('hue',\)"),
-        ({"sets": "color"}, r"sets: expected names of groups \(spatial, color\): got 'color'"),
+        ({"sets": ("color", "hue")}, r"sets: expected names of groups \(spatial, color\): got hue"),
+        ({"sets": "color"}, r"sets: expected a sequence of names of groups: got 'color'"),
+        ({"sets": None}, r"sets: expected a sequence of names of groups: got None"),
+        ({"groups": {"content": []}}, "groups: 'content' is taken"),
+        ({"groups": {"a": []}, "size": 32}, "size: expected with a preset alone, .*got groups a"),
+        ({"groups": {"a": []}, "normalize": False}, "normalize: expected with a preset alone"),
+        ({"size": 0}, "size: expected"),
+        ({"size": "32"}, "size: expected"),
+        ({"tolerance": -0.1}, "tolerance: expected"),
         ({"family": "vicreg", "tolerance": 0.1}, "tolerance: expected None, .*got one for the 'vicreg' family"),
         ({"groups": "content_only", "tolerance": 0.1}, "tolerance: expected None, .*got one for content alone"),
         ({"content": 0}, "content: expected"),

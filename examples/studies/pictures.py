@@ -123,7 +123,8 @@ def keys(lines: list[Line], folder: Path) -> None:
     found = rows_of(lines, "cifar/cross")
     _label_free(found, names, folder / "cifar-keys.png")
     each = [f"each operation, {how}" for how in ("same-image", "cross-image", "equivariance, 0.5")]
-    _label_free({n: found[n] for n in each if n in found}, each, folder / "cifar-each.png")
+    there = {n: found[n] for n in each if n in found}
+    _label_free(there, list(there), folder / "cifar-each.png")
 
 
 def _label_free(found: dict[str, list[Line]], names: list[str], path: Path) -> None:
