@@ -169,6 +169,7 @@ PHOTOGRAPHS: dict[str, list[Row]] = {
         ("kinds, same-image", CIFAR | {"groups": "kinds"}, 3),
         ("kinds, cross-image", CIFAR | {"groups": "kinds", "cross": ["spatial", "color"]}, 3),
         ("kinds, equivariance, 0.5", CIFAR | {"groups": "kinds", "method": "equivariance", "equivariance": 0.5}, 3),
+        ("kinds, equivariance, 2", CIFAR | {"groups": "kinds", "method": "equivariance", "equivariance": 2.0}, 1),
         ("each operation, same-image", CIFAR | {"groups": "each"}, 3),
         ("each operation, cross-image", CIFAR | {"groups": "each", "cross": EACH}, 1),
         (

@@ -43,14 +43,14 @@ def means(found: list[Line] | None, kind: str, spaces: list[str], factors: list[
 def cures(lines: list[Line], folder: Path) -> None:
     """What same-image pairs leave open, and both cures: a row for each family, a column for each kind of key."""
     families, tried = rows_of(lines, "latents/families"), rows_of(lines, "latents/cures")
-    rows = {"SimCLR": ("simclr", "equivariance, 0.5"), "VICReg": ("vicreg", "vicreg, equivariance, 1")}
+    rows = {"SimCLR": ("simclr", "equivariance, 2"), "VICReg": ("vicreg", "vicreg, equivariance, 1")}
     names = ["content", "style_1", "style_2"]
     figure, axes = plt.subplots(2, 3, figsize=(9.6, 5.4), layout="constrained")
     for row, (family, (key, cure)) in zip(axes, rows.items(), strict=True):
         panels = {
             "same-image keys": families.get(f"{key}, same-image"),
             "cross-image keys": families.get(f"{key}, cross-image"),
-            "equivariance": tried.get(cure),
+            f"{cure.removeprefix('vicreg, ')}": tried.get(cure),
         }
         for axis, (title, found) in zip(row, panels.items(), strict=True):
             words = [n.replace("_", " ") for n in names]
