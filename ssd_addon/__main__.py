@@ -72,7 +72,7 @@ def report(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--device: expected one that this machine has, such as cpu: got {device} ({reason})"
         ) from error
-    size = args.size or card.get("size", 224)
+    size = args.size or card.get("size") or 224
     family = card.get("family")
     unit = args.rows == "unit" or (args.rows == "auto" and family in (None, "simclr"))
     data = page.read(args.data, size=size, samples=args.samples, seed=args.seed, say=say)

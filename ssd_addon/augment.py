@@ -11,7 +11,7 @@ keys are this project's own (docs/method.md).
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import kornia.augmentation as K
@@ -98,12 +98,13 @@ class StructuredViews(nn.Module):
             key[THEN] = stage_of(key_then, "key_then", empty=True)
         self.query, self.key = nn.ModuleDict(prefixed(query)), nn.ModuleDict(prefixed(key))
         self.stages = (*groups, THEN)
-        if isinstance(cross_image, str):
+        if isinstance(cross_image, str) or not isinstance(cross_image, Iterable):
             raise TypeError(f"cross_image: expected a sequence of group names: got {cross_image!r}")
+        cross_image = tuple(cross_image)  # an iterator is read once
         for name in cross_image:
             if name not in groups:
                 raise ValueError(f"cross_image: expected names of groups ({_checks.names(groups)}): got {name!r}")
-        self.cross_image = tuple(cross_image)
+        self.cross_image = cross_image
         self.constrained_crop = constrained_crop
         if constrained_crop is not None:
             if not 0 <= constrained_crop < 1:

@@ -128,7 +128,7 @@ def load(path: str | Path, *, backbone: str | nn.Module | None = None, views: An
     if isinstance(chosen, str) and ":" not in chosen and not chosen.endswith(".json"):
         chosen = {"preset": chosen}
     if isinstance(chosen, Mapping) and "preset" in chosen:
-        chosen = {"size": card.get("size", 224)} | dict(chosen)
+        chosen = {"size": card.get("size") or 224} | dict(chosen)
     log: list[dict[str, Any]] = []
     problem = ""
     if (folder / LOG).is_file():
@@ -148,7 +148,7 @@ def check_card(card: Any, where: str = "card") -> None:
     """
     if not isinstance(card, Mapping):
         raise ValueError(f"{where}: expected the card as a mapping: got {type(card).__name__}")
-    family, size = card.get("family"), card.get("size", 1)
+    family, size = card.get("family"), 1 if card.get("size") is None else card["size"]
     if family is not None and family not in FAMILIES:
         raise ValueError(
             f"{where}: expected the card's family to be one of {_checks.names(FAMILIES)}, as it decides whether rows "
@@ -157,7 +157,7 @@ def check_card(card: Any, where: str = "card") -> None:
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"{where}: expected the card's size in whole pixels, 1 or more: got {size!r}")
     for key in card:
-        if key not in KEYS and (meant := difflib.get_close_matches(str(key), KEYS, 1, 0.75)):
+        if key not in KEYS and (meant := difflib.get_close_matches(str(key).lower(), KEYS, 1, 0.85)):
             raise ValueError(f"{where}: expected the card's key {meant[0]!r}: got {key!r}, which nothing reads")
 
 

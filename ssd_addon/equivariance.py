@@ -6,8 +6,8 @@ a and b are two views of an image that share nothing (query and content key), th
 h_m a small network of its own for style m, trained with the model. Plain style pairs leave open that a style code is
 turned by the content (docs/method.md, "Twisting"): then the answer to a known change differs from image to image, and
 h_m, which does not see the image, cannot give it. Unlike cross-image keys it needs no second image. For the SimCLR
-family: the others hardly twist, and VICReg's was measured to suffer. *Ours*, figures in docs/results.md; off unless you
-add it.
+family: the others hardly twist, and VICReg's was measured to suffer at weight 1. *Ours*, figures in docs/results.md;
+off unless you add it.
 
 Legend: V views, B images, M styles, d_m width of style m, k_m numbers that group m's change has.
 """

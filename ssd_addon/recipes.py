@@ -77,7 +77,8 @@ def presets(name: str, *, size: int = 224, normalize: bool = True) -> dict[str, 
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """Arguments for every part; print it to read them, change what you like (`r.loss | {"temperature": 0.1}`).
+    """Arguments for every part; print it to read them, change what you like (`r.loss | {"temperature": 0.1}`, and the
+    same of `r.equivariance`, which goes by the criterion's temperature).
 
     Attributes:
         views: of `StructuredViews`.
@@ -177,6 +178,8 @@ def recipe(
     if crossed:
         views["cross_image"] = crossed
     spaces = {"content": _checks.width(content, "content"), **dict.fromkeys(names, _checks.width(style, "style"))}
+    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
+        raise ValueError(f"warmup_steps: expected a whole number, 0 or more: got {warmup_steps!r}")
     if tolerance is not None:
         tolerance = _checks.not_negative(tolerance, "tolerance", "how far pairs may disagree, 1 - mean cosine")
     if tolerance is not None and (family != "simclr" or not names):

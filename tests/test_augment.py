@@ -248,3 +248,14 @@ def test_a_batch_moves_and_pickles_whole():
     assert again.plan == batch.plan and torch.equal(again.image_ids, batch.image_ids)
     assert torch.equal(views.apply(images(), again.parameters[0]), batch[0])
     assert [v.shape for v in again] == [batch[0].shape] * 4
+
+
+@pytest.mark.parametrize("given", [None, 3, "color"])
+def test_cross_image_is_a_sequence_of_names(given):
+    with pytest.raises(TypeError, match="cross_image: expected a sequence of group names"):
+        StructuredViews({"color": [K.ColorJitter(0.5, p=1.0)]}, cross_image=given)
+
+
+def test_cross_image_may_be_an_iterator():
+    views = StructuredViews({"color": [K.ColorJitter(0.5, p=1.0)]}, cross_image=(n for n in ["color"]), seed=0)
+    assert views.cross_image == ("color",)

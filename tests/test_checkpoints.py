@@ -479,6 +479,9 @@ def test_a_card_that_names_no_backbone(tmp_path, card):
         ({"size": 0}, "size in whole pixels"),
         ({"view": {"preset": "color_spatial"}}, "expected the card's key 'views': got 'view', which nothing reads"),
         ({"back_bone": TINY}, "expected the card's key 'backbone': got 'back_bone'"),
+        ({"FAMILY": "vicreg"}, "expected the card's key 'family': got 'FAMILY'"),
+        ({"sizes": 32}, "expected the card's key 'size': got 'sizes'"),
+        ({"names": "a"}, "expected the card's key 'name': got 'names'"),
     ],
 )
 def test_a_card_that_would_be_read_wrongly(tmp_path, card, message):
@@ -491,7 +494,8 @@ def test_a_card_that_would_be_read_wrongly(tmp_path, card, message):
 
 
 def test_a_card_keeps_keys_of_ones_own(tmp_path):
-    card = {"commit": "a1b2", "notes": ["long"], "seed": 3, 4: "four", "family": None}
+    card = {"commit": "a1b2", "notes": ["long"], "seed": 3, 4: "four", "family": None, "size": None}
+    card |= {"username": "me", "filename": "m", "resize": 8, "rename": 1, "viewer": "x", "game": 2}
     plain().save(tmp_path / "m.pt", card=card)
     assert load(tmp_path / "m.pt", backbone=nn.Conv2d(3, 4, 3)).card == card
 

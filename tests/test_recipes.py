@@ -173,6 +173,7 @@ def test_a_recipe_is_readable():
         ({"size": 0}, "size: expected"),
         ({"size": "32"}, "size: expected"),
         ({"tolerance": -0.1}, "tolerance: expected"),
+        ({"warmup_steps": -3}, "warmup_steps: expected a whole number, 0 or more: got -3"),
         ({"family": "vicreg", "tolerance": 0.1}, "tolerance: expected None, .*got one for the 'vicreg' family"),
         ({"groups": "content_only", "tolerance": 0.1}, "tolerance: expected None, .*got one for content alone"),
         ({"content": 0}, "content: expected"),
