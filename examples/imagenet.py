@@ -189,9 +189,11 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     # Views, model, loss.
     preset = "content_only" if args.method == "content-only" else args.preset
     crossed = tuple(name for name in args.cross_image.split(",") if name)
-    made = recipe(preset, family=args.family, sets=crossed, size=args.size)
+    paper, rise = args.recipe == "paper", {}
+    if not paper and args.dual_ascent is not None and args.family == "simclr" and preset != "content_only":
+        rise = {"tolerance": args.dual_ascent, "warmup_steps": int(warmup)}
+    made = recipe(preset, family=args.family, sets=crossed, size=args.size, **rise)
     views = StructuredViews(**made.views, plan=args.plan, seed=args.seed)
-    paper = args.recipe == "paper"
     torch.manual_seed(args.seed)
     widths = dict.fromkeys(views.plan.spaces, 2048) if paper else made.spaces
     core = build_model(args, widths).to(device, memory_format=torch.channels_last)
@@ -204,7 +206,8 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     criterion = JointEntropyLoss(**({"family": args.family} if paper else made.loss), gather_distributed=True)
     ascent = None
     if args.dual_ascent is not None:
-        ascent = DualAscent(criterion, tolerance=args.dual_ascent, step_size=0.01, warmup_steps=int(warmup))
+        plain = {"tolerance": args.dual_ascent, "step_size": 0.01, "warmup_steps": int(warmup)}
+        ascent = DualAscent(criterion, **(made.ascent or plain))
     equivariance = respond = None
     response_weight = args.equivariance
     if response_weight is None:
