@@ -144,7 +144,8 @@ def check_card(card: Any, where: str = "card") -> None:
     """Refuse what a reader would take wrongly, or pass over in silence because it is misspelt.
 
     Raises:
-        ValueError: no mapping, another family or size than there is, a key that is nearly one of `KEYS`.
+        ValueError: no mapping, another family or size than there is, a key that is nearly one of `KEYS`, a value that
+            is neither plain data nor a tensor (a file that holds one would not open again).
     """
     if not isinstance(card, Mapping):
         raise ValueError(f"{where}: expected the card as a mapping: got {type(card).__name__}")
@@ -156,9 +157,25 @@ def check_card(card: Any, where: str = "card") -> None:
         )
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"{where}: expected the card's size in whole pixels, 1 or more: got {size!r}")
-    for key in card:
+    for key, value in card.items():
+        if odd := _not_plain(value):
+            raise ValueError(
+                f"{where}: expected plain data (numbers, strings, lists, mappings), as a file with more in it is not "
+                f"opened again: got {odd} in {key!r}"
+            )
         if key not in KEYS and (meant := difflib.get_close_matches(str(key).lower(), KEYS, 1, 0.85)):
             raise ValueError(f"{where}: expected the card's key {meant[0]!r}: got {key!r}, which nothing reads")
+
+
+def _not_plain(value: Any) -> str:
+    """The type of the first thing in it that is no plain data, "" where all is."""
+    if value is None or type(value) in (bool, int, float, str, torch.Tensor):
+        return ""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    elif type(value) not in (list, tuple):
+        return type(value).__name__
+    return next(filter(None, map(_not_plain, value)), "")
 
 
 def _without_classifier(backbone: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -265,7 +282,10 @@ def build_views(spec: Any, *, code: bool = False, seed: int | None = 0) -> Any:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"views: expected the preset's size in whole pixels, 1 or more: got {size!r}")
         drawn = {k: spec[k] for k in ("plan", "cross_image", "constrained_crop") if k in spec}
-        return StructuredViews(**presets(spec["preset"], **options), **drawn, seed=seed)
+        try:
+            return StructuredViews(**presets(spec["preset"], **options), **drawn, seed=seed)
+        except TypeError as error:
+            raise ValueError(f"views: {error}") from error
     allowed = set(inspect.signature(StructuredViews).parameters) - {"seed", "rank"}
     if unknown := spec.keys() - allowed:
         raise ValueError(f"views: expected {_checks.names(sorted(allowed))}: got {_checks.names(sorted(unknown))}")

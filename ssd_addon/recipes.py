@@ -1,4 +1,4 @@
-"""Recipes: groups of operations that are known to work, and the settings that were measured to go with them.
+"""Recipes: groups of operations for photographs, and the settings that the library recommends with groups.
 
     r = recipe("color_spatial", size=224)
     views = StructuredViews(**r.views)
@@ -7,7 +7,7 @@
     equivariance = EquivarianceLoss(r.spaces, views(images), **r.equivariance) if r.equivariance else None
     ascent = DualAscent(criterion, **r.ascent) if r.ascent else None
 
-Every choice and the figures behind it: docs/choose-your-groups.md and docs/results.md.
+Every choice, the figures behind it and what has not been run yet: docs/choose-your-groups.md and docs/results.md.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -161,6 +161,11 @@ def recipe(
             raise ValueError(
                 f"{_checks.names(given)}: expected with a preset alone, as groups of your own hold their sizes "
                 f"themselves: got groups {_checks.names(groups)}"
+            )
+        if not groups:
+            raise ValueError(
+                "groups: expected at least one group, as without any the views would be copies of one another: got "
+                "none; ordinary two-view SSL is the preset 'content_only'"
             )
         if "content" in groups:
             raise ValueError("groups: 'content' is taken; name the group after what it changes, such as 'color'")

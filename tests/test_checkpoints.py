@@ -493,6 +493,20 @@ def test_a_card_that_would_be_read_wrongly(tmp_path, card, message):
         load(tmp_path / "m.pt", backbone=nn.Conv2d(3, 4, 3))
 
 
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ({"out": Path("a")}, "expected plain data .*got PosixPath in 'out'"),
+        ({"views": {"groups": {"color": [nn.Identity()]}}}, "got Identity in 'views'"),
+        ({"notes": [1, {"a": ({3},)}]}, "got set in 'notes'"),
+    ],
+)
+def test_a_card_that_would_not_open_again_is_not_saved(tmp_path, card, message):
+    with pytest.raises(ValueError, match=message):
+        plain().save(tmp_path / "m.pt", card=card)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_card_keeps_keys_of_ones_own(tmp_path):
     card = {"commit": "a1b2", "notes": ["long"], "seed": 3, 4: "four", "family": None, "size": None}
     card |= {"username": "me", "filename": "m", "resize": 8, "rename": 1, "viewer": "x", "game": 2}
@@ -646,6 +660,9 @@ def test_a_card_starts_no_download(monkeypatch):
         {"groups": {"color": [["AugmentationSequential"]]}},
         {"preset": "color_spatial", "size": "x"},
         {"preset": "content_only", "size": 0},
+        {"preset": "color_spatial", "size": 8, "cross_image": 3},
+        {"preset": "color_spatial", "size": 8, "cross_image": "color"},
+        {"preset": "color_spatial", "size": 8, "constrained_crop": "x"},
     ],
 )
 def test_broken_views_on_a_card(spec):

@@ -119,8 +119,19 @@ def test_options_reach_the_views_and_the_card(data: Path, monkeypatch: pytest.Mo
         "6",
     )
     assert (asked["plan"], asked["cross_image"], asked["seed"]) == ("interleaved", ("color",), 5)
+    assert asked["groups"]["spatial"][0].flags["size"] == (32, 32)
     card = torch.load(data.parent / "run" / "checkpoint.pt", weights_only=True)["card"]
     assert card["views"] == {"preset": "color_spatial", "size": 32, "plan": "interleaved", "cross_image": ("color",)}
+
+
+def test_the_equivariance_has_the_weight_and_family_that_were_asked_for(data: Path) -> None:
+    def term(weight: str, family: str = "simclr") -> float:
+        run(data, weight + family, "--steps", "1", "--equivariance", weight, "--family", family)
+        return log_of(data, weight + family)[0]["equivariance"]
+
+    whole = term("0.5")
+    assert term("0.25") == pytest.approx(whole / 2)
+    assert term("0.5", "barlow") != pytest.approx(whole)
 
 
 def test_the_networks_of_the_equivariance_are_trained(data: Path) -> None:

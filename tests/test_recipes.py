@@ -167,6 +167,7 @@ def test_a_recipe_is_readable():
         ({"sets": ("color", "hue")}, r"sets: expected names of groups \(spatial, color\): got hue"),
         ({"sets": "color"}, r"sets: expected a sequence of names of groups: got 'color'"),
         ({"sets": None}, r"sets: expected a sequence of names of groups: got None"),
+        ({"groups": {}}, "groups: expected at least one group, .*'content_only'"),
         ({"groups": {"content": []}}, "groups: 'content' is taken"),
         ({"groups": {"a": []}, "size": 32}, "size: expected with a preset alone, .*got groups a"),
         ({"groups": {"a": []}, "normalize": False}, "normalize: expected with a preset alone"),

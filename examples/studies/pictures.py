@@ -68,6 +68,8 @@ TITLES = {"temperature": "temperature", "batch": "images in a batch", "steps": "
 
 def scans(lines: list[Line], folder: Path) -> None:
     """SimCLR's styles, and the content in their spaces, as one setting moves; the others are the defaults."""
+    if not all(rows_of(lines, experiment) for experiment in SCANS.values()):
+        return
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained", sharey=True)
     middle = rows_of(lines, "latents/families")
     for axis, (key, experiment) in zip(axes, SCANS.items(), strict=True):
