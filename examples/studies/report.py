@@ -186,7 +186,7 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
     "latents: families": latents("latents/families"),
     "latents: cures": latents("latents/cures"),
     "latents: controls": latents("latents/controls"),
-    "latents: styles": latents("latents/styles", "latents/dependence"),
+    "latents: styles": latents("latents/styles", "latents/dependence", "latents/others"),
     "latents: scans": latents("latents/temperature", "latents/batch", "latents/length", "latents/dimensions"),
     "latents: entropy": latents("latents/entropy"),
     "sprites: linear": sprites("linear", "sprites/methods"),
