@@ -47,6 +47,7 @@ from ssd_addon import (
     StructuredViews,
     StyleHeads,
     plots,
+    presets,
     recipe,
 )
 from ssd_addon.collate import ImageFiles
@@ -54,6 +55,37 @@ from ssd_addon.recipes import MEAN, STD
 
 BASE_LR = {"simclr": 0.5, "vicreg": 0.3, "barlow": 0.2}  # LARS, for a total batch of 256; AdamW takes 1e-3
 FREE = ("data", "out", "resume", "steps", "workers", "log_every", "save_every", "broken", "measure", "tensorboard")
+
+
+def whole(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more: got {text!r}")
+    return int(text)
+
+
+def wholes(text: str) -> list[int]:
+    return [whole(part) for part in text.split(",") if part]
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number, 0 or more: got {text!r}")
+    return value
+
+
+def names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def named_widths(text: str) -> dict[str, int]:
+    pairs = [part.partition("=") for part in names(text)]
+    if wrong := [name for name, equals, _ in pairs if not equals]:
+        raise argparse.ArgumentTypeError(f"expected NAME=WIDTH,...: got {', '.join(wrong)} without a width")
+    return {name: whole(width) for name, _, width in pairs}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -72,30 +104,54 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     p.add_argument("--preset", choices=("color_spatial", "appearance_spatial"), default="color_spatial")
     p.add_argument("--backbone", default="resnet50", help="a torchvision model, or timm:NAME")
-    p.add_argument("--hidden", default="8192,8192", help="widths of every head's hidden layers")
-    p.add_argument("--widths", default="", help="content=2048,color=512: of spaces (paper: 2048 where not named)")
-    p.add_argument("--dual-ascent", type=float, metavar="TOL", help="adapt lambda until every constraint is below TOL")
-    p.add_argument("--cross-image", default="", metavar="GROUP,...", help="groups whose keys show another image")
-    p.add_argument("--equivariance", type=float, metavar="WEIGHT", help="of EquivarianceLoss (paper: 0, without)")
-    p.add_argument("--size", type=int, default=224, help="edge of the views in pixels")
-    p.add_argument("--load-size", type=int, help="edge that photographs are loaded at, before crops (default: --size)")
-    p.add_argument("--batch-size", type=int, default=64, help="images per process")
-    p.add_argument("--epochs", type=int, default=100)
-    p.add_argument("--warmup-epochs", type=float, default=10)
-    p.add_argument("--steps", type=int, help="stop after this step; the schedule stays that of --epochs")
+    p.add_argument("--hidden", type=wholes, default="8192,8192", help="widths of every head's hidden layers")
+    p.add_argument(
+        "--widths",
+        type=named_widths,
+        default="",
+        metavar="NAME=D,...",
+        help="content=2048,color=512: of spaces (paper: 2048 where not named)",
+    )
+    p.add_argument("--dual-ascent", type=number, metavar="TOL", help="adapt lambda until every constraint is below TOL")
+    p.add_argument(
+        "--cross-image", type=names, default="", metavar="GROUP,...", help="groups whose keys show another image"
+    )
+    p.add_argument("--equivariance", type=number, metavar="WEIGHT", help="of EquivarianceLoss (paper: 0, without)")
+    p.add_argument("--size", type=whole, default=224, help="edge of the views in pixels")
+    p.add_argument(
+        "--load-size", type=whole, help="edge that photographs are loaded at, before crops (default: --size)"
+    )
+    p.add_argument("--batch-size", type=whole, default=64, help="images per process")
+    p.add_argument("--epochs", type=whole, default=100)
+    p.add_argument("--warmup-epochs", type=number, default=10)
+    p.add_argument("--steps", type=whole, help="stop after this step; the schedule stays that of --epochs")
     p.add_argument("--optimizer", choices=("lars", "adamw"), default="lars")
-    p.add_argument("--lr", type=float, help="for a total batch of 256 (default: by family and optimizer)")
-    p.add_argument("--weight-decay", type=float, default=1e-6, help="timm's LARS adapts only what decays: keep it > 0")
+    p.add_argument("--lr", type=number, help="for a total batch of 256 (default: by family and optimizer)")
+    p.add_argument("--weight-decay", type=number, default=1e-6, help="timm's LARS adapts only what decays: keep it > 0")
     p.add_argument("--broken", choices=("skip", "raise"), default="raise", help="files that cannot be decoded")
     p.add_argument("--workers", type=int, default=8)
     p.add_argument("--measure", type=int, default=500, help="images for the label-free matrix of every epoch; 0: none")
     p.add_argument("--tensorboard", action="store_true", help="event files in OUT as well")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--log-every", type=int, default=10)
-    p.add_argument("--save-every", type=int, default=1000, help="steps; also after every epoch")
+    p.add_argument("--log-every", type=whole, default=10)
+    p.add_argument("--save-every", type=whole, default=1000, help="steps; also after every epoch")
     args = p.parse_args(argv)
     args.load_size = args.load_size or args.size
-    args.lr = args.lr or (BASE_LR[args.family] if args.optimizer == "lars" else 1e-3)
+    if args.lr is None:
+        args.lr = BASE_LR[args.family] if args.optimizer == "lars" else 1e-3
+    groups = [] if args.method == "content-only" else [*presets(args.preset)["groups"]]
+    there = f"those of {args.preset}: {', '.join(groups)}" if groups else "none, as content-only SSL has no groups"
+    if wrong := [n for n in args.cross_image if n not in groups]:
+        p.error(f"--cross-image: expected names of groups ({there}): got {', '.join(wrong)}")
+    if wrong := [n for n in args.widths if n not in ("content", *groups)]:
+        p.error(f"--widths: expected content and names of groups ({there}): got {', '.join(wrong)}")
+    if args.equivariance and not groups:
+        p.error(f"--equivariance: expected groups, whose changes it predicts: got {there}")
+    of_timm, name = args.backbone.startswith("timm:"), args.backbone.removeprefix("timm:")
+    if not (timm.is_model(name) or "hub:" in name if of_timm else name in torchvision.models.list_models()):
+        p.error(
+            f"--backbone: expected a torchvision model, such as resnet50, or timm:NAME of timm: got {args.backbone}"
+        )
     return args
 
 
@@ -138,15 +194,11 @@ class Probes(nn.Module):
 
 
 def build_model(args: argparse.Namespace, widths: dict[str, int]) -> StyleHeads:
-    given, spaces = dict(part.split("=") for part in args.widths.split(",") if part), tuple(widths)
-    if unknown := given.keys() - set(spaces):
-        raise ValueError(f"--widths: expected names of spaces ({', '.join(spaces)}): got {', '.join(sorted(unknown))}")
     if args.backbone.startswith("timm:"):
         backbone = timm.create_model(args.backbone.removeprefix("timm:"), num_classes=0)
     else:
         backbone = torchvision.models.get_model(args.backbone, weights=None)
-    hidden = [int(h) for h in args.hidden.split(",") if h]
-    return StyleHeads(backbone, {n: int(given.get(n, widths[n])) for n in spaces}, hidden=hidden)
+    return StyleHeads(backbone, widths | args.widths, hidden=args.hidden)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
@@ -188,11 +240,10 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
 
     # Views, model, loss.
     preset = "content_only" if args.method == "content-only" else args.preset
-    crossed = tuple(name for name in args.cross_image.split(",") if name)
     paper, rise = args.recipe == "paper", {}
     if not paper and args.dual_ascent is not None and args.family == "simclr" and preset != "content_only":
         rise = {"tolerance": args.dual_ascent, "warmup_steps": int(warmup)}
-    made = recipe(preset, family=args.family, sets=crossed, size=args.size, **rise)
+    made = recipe(preset, family=args.family, sets=args.cross_image, size=args.size, **rise)
     views = StructuredViews(**made.views, plan=args.plan, seed=args.seed)
     torch.manual_seed(args.seed)
     widths = dict.fromkeys(views.plan.spaces, 2048) if paper else made.spaces
@@ -245,7 +296,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     # Where the run stands, and what `python -m ssd_addon report` has to know.
     name = args.backbone if args.backbone.startswith("timm:") else f"torchvision:{args.backbone}"
     card = {"name": args.out.name, "backbone": name, "family": args.family, "size": args.size}
-    card["views"] = {"preset": preset, "size": args.size, "plan": args.plan, "cross_image": crossed}
+    card["views"] = {"preset": preset, "size": args.size, "plan": args.plan, "cross_image": tuple(args.cross_image)}
     checkpoint, log, step = args.out / "checkpoint.pt", args.out / "log.jsonl", 0
     config = {k: v for k, v in vars(args).items() if k not in FREE}
     config |= {"processes": world, "images": len(data), "classes": classes, "device": device.type}

@@ -13,6 +13,7 @@ Legend: V views, B images, M styles, d_m width of style m, k_m numbers that grou
 """
 
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ from ssd_addon.losses import (
 )
 from ssd_addon.metrics.parameters import parameter_differences
 
+ENOUGH = 32
+"""Images of a batch that say whether a group draws at all; of fewer, an operation may not have fired by chance."""
 SCALE_EPS = 1e-10
 """Under the root that changes are divided by: below any range that a parameter has in its own units."""
 
@@ -68,8 +71,12 @@ class EquivarianceLoss(nn.Module):
     rows whose key shares group m, are left out.
 
     Raises:
-        ValueError: a style space without a group, or a group that draws nothing; a temperature in another family.
+        ValueError: a style space without a group, or whose operations have no parameters; a temperature in another
+            family.
         TypeError: spaces that are no mapping, a batch that is no `ViewBatch`.
+
+    Warns:
+        RuntimeWarning: a group that drew the same for every one of 32 images or more.
 
     Source: docs/method.md; networks that predict the embedding of a changed view from the change are known from
     Devillers and Lefort 2022 (EquiMod), arXiv 2211.01244, for one space and without structured views.
@@ -108,6 +115,14 @@ class EquivarianceLoss(nn.Module):
                 drawn = _checks.names(dict.fromkeys(_group(key) for key in found)) or "nothing"
                 raise ValueError(
                     f"style space {name!r}: expected a group of that name that draws parameters: got those of {drawn}"
+                )
+            images = batch.views.shape[1]
+            if images >= ENOUGH and all(bool((found[key] == found[key][:1]).all()) for key in own):
+                warnings.warn(
+                    f"style space {name!r}: expected a group that draws its parameters anew for every view, or the "
+                    f"term has no change to learn from: got the same change for all {images} images of this batch",
+                    RuntimeWarning,
+                    stacklevel=2,
                 )
             self.groups[name] = own
             numbers = sum(found[key].shape[1] for key in own)

@@ -195,6 +195,23 @@ def test_a_batch_that_never_fired_has_the_same_parameters():
         assert torch.isfinite(loss(z, batch))
 
 
+def test_a_group_that_draws_nothing_is_warned_of_where_the_batch_is_large_enough_to_tell():
+    for ops in (
+        [K.RandomHorizontalFlip(p=1.0)],
+        [K.RandomHorizontalFlip(p=0.0)],
+        [K.RandomRotation((9.0, 9.0), p=1.0)],
+    ):
+        make = StructuredViews({"spatial": ops}, seed=0)
+        EquivarianceLoss({"content": 1, "spatial": 2}, make(torch.rand(31, 3, 4, 4)))
+        with pytest.warns(RuntimeWarning, match="'spatial': expected a group that draws.*got the same.*all 32 images"):
+            EquivarianceLoss({"content": 1, "spatial": 2}, make(torch.rand(32, 3, 4, 4)))
+    for plan in ("shared_query", "interleaved"):
+        make = StructuredViews(
+            {"spatial": [K.RandomHorizontalFlip()], "color": [K.ColorJitter(0.4)]}, plan=plan, seed=0
+        )
+        EquivarianceLoss({"content": 1, "spatial": 2, "color": 2}, make(torch.rand(32, 3, 4, 4)))  # no warning
+
+
 def test_it_is_saved_and_moves_with_a_module():
     batch = views()(torch.rand(6, 3, 8, 8))
     torch.manual_seed(0)

@@ -189,8 +189,6 @@ def test_a_checkpoint_of_another_run_is_refused(data: Path) -> None:
         run(data, "run", "--steps", "2", "--resume", "--family", "vicreg")
     with pytest.raises(FileExistsError, match="another run: give --resume, or another --out"):
         run(data, "run", "--steps", "2")
-    with pytest.raises(ValueError, match=r"names of spaces \(content, spatial, color\): got texture"):
-        run(data, "other", "--widths", "texture=8")
 
 
 def test_a_broken_file_is_counted_or_refused(data: Path) -> None:
@@ -256,3 +254,47 @@ def test_lightly_pipeline(data: Path, tmp_path: Path, family: str, method: str) 
         assert again.views.state_dict() == module.views.state_dict()
         for a, b in zip(again.parameters(), module.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--cross-image colour",
+            "--cross-image: expected names of groups (those of color_spatial: spatial, color): got colour",
+        ),
+        ("--cross-image color --method content-only", "--cross-image: expected names of groups (none, as content-only"),
+        ("--widths color", "--widths: expected NAME=WIDTH,...: got color without a width"),
+        (
+            "--widths colour=3",
+            "--widths: expected content and names of groups (those of color_spatial: spatial, color)",
+        ),
+        ("--widths color=0", "--widths: expected a whole number, 1 or more: got '0'"),
+        ("--hidden 5x", "--hidden: expected a whole number, 1 or more: got '5x'"),
+        (
+            "--equivariance 0.5 --method content-only",
+            "--equivariance: expected groups, whose changes it predicts: got none",
+        ),
+        ("--equivariance -1", "--equivariance: expected a number, 0 or more: got '-1'"),
+        ("--dual-ascent nan", "--dual-ascent: expected a number, 0 or more: got 'nan'"),
+        (
+            "--backbone resnet5",
+            "--backbone: expected a torchvision model, such as resnet50, or timm:NAME of timm: got resnet5",
+        ),
+        ("--backbone timm:resnet5", "got timm:resnet5"),
+        ("--epochs 0", "--epochs: expected a whole number, 1 or more: got '0'"),
+        ("--steps 0", "--steps: expected a whole number, 1 or more: got '0'"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(options, message, capsys):
+    with pytest.raises(SystemExit):
+        imagenet.parse(["--data", "photographs", *options.split()])
+    assert message in capsys.readouterr().err.replace("argument ", "")
+
+
+def test_options_that_fit():
+    given = "--data d --widths content=3,color=2 --hidden 4,5 --cross-image color --lr 0"
+    args = imagenet.parse(given.split())
+    assert args.widths == {"content": 3, "color": 2} and args.hidden == [4, 5] and args.cross_image == ["color"]
+    assert args.lr == 0 and imagenet.parse(["--data", "d", "--optimizer", "adamw"]).lr == 1e-3
+    assert imagenet.parse(["--data", "d", "--backbone", "timm:resnet50.a1_in1k"]).widths == {}
