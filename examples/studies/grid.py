@@ -85,11 +85,16 @@ LATENTS: dict[str, list[Row]] = {
     ],
     "latents/styles": [
         *both("1 style", {"styles": 1}, 3),
+        ("1 style, equivariance, 2", {"styles": 1, "method": "equivariance", "equivariance": 2.0}, 3),
         *both("4 styles", {"styles": 4}, 3),
+        ("4 styles, equivariance, 2", {"styles": 4, "method": "equivariance", "equivariance": 2.0}, 1),
     ],
     "latents/dependence": [
         *both("dependent", {"dependent": True}, 3),
+        ("dependent, equivariance, 2", {"dependent": True, "method": "equivariance", "equivariance": 2.0}, 1),
         *both("style depends on content", {"content_dependent": True}, 3),
+        ("style depends on content, equivariance, 2",
+         {"content_dependent": True, "method": "equivariance", "equivariance": 2.0}, 1),
     ],
     "latents/temperature": [
         row for t in (0.02, 0.1, 0.15, 0.5) for row in both(f"tau {t}", {"temperature": t})
