@@ -47,9 +47,9 @@ OF_WORLD: dict[str, Config] = {
 Row = tuple[str, Config, int]  # name, configuration, number of seeds
 
 
-def both(name: str, c: Config, seeds: int = 1) -> list[Row]:
-    """With keys of the same image, and with cross-image keys."""
-    return [(f"{name}, same-image", c, seeds), (f"{name}, cross-image", c | {"cross": True}, seeds)]
+def both(name: str, c: Config, seeds: int = 1, crossed: int | None = None) -> list[Row]:
+    """With keys of the same image, and with cross-image keys (`crossed` seeds of these, where not as many)."""
+    return [(f"{name}, same-image", c, seeds), (f"{name}, cross-image", c | {"cross": True}, crossed or seeds)]
 
 
 LATENTS: dict[str, list[Row]] = {
@@ -97,10 +97,10 @@ LATENTS: dict[str, list[Row]] = {
          {"content_dependent": True, "method": "equivariance", "equivariance": 2.0}, 1),
     ],
     "latents/temperature": [
-        row for t in (0.02, 0.1, 0.15, 0.5) for row in both(f"tau {t}", {"temperature": t})
+        row for t, n in ((0.02, 3), (0.1, 1), (0.15, 1), (0.5, 3)) for row in both(f"tau {t}", {"temperature": t}, n, 1)
     ],
     "latents/batch": [
-        row for b in (64, 256, 1024) for row in both(f"batch {b}", {"batch": b})
+        row for b, n in ((64, 3), (256, 1), (1024, 3)) for row in both(f"batch {b}", {"batch": b}, n, 1)
     ],
     "latents/length": [
         row for n in (300, 2400, 4800) for row in both(f"{n} steps", {"steps": n})
@@ -124,6 +124,10 @@ LATENTS: dict[str, list[Row]] = {
     "latents/entropy": [
         ("vicreg, independent features, same-image", {"family": "vicreg", "method": "independent"}, 1),
         ("vicreg, independent features, cross-image", {"family": "vicreg", "method": "independent", "cross": True}, 1),
+        ("vicreg, independent features and equivariance, 0.1",
+         {"family": "vicreg", "method": "independent equivariant", "equivariance": 0.1}, 1),
+        ("vicreg, independent features and equivariance, 0.3",
+         {"family": "vicreg", "method": "independent equivariant", "equivariance": 0.3}, 1),
         ("vicreg, 4,800 steps, cross-image", {"family": "vicreg", "cross": True, "steps": 4800}, 1),
     ],
 }  # fmt: skip

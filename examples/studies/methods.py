@@ -4,6 +4,7 @@ A method is a module: (model, batch, terms wanted) -> (loss, terms or None). Leg
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -76,8 +77,12 @@ class Joint(nn.Module):
         z = model(batch)
         if log or self.ascent is not None:
             terms = self.criterion.terms(z)
-            return terms.loss, terms
-        return self.criterion(z), None
+            return terms.loss + self.added(z, batch), terms
+        return self.criterion(z) + self.added(z, batch), None
+
+    def added(self, z: Mapping[str, Tensor], batch: ViewBatch) -> Tensor | float:
+        """What a method adds to the loss."""
+        return 0.0
 
     def after(self, terms: Terms | None) -> None:
         if self.ascent is not None and terms is not None:
@@ -141,10 +146,8 @@ class Equivariant(Joint):
             weight=c["equivariance"],
         )
 
-    def forward(self, model: StyleHeads, batch: ViewBatch, log: bool) -> Result:
-        z = model(batch)
-        terms = self.criterion.terms(z)
-        return terms.loss + self.equivariance(z, batch), terms
+    def added(self, z: Mapping[str, Tensor], batch: ViewBatch) -> Tensor | float:
+        return self.equivariance(z, batch)
 
 
 class Independent(Joint):
@@ -158,9 +161,7 @@ class Independent(Joint):
             w = torch.randn(d, features, generator=g) / math.sqrt(d)
             self.maps[n] = (w, 2 * math.pi * torch.rand(features, generator=g))
 
-    def forward(self, model: StyleHeads, batch: ViewBatch, log: bool) -> Result:
-        z = model(batch)
-        terms = self.criterion.terms(z)
+    def added(self, z: Mapping[str, Tensor], batch: ViewBatch) -> Tensor | float:
         found = []
         for n, t in z.items():
             x = t[0]
@@ -171,7 +172,18 @@ class Independent(Joint):
         across = [
             (a.T @ b / len(a)).square().sum() / self.features for i, a in enumerate(found) for b in found[i + 1 :]
         ]
-        return terms.loss + self.weight * torch.stack(across).mean(), terms
+        return self.weight * torch.stack(across).mean()
+
+
+class IndependentEquivariant(Independent):
+    """Both: independent features against the leak, a known answer to known changes against the twist that it brings."""
+
+    def __init__(self, c: Config, world: Any) -> None:
+        super().__init__(c, world)
+        self.equivariant = Equivariant(c, world)
+
+    def added(self, z: Mapping[str, Tensor], batch: ViewBatch) -> Tensor | float:
+        return super().added(z, batch) + self.equivariant.equivariance(z, batch)
 
 
 class LooC(nn.Module):
@@ -218,6 +230,7 @@ METHODS = {
     "cube": Cube,
     "equivariance": Equivariant,
     "independent": Independent,
+    "independent equivariant": IndependentEquivariant,
     "looc": LooC,
     "augself": WithAugSelf,
 }
