@@ -16,6 +16,7 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -136,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("experiments", nargs="*", help=f"of {', '.join(grid.EXPERIMENTS)}, or how they begin; none: all")
     p.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     p.add_argument("--seeds", type=int, default=3, help="only the first so many of every row")
+    p.add_argument("--rows", default="", metavar="REGEX", help="only rows whose name holds it")
     p.add_argument("--cifar", default="", help="DIR with train/CLASS/* and val/CLASS/*, 32 pixels")
     p.add_argument("--imagenet", default="", help="DIR with train/CLASS/*")
     p.add_argument("--steps", type=int, help="instead of the grid's, to try it; needs --out")
@@ -144,7 +146,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.steps and args.out == LINES:
         p.error(f"--steps: expected --out beside it, as runs of other lengths are no results: got none, so {LINES}")
     done = {key(line) for line in lines(args.out)}
-    runs = [r for r in grid.runs(args.experiments) if r["seed"] < args.seeds]
+    runs = [r for r in grid.runs(args.experiments) if r["seed"] < args.seeds and re.search(args.rows, r["name"])]
+    if not runs:
+        p.error(f"--rows: expected a part of a row's name: got {args.rows!r}, which is in none of the chosen")
     runs = [r for r in runs if args.command != "run" or key(r) not in done]
     if args.command == "tables":
         report.write(lines(args.out))

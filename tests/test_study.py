@@ -80,6 +80,11 @@ def test_a_stopped_grid_resumes(tmp_path, monkeypatch, capsys):
             file.write(json.dumps(r | one) + "\n")
     assert study.main(["list", "--out", str(out)]) == 0
     assert capsys.readouterr().out.count("done") == 2
+    assert study.main(["list", "--rows", "^b", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.split() == ["done", "latents/try", "b", "seed", "0"]
+    with pytest.raises(SystemExit):
+        study.main(["run", "--rows", "c", "--out", str(out)])
+    assert "--rows: expected a part of a row's name: got 'c'" in capsys.readouterr().err
     monkeypatch.setattr(study, "attempt", None)  # nothing that has a line is run again
     rows["latents/try"] = rows["latents/try"][:1]
     with open(out, "a") as file:
