@@ -93,6 +93,7 @@ LATENTS: dict[str, list[Row]] = {
         *both("dependent", {"dependent": True}, 3),
         ("dependent, equivariance, 2", {"dependent": True, "method": "equivariance", "equivariance": 2.0}, 1),
         *both("style depends on content", {"content_dependent": True}, 3),
+        ("style depends on content, the truth", {"content_dependent": True, "method": "truth"}, 3),
         ("style depends on content, equivariance, 2",
          {"content_dependent": True, "method": "equivariance", "equivariance": 2.0}, 1),
     ],

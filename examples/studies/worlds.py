@@ -78,7 +78,9 @@ class LatentWorld(CausalLatents):
 
     def scores(self, z: Any, model: Any, unit: bool) -> dict[str, Any]:
         x, factors = self.labelled(self.config["samples"], torch.Generator().manual_seed(10_000))
-        e = z(x)
+        e = (
+            z(x) if z is not None else {n: torch.as_tensor(f) for n, f in factors.items()} | {"backbone": x}
+        )  # the truth
         out = {
             "linear": r2_matrix(e, factors, probe="ridge", bootstrap=0),
             "kernel": r2_matrix(e, factors, probe="kernel", bootstrap=0),
