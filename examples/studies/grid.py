@@ -86,6 +86,7 @@ LATENTS: dict[str, list[Row]] = {
     "latents/styles": [
         *both("1 style", {"styles": 1}, 3),
         ("1 style, equivariance, 2", {"styles": 1, "method": "equivariance", "equivariance": 2.0}, 3),
+        ("1 style, equivariance, 0.5", {"styles": 1, "method": "equivariance", "equivariance": 0.5}, 3),
         *both("4 styles", {"styles": 4}, 3),
         ("4 styles, equivariance, 2", {"styles": 4, "method": "equivariance", "equivariance": 2.0}, 1),
     ],
