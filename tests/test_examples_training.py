@@ -92,6 +92,7 @@ def test_the_recommended_recipe_is_what_trains(data: Path) -> None:
     assert "equivariance" not in log_of(data, "barlow")[0]
     imagenet.main([*common, "--dual-ascent", "0.1", "--out", str(data.parent / "ascent")])
     assert [log_of(data, "ascent")[0][f"lambda/{n}"] for n in ("content", "color")] == [2.0, 1.0]
+    assert "equivariance" not in log_of(data, "ascent")[0]
     imagenet.main([*common, "--recipe", "paper", "--out", str(data.parent / "paper")])
     assert ["content_entropy" in log_of(data, name)[0] for name in ("run", "other", "paper")] == [True, True, False]
 

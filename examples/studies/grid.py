@@ -159,6 +159,11 @@ SPRITES: dict[str, list[Row]] = {
     "sprites/cross": [
         ("cross-image both", {"cross": ["color", "spatial"]}, 1),
         (
+            "equivariance, 0.5, fixed weights",
+            {"method": "equivariance", "equivariance": 0.5, "dual": None, "content_weight": None},
+            1,
+        ),
+        (
             "equivariance, 0.5, spatial 16 wide",
             {"method": "equivariance", "equivariance": 0.5, "spatial_width": 16},
             1,
