@@ -144,7 +144,7 @@ def recipe(
         tolerance: of a dual ascent (simclr): how far content's and the styles' pairs may disagree, 1 - mean cosine;
             content's weight then starts at 2, and the equivariance term stays out, as both together collapsed content
             in one of three runs on sprites. For images whose content every view shows (sprites: 0.01); photographs
-            under crops do not agree so far, and content was left with 2 to 4 directions of 8 (one seed). None: fixed
+            under crops do not agree so far, and content was left with 2 to 4 directions of 18 (one seed). None: fixed
             weights.
         warmup_steps: of the dual ascent.
 
