@@ -124,7 +124,7 @@ def keys(lines: list[Line], folder: Path) -> None:
     names = ["kinds, same-image", "kinds, cross-image", "kinds, equivariance, 0.5"]
     found = rows_of(lines, "cifar/cross")
     _label_free(found, names, folder / "cifar-keys.png")
-    each = [f"each operation, {how}" for how in ("same-image", "cross-image", "equivariance, 0.5")]
+    each = [f"each operation, {how}" for how in ("same-image", "cross-image")]
     there = {n: found[n] for n in each if n in found}
     _label_free(there, list(there), folder / "cifar-each.png")
 
