@@ -1,0 +1,164 @@
+"""ImageFiles: the images below a folder, with the classes that its sub-folders make."""
+
+import errno
+import operator
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ssd_addon import _checks, _listing, pictures
+
+# Faults of the process, the machine or the network, which do not concern one file alone.
+_NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT)
+
+
+class ImageFiles(Dataset[tuple[Image.Image, int, str]]):
+    """Images below a folder: (upright RGB PIL image, label, path relative to the folder).
+
+    The classes are the sub-folders that contain an image at any depth, sorted by name; labels and order are those of
+    torchvision's ImageFolder. A folder of images without such sub-folders has no classes, and all labels are 0.
+    Files are recognized by their extension, in upper or lower case (.jpg, .jpeg, .png, .bmp, .webp, .ppm, .pgm, .tif,
+    .tiff, and .gif, of which the first frame is taken), and opened when they are asked for.
+
+    Images are rotated as their EXIF orientation says, and transparency is put over black. 16-bit gray levels are
+    divided by 65535, or, where no pixel exceeds 4095, 1023 or 255, as 12, 10 or 8 bits stored in 16, because a file
+    does not say how many of its bits are used. Floating-point levels in [0, 1] are taken as they are; other
+    floating-point and 32-bit levels are scaled from the minimum to the maximum of the image.
+
+    What is left out is counted in `.left_out` and shown by repr: hidden files and folders (.DS_Store, ._x.jpg,
+    .ipynb_checkpoints), those of operating systems and file servers (__MACOSX, @eaDir, Thumbs.db), files with another
+    extension, and links back to a folder that contains them. Other links are followed. A RuntimeWarning reports
+    sub-folders without images, which are not classes, so that labels may differ from those of another split (compare
+    `.classes`); images outside the class folders; and broken links without an image's extension.
+
+    Args:
+        root: the folder.
+        broken: "raise", or "skip": a file that cannot be decoded (a truncated JPEG, an image beyond Pillow's pixel
+            limit), is missing or may not be read is replaced by another image, with the label and name of that image.
+            The replacement is the same in every epoch and worker, and different broken files get different ones where
+            there are enough. Each is counted in `.skipped` of the process that read it, and named in one
+            RuntimeWarning.
+
+    Attributes:
+        classes: names of the class folders, [] where there are none.
+        samples: (path, label) of every file, made when asked for.
+        targets: label of every file.
+        names: path of every file relative to the folder, as the items have it. Names and classes are printable and
+            unique: a byte that is not UTF-8 is written as a backslash, x and two digits.
+        left_out: reason -> number of files and folders.
+        skipped: number of broken files that this process has read.
+
+    Raises:
+        FileNotFoundError: no such folder, or no image below it.
+        OSError: a folder that cannot be listed; a broken file, with broken="raise"; all files broken, with "skip"; a
+            fault that does not concern one file alone, such as too many open files, with either.
+    """
+
+    def __init__(self, root: str | Path, *, broken: Literal["raise", "skip"] = "raise") -> None:
+        self.root = Path(root).expanduser()
+        self.broken: Literal["raise", "skip"] = _checks.choice(broken, ("raise", "skip"), "broken")
+        self._shown_root = _listing.printable(str(self.root))
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"expected a folder of images: got {self._shown_root}, which is not a folder")
+        self._listing, left_out, empty = _listing.scan(self.root)
+        self.left_out: dict[str, int] = dict(left_out)
+        self._bad: set[int] = set()
+        if not len(self):
+            raise FileNotFoundError(
+                f"expected images ({', '.join(_listing.SUFFIXES)}) in {self._shown_root} or its class folders: got none"
+                f"{self._without()}"
+            )
+        surprises = _surprises(self.left_out, empty if self.classes else [])
+        if surprises:
+            warnings.warn(f"{self._shown_root}: left out {'; '.join(surprises)}", RuntimeWarning, stacklevel=2)
+
+    @property
+    def classes(self) -> list[str]:
+        return self._listing.classes
+
+    @property
+    def targets(self) -> list[int]:
+        return self._listing.labels
+
+    @property
+    def samples(self) -> Sequence[tuple[Path, int]]:
+        return _listing.Column(self._listing.sample, len(self))
+
+    @property
+    def names(self) -> Sequence[str]:
+        return _listing.Column(self._listing.name, len(self))
+
+    @property
+    def skipped(self) -> int:
+        return len(self._bad)
+
+    def __len__(self) -> int:
+        return len(self._listing)
+
+    def __repr__(self) -> str:
+        found = f"{len(self)} images, {len(self.classes)} class folders"
+        return f"ImageFiles({str(self.root)!r}: {found}{self._without()})"
+
+    def _without(self) -> str:
+        listed = ", ".join(f"{n} {reason}" for reason, n in sorted(self.left_out.items()))
+        return f"; left out: {listed}" if listed else ""
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int, str]:
+        first = operator.index(index)
+        if not -len(self) <= first < len(self):
+            raise IndexError(f"index: expected a number from {-len(self)} to {len(self) - 1}: got {first}")
+        for k in _order(first % len(self), len(self)):
+            if k in self._bad:
+                continue
+            try:
+                image = pictures.read(self._listing.path(k))
+            except Exception as error:  # decoders raise much more than OSError; see `pictures.read`
+                self._meet(k, error)
+            else:
+                return image, self.targets[k], self._listing.name(k)
+        raise OSError(f"{self._shown_root}: expected an image: none of the {len(self)} images could be decoded")
+
+    def _meet(self, k: int, error: Exception) -> None:
+        """Raises for a broken file, or counts it and warns."""
+        number = error.errno if isinstance(error, OSError) else None
+        path = _listing.printable(str(self._listing.path(k)))
+        reason = f"could not be {'decoded' if number is None else 'read'} ({type(error).__name__}: {error})"
+        if self.broken == "raise" or number in _NOT_THE_FILE or not self.root.is_dir():
+            message = f"{path}: expected an image: {reason}"
+            raise (OSError(message) if number is None else OSError(number, message)) from error
+        self._bad.add(k)
+        warnings.warn(f"skipped {path}: {reason}", RuntimeWarning, stacklevel=3)
+
+
+def _order(first: int, n: int) -> Iterator[int]:
+    """`first`, then the n - 1 other indices as its replacements.
+
+    The k-th replacement is `first` plus a k-th distance, drawn at random once for all files. So the k-th replacements
+    of different files differ, and neighbors, which are often broken together, are not replaced by each other.
+    """
+    yield first
+    near = random.Random(n).sample(range(1, n), min(n - 1, 256))
+    for distance in near:
+        yield (first + distance) % n
+    tried = set(near)
+    for distance in range(1, n):
+        if distance not in tried:
+            yield (first + distance) % n
+
+
+def _surprises(left_out: dict[str, int], empty: list[str]) -> list[str]:
+    """What a user may not expect to be left out, for a warning."""
+    words = []
+    if empty:
+        some = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        meaning = "which are not classes, so that labels may differ from those of another split"
+        words.append(f"{len(empty)} {_listing.EMPTY} ({some}), {meaning}")
+    for reason in (_listing.BESIDE, _listing.BROKEN_LINK):
+        if reason in left_out:
+            words.append(f"{left_out[reason]} {reason}")
+    return words
