@@ -1,4 +1,6 @@
-"""StructuredCollate and ImageFiles: sizes, modes, labels, broken files."""
+"""StructuredCollate: sizes, labels, names, views."""
+
+import pickle
 
 import numpy as np
 import pytest
@@ -6,7 +8,6 @@ import torch
 from PIL import Image
 
 from ssd_addon import StructuredCollate, StructuredViews, ViewBatch
-from ssd_addon.collate import ImageFiles
 
 
 def picture(mode="RGB", size=(20, 12), value=200):
@@ -48,29 +49,44 @@ def test_bad_samples(samples, message):
         StructuredCollate(8)(samples)
 
 
-def test_image_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        ImageFiles(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="got none"):
-        ImageFiles(tmp_path)
-    for c in ("a", "b"):
-        (tmp_path / c).mkdir()
-        for i in range(2):
-            noise = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-            Image.fromarray(noise).save(tmp_path / c / f"{i}.jpg")
-    files = ImageFiles(tmp_path)
-    assert len(files) == 4 and files.classes == ["a", "b"] and files[3][1:] == (1, "b/1.jpg")
-    broken = tmp_path / "a" / "1.jpg"
-    broken.write_bytes(broken.read_bytes()[:400])
-    with pytest.raises(OSError, match=r"1\.jpg: expected an image"):
-        files[1]
-    skipping = ImageFiles(tmp_path, broken="skip")
-    with pytest.warns(RuntimeWarning, match=r"skipped .*1\.jpg"):
-        assert skipping[1][2] == "b/0.jpg"
-    assert skipping.skipped == 1
-
-
 @pytest.mark.parametrize("size", [0, 2.5, (3, 4, 5), True, StructuredViews({}, seed=0), (8, 0)])
 def test_a_size_that_is_none_is_refused(size):
     with pytest.raises(ValueError, match=r"expected an edge or \(height, width\)"):
         StructuredCollate(size)
+
+
+def test_labels_of_every_kind():
+    collate, image = StructuredCollate(4), torch.rand(3, 4, 4)
+
+    def labels(*values):
+        return collate([(image, value) for value in values])[1]
+
+    assert labels(1, np.int64(2), True).tolist() == [1, 2, 1] and labels(1, 2).dtype == torch.int64
+    assert labels(1, 0.5, np.float32(2)).tolist() == [1.0, 0.5, 2.0]
+    assert labels(torch.ones(2), torch.zeros(2)).tolist() == [[1, 1], [0, 0]]
+    assert labels("cat", None) == ["cat", None] and labels({"a": 1}) == [{"a": 1}]
+    with pytest.raises(ValueError, match=r"labels of one shape: got tensors of shape \[1\] and \[2\]"):
+        labels(torch.ones(2), torch.ones(1))
+
+
+def test_kinds_of_images_mix_and_numbers_of_channels_do_not():
+    collate = StructuredCollate(4)
+    uint8, array = torch.full((3, 4, 4), 255, dtype=torch.uint8), np.full((4, 4), 0.5)
+    images, _, _ = collate([(uint8, 0), (array, 0), (picture("L"), 0)])
+    assert images.dtype == torch.float32 and images[:, 0, 0, 0].tolist() == [1, 0.5, torch.tensor(200 / 255).item()]
+    with pytest.raises(ValueError, match=r"expected one number of channels in a batch: got \[3, 12\]"):
+        collate([(uint8, 0), (np.zeros((4, 4, 12), np.uint8), 0)])
+
+
+@pytest.mark.parametrize(
+    "image", [torch.rand(4, 4), torch.zeros(3, 4, 4, dtype=torch.int64), "a.jpg", None, [picture()]]
+)
+def test_what_is_no_image_is_refused(image):
+    with pytest.raises(TypeError, match=r"collate: expected (an image \[C, H, W\]|a PIL image, an array or a tensor)"):
+        StructuredCollate(4)([(image, 0)])
+
+
+def test_a_collate_function_travels_to_spawned_workers():
+    collate = pickle.loads(pickle.dumps(StructuredCollate((4, 6), fit="pad", views=StructuredViews({}, seed=0))))
+    batch, _, names = collate([(picture(), 0, "a")])
+    assert batch.views.shape == (2, 1, 3, 4, 6) and names == ["a"]
