@@ -31,7 +31,6 @@ from pathlib import Path
 import timm
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torchvision
 from timm.optim import Lars
 from torch import Tensor, nn
@@ -49,8 +48,10 @@ from ssd_addon import (
     plots,
     presets,
     recipe,
+    runs,
 )
 from ssd_addon.collate import ImageFiles
+from ssd_addon.metrics import OnlineProbes
 from ssd_addon.recipes import MEAN, STD
 
 BASE_LR = {"simclr": 0.5, "vicreg": 0.3, "barlow": 0.2}  # LARS, for a total batch of 256; AdamW takes 1e-3
@@ -167,7 +168,7 @@ class Photographs(Dataset):
 
     def __getitem__(self, index: int):
         image, label, name = self.files[index]
-        if self.files.root / name != self.files.samples[index][0]:
+        if name != self.files.names[index]:
             self.replaced[index] = 1
         return image, label, name
 
@@ -179,18 +180,6 @@ class ResumableSampler(DistributedSampler):
 
     def __iter__(self):
         return iter(list(super().__iter__())[self.start :])
-
-
-class Probes(nn.Module):
-    """One linear classifier per space, and one on the backbone."""
-
-    def __init__(self, widths: dict[str, int], classes: int) -> None:
-        super().__init__()
-        layers = {n: nn.Sequential(nn.BatchNorm1d(d, affine=False), nn.Linear(d, classes)) for n, d in widths.items()}
-        self.layers = nn.ModuleDict(layers)
-
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {n: layer(features[n].detach().float()) for n, layer in self.layers.items()}
 
 
 def build_model(args: argparse.Namespace, widths: dict[str, int]) -> StyleHeads:
@@ -254,21 +243,20 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     core.stacks[0].register_forward_pre_hook(lambda _, inputs: features.update(backbone=inputs[0].detach()))
     wrap = {"device_ids": [device.index] if gpu else None}
     model = DistributedDataParallel(core, **wrap) if world > 1 else core
-    criterion = JointEntropyLoss(**({"family": args.family} if paper else made.loss), gather_distributed=True)
-    ascent = None
-    if args.dual_ascent is not None:
-        plain = {"tolerance": args.dual_ascent, "step_size": 0.01, "warmup_steps": int(warmup)}
-        ascent = DualAscent(criterion, **(made.ascent or plain))
+    loss = {"family": args.family} if paper else made.loss
+    if args.dual_ascent is not None and "weights" not in loss:
+        rise = {"tolerance": args.dual_ascent, "step_size": 0.01, "warmup_steps": int(warmup)}
+        loss["weights"] = DualAscent(core.spaces, **rise)
+    criterion = JointEntropyLoss(**loss, gather_distributed=True).to(device)
+    core.on_sphere = criterion.on_sphere
     equivariance = respond = None
     response_weight = args.equivariance
     if response_weight is None:
         response_weight = 0.0 if paper or made.equivariance is None else made.equivariance["weight"]
     if response_weight:
-        example = views.independent(torch.rand(2, 3, args.load_size, args.load_size))  # for its parameters alone
-        equivariance = EquivarianceLoss(core.spaces, example, family=args.family, weight=response_weight).to(device)
-        respond = (
-            DistributedDataParallel(equivariance) if world > 1 else equivariance
-        )  # its inputs are in place already
+        equivariance = EquivarianceLoss(core.spaces, views, family=args.family, weight=response_weight).to(device)
+        # Its inputs are in place already: no device_ids.
+        respond = DistributedDataParallel(equivariance) if world > 1 else equivariance
     trained = core if equivariance is None else nn.ModuleList([core, equivariance])
     optimizer, peak = build_optimizer(args, trained), args.lr * args.batch_size * world / 256
     half = (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16) if gpu else None
@@ -280,7 +268,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     if classes < 2 or targets.bincount().max() < 2:
         say(f"no probes: {classes} classes, {len(data)} images, so no class has a second image to be recognised by")
     else:
-        probes = Probes({"backbone": core.in_features, **core.spaces}, classes).to(device)
+        probes = OnlineProbes({"backbone": core.in_features, **core.spaces}, classes).to(device)
         net = DistributedDataParallel(probes, **wrap) if world > 1 else probes
         probe_optimizer = torch.optim.Adam(probes.parameters(), lr=3e-3)
         if (args.data / "val").is_dir():
@@ -300,10 +288,9 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     checkpoint, log, step = args.out / "checkpoint.pt", args.out / "log.jsonl", 0
     config = {k: v for k, v in vars(args).items() if k not in FREE}
     config |= {"processes": world, "images": len(data), "classes": classes, "device": device.type}
-    parts = {"model": core, "optimizer": optimizer, "scaler": scaler, "views": views, "ascent": ascent}
-    parts["equivariance"] = equivariance
+    parts = {"optimizer": optimizer, "scaler": scaler, "views": views, "criterion": criterion}
+    parts |= {"equivariance": equivariance} if equivariance else {}
     parts |= {"probes": probes, "probe_optimizer": probe_optimizer} if probes else {}
-    parts = {name: part for name, part in parts.items() if part is not None}
 
     def save() -> None:
         state = [torch.get_rng_state(), torch.cuda.get_rng_state() if gpu else None]
@@ -312,10 +299,8 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
             states = [None] * world
             dist.all_gather_object(states, state)
         if rank == 0:
-            content = {"config": config, "step": step, "epoch": step // per_epoch, "rng": states}
-            content |= {"heads": core.config(), "card": card}
-            torch.save(content | {n: p.state_dict() for n, p in parts.items()}, checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+            state = {"step": step, "epoch": step // per_epoch, "rng": states}
+            runs.save_run(checkpoint, core, parts=parts, card=card, config=config, **state)
 
     def summed(counts: Tensor) -> Tensor:
         if world > 1:
@@ -324,21 +309,13 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
 
     args.out.mkdir(parents=True, exist_ok=True)
     if args.resume:
-        stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        keys = sorted(config.keys() | stored["config"].keys())
-        there = stored["config"]
-        differ = [f"{k}: {there.get(k)} there, {config.get(k)} here" for k in keys if there.get(k) != config.get(k)]
-        if differ:
-            raise ValueError(f"{checkpoint} belongs to another configuration: {'; '.join(differ)}")
-        for name, part in parts.items():
-            part.load_state_dict(stored[name])
+        stored = runs.restore_run(checkpoint, core, parts=parts, config=config)
         step = stored["step"]
         torch.set_rng_state(stored["rng"][rank][0])
         if gpu:
             torch.cuda.set_rng_state(stored["rng"][rank][1])
         if rank == 0:  # what was logged after the checkpoint happens again
-            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
-            log.write_text("".join(line + "\n" for line in kept))
+            runs.cut_log(log, step)
     elif checkpoint.exists():
         raise FileExistsError(f"{args.out} holds the checkpoint of another run: give --resume, or another --out")
     elif rank == 0:
@@ -351,7 +328,6 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
         tensorboard=args.out if args.tensorboard else None,
         views=None if images is None else views,
         images=images,
-        unit=args.family == "simclr",
         batch_size=args.batch_size,
     )
     say(f"{len(data)} images, {classes} classes, {world} x {args.batch_size} a step, {per_epoch} steps an epoch")
@@ -380,16 +356,15 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
             scaler.scale(terms.loss if response is None else terms.loss + response).backward()
             scaler.step(optimizer)
             scaler.update()
-            if ascent:
-                ascent.step(terms)
+            criterion.weights.step(terms)
             if probes:
                 labels, rows = labels.to(device), len(labels)
                 queries = {"backbone": features["backbone"][:rows], **{n: t[0] for n, t in z.items()}}
                 logits = net(queries)
                 probe_optimizer.zero_grad()
-                sum(F.cross_entropy(y, labels) for y in logits.values()).backward()
+                probes.loss(logits, labels).backward()
                 probe_optimizer.step()
-                correct[0] += torch.stack([(y.argmax(1) == labels).sum() for y in logits.values()])
+                correct[0] += torch.stack(list(probes.hits(logits, labels).values()))
                 seen[0] += rows
             step += 1
             if step % args.log_every == 0 or step == stop:
@@ -399,7 +374,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
                 record = {"step": step, **terms.scalars(), "loss": mean_loss, "lr": lr, "images_per_s": rate}
                 if response is not None:
                     record["equivariance"] = summed(response.detach().clone()).item() / world
-                if ascent:
+                if args.dual_ascent is not None:
                     record |= {f"lambda/{n}": float(w) for n, w in criterion.lambdas(views.plan).items()}
                 monitor.write(record)
                 left = datetime.timedelta(seconds=round((stop - step) / speed))
@@ -419,7 +394,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
                     whole = core(x / torch.tensor(STD, device=device).view(3, 1, 1))
                     logits = probes({"backbone": features["backbone"], **whole})
                     labels = labels.to(device)
-                    correct[1] += torch.stack([(y.argmax(1) == labels).sum() for y in logits.values()])
+                    correct[1] += torch.stack(list(probes.hits(logits, labels).values()))
                     seen[1] += len(labels)
             core.train(), probes.train()
         broken = int((summed(data.replaced.to(device, torch.int64)) > 0).sum())

@@ -22,9 +22,10 @@ from sprites import SHAPES, draw_factors, load_dsprites, render, scored
 from torch import Tensor, nn
 
 from ssd_addon import DualAscent, JointEntropyLoss, StyleHeads, ViewBatch, plots
-from ssd_addon.checkpoints import build_views
+from ssd_addon.losses import FAMILIES
 from ssd_addon.metrics import Circular, embed, parameter_matrix, r2_matrix
 from ssd_addon.report import Data
+from ssd_addon.runs import build_views
 
 
 class ConvNet(nn.Module):
@@ -102,6 +103,7 @@ class Sprites:
         if args.method == "content-only":
             recipe = {"groups": {}, "then": [*GROUPS["color"], *GROUPS["spatial"]]}
         self.views = build_views(recipe, seed=args.seed)
+        self.plan = self.views.plan
         self.card = {"backbone": "examples/synthetic.py:ConvNet", "views": recipe, "family": args.family}
         self.card |= {"size": args.size}
         styles = {} if args.method == "content-only" else {"color": 32, "spatial": 128}
@@ -164,7 +166,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", choices=("sprites", "latents"), default="sprites")
     p.add_argument("--method", choices=("ours", "content-only"), default="ours")
-    p.add_argument("--family", choices=("simclr", "vicreg", "barlow"), default="simclr")
+    p.add_argument("--family", choices=FAMILIES, default="simclr")
     p.add_argument("--plan", choices=("shared_query", "interleaved"), default="shared_query")
     p.add_argument("--cross-image", action="store_true", help="keys of styles are made from other images")
     p.add_argument("--temperature", type=float, default=None)
@@ -211,9 +213,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = StyleHeads(
         data.backbone, data.widths, in_features=data.features, hidden=(256,), sample_ndim=data.sample_ndim
     )
-    weights = (
-        None if args.content_weight is None else dict.fromkeys(data.widths, 1.0) | {"content": args.content_weight}
-    )
+    weights: Any = None
+    if args.content_weight is not None:
+        weights = dict.fromkeys(data.widths, 1.0) | {"content": args.content_weight}
+    if args.dual_ascent is not None:
+        rise = {"tolerance": args.dual_ascent, "step_size": args.dual_step, "warmup_steps": args.dual_warmup}
+        weights = DualAscent(data.widths, start=weights, **rise)
     criterion = JointEntropyLoss(
         args.family,
         temperature=args.temperature,
@@ -221,11 +226,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         content_keys=args.content_keys,
         content_entropy=args.content_entropy,
     )
-    ascent = None
-    if args.dual_ascent is not None:
-        ascent = DualAscent(
-            criterion, tolerance=args.dual_ascent, step_size=args.dual_step, warmup_steps=args.dual_warmup
-        )
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
 
     log: list[dict[str, Any]] = []
@@ -239,20 +239,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             with torch.autocast("cpu", torch.bfloat16, enabled=args.amp):
                 z = model(data.batch(args.batch_size, g))
             logging = step % 20 == 0
-            terms = criterion.terms(z) if logging or ascent is not None else None
+            terms = criterion.terms(z) if logging or args.dual_ascent is not None else None
             loss = criterion(z) if terms is None else terms.loss
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            if ascent is not None and terms is not None:
-                ascent.step(terms)
+            if terms is not None:
+                criterion.weights.step(terms)
             step += 1
             elapsed = time.monotonic() - start
             progress = step / args.steps if args.steps else elapsed / (60 * args.minutes)
             if logging and terms is not None:
                 log.append({"step": step, "seconds": round(elapsed, 2), **terms.scalars()})
-                if ascent is not None:
-                    log[-1] |= {f"lambda/{n}": float(w) for n, w in zip(data.widths, ascent.weights, strict=True)}
+                if args.dual_ascent is not None:
+                    log[-1] |= {f"lambda/{n}": float(w) for n, w in criterion.lambdas(data.plan).items()}
                 file.write(json.dumps(log[-1]) + "\n")
                 file.flush()
             if elapsed - shown > 10 or progress >= 1:
@@ -264,14 +264,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 )
 
     x, factors = data.labelled(args.samples, torch.Generator().manual_seed(args.seed + 10_000))
-    unit = args.rows == "unit" or (args.rows == "auto" and args.family == "simclr")
-    z = embed(model, x, batch_size=500, unit=unit)
+    unit = args.rows == "unit" or (args.rows == "auto" and criterion.on_sphere)
+    z = embed(model, x, batch_size=500, on_sphere=unit)
     tables = {name: r2_matrix(z, factors, probe=kind) for name, kind in (("linear", "ridge"), ("nonlinear", "kernel"))}
     if args.dataset == "latents" and "content" in factors:
         tables["conditional"] = r2_matrix(z, factors, probe="kernel", given=("content",))
     if args.dataset == "sprites":
         scored_views = build_views({"groups": GROUPS})  # also for a model that was trained without style spaces
-        made = parameter_matrix(model, scored_views, x[:2000], unit=unit, backbone=True)
+        made = parameter_matrix(model, scored_views, x[:2000], on_sphere=unit, backbone=True)
         tables |= {"label-free": made, **({"label-free, each parameter": made.parts} if made.parts else {})}
     for title, table in tables.items():
         print(f"\n{title}\n{table}")
@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "steps": step,
         "seconds": round(time.monotonic() - start, 1),
-        "lambda": None if ascent is None else ascent.weights.tolist(),
+        "lambda": None if args.dual_ascent is None else [float(w) for w in criterion.lambdas(data.plan).values()],
         "tables": {k: t.to_json() for k, t in tables.items()},
         "variance_share": share,
     }

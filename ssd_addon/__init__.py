@@ -1,18 +1,47 @@
 """Self-supervised disentanglement as an add-on: content and style in spaces of their own.
 
 views = StructuredViews({"color": [...], "spatial": [...]})          images -> structured views      augment
-batch = views(images)                                                ViewBatch [V, B, C, H, W]       batch, collate
+batch = views(images)                                                ViewBatch [V, B, C, H, W]       batch
 model = StyleHeads(backbone, {"content": 256, "color": 64, ...})     backbone -> one space a group   heads
-z = model(batch)                                                     Embeddings name -> [V, B, d]    batch
+z = model(batch)                                                     Embeddings name -> [V, B, d]    embeddings
 loss = JointEntropyLoss("simclr")(z)                                 invariance and joint entropy    losses
 recipe("color_spatial")                                              settings for all of these       recipes
-metrics.parameter_matrix(model, views, images)                       what each space knows           metrics
+metrics.parameter_matrix(model, views, images)                       what each space encodes         metrics
 Monitor("log.jsonl", views=views, images=images)                     the same, while it trains       monitor
+runs.load("runs/mine")                                               a trained model again           runs
 python -m ssd_addon report RUN --data DIR --out report.html          a page that shows it            report
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ssd_addon import augment as augment
+    from ssd_addon import checkpoints as checkpoints
+    from ssd_addon import collate as collate
+    from ssd_addon import heads as heads
+    from ssd_addon import kernels as kernels
+    from ssd_addon import losses as losses
+    from ssd_addon import metrics as metrics
+    from ssd_addon import monitor as monitor
+    from ssd_addon import operations as operations
+    from ssd_addon import plots as plots
+    from ssd_addon import recipes as recipes
+    from ssd_addon import report as report
+    from ssd_addon import runs as runs
+    from ssd_addon.augment import StructuredViews as StructuredViews
+    from ssd_addon.batch import ViewBatch as ViewBatch
+    from ssd_addon.collate import StructuredCollate as StructuredCollate
+    from ssd_addon.embeddings import Embeddings as Embeddings
+    from ssd_addon.heads import StyleHeads as StyleHeads
+    from ssd_addon.losses import DualAscent as DualAscent
+    from ssd_addon.losses import EquivarianceLoss as EquivarianceLoss
+    from ssd_addon.losses import JointEntropyLoss as JointEntropyLoss
+    from ssd_addon.monitor import Monitor as Monitor
+    from ssd_addon.plan import ViewPlan as ViewPlan
+    from ssd_addon.recipes import Recipe as Recipe
+    from ssd_addon.recipes import presets as presets
+    from ssd_addon.recipes import recipe as recipe
 
 __version__ = "0.1.0"
 
@@ -21,19 +50,18 @@ _HOME = {
     "presets": "recipes",
     "recipe": "recipes",
     "Recipe": "recipes",
-    "ViewPlan": "batch",
+    "ViewPlan": "plan",
     "ViewBatch": "batch",
-    "Embeddings": "batch",
+    "Embeddings": "embeddings",
     "StructuredCollate": "collate",
     "StyleHeads": "heads",
     "JointEntropyLoss": "losses",
-    "DualAscent": "ascent",
-    "EquivarianceLoss": "equivariance",
+    "DualAscent": "losses",
+    "EquivarianceLoss": "losses",
     "Monitor": "monitor",
 }
 _MODULES = (
     "augment",
-    "batch",
     "checkpoints",
     "collate",
     "heads",
@@ -41,20 +69,51 @@ _MODULES = (
     "losses",
     "metrics",
     "monitor",
+    "operations",
     "plots",
     "recipes",
     "report",
+    "runs",
 )
-__all__ = [*_HOME, *_MODULES, "__version__"]
+__all__ = [
+    "DualAscent",
+    "Embeddings",
+    "EquivarianceLoss",
+    "JointEntropyLoss",
+    "Monitor",
+    "Recipe",
+    "StructuredCollate",
+    "StructuredViews",
+    "StyleHeads",
+    "ViewBatch",
+    "ViewPlan",
+    "__version__",
+    "augment",
+    "checkpoints",
+    "collate",
+    "heads",
+    "kernels",
+    "losses",
+    "metrics",
+    "monitor",
+    "operations",
+    "plots",
+    "presets",
+    "recipe",
+    "recipes",
+    "report",
+    "runs",
+]
 
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
 
-def __getattr__(name: str) -> Any:
-    """Names are resolved when asked for, so that the loss needs torch alone (PEP 562)."""
-    if name in _HOME:
-        return getattr(import_module(f"ssd_addon.{_HOME[name]}"), name)
-    if name in _MODULES:
-        return import_module(f"ssd_addon.{name}")
-    raise AttributeError(f"module 'ssd_addon' has no attribute {name!r}: it has {', '.join(__all__)}")
+    def __getattr__(name: str) -> Any:
+        """Names are resolved when asked for, so that the loss needs torch alone (PEP 562)."""
+        if name in _HOME:
+            return getattr(import_module(f"ssd_addon.{_HOME[name]}"), name)
+        if name in _MODULES:
+            return import_module(f"ssd_addon.{name}")
+        raise AttributeError(f"module 'ssd_addon' has no attribute {name!r}: it has {', '.join(__all__)}")
 
 
 def __dir__() -> list[str]:

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -64,8 +65,13 @@ def not_negative(value: float, what: str, meaning: str) -> float:
 
 
 def width(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{what}: expected a whole number, 1 or more: got {value!r}")
+    return count(value, what, 1)
+
+
+def count(value: Any, what: str, least: int = 0) -> int:
+    """A whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{what}: expected a whole number, {least} or more: got {value!r}")
     return value
 
 
@@ -75,7 +81,7 @@ def widths(value: Sequence[int], whose: str) -> tuple[int, ...]:
     return tuple(width(h, f"hidden width of {whose}") for h in value)
 
 
-def choice(value: Any, allowed: Sequence[Any], what: str) -> Any:
+def choice(value: T, allowed: Sequence[T], what: str) -> T:
     if value not in allowed:
         raise ValueError(f"{what}: expected one of {', '.join(map(repr, allowed))}: got {value!r}")
     return value

@@ -1,114 +1,53 @@
-"""What travels between the steps: the plan of the views, a batch of views, and their embeddings.
+"""Structured views of a batch of images, and how each of them was drawn.
 
-V views of B images, S = 1 + M spaces (content, then one style space per group of augmentations):
-
-    ViewPlan     which views are a positive pair for which space           (static)
-    ViewBatch    views [V, B, C, H, W] and how each of them was drawn      (from StructuredViews)
-    Embeddings   name -> [V, B, d]                                         (from StyleHeads, to JointEntropyLoss)
+V views of B images; S = 1 + M spaces (content, then one style space per group of augmentations). A `ViewBatch` comes
+from `StructuredViews` or from your own loader and goes to `StyleHeads` and, beside the embeddings, to the loss.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from ssd_addon import _checks
+from ssd_addon._pytree import integers_again, register
+from ssd_addon.plan import ViewPlan, check_ids
 
-
-@dataclass(frozen=True)
-class ViewPlan:
-    """Which views form the positive pair of which space.
-
-    *Shared query* (V = S + 1): view 0 is the query, view 1 redraws every group (the content key), and view 1 + m
-    takes group m's parameters from the query. Pairs: content (0, 1), style m (0, 1 + m).
-    *Interleaved* (V = 2): one query and one key per image; row r of the local batch serves space r mod S.
-
-    Source: Eastwood et al., arXiv 2311.08815, structured views; the interleaved form is its two-view variant.
-
-    >>> ViewPlan.shared_query(("content", "color")).num_views
-    3
-    >>> {name: (a, b) for name, (a, b, _) in ViewPlan.shared_query(("content", "color")).pairs(4).items()}
-    {'content': (0, 1), 'color': (0, 2)}
-    >>> ViewPlan.interleaved(("content", "color")).pairs(5)["color"]
-    (0, 1, tensor([1, 3]))
-    """
-
-    kind: str
-    spaces: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        _checks.choice(self.kind, ("shared_query", "interleaved"), "ViewPlan")
-        object.__setattr__(self, "spaces", _checks.spaces(self.spaces, "ViewPlan"))
-
-    @classmethod
-    def shared_query(cls, spaces: Sequence[str]) -> "ViewPlan":
-        """One query, a content key, and one key per style: V = S + 1 views."""
-        return cls("shared_query", spaces)  # type: ignore[arg-type]
-
-    @classmethod
-    def interleaved(cls, spaces: Sequence[str]) -> "ViewPlan":
-        """One query and one key per image; the key's space rotates over the rows: V = 2 views."""
-        return cls("interleaved", spaces)  # type: ignore[arg-type]
-
-    @property
-    def num_views(self) -> int:
-        """V, the views per image."""
-        return 2 if self.kind == "interleaved" else len(self.spaces) + 1
-
-    def default_space_index(self, batch: int, device: torch.device | None = None) -> Tensor:
-        """The space that each row serves in an interleaved batch: r mod S, [B] int64."""
-        return torch.arange(batch, device=device) % len(self.spaces)
-
-    def pairs(self, batch: int, space_index: Tensor | None = None) -> dict[str, tuple[int, int, Tensor]]:
-        """Space -> (view a, view b, rows [n] int64): the positive pair of each space.
-
-        Args:
-            batch: B, the images in the batch.
-            space_index: [B] integers, interleaved only: the space of each row. None means r mod S.
-        """
-        if self.kind == "shared_query":
-            rows = torch.arange(batch)
-            return {name: (0, 1 + s, rows) for s, name in enumerate(self.spaces)}
-        index = self.default_space_index(batch) if space_index is None else space_index
-        return {name: (0, 1, torch.nonzero(index == s).flatten()) for s, name in enumerate(self.spaces)}
-
-    def __str__(self) -> str:
-        kind = "a shared-query plan" if self.kind == "shared_query" else "an interleaved plan"
-        return f"{len(self.spaces)} spaces ({', '.join(self.spaces)}) in {kind}"
+Rows = Tensor | slice | Sequence[int]
+_Map = Callable[[Tensor], Tensor]
 
 
 class ViewParameters(dict[str, dict[str, dict[str, Tensor]]]):
     """How one view was drawn: group -> "0.ColorJitter" -> parameter -> [B, ...].
 
-    `from_key` says for which rows a group ran the key's own operations (`key_groups`): group -> [B] bool, or absent
-    where all rows ran the query's. It is part of what `StructuredViews.apply` needs to replay a view.
+    `from_key` says which rows of a group ran the key's own operations (`key_groups`): group -> [B] bool, or absent
+    where all rows ran the query's. `StructuredViews.replay` needs it to make a view again.
     """
 
-    def __init__(self, *args: Any, from_key: Mapping[str, Tensor] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.from_key: dict[str, Tensor] = dict(from_key or {})
+    def __init__(
+        self, items: Mapping[str, dict[str, dict[str, Tensor]]] | None = None, *, from_key: Mapping[str, Tensor] = {}
+    ) -> None:
+        super().__init__(items or {})
+        self.from_key: dict[str, Tensor] = dict(from_key)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_view_parameters, (dict(self), self.from_key))
+
+    def map(self, f: _Map) -> "ViewParameters":
+        """The same parameters with f applied to every tensor."""
+        moved = {k: f(t) for k, t in self.from_key.items()}
+        return ViewParameters(_mapped(dict(self), f), from_key=moved)
 
 
 def _view_parameters(items: dict[str, Any], from_key: dict[str, Tensor]) -> ViewParameters:
     return ViewParameters(items, from_key=from_key)
 
 
-def _tensor_map(value: Any, f: Any) -> Any:
+def _mapped(value: Any, f: _Map) -> Any:
     if isinstance(value, Tensor):
         return f(value)
-    if isinstance(value, ViewParameters):
-        moved = {k: f(t) for k, t in value.from_key.items()}
-        return ViewParameters({k: _tensor_map(v, f) for k, v in value.items()}, from_key=moved)
-    if isinstance(value, dict):
-        return {k: _tensor_map(v, f) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return tuple(_tensor_map(v, f) for v in value)
-    return value
+    return {k: _mapped(v, f) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 class ViewBatch:
@@ -117,13 +56,14 @@ class ViewBatch:
     Attributes:
         views: [V, B, C, H, W] float (any sample shape: latents are [V, B, n]).
         plan: the `ViewPlan` that says which views are a pair.
-        image_ids: [V, B] int64, the image that each view was made from, or None where it is the row.
-            Row numbers of the local batch, 0 to B - 1; over ranks the loss adds the sizes of the shards before.
+        image_ids: [V, B] int64, the image that each view was made from, or None where it is the row. Row numbers of
+            the local batch; over ranks the loss adds the sizes of the shards before.
         space_index: [B] int64, the space of each row (interleaved), or None.
         parameters: V mappings group -> "0.ColorJitter" -> parameter -> [B, ...], and "then" likewise.
 
     Raises:
         ValueError: views whose number does not fit the plan; ids or index of another shape.
+        TypeError: ids or index that are not integers.
     """
 
     def __init__(
@@ -140,10 +80,12 @@ class ViewBatch:
         if views.shape[0] != plan.num_views:
             raise ValueError(f"{plan} need {plan.num_views} views: got {views.shape[0]} {_checks.shape(views)}")
         v, b = views.shape[:2]
-        _check_ids(plan, v, b, image_ids, space_index)
+        check_ids(plan, v, b, image_ids, space_index)
         self.views, self.plan = views, plan
         self.image_ids, self.space_index = image_ids, space_index
         self.parameters: tuple[Any, ...] = tuple(parameters)
+        self.origin: tuple[int, ...] | None = None  # the call of StructuredViews that drew it
+        self.local_ids = False  # the ids are known to be row numbers of that call, so they are numbered by rank
 
     def __len__(self) -> int:
         return self.views.shape[0]
@@ -154,26 +96,109 @@ class ViewBatch:
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.views)
 
-    def _map(self, f: Any) -> "ViewBatch":
-        out = object.__new__(ViewBatch)
-        out.plan = self.plan
-        out.views = f(self.views)
-        out.image_ids, out.space_index = _tensor_map((self.image_ids, self.space_index), f)
-        out.parameters = _tensor_map(self.parameters, f)
-        return out
-
-    def to(self, *args: Any, **kwargs: Any) -> "ViewBatch":
+    @overload
+    def to(self, device: str | torch.device | int, dtype: torch.dtype | None = None, *, non_blocking: bool = False) -> "ViewBatch": ...  # fmt: skip  # noqa: E501
+    @overload
+    def to(self, device: torch.dtype, *, non_blocking: bool = False) -> "ViewBatch": ...
+    def to(
+        self,
+        device: str | torch.device | int | torch.dtype,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool = False,
+    ) -> "ViewBatch":
         """Move every tensor; a dtype changes the views alone, never ids or parameters."""
-        out = self._map(lambda t: t)
-        out.views = self.views.to(*args, **kwargs)
-        device = out.views.device
-        non_blocking = bool(kwargs.get("non_blocking", False))
-        moved = self._map(lambda t: t if t is self.views else t.to(device, non_blocking=non_blocking))
-        moved.views = out.views
+        if isinstance(device, torch.dtype):
+            views = self.views.to(device, non_blocking=non_blocking)
+        else:
+            views = self.views.to(device, dtype, non_blocking=non_blocking)
+        moved = self.map(lambda t: t if t is self.views else t.to(views.device, non_blocking=non_blocking))
+        moved.views = views
         return moved
 
     def pin_memory(self) -> "ViewBatch":
-        return self._map(lambda t: t.pin_memory())
+        """The batch in page-locked memory, for a faster transfer to a GPU."""
+        return self.map(lambda t: t.pin_memory())
+
+    def map(self, f: _Map) -> "ViewBatch":
+        """The batch with f applied to every tensor: views, ids, index and parameters."""
+        parameters = tuple(p.map(f) if isinstance(p, ViewParameters) else _mapped(p, f) for p in self.parameters)
+        ids = None if self.image_ids is None else f(self.image_ids)
+        index = None if self.space_index is None else f(self.space_index)
+        return self._with(f(self.views), ids, index, parameters)
+
+    def rows(self, index: Rows) -> "ViewBatch":
+        """The views of some images of the batch: plan, ids, index and parameters go along.
+
+        >>> batch = ViewBatch(torch.rand(3, 4, 2), ViewPlan.shared_query(("content", "color")))
+        >>> batch.rows([2, 0]).views.shape
+        torch.Size([3, 2, 2])
+
+        Args:
+            index: positions [n], a mask [B], or a slice. An image that is named twice keeps one id.
+        """
+        b, device = self.views.shape[1], self.views.device
+        if isinstance(index, Tensor) and (index.ndim != 1 or (index.dtype == torch.bool and len(index) != b)):
+            raise ValueError(f"rows: expected positions [n] or a mask [{b}]: got {_checks.shape(index)}")
+        chosen = torch.arange(b)[index.cpu() if isinstance(index, Tensor) else index]
+
+        def take(t: Tensor, axis: int = 0) -> Tensor:
+            return t.index_select(axis, chosen.to(t.device))
+
+        ids = self.image_ids
+        if ids is None and len(chosen.unique()) < len(chosen):
+            ids = torch.arange(b, device=device).expand(self.plan.num_views, b)
+        parameters = tuple(p.map(take) if isinstance(p, ViewParameters) else _mapped(p, take) for p in self.parameters)
+        return self._with(
+            take(self.views, 1),
+            None if ids is None else take(ids, 1),
+            None if self.space_index is None else take(self.space_index),
+            parameters,
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence["ViewBatch"]) -> "ViewBatch":
+        """One batch of the images of several, side by side; the inverse of taking `rows` in turn.
+
+        Parts of one call of `StructuredViews` keep their ids; parts of different calls show different images, so their
+        ids are numbered one after the other.
+
+        Raises:
+            ValueError: no part, or parts of different plans, of which some have ids, an index or parameters that
+                others lack.
+        """
+        if not parts:
+            raise ValueError("ViewBatch.cat: expected at least one batch: got none")
+        first = parts[0]
+        for part in parts:
+            if part.plan != first.plan:
+                raise ValueError(f"ViewBatch.cat: expected batches of one plan: got {first.plan}, and {part.plan}")
+            if (part.space_index is None) != (first.space_index is None) or bool(part.parameters) != bool(
+                first.parameters
+            ):
+                raise ValueError("ViewBatch.cat: expected every batch to have an index and parameters, or none of them")
+        together = all(p.origin is not None and p.origin == first.origin for p in parts)
+        out = first._with(
+            torch.cat([p.views for p in parts], dim=1),
+            _ids_side_by_side(parts, together),
+            None
+            if first.space_index is None
+            else torch.cat([p.space_index for p in parts if p.space_index is not None]),
+            tuple(_side_by_side(each) for each in zip(*(p.parameters for p in parts), strict=True)),
+        )
+        if not together:
+            out.origin, out.local_ids = None, all(p.local_ids for p in parts)
+        return out
+
+    def _with(
+        self, views: Tensor, image_ids: Tensor | None, space_index: Tensor | None, parameters: tuple[Any, ...]
+    ) -> "ViewBatch":
+        """The same plan and origin around other tensors, which are not checked again."""
+        out = object.__new__(ViewBatch)
+        out.plan, out.views, out.parameters = self.plan, views, parameters
+        out.image_ids, out.space_index = image_ids, space_index
+        out.origin, out.local_ids = self.origin, self.local_ids
+        return out
 
     @property
     def device(self) -> torch.device:
@@ -183,93 +208,56 @@ class ViewBatch:
         return f"ViewBatch(views={_checks.shape(self.views)} {self.views.dtype}, {self.plan})"
 
 
-class Embeddings(dict[str, Tensor]):
-    """Embeddings of structured views: space -> [V, B, d], with the plan that says what pairs with what.
-
-    A dict, so DDP, Lightning and plain loops walk it. `StyleHeads` returns one; build your own to use the loss alone:
-
-    >>> z = Embeddings({"content": torch.randn(2, 8, 4), "color": torch.randn(2, 8, 2)},
-    ...                ViewPlan.interleaved(("content", "color")))
-    >>> z.plan.num_views
-    2
-
-    Args:
-        tensors: space -> [V, B, d]; matched to the plan by name.
-        plan: None means shared query in the mapping's own order, content first.
-        image_ids: [V, B] integers: the image that each row was made from; None means the column.
-        space_index: [B] integers (interleaved): the space that each row serves; None means r mod S.
-    """
-
-    def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        plan: ViewPlan | None = None,
-        *,
-        image_ids: Tensor | None = None,
-        space_index: Tensor | None = None,
-    ) -> None:
-        super().__init__(tensors)
-        if plan is None:
-            plan = ViewPlan.shared_query(tuple(tensors))
-        elif not isinstance(plan, ViewPlan):
-            raise TypeError(f"Embeddings: expected a ViewPlan, such as ViewPlan.interleaved(...): got {plan!r}")
-        self.plan = plan
-        self.image_ids = image_ids
-        self.space_index = space_index
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_embeddings, (dict(self), self.plan, self.image_ids, self.space_index))
-
-    def check(self) -> tuple[int, torch.device]:
-        """Names, shapes, ids against the plan. Returns (B, device); raises what was expected and what came."""
-        plan = self.plan
-        _checks.same_names(self, plan.spaces, "embeddings", "plan")
-        if next(iter(self)) != "content":
-            raise ValueError(f"embeddings: 'content' must be the first space: got {_checks.names(self)}")
-        batch, device = _checks.embeddings(self, plan.num_views, str(plan))
-        _check_ids(plan, plan.num_views, batch, self.image_ids, self.space_index)
-        return batch, device
-
-    def __repr__(self) -> str:
-        inside = ", ".join(f"{k}: {_checks.shape(v)}" for k, v in self.items())
-        return f"Embeddings({inside}, {self.plan})"
+def _ids_side_by_side(parts: Sequence[ViewBatch], together: bool) -> Tensor | None:
+    if all(p.image_ids is None for p in parts):
+        return None
+    out, first = [], 0
+    for p in parts:
+        v, b = p.views.shape[:2]
+        ids = torch.arange(b, device=p.device).expand(v, b) if p.image_ids is None else p.image_ids
+        out.append(ids if together else ids + first)
+        first += max(b, int(ids.max()) + 1) if b else 0
+    return torch.cat(out, dim=1)
 
 
-def _embeddings(
-    tensors: dict[str, Tensor], plan: ViewPlan, image_ids: Tensor | None, space_index: Tensor | None
-) -> Embeddings:
-    return Embeddings(tensors, plan, image_ids=image_ids, space_index=space_index)
+def _side_by_side(values: Sequence[Any]) -> Any:
+    """Parameters of one view from all parts."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(values))
+    joined = {k: _side_by_side([v[k] for v in values]) for k in first}
+    if not isinstance(first, ViewParameters):
+        return joined
+    return ViewParameters(joined, from_key={k: _side_by_side([v.from_key[k] for v in values]) for k in first.from_key})
 
 
-def as_embeddings(z: Mapping[str, Tensor]) -> Embeddings:
-    """A plain dict is a shared-query plan in its own order; anything else must say what it is."""
-    if isinstance(z, Embeddings):
-        return z
-    if not isinstance(z, Mapping):
-        raise TypeError(f"expected embeddings as a mapping space -> [V, B, d]: got {type(z).__name__}")
-    spaces = _checks.spaces(tuple(z), "embeddings")
-    first = z["content"]
-    if isinstance(first, Tensor) and first.ndim == 3 and first.shape[0] != len(spaces) + 1:
-        raise ValueError(
-            f"{ViewPlan.shared_query(spaces)} need {len(spaces) + 1} views: got {first.shape[0]}; a plain dict is read "
-            "as a shared-query plan, for two interleaved views give Embeddings(tensors, ViewPlan.interleaved(...))"
-        )
-    return Embeddings(z)
+# ---- frameworks walk a batch as a pytree: the plan is static, every tensor is a leaf
 
 
-_INTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+def _flatten_parameters(p: ViewParameters) -> tuple[list[Any], Any]:
+    return [dict(p), p.from_key], None
 
 
-def _check_ids(plan: ViewPlan, v: int, b: int, image_ids: Tensor | None, space_index: Tensor | None) -> None:
-    if image_ids is not None:
-        if image_ids.dtype not in _INTS:
-            raise TypeError(f"image_ids: expected integers, one id per view and image: got {image_ids.dtype}")
-        if tuple(image_ids.shape) != (v, b):
-            raise ValueError(f"image_ids: expected [V, B] = [{v}, {b}]: got {_checks.shape(image_ids)}")
-    if space_index is not None:
-        if plan.kind != "interleaved":
-            raise ValueError("space_index: only an interleaved plan gives each row a space; this plan is shared query")
-        if space_index.dtype not in _INTS:
-            raise TypeError(f"space_index: expected integers, the space of each row: got {space_index.dtype}")
-        if tuple(space_index.shape) != (b,):
-            raise ValueError(f"space_index: expected [B] = [{b}]: got {_checks.shape(space_index)}")
+def _unflatten_parameters(children: Any, _: Any) -> ViewParameters:
+    items, from_key = children
+    return ViewParameters(items, from_key=from_key)
+
+
+def _flatten_batch(b: ViewBatch) -> tuple[list[Any], Any]:
+    ids = [t for t in (b.image_ids, b.space_index) if t is not None]
+    static = (b.plan, b.local_ids, b.image_ids is not None, b.space_index is not None)
+    return [b.views, list(b.parameters), *ids], static
+
+
+def _unflatten_batch(children: Any, static: Any) -> ViewBatch:
+    views, parameters, *ids = children
+    out = object.__new__(ViewBatch)
+    out.plan, out.local_ids, has_ids, has_index = static
+    out.views, out.parameters, out.origin = views, tuple(parameters), None
+    out.image_ids = integers_again(ids.pop(0), "image_ids") if has_ids else None
+    out.space_index = integers_again(ids.pop(0), "space_index") if has_index else None
+    return out
+
+
+register(ViewParameters, _flatten_parameters, _unflatten_parameters)
+register(ViewBatch, _flatten_batch, _unflatten_batch)

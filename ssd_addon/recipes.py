@@ -4,8 +4,7 @@
     views = StructuredViews(**r.views)
     model = StyleHeads(backbone, r.spaces)
     criterion = JointEntropyLoss(**r.loss)
-    equivariance = EquivarianceLoss(r.spaces, views(images), **r.equivariance) if r.equivariance else None
-    ascent = DualAscent(criterion, **r.ascent) if r.ascent else None
+    equivariance = EquivarianceLoss(r.spaces, views, **r.equivariance) if r.equivariance else None
 
 Every choice, the figures behind it and what has not been run yet: docs/choose-your-groups.md and docs/results.md.
 """
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from ssd_addon import _checks
-from ssd_addon.losses import FAMILIES
+from ssd_addon.losses import FAMILIES, DualAscent, FamilyName
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -83,16 +82,23 @@ class Recipe:
     Attributes:
         views: of `StructuredViews`.
         spaces: name -> width, of `StyleHeads`.
-        loss: of `JointEntropyLoss`.
-        equivariance: of `EquivarianceLoss`, beside the spaces and a batch; None: without.
-        ascent: of `DualAscent`; None: the weights stay as they are.
+        fixed: of `JointEntropyLoss`, without weights that adapt.
+        equivariance: of `EquivarianceLoss`, beside the spaces and the views; None: without.
+        ascent: of `DualAscent`, beside the spaces; None: the weights stay as they are.
     """
 
     views: dict[str, Any]
     spaces: dict[str, int]
-    loss: dict[str, Any]
-    equivariance: dict[str, Any] | None
-    ascent: dict[str, Any] | None
+    fixed: dict[str, Any]
+    equivariance: dict[str, Any] | None = None
+    ascent: dict[str, Any] | None = None
+
+    @property
+    def loss(self) -> dict[str, Any]:
+        """Arguments of `JointEntropyLoss`, with a new `DualAscent` as its weights where the recipe has one."""
+        if self.ascent is None:
+            return dict(self.fixed)
+        return self.fixed | {"weights": DualAscent(self.spaces, **self.ascent)}
 
     def __str__(self) -> str:
         def shown(value: Any) -> str:
@@ -102,8 +108,8 @@ class Recipe:
                 return "[" + ", ".join(map(shown, value)) + "]"
             return type(value).__name__ if isinstance(value, nn.Module) else str(value)
 
-        parts = {"StructuredViews": self.views, "StyleHeads": {"spaces": self.spaces}, "JointEntropyLoss": self.loss}
-        parts |= {"EquivarianceLoss": self.equivariance or {}, "DualAscent": self.ascent or {}}
+        parts = {"StructuredViews": self.views, "StyleHeads": {"spaces": self.spaces}, "JointEntropyLoss": self.fixed}
+        parts |= {"DualAscent, its weights": self.ascent or {}, "EquivarianceLoss": self.equivariance or {}}
         return "\n".join(
             f"{part}\n" + "\n".join(f"  {k}: {shown(v)}" for k, v in arguments.items())
             for part, arguments in parts.items()
@@ -114,7 +120,7 @@ class Recipe:
 def recipe(
     groups: str | Mapping[str, Sequence[nn.Module]] = "color_spatial",
     *,
-    family: str = "simclr",
+    family: FamilyName = "simclr",
     sets: Iterable[str] = (),
     size: int | None = None,
     normalize: bool | None = None,
@@ -185,22 +191,21 @@ def recipe(
     if crossed:
         views["cross_image"] = crossed
     spaces = {"content": _checks.width(content, "content"), **dict.fromkeys(names, _checks.width(style, "style"))}
-    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
-        raise ValueError(f"warmup_steps: expected a whole number, 0 or more: got {warmup_steps!r}")
+    _checks.count(warmup_steps, "warmup_steps")
     if tolerance is not None:
         tolerance = _checks.not_negative(tolerance, "tolerance", "how far pairs may disagree, 1 - mean cosine")
     if tolerance is not None and (family != "simclr" or not names):
         where = f"the {family!r} family" if names else "content alone"
         raise ValueError(f"tolerance: expected None, as it was measured for simclr with groups: got one for {where}")
     if family != "simclr":
-        return Recipe(views, spaces, {"family": family}, None, None)
+        return Recipe(views, spaces, {"family": family})
     loss: dict[str, Any] = {"family": family, "temperature": 0.15}
     if not names:
-        return Recipe(views, spaces, loss, None, None)
+        return Recipe(views, spaces, loss)
     equivariance = loss | {"weight": 0.5}
     loss["content_entropy"] = True
     if tolerance is None:
-        return Recipe(views, spaces, loss, equivariance, None)
-    loss["weights"] = {"content": 2.0, **dict.fromkeys(names, 1.0)}
-    ascent = {"tolerance": tolerance, "step_size": 0.05, "warmup_steps": warmup_steps}
+        return Recipe(views, spaces, loss, equivariance)
+    ascent: dict[str, Any] = {"tolerance": tolerance, "step_size": 0.05, "warmup_steps": warmup_steps}
+    ascent["start"] = {"content": 2.0, **dict.fromkeys(names, 1.0)}
     return Recipe(views, spaces, loss, None, ascent)  # both together: content collapsed in one of three runs on sprites

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssd_addon import _checks
-from ssd_addon.batch import Embeddings, as_embeddings
+from ssd_addon.embeddings import Embeddings, as_embeddings
 from ssd_addon.metrics.matrix import (
     check_finite,
     check_fraction,

@@ -1,0 +1,235 @@
+"""The grid of the study: experiment -> rows (a name and what differs from the defaults), with three seeds or one.
+
+Three seeds for what docs/results.md claims, one where a setting is only scanned. In all about six hours of two cores.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+Config = dict[str, Any]
+
+DEFAULTS: Config = {
+    "method": "ours",
+    "family": "simclr",
+    "plan": "shared_query",
+    "cross": False,  # cross-image keys: latents True or False, images a list of groups
+    "temperature": 0.15,
+    "content_weight": None,
+    "content_keys": "first",
+    "content_entropy": False,
+    "dual": None,
+    "dual_step": 0.05,
+    "dual_warmup": 400,
+    "heads": "separate",
+    "constrained_crop": None,
+    "equivariance": 1.0,
+    "independence": 25.0,
+    "augself": 1.0,
+    "amp": False,
+    "history": 0,  # keep content's terms of every so many steps
+}
+OF_WORLD: dict[str, Config] = {
+    "latents": {
+        "temperature": 0.05, "batch": 512, "steps": 1200, "lr": 1e-3, "content": 4, "styles": 2, "style": 2,
+        "dependent": False, "content_dependent": False, "content_width": 16, "style_width": 8,
+        "samples": 2400,
+    },
+    "sprites": {
+        "size": 48, "batch": 128, "steps": 1600, "lr": 2e-3, "content_width": 8, "spatial_width": 128, "amp": True,
+        "content_entropy": True, "content_weight": 2.0, "dual": 0.01, "samples": 4000,
+    },
+    "photographs": {
+        "size": 32, "load_size": 32, "batch": 128, "steps": 1600, "lr": 2e-3, "content_width": 64, "style_width": 32,
+        "amp": True, "groups": "color_spatial",
+    },
+}  # fmt: skip
+
+Row = tuple[str, Config, int]  # name, configuration, number of seeds
+
+
+def both(name: str, c: Config, seeds: int = 1, crossed: int | None = None) -> list[Row]:
+    """With keys of the same image, and with cross-image keys (`crossed` seeds of these, where not as many)."""
+    return [(f"{name}, same-image", c, seeds), (f"{name}, cross-image", c | {"cross": True}, crossed or seeds)]
+
+
+LATENTS: dict[str, list[Row]] = {
+    "latents/families": [
+        *both("simclr", {}, 3),
+        *both("vicreg", {"family": "vicreg"}, 3),
+        *both("barlow", {"family": "barlow"}, 3),
+    ],
+    "latents/cures": [
+        ("shallow style heads", {"heads": "shallow styles"}, 1),
+        ("equivariance, 1", {"method": "equivariance"}, 3),
+        ("equivariance, 0.5", {"method": "equivariance", "equivariance": 0.5}, 3),
+        ("equivariance, 0.25", {"method": "equivariance", "equivariance": 0.25}, 1),
+        ("equivariance, 2", {"method": "equivariance", "equivariance": 2.0}, 3),
+        ("equivariance, 4", {"method": "equivariance", "equivariance": 4.0}, 1),
+        ("vicreg, equivariance, 1", {"method": "equivariance", "family": "vicreg"}, 3),
+        ("vicreg, equivariance, 0.1", {"method": "equivariance", "family": "vicreg", "equivariance": 0.1}, 1),
+        ("barlow, equivariance, 1", {"method": "equivariance", "family": "barlow"}, 1),
+        ("squared distance in a cube", {"method": "cube"}, 1),
+        ("squared distance in a cube, tau 0.02", {"method": "cube", "temperature": 0.02}, 1),
+    ],
+    "latents/controls": [
+        ("content-only", {"method": "content-only", "steps": 2400}, 3),
+        ("unstructured pairs, same heads", {"method": "unstructured pairs"}, 3),
+        ("separate entropies, same-image", {"method": "separate entropies"}, 3),
+        ("separate entropies, cross-image", {"method": "separate entropies", "cross": True}, 3),
+        ("interleaved, same-image", {"plan": "interleaved", "batch": 1024}, 3),
+        ("interleaved, cross-image", {"plan": "interleaved", "batch": 1024, "cross": True}, 3),
+        ("one projector, same-image", {"heads": "one projector"}, 3),
+        ("one projector, cross-image", {"heads": "one projector", "cross": True}, 3),
+        ("LooC", {"method": "looc"}, 3),
+        ("AugSelf", {"method": "augself", "steps": 2400}, 3),
+    ],
+    "latents/styles": [
+        *both("1 style", {"styles": 1}, 3),
+        ("1 style, equivariance, 2", {"styles": 1, "method": "equivariance", "equivariance": 2.0}, 3),
+        ("1 style, equivariance, 0.5", {"styles": 1, "method": "equivariance", "equivariance": 0.5}, 3),
+        *both("4 styles", {"styles": 4}, 3),
+        ("4 styles, equivariance, 2", {"styles": 4, "method": "equivariance", "equivariance": 2.0}, 1),
+    ],
+    "latents/dependence": [
+        *both("dependent", {"dependent": True}, 3),
+        ("dependent, equivariance, 2", {"dependent": True, "method": "equivariance", "equivariance": 2.0}, 1),
+        *both("style depends on content", {"content_dependent": True}, 3),
+        ("style depends on content, the truth", {"content_dependent": True, "method": "truth"}, 3),
+        ("style depends on content, equivariance, 2",
+         {"content_dependent": True, "method": "equivariance", "equivariance": 2.0}, 1),
+    ],
+    "latents/temperature": [
+        row for t, n in ((0.02, 3), (0.1, 1), (0.15, 1), (0.5, 3)) for row in both(f"tau {t}", {"temperature": t}, n, 1)
+    ],
+    "latents/batch": [
+        row for b, n in ((64, 3), (256, 1), (1024, 3)) for row in both(f"batch {b}", {"batch": b}, n, 1)
+    ],
+    "latents/length": [
+        row for n in (300, 2400, 4800) for row in both(f"{n} steps", {"steps": n})
+    ],
+    "latents/dimensions": [
+        *both("content 2", {"content": 2}),
+        *both("content 8", {"content": 8}),
+        *both("styles of 1", {"style": 1}),
+        *both("styles of 4", {"style": 4}),
+        *both("spaces of 5 and 3", {"content_width": 5, "style_width": 3}),
+        *both("spaces of 64 and 64", {"content_width": 64, "style_width": 64}),
+    ],
+    "latents/others": [
+        row
+        for family in ("vicreg", "barlow")
+        for name, c in (("dependent", {"dependent": True}), ("style depends on content", {"content_dependent": True}),
+                        ("batch 64", {"batch": 64}))
+        for row in both(f"{family}, {name}", {"family": family, **c})
+    ],
+    "latents/entropy": [
+        ("vicreg, independent features, same-image", {"family": "vicreg", "method": "independent"}, 1),
+        ("vicreg, independent features, cross-image", {"family": "vicreg", "method": "independent", "cross": True}, 1),
+        ("vicreg, independent features and equivariance, 0.1",
+         {"family": "vicreg", "method": "independent equivariant", "equivariance": 0.1}, 1),
+        ("vicreg, independent features and equivariance, 0.3",
+         {"family": "vicreg", "method": "independent equivariant", "equivariance": 0.3}, 1),
+        ("vicreg, 4,800 steps, cross-image", {"family": "vicreg", "cross": True, "steps": 4800}, 1),
+    ],
+}  # fmt: skip
+
+SPRITES: dict[str, list[Row]] = {
+    "sprites/methods": [
+        ("ours", {}, 3),
+        ("content-only", {"method": "content-only", "steps": 3200}, 3),
+        ("ours, equivariance, 0.5", {"method": "equivariance", "equivariance": 0.5}, 3),
+        ("LooC", {"method": "looc"}, 1),
+        ("AugSelf", {"method": "augself", "steps": 3200}, 1),
+    ],
+    "sprites/families": [
+        (family, {"family": family, "dual": None, "content_weight": None, "content_entropy": False}, 1)
+        for family in ("simclr", "vicreg", "barlow", "sigreg", "frossl", "mmcr")
+    ],
+    "sprites/ablations": [
+        ("fixed weights", {"dual": None, "content_weight": None}, 1),
+    ],
+    "sprites/collapse": [
+        ("weight 1", {"steps": 800, "history": 20, "dual": None, "content_weight": None}, 1),
+        ("weight 3 from the start", {"steps": 800, "history": 20, "dual": None, "content_weight": 3.0}, 1),
+        (
+            "weight 1, raised by dual ascent",
+            {"steps": 800, "history": 20, "content_weight": None, "dual_warmup": 200},
+            1,
+        ),
+    ],
+    "sprites/cross": [
+        ("cross-image both", {"cross": ["color", "spatial"]}, 1),
+        (
+            "equivariance, 0.5, spatial 16 wide",
+            {"method": "equivariance", "equivariance": 0.5, "spatial_width": 16},
+            1,
+        ),
+    ],
+}
+
+EACH = ["crop", "rotation", "gain", "hue", "saturation", "blur"]
+CIFAR, IMAGENET = {"data": "cifar"}, {"data": "imagenet", "size": 64, "load_size": 72}
+PHOTOGRAPHS: dict[str, list[Row]] = {
+    "cifar/methods": [
+        ("ours", CIFAR, 3),
+        ("content-only", CIFAR | {"method": "content-only", "steps": 3200}, 3),
+        ("ours, dual ascent", CIFAR | {"dual": 0.05}, 1),
+        ("LooC", CIFAR | {"method": "looc"}, 1),
+        ("AugSelf", CIFAR | {"method": "augself", "steps": 3200}, 1),
+        ("unstructured pairs, same heads", CIFAR | {"method": "unstructured pairs"}, 1),
+    ],
+    "cifar/cross": [
+        ("kinds, same-image", CIFAR | {"groups": "kinds"}, 3),
+        ("kinds, cross-image", CIFAR | {"groups": "kinds", "cross": ["spatial", "color"]}, 3),
+        ("kinds, equivariance, 0.5", CIFAR | {"groups": "kinds", "method": "equivariance", "equivariance": 0.5}, 3),
+        ("kinds, equivariance, 2", CIFAR | {"groups": "kinds", "method": "equivariance", "equivariance": 2.0}, 1),
+        ("each operation, same-image", CIFAR | {"groups": "each"}, 1),
+        ("each operation, cross-image", CIFAR | {"groups": "each", "cross": EACH}, 1),
+    ],
+    "cifar/crop": [
+        ("constrained crop, 0.25", CIFAR | {"constrained_crop": 0.25}, 1),
+    ],
+    "cifar/weights": [
+        ("content entropy", CIFAR | {"content_entropy": True}, 1),
+        (
+            "the recipe: content entropy, equivariance 0.5",
+            CIFAR | {"content_entropy": True, "method": "equivariance", "equivariance": 0.5},
+            3,
+        ),
+        (
+            "content entropy, weight 2, dual ascent 0.05",
+            CIFAR | {"content_entropy": True, "content_weight": 2.0, "dual": 0.05},
+            1,
+        ),
+        (
+            "content entropy, weight 2, dual ascent 0.2",
+            CIFAR | {"content_entropy": True, "content_weight": 2.0, "dual": 0.2},
+            1,
+        ),
+    ],
+    "imagenet/cross": [
+        ("same-image", IMAGENET | {"groups": "kinds"}, 1),
+        ("cross-image", IMAGENET | {"groups": "kinds", "cross": ["spatial", "color"]}, 1),
+    ],
+}
+
+EXPERIMENTS: dict[str, list[Row]] = {**LATENTS, **SPRITES, **PHOTOGRAPHS}
+
+
+def world(experiment: str) -> str:
+    first = experiment.split("/")[0]
+    return first if first in OF_WORLD else "photographs"
+
+
+def runs(names: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Every (configuration, seed) of the experiments that begin with one of the names; first seeds first."""
+    if unknown := [n for n in names if not any(e.startswith(n) for e in EXPERIMENTS)]:
+        raise SystemExit(f"expected experiments of {', '.join(EXPERIMENTS)}: got {', '.join(unknown)}")
+    chosen = [e for e in EXPERIMENTS if not names or any(e.startswith(n) for n in names)]
+    out = []
+    for e in chosen:
+        for seed in range(3):
+            for name, config, seeds in EXPERIMENTS[e]:
+                if seed < seeds:
+                    out.append({"experiment": e, "name": name, "config": {"world": world(e), **config}, "seed": seed})
+    return out

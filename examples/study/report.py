@@ -1,0 +1,224 @@
+"""docs/results.md's tables, from the lines of the study; its pictures are in pictures.py.
+
+A block of the page between `<!-- NAME -->` and `<!-- end -->` is what `TABLES[NAME]` makes of the lines; the rest is
+written by hand. Cells are means over seeds with the standard deviation; a row of one seed has a ° and no spread.
+"""
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from study import grid
+
+from ssd_addon.report.findings import short
+
+Line = dict[str, Any]
+DOCS = Path(__file__).parent.parent.parent / "docs"
+
+
+def rows_of(lines: Iterable[Line], experiment: str) -> dict[str, list[Line]]:
+    """Name -> its lines by seed, in the order of the grid; only what the grid still asks for."""
+    out: dict[str, list[Line]] = {}
+    for name, config, seeds in grid.EXPERIMENTS[experiment]:
+        wanted = {"world": grid.world(experiment), **config}
+        found = [x for x in lines if x["experiment"] == experiment and x["config"] == wanted and x["seed"] < seeds]
+        by_seed = {x["seed"]: x for x in found}  # a line for each seed, the last one where there are more
+        if found:
+            out[name] = [by_seed[seed] for seed in sorted(by_seed)]
+    return out
+
+
+def cell(values: list[float]) -> str:
+    """Mean and standard deviation over seeds, to two digits."""
+    known = [v for v in values if not math.isnan(v)]
+    if not known:
+        return "n/a"
+    text = f"{statistics.mean(known):.2f}"
+    if len(known) > 1:
+        text += f" ± {statistics.stdev(known):.2f}"
+    return text.replace("-0.00", "0.00")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return "*Not run yet.*"
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def named(name: str, found: list[Line], seeds: int) -> str:
+    missing = seeds - len(found)
+    return name + ("" if seeds > 1 and not missing else "°" if len(found) == 1 else f" ({len(found)} seeds)")
+
+
+def score(line: Line, kind: str, space: str, factor: str) -> float:
+    return float(line["tables"][kind].get(space, {}).get(factor, math.nan))
+
+
+# ---------------------------------------------------------------------------------------------------- latents
+
+
+def mean(values: Iterable[float]) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    return statistics.mean(known) if known else math.nan
+
+
+def latent_numbers(line: Line) -> dict[str, float]:
+    """What a matrix says, each a mean over style blocks (kernel probe where nothing else is said)."""
+    spaces = list(line["tables"]["kernel"])
+    factors = list(line["tables"]["kernel"]["backbone"])
+    styles = [f for f in factors if f != "content"]
+    own = [s for s in spaces if s in styles]
+
+    def get(kind: str, pairs: Iterable[tuple[str, str]]) -> float:
+        return mean(score(line, kind, s, f) for s, f in pairs)
+
+    return {
+        "content": get("kernel", [("content", "content")]),
+        "styles, linear": get("linear", [(s, s) for s in own]),
+        "styles": get("kernel", [(s, s) for s in own]),
+        "styles given content": get("conditional", [(s, s) for s in own]),
+        "content in styles, linear": get("linear", [(s, "content") for s in own]),
+        "content in styles": get("kernel", [(s, "content") for s in own]),
+        "styles in content": get("kernel", [("content", s) for s in styles]),
+        "other styles": get("kernel", [(s, f) for s in own for f in styles if f != s]),
+        "styles in backbone": get("kernel", [("backbone", s) for s in styles]),
+    }
+
+
+def latents(*experiments: str) -> Callable[[list[Line]], str]:
+    def make(lines: list[Line]) -> str:
+        rows, head = [], [""]
+        for e in experiments:
+            seeds = {name: n for name, _, n in grid.EXPERIMENTS[e]}
+            for name, found in rows_of(lines, e).items():
+                numbers = [latent_numbers(x) for x in found]
+                head = ["", *numbers[0]]
+                rows.append([named(name, found, seeds[name]), *(cell([n[k] for n in numbers]) for k in numbers[0])])
+        return table(head, rows)
+
+    return make
+
+
+# ---------------------------------------------------------------------------------------------------- images
+
+
+SPRITE_FACTORS = {
+    "shape": ("shape",),
+    "scale": ("scale",),
+    "position": ("x", "y"),
+    "hue": ("hue",),
+    "brightness": ("brightness",),
+}
+
+
+def sprites(kind: str, *experiments: str) -> Callable[[list[Line]], str]:
+    """Rows (method, space), columns factors, for one probe."""
+
+    def make(lines: list[Line]) -> str:
+        rows = []
+        for e in experiments:
+            seeds = {name: n for name, _, n in grid.EXPERIMENTS[e]}
+            for name, found in rows_of(lines, e).items():
+                for space in found[0]["tables"][kind]:
+                    cells = [
+                        cell([mean(score(x, kind, space, f) for f in fs) for x in found])
+                        for fs in SPRITE_FACTORS.values()
+                    ]
+                    rows.append([named(name, found, seeds[name]), space, *cells])
+        return table(["", "space", *SPRITE_FACTORS], rows)
+
+    return make
+
+
+def told(parameters: Iterable[str]) -> tuple[str, ...]:
+    """Without whether an operation fired, but for grey, whose only parameter it is: nothing tells it of the others."""
+    return tuple(p for p in parameters if not p.endswith("batch_prob") or "Grayscale" in p)
+
+
+def label_free(*experiments: str) -> Callable[[list[Line]], str]:
+    """Rows (method, space), columns the parameters of the augmentations; a table for each set of parameters."""
+
+    def make(lines: list[Line]) -> str:
+        rows: dict[tuple[str, ...], list[list[str]]] = {}
+        for e in experiments:
+            seeds = {name: n for name, _, n in grid.EXPERIMENTS[e]}
+            for name, found in rows_of(lines, e).items():
+                kind = found[0]["tables"]["label-free, each"]
+                parameters = told(kind["backbone"])
+                for space in kind:
+                    cells = [cell([score(x, "label-free, each", space, p) for x in found]) for p in parameters]
+                    rows.setdefault(parameters, []).append([named(name, found, seeds[name]), space, *cells])
+        made = [table(["", "space", *map(short, parameters)], its) for parameters, its in rows.items()]
+        return "\n\n".join(made) or table([], [])
+
+    return make
+
+
+def accuracy(*experiments: str) -> Callable[[list[Line]], str]:
+    """Rows methods, columns backbone, content and the mean over style spaces, by both classifiers."""
+
+    def make(lines: list[Line]) -> str:
+        rows, kinds = [], {"linear": "linear", "neighbours": "20 neighbours"}
+        for e in experiments:
+            seeds = {name: n for name, _, n in grid.EXPERIMENTS[e]}
+            for name, found in rows_of(lines, e).items():
+                found = [x for x in found if "accuracy" in x]
+                if not found:
+                    continue
+                styles = [s for s in found[0]["accuracy"] if s not in ("content", "backbone")]
+                cells = [
+                    cell([mean(x["accuracy"][s][k] for s in spaces) for x in found])
+                    for spaces in (["backbone"], ["content"], styles)
+                    for k in kinds
+                ]
+                rows.append([named(name, found, seeds[name]), *cells])
+        head = [f"{what}, {k}" for what in ("backbone", "content", "styles") for k in kinds.values()]
+        return table(["", *head], rows)
+
+    return make
+
+
+TABLES: dict[str, Callable[[list[Line]], str]] = {
+    "latents: families": latents("latents/families"),
+    "latents: cures": latents("latents/cures"),
+    "latents: controls": latents("latents/controls"),
+    "latents: styles": latents("latents/styles", "latents/dependence"),
+    "latents: scans": latents("latents/temperature", "latents/batch", "latents/length", "latents/dimensions"),
+    "latents: others": latents("latents/others"),
+    "latents: entropy": latents("latents/entropy"),
+    "sprites: linear": sprites("linear", "sprites/methods"),
+    "sprites: kernel": sprites("kernel", "sprites/methods"),
+    "sprites: label-free": label_free("sprites/methods"),
+    "sprites: collapse": sprites("kernel", "sprites/collapse"),
+    "sprites: ablations": sprites("linear", "sprites/ablations", "sprites/cross"),
+    "sprites: ablations, label-free": label_free("sprites/ablations", "sprites/cross"),
+    "cifar: accuracy": accuracy("cifar/methods", "cifar/weights", "cifar/crop"),
+    "cifar: label-free": label_free("cifar/methods"),
+    "cifar: settings": label_free("cifar/weights", "cifar/crop"),
+    "cifar: kinds": label_free("cifar/cross"),
+    "cifar: kinds, accuracy": accuracy("cifar/cross"),
+    "imagenet: label-free": label_free("imagenet/cross"),
+}
+
+
+def write(lines: list[Line], docs: Path = DOCS) -> None:
+    """Fill the blocks of results.md."""
+    page = docs / "results.md"
+    page.write_text(filled(page.read_text(), lines))
+    print(f"written: {page}")
+
+
+def filled(text: str, lines: list[Line]) -> str:
+    """The page with every block made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise ValueError(f"results.md: expected a block of {', '.join(TABLES)}: got {name!r}")
+        return f"<!-- {name} -->\n{TABLES[name](lines)}\n<!-- end -->"
+
+    return re.sub(r"<!-- ([^\n]+?) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)

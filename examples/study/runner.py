@@ -1,0 +1,193 @@
+"""Does it disentangle, and what decides it? Runs a grid of configurations and seeds; docs/results.md is made from it.
+
+    python examples/study run latents --workers 2                       # resumes: what has a line is not run again
+    python examples/study run sprites --workers 2
+    python examples/study run cifar imagenet --workers 2 --cifar DIR --imagenet DIR
+    python examples/study list                                          # what is there, what is missing
+    python examples/study tables                                        # docs/results.md's tables and pictures
+
+Every finished run is one line of docs/results/study.jsonl: experiment, name, configuration (what differs from the
+defaults), seed, commit, what each space knows, the last terms of the loss, seconds. A run has one thread, so that two
+workers on two cores do not disturb each other; its length is steps, never minutes. The grid is in grid.py.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from study import grid, pictures, report
+from study.methods import METHODS, build_model
+from study.worlds import WORLDS
+from synthetic import learning_rate
+
+from ssd_addon.losses import resolve_family
+from ssd_addon.metrics import embed
+
+LINES = Path(__file__).parents[2] / "docs" / "results" / "study.jsonl"
+
+
+def train(config: dict[str, Any], seed: int) -> dict[str, Any]:
+    """One run: what its line in the results says."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    c = grid.DEFAULTS | grid.OF_WORLD[config["world"]] | config
+    g = torch.Generator().manual_seed(seed)
+    world: Any = WORLDS[c["world"]](c, seed)
+    if c["method"] == "truth":  # what the factors themselves tell of each other
+        return {"seconds": 0.0, **world.scores(None, None, False)}
+    model = build_model(c, world)
+    method: Any = METHODS[c["method"]](c, world)
+    parameters = [*model.parameters(), *(p for p in method.parameters() if p.requires_grad)]
+    optimizer = torch.optim.AdamW(parameters, lr=c["lr"], weight_decay=1e-4)
+    start, terms, history = time.monotonic(), None, []
+    for step in range(c["steps"]):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step / c["steps"], c["lr"])
+        batch = world.batch(c["batch"], g)
+        with torch.autocast("cpu", torch.bfloat16, enabled=c["amp"]):
+            noted = bool(c["history"]) and step % c["history"] == 0
+            loss, found = method(model, batch, noted or step == c["steps"] - 1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        terms = found or terms
+        if noted and found is not None:
+            of_content = {k: v for k, v in found.scalars().items() if k.endswith("/content")}
+            history.append({"step": step, **{k: round(v, 4) for k, v in of_content.items()}})
+        if hasattr(method, "after"):
+            method.after(found)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"step {step}: the loss is {loss.item()}")
+    seconds = time.monotonic() - start
+
+    unit = resolve_family(c["family"]).on_sphere and c["method"] != "cube"
+
+    def scored(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every space, and the backbone itself also where all heads share a hidden layer behind it."""
+        features = model.features(x)
+        z = model.project(features)
+        if c["method"] == "cube":
+            z = {n: torch.tanh(t) for n, t in z.items()}
+        return z | {"backbone": model.backbone.backbone(x) if c["heads"] == "one projector" else features}
+
+    model.eval()
+    line = {
+        "seconds": round(seconds, 1),
+        **world.scores(lambda x: embed(scored, x, batch_size=500, on_sphere=unit), scored, unit),
+    }
+    if terms is not None:
+        line["terms"] = {k: round(v, 4) for k, v in terms.scalars().items()}
+    if history:
+        line["history"] = history
+    if c["dual"] is not None and hasattr(method, "criterion"):
+        line["lambda"] = [round(float(w), 3) for w in method.criterion.lambdas(world.plan).values()]
+    return line
+
+
+def key(run: dict[str, Any]) -> str:
+    return json.dumps([run["experiment"], run["config"], run["seed"]], sort_keys=True)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The finished runs; a last line that was cut off is none."""
+    text = path.read_text().splitlines() if path.exists() else []
+    if text and not text[-1].endswith("}"):
+        text.pop()
+    return [json.loads(line) for line in text]
+
+
+def commit() -> str | None:
+    """Of the code that runs."""
+    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def attempt(run: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
+    config = dict(run["config"])
+    if config.get("data"):
+        config["data"] = places[config["data"]]
+    return run | train(config, run["seed"])
+
+
+def end_with(parent: int) -> None:
+    """In a worker: stop when the runner was stopped, also by a signal that it could not pass on."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("command", choices=("run", "list", "tables"))
+    p.add_argument("experiments", nargs="*", help=f"of {', '.join(grid.EXPERIMENTS)}, or how they begin; none: all")
+    p.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
+    p.add_argument("--seeds", type=int, default=3, help="only the first so many of every row")
+    p.add_argument("--rows", default="", metavar="REGEX", help="only rows whose name holds it")
+    p.add_argument("--cifar", default="", help="DIR with train/CLASS/* and val/CLASS/*, 32 pixels")
+    p.add_argument("--imagenet", default="", help="DIR with train/CLASS/*")
+    p.add_argument("--steps", type=int, help="instead of the grid's, to try it; needs --out")
+    p.add_argument("--out", type=Path, default=LINES)
+    args = p.parse_args(argv)
+    if args.steps and args.out == LINES:
+        p.error(f"--steps: expected --out beside it, as runs of other lengths are no results: got none, so {LINES}")
+    done = {key(line) for line in lines(args.out)}
+    try:
+        chosen = re.compile(args.rows)
+    except re.error as error:
+        p.error(f"--rows: expected a regular expression: got {args.rows!r}, which is none ({error})")
+    runs = [r for r in grid.runs(args.experiments) if r["seed"] < args.seeds and chosen.search(r["name"])]
+    if not runs:
+        p.error(f"--rows: expected a part of a row's name: got {args.rows!r}, which is in none of the chosen")
+    runs = [r for r in runs if args.command != "run" or key(r) not in done]
+    if args.command == "tables":
+        report.write(lines(args.out))
+        pictures.draw(lines(args.out), report.DOCS / "results")
+        return 0
+    if args.command == "list":
+        for r in runs:
+            print("done" if key(r) in done else "-   ", r["experiment"], r["name"], "seed", r["seed"])
+        return 0
+    places = {"cifar": args.cifar, "imagenet": args.imagenet}
+    if lacking := {r["config"]["data"] for r in runs if r["config"].get("data")} - {k for k, v in places.items() if v}:
+        p.error(f"expected the folder of --{' and --'.join(sorted(lacking))}: got none")
+    if args.steps:
+        runs = [r | {"config": r["config"] | {"steps": args.steps}} for r in runs]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    runs = [r | {"commit": commit()} for r in runs]
+    failed, start = 0, time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    workers = {"mp_context": context, "initializer": end_with, "initargs": (os.getpid(),)}
+    with concurrent.futures.ProcessPoolExecutor(args.workers, **workers) as pool:
+        waiting = {pool.submit(attempt, r, places): r for r in runs}
+        for count, future in enumerate(concurrent.futures.as_completed(waiting), 1):
+            run = waiting[future]
+            try:
+                with open(args.out, "a") as file:
+                    file.write(json.dumps(future.result()) + "\n")
+            except Exception:
+                failed += 1
+                traceback.print_exc()
+            elapsed = (time.monotonic() - start) / 60
+            print(
+                f"{count} of {len(runs)}  {elapsed:.0f} min, {elapsed / count * (len(runs) - count):.0f} min left  "
+                f"{run['experiment']}: {run['name']}, seed {run['seed']}",
+                flush=True,
+            )
+    return 1 if failed else 0

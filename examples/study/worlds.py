@@ -1,0 +1,223 @@
+"""The data of a study: batches of structured views, and labelled samples to score.
+
+A world has `.plan`, `.widths` (of its spaces), `.backbone()` with `.features` outputs, `.sample_ndim`,
+`.batch(n, generator)`, `.scores(model, ...)`: tables of what each space knows.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from latents import CausalLatents
+from sprites import draw_factors, render, scored
+from synthetic import GROUPS, ConvNet, mlp
+from torch import Tensor, nn
+
+from ssd_addon import StructuredViews, ViewBatch, ViewPlan, presets
+from ssd_addon.collate import ImageFiles, StructuredCollate
+from ssd_addon.metrics import parameter_matrix, r2_matrix
+from ssd_addon.runs import build_views
+
+Config = dict[str, Any]
+Table = dict[str, dict[str, float]]
+
+ONE_SPACE = ("content-only", "augself")  # methods without style spaces, of two views
+
+
+def photograph_groups(name: str, size: int) -> Any:
+    """Kornia's operations by group: by kind, as a user would, or one group for each; other names are presets."""
+    crop = ["RandomResizedCrop", {"size": [size, size], "scale": [0.3, 1.0], "ratio": [1.0, 1.0], "p": 1.0}]
+    turn = ["RandomRotation", {"degrees": 180.0, "p": 1.0}]
+
+    def jitter(**ranges: list[float]) -> list[Any]:
+        return ["ColorJitter", {**ranges, "p": 1.0}]
+
+    gain, hue = [0.5, 1.5], [-0.5, 0.5]
+    if name == "kinds":
+        return {"spatial": [turn, crop], "color": [jitter(brightness=gain, saturation=gain, hue=hue)]}
+    if name == "each":
+        blur = ["RandomGaussianBlur", {"kernel_size": [7, 7], "sigma": [0.1, 2.0], "p": 1.0}]
+        each = {"rotation": turn, "crop": crop, "gain": jitter(brightness=gain), "hue": jitter(hue=hue)}
+        each |= {"saturation": jitter(saturation=[0.0, 2.0]), "blur": blur}
+        return {group: [op] for group, op in each.items()}
+    return name
+
+
+def tables(matrices: dict[str, Any]) -> dict[str, Table]:
+    """Name -> space -> factor -> score, to three digits; NaN is left out."""
+    out: dict[str, Table] = {}
+    for name, m in matrices.items():
+        rows = {s: {f: round(float(m[s, f]), 3) for f in m.factors} for s in m.spaces}
+        out[name] = {s: {f: v for f, v in row.items() if not math.isnan(v)} for s, row in rows.items()}
+    return out
+
+
+class LatentWorld(CausalLatents):
+    """Latents: content 4 wide and two styles of 2, in spaces of 16 and 8, unless the configuration says otherwise."""
+
+    def __init__(self, c: Config, seed: int) -> None:
+        self.config = c
+        super().__init__(
+            seed,
+            content=c["content"],
+            styles=c["styles"],
+            style=c["style"],
+            dependent=c["dependent"],
+            content_dependent=c["content_dependent"],
+            cross_image=c["cross"],
+            plan=c["plan"],
+            structured=c["method"] != "unstructured pairs",
+            spaces=c["method"] not in ONE_SPACE,
+        )
+        self.widths = {"content": c["content_width"], **dict.fromkeys(self.plan.spaces[1:], c["style_width"])}
+        self.features = 256
+
+    def backbone(self) -> nn.Module:
+        return mlp(self.width)
+
+    def scores(self, z: Any, model: Any, unit: bool) -> dict[str, Any]:
+        x, factors = self.labelled(self.config["samples"], torch.Generator().manual_seed(10_000))
+        e = (
+            z(x) if z is not None else {n: torch.as_tensor(f) for n, f in factors.items()} | {"backbone": x}
+        )  # the truth
+        out = {
+            "linear": r2_matrix(e, factors, probe="ridge", bootstrap=0),
+            "kernel": r2_matrix(e, factors, probe="kernel", bootstrap=0),
+            "conditional": r2_matrix(e, factors, probe="kernel", given=("content",), bootstrap=0),
+        }
+        return {"tables": tables(out)}
+
+
+class ImageWorld:
+    """What sprites and photographs share: views from a recipe, and the label-free matrix."""
+
+    sample_ndim, features = 3, 256
+
+    def __init__(self, c: Config, seed: int, groups: Any, widths: dict[str, int]) -> None:
+        self.config, self.groups = c, groups
+        grouped = c["method"] not in ("unstructured pairs", "content-only")
+        options: Config = {"plan": c["plan"], "cross_image": c["cross"] or ()} if grouped else {}
+        if grouped and c["constrained_crop"]:
+            options["constrained_crop"] = c["constrained_crop"]
+        if isinstance(groups, str):  # a preset
+            names = tuple(presets(groups, size=c["size"])["groups"])
+            recipe = presets(groups if grouped else "content_only", size=c["size"])
+            self.views = StructuredViews(**recipe, **options, seed=seed)
+        else:
+            names = tuple(groups)
+            recipe = (
+                {"groups": groups} if grouped else {"groups": {}, "then": [op for ops in groups.values() for op in ops]}
+            )
+            self.views = build_views(recipe | options, seed=seed)
+        spaces = ("content",) if c["method"] in ONE_SPACE else ("content", *names)
+        self.plan = ViewPlan(c["plan"] if len(spaces) > 1 else "shared_query", spaces)
+        self.widths = {n: widths[n] for n in spaces}
+
+    def backbone(self) -> nn.Module:
+        return ConvNet()
+
+    def structured(self, images: Tensor) -> ViewBatch:
+        if self.config["method"] == "unstructured pairs":  # a query and as many keys as ours has; none shares a group
+            first, *more = (self.views(images).views for _ in range(self.plan.num_views - 1))
+            return ViewBatch(torch.cat([first, *(v[1:] for v in more)]), self.plan)
+        if self.config["method"] == "augself":  # the query and the content key, whose parameters are drawn by group
+            batch = self.views(images)
+            return ViewBatch(batch.views[:2], self.plan, parameters=batch.parameters[:2])
+        return self.views(images)
+
+    def label_free(self, model: Any, images: Tensor, unit: bool) -> dict[str, Any]:
+        groups, size = self.groups, self.config["size"]
+        recipe = {"preset": groups, "size": size} if isinstance(groups, str) else {"groups": groups}
+        made = parameter_matrix(model, build_views(recipe, seed=0), images, on_sphere=unit, bootstrap=0)
+        parts = {} if made.parts is None else {"label-free, each": made.parts}
+        return {"label-free": made, **parts}
+
+
+class SpriteWorld(ImageWorld):
+    def __init__(self, c: Config, seed: int) -> None:
+        widths = {"content": c["content_width"], "color": 32, "spatial": c["spatial_width"]}
+        super().__init__(c, seed, GROUPS, widths)
+
+    def batch(self, n: int, g: torch.Generator) -> ViewBatch:
+        return self.structured(render(draw_factors(n, g), self.config["size"]))
+
+    def scores(self, z: Any, model: Any, unit: bool) -> dict[str, Any]:
+        factors = draw_factors(self.config["samples"], torch.Generator().manual_seed(10_000))
+        x, known = render(factors, self.config["size"]), scored(factors)
+        e = z(x)
+        out = {
+            name: r2_matrix(e, known, probe=p, bootstrap=0) for name, p in (("linear", "ridge"), ("kernel", "kernel"))
+        }
+        return {"tables": tables(out | self.label_free(model, x[:1000], unit))}
+
+
+class PhotographWorld(ImageWorld):
+    """A folder of photographs in memory. DIR/train/CLASS/*.jpg and, for labels, DIR/val/CLASS/*.jpg."""
+
+    def __init__(self, c: Config, seed: int) -> None:
+        groups = photograph_groups(c["groups"], c["size"])
+        names = tuple(groups) if isinstance(groups, dict) else tuple(presets(groups, size=c["size"])["groups"])
+        super().__init__(c, seed, groups, {"content": c["content_width"], **dict.fromkeys(names, c["style_width"])})
+        root = Path(c["data"])
+        self.images, self.labels = self.read(root / "train")
+        self.held_out = self.read(root / "val") if (root / "val").is_dir() else None
+        if self.held_out is None:  # every second photograph is for the probes alone
+            self.scored = self.images[1::2]
+            self.images, self.labels = self.images[::2], self.labels[::2]
+        else:
+            self.scored = self.held_out[0][:1000]
+
+    def read(self, folder: Path) -> tuple[Tensor, Tensor]:
+        files, collate = ImageFiles(folder), StructuredCollate(self.config["load_size"])
+        images, labels, _ = collate([files[i] for i in range(len(files))])
+        return images, torch.as_tensor(labels)
+
+    def batch(self, n: int, g: torch.Generator) -> ViewBatch:
+        rows = torch.randint(len(self.images), (n,), generator=g)
+        return self.structured(self.images[rows])
+
+    def scores(self, z: Any, model: Any, unit: bool) -> dict[str, Any]:
+        out: dict[str, Any] = {"tables": tables(self.label_free(model, self.scored, unit))}
+        if self.held_out:
+            images, labels = self.held_out
+            seen, known = z(self.plain(self.images)), z(self.plain(images))
+            out["accuracy"] = {
+                name: {
+                    "linear": linear_accuracy(seen[name], self.labels, known[name], labels),
+                    "neighbours": knn_accuracy(seen[name], self.labels, known[name], labels),
+                }
+                for name in known
+            }
+        return out
+
+    def plain(self, images: Tensor) -> Tensor:
+        return self.views.plain(images)
+
+
+def linear_accuracy(x: Tensor, y: Tensor, x_new: Tensor, y_new: Tensor, decay: float = 1e-3) -> float:
+    """Softmax regression on standardised columns, fitted by L-BFGS on (x, y); accuracy on (x_new, y_new)."""
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+    a, b = (x - mean) / std, (x_new - mean) / std
+    layer = nn.Linear(a.shape[1], int(y.max()) + 1)
+    nn.init.zeros_(layer.weight)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(layer(a), y) + decay * layer.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    return round(float((layer(b).argmax(1) == y_new).float().mean()), 4)
+
+
+def knn_accuracy(x: Tensor, y: Tensor, x_new: Tensor, y_new: Tensor, k: int = 20) -> float:
+    """The most frequent class among the k nearest by cosine."""
+    cosine = nn.functional.normalize(x_new, dim=1) @ nn.functional.normalize(x, dim=1).T
+    votes = nn.functional.one_hot(y[cosine.topk(k, dim=1).indices]).sum(1)
+    return round(float((votes.argmax(1) == y_new).float().mean()), 4)
+
+
+WORLDS = {"latents": LatentWorld, "sprites": SpriteWorld, "photographs": PhotographWorld}

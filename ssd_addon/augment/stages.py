@@ -1,0 +1,165 @@
+"""A stage: the operations of one group, or of `then`, in their order; the query's and, where they differ, the key's."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from kornia.augmentation import RandomResizedCrop
+from torch import Tensor, nn
+
+from ssd_addon import _checks
+from ssd_addon.augment.crop import is_crop
+from ssd_addon.operations.draws import Parameters, Watch, pick
+from ssd_addon.operations.trial import ERRORS, Traits, draws_late, tried
+from ssd_addon.operations.wrap import GATE, KorniaOperation, wrapped
+
+THEN = "then"
+
+
+class Step:
+    """One operation at its place: "0.ColorJitter".
+
+    Attributes:
+        key: the name that its parameters go by.
+        place: its number in the stage.
+        operation: what draws and applies.
+        traits: what the trial found; None until it has seen images that suit it.
+    """
+
+    def __init__(self, stage: str, place: int, operation: Any, where: str) -> None:
+        name, self.operation = wrapped(operation, where)
+        self.stage, self.place, self.key = stage, place, f"{place}.{name}"
+        self.shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self.traits: Traits | None = tried(f"{where}: {self.key}", self.operation)
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The Kornia operation inside, if it is one."""
+        return self.operation.op if isinstance(self.operation, KorniaOperation) else None
+
+    def draw(self, shape: tuple[int, ...], g: torch.Generator) -> Parameters:
+        if self.traits is None:
+            self.traits = tried(f"{self.stage}: {self.key}", self.operation, [shape[1:]])
+        return self.operation.draw(shape, g)
+
+    def shape_after(self, shape: tuple[int, ...], parameters: Parameters) -> tuple[int, ...]:
+        """[B, ...] of what it makes of images [B, ...]; found on an empty image of each size, once."""
+        if shape[1:] not in self.shapes:
+            one = {k: torch.ones_like(t[:1]) if k == GATE else t[:1] for k, t in parameters.items()}
+            self.shapes[shape[1:]] = tuple(self.apply(torch.zeros(1, *shape[1:]), one).shape[1:])
+        return (shape[0], *self.shapes[shape[1:]])
+
+    def apply(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        for k, t in parameters.items():
+            if len(t) != len(x):
+                raise ValueError(
+                    f"{self.stage}: {self.key}: expected parameters of {len(x)} images: got {len(t)} of {k!r}"
+                )
+        watch = Watch(x.device)
+        try:
+            y = self.operation.apply(x, parameters)
+        except ERRORS as error:
+            rgb = isinstance(self.operation, KorniaOperation) and x.ndim == 4 and x.shape[1] != 3
+            hint = f" (most operations need RGB, 3 channels: the images have {x.shape[1]})" if rgb else ""
+            raise ValueError(
+                f"{self.stage}: {self.key} could not be applied to images {_checks.shape(x)}{hint}: {error}"
+            ) from error
+        if moved := watch.moved():
+            watch.restore()
+            raise ValueError(f"{self.stage}: {self.key} {draws_late(moved)}")
+        return y
+
+
+class Stage:
+    """The operations of a group.
+
+    Args:
+        name: of the group, or "then".
+        query: operations that the query runs, and every key that shares the group.
+        key: operations of the keys that do not share it; None: the query's.
+    """
+
+    def __init__(self, name: str, query: Sequence[Any], key: Sequence[Any] | None) -> None:
+        self.name = name
+        self.query = _steps(name, query, "then" if name == THEN else f"group {name!r}")
+        self.key = None if key is None else _steps(name, key, "key_then" if name == THEN else f"key_groups[{name!r}]")
+        if name != THEN and self.query and all(s.traits is not None and not s.traits.varies for s in self.query):
+            operations = _checks.names(s.key for s in self.query)
+            raise ValueError(
+                f"group {name!r}: expected an operation that draws something for every image: got {operations}, which "
+                "do the same to all views, so there is no style to keep; operations that always do the same belong "
+                "into `then`"
+            )
+
+    def steps(self, from_key: bool) -> list[Step]:
+        return self.key if from_key and self.key is not None else self.query
+
+    @property
+    def crops(self) -> bool:
+        """Does the query draw a box?"""
+        return any(is_crop(s.module) for s in self.query)
+
+    @property
+    def resizes_a_crop(self) -> bool:
+        return any(isinstance(s.module, RandomResizedCrop) for s in self.query)
+
+    def modules(self) -> list[nn.Module]:
+        return [s.module for s in (*self.query, *(self.key or ())) if s.module is not None]
+
+    def apply(self, x: Tensor, parameters: Mapping[str, Parameters], from_key: Tensor | None) -> Tensor:
+        """Run the stage; the rows of the mask run the key's operations."""
+        if from_key is None or self.key is None or not bool(from_key.any()):
+            return self._run(self.query, x, parameters)
+        if bool(from_key.all()):
+            return self._run(self.key, x, parameters)
+        parts = []
+        for steps, rows in ((self.query, torch.nonzero(~from_key)), (self.key, torch.nonzero(from_key))):
+            some = rows.flatten().to(x.device)
+            drawn = {key: pick(p, rows.flatten()) for key, p in parameters.items()}
+            parts.append((some, self._run(steps, x[some], drawn)))
+        (i, a), (j, c) = parts
+        if a.shape[1:] != c.shape[1:]:
+            raise ValueError(
+                f"{self.name}: query and key must come out at one size: got {_checks.shape(a)}, {_checks.shape(c)}"
+            )
+        out = a.new_empty((x.shape[0], *a.shape[1:]))
+        out[i], out[j] = a, c
+        return out
+
+    def _run(self, steps: Sequence[Step], x: Tensor, parameters: Mapping[str, Parameters]) -> Tensor:
+        for step in steps:
+            if step.key not in parameters:
+                raise ValueError(f"parameters: {self.name} needs those of {step.key}: got {_checks.names(parameters)}")
+            x = step.apply(x, parameters[step.key])
+        return x
+
+
+def _steps(name: str, operations: Sequence[Any], where: str) -> list[Step]:
+    if isinstance(operations, nn.Module) or not isinstance(operations, Sequence):
+        raise TypeError(f"{where}: expected a sequence of operations: got {type(operations).__name__}")
+    if not operations and name != THEN:
+        raise ValueError(f"{where}: expected at least one operation: got none, so there is no style to keep")
+    return [Step(name, i, op, where) for i, op in enumerate(operations)]
+
+
+def check_order(stages: Sequence[Stage]) -> None:
+    """Refuse an operation that clamps to [0, 1] behind one that takes pixels out of that range, such as Normalize."""
+    outside = ""
+    for stage in stages:
+        found = outside
+        for from_key in (False, True):
+            before = outside
+            for step in stage.steps(from_key):
+                if step.traits is None:
+                    continue
+                if before and step.traits.clamps:
+                    raise ValueError(
+                        f"{stage.name}: {step.key} expects pixels in [0, 1] and cuts off what lies outside: got it "
+                        f"behind {before}, which takes them out of that range; put that last, into `then`"
+                    )
+                if step.traits.restores_range:
+                    before = ""
+                elif step.traits.leaves_range:
+                    before = f"{stage.name}: {step.key}"
+            found = before or found
+        outside = found

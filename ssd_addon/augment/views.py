@@ -1,0 +1,429 @@
+"""Structured views: what each key shares with its query, and what it redraws.
+
+    view 0        the query, parameters theta
+    view 1        the content key: every group redrawn
+    view 1 + m    the key of style m: group m's parameters are the query's, every other group is redrawn
+
+Parameters of all views are drawn first, then every view is made of its images and parameters alone: sharing is exact,
+and a view can be replayed. Legend: V views, B images, M groups. Source: Eastwood et al., arXiv 2311.08815, structured
+augmentations; cross-image keys are this project's own (docs/method.md).
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import kornia.augmentation as K
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import get_worker_info
+
+from ssd_addon import _checks
+from ssd_addon.augment.crop import near
+from ssd_addon.augment.stages import THEN, Stage, Step, check_order
+from ssd_addon.batch import ViewBatch, ViewParameters
+from ssd_addon.differences import parameter_differences
+from ssd_addon.operations.draws import Parameters, Seed, clone, generator, rows_from
+from ssd_addon.plan import KINDS, PlanKind, ViewPlan
+
+Groups = Mapping[str, Sequence[Any]]
+INDEPENDENT = -1  # in the place of a rank: no draw of the training is repeated
+RANGE_SLACK = 1e-6
+"""How far outside [0, 1] the rounding of a resize may take a pixel."""
+TRIAL_SHAPES = ((3, 64, 64), (3, 256, 256), (1, 64, 64), (4, 64, 64), (3, 1024, 1024))
+
+
+class StructuredViews(nn.Module):
+    """Images -> structured views, on the images' device.
+
+    >>> views = StructuredViews({"color": [K.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8)],
+    ...                          "spatial": [K.RandomHorizontalFlip()]}, seed=0)
+    >>> batch = views(torch.rand(4, 3, 16, 16))
+    >>> batch.views.shape, batch.plan.spaces
+    (torch.Size([4, 4, 3, 16, 16]), ('content', 'color', 'spatial'))
+    >>> hue = [p["color"]["0.ColorJitter"]["hue_factor"] for p in batch.parameters]
+    >>> torch.equal(hue[2], hue[0]), torch.equal(hue[1], hue[0])  # the color key shares them, the content key does not
+    (True, False)
+
+    Args:
+        groups: name -> operations, applied in the order given: Kornia's 2-D operations, or objects with `draw` and
+            `apply` (`ssd_addon.operations.Operation`). Every group gets a style space of its name. `{}` is ordinary
+            two-view SSL.
+        then: operations that are redrawn for every view and image and belong to no group (a final blur, Normalize).
+        plan: "shared_query" (V = M + 2) or "interleaved" (V = 2).
+        key_groups, key_then: other operations for the keys, by group. A key that shares a group runs the query's.
+        cross_image: groups whose key is made from another image of the batch (m rows away).
+        constrained_crop: a: the key of a style whose group holds no crop is cropped near the query's box, its area
+            a factor of 1 - a to 1 + a of the query's, its center inside it.
+        seed: of the draws; None takes one from torch's global generator, as layers do. Every rank, data-loader worker
+            and call draws anew.
+        rank: of this process; None asks torch.distributed, then the environment variable RANK, then 0.
+
+    Every draw is per image: what an operation draws for a whole batch is drawn image by image. The global generators
+    are left as they were. Views are augmented in float32, outside autocast; on the CPU view by view, on other devices
+    in one pass. Seed and call number are module state: the state_dict of a surrounding module holds them.
+
+    Raises:
+        TypeError, ValueError: an operation that cannot be shared exactly (drawn once for the batch, parameters of
+            changing size, random while it is applied, dependent on other images), that clamps pixels behind one that
+            takes them out of [0, 1], or a group that draws nothing; images that are not [B, C, H, W], uint8 or floating
+            point in [0, 1].
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        *,
+        then: Sequence[Any] = (),
+        plan: PlanKind = "shared_query",
+        key_groups: Groups | None = None,
+        key_then: Sequence[Any] | None = None,
+        cross_image: Iterable[str] = (),
+        constrained_crop: float | None = None,
+        seed: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check_groups(groups, key_groups)
+        self.plan = ViewPlan(_checks.choice(plan, KINDS, "plan"), ("content", *groups))
+        made = [Stage(name, operations, (key_groups or {}).get(name)) for name, operations in groups.items()]
+        self.stages = {stage.name: stage for stage in (*made, Stage(THEN, then, key_then))}
+        check_order(tuple(self.stages.values()))
+        self.operations = nn.ModuleList([m for stage in self.stages.values() for m in stage.modules()])
+        self.cross_image = _named_groups(cross_image, groups)
+        self.constrained_crop = constrained_crop
+        if constrained_crop is not None:
+            if not 0 <= constrained_crop < 1:
+                raise ValueError(f"constrained_crop: expected a from 0 to below 1: got {constrained_crop!r}")
+            if not any(stage.resizes_a_crop for stage in made):
+                raise ValueError("constrained_crop: expected a RandomResizedCrop in some group: got none to constrain")
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        if not -(2**63) <= int(seed) < 2**63:
+            raise ValueError(f"seed: expected a whole number of 64 bits, so that it can be saved: got {seed!r}")
+        self.seed, self.call, self._rank = int(seed), 0, rank
+
+    # ------------------------------------------------------------------------------------------------ calling
+
+    if TYPE_CHECKING:
+
+        def __call__(self, images: Tensor) -> ViewBatch: ...
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> ViewBatch:
+        """Views of a batch of images [B, C, H, W], uint8 or floating point in [0, 1]."""
+        x = _unit_images(images)
+        b = x.shape[0]
+        seed = (self.seed, self.rank, _worker_seed(), self.call)
+        index = self.plan.default_space_index(b, call=self.call) if self.plan.kind == "interleaved" else None
+        sources, ids = self._sources(b, index)
+        self.call += 1
+        parameters = self._drawn(tuple(x.shape), seed, index)
+        inputs = [x if s is None else x[s.to(x.device)] for s in sources]
+        out = ViewBatch(
+            self._made(inputs, parameters),
+            self.plan,
+            image_ids=None if ids is None else ids.to(x.device),
+            space_index=None if index is None else index.to(x.device),
+            parameters=parameters,
+        )
+        out.origin, out.local_ids = seed, True
+        return out
+
+    @torch.no_grad()
+    def replay(self, images: Tensor, parameters: ViewParameters | Mapping[str, Any]) -> Tensor:
+        """The pixels of one view again: `views.replay(images, batch.parameters[v])` equals `batch[v]`.
+
+        Args:
+            images: [B, C, H, W], those that the view was made from (for a cross-image key, images[batch.image_ids[v]]).
+            parameters: one entry of `ViewBatch.parameters`.
+        """
+        _checks.same_names(parameters, tuple(self.stages), "parameters", "views")
+        return self._view(_unit_images(images), parameters)
+
+    @torch.no_grad()
+    def independent(self, images: Tensor, *, seed: int | tuple[int, ...] = 0) -> ViewBatch:
+        """Two views of each image that share nothing, both by the query's operations; for probes of the parameters.
+
+        The draws come from `seed` alone (and this module's): the same views at every call, on every rank, and the
+        draws of training go on as if nothing had happened. `.parameters` holds both views', as ever.
+
+        Args:
+            images: [B, C, H, W], uint8 or floating point in [0, 1].
+            seed: a number, or several.
+        """
+        x = _unit_images(images)
+        own = (self.seed, INDEPENDENT, *(seed if isinstance(seed, tuple) else (seed,)))
+        drawn = [self._drawn_view(tuple(x.shape), own, view, None, None, keyed=False) for view in range(2)]
+        views = torch.stack([self._view(x, p) for p in drawn])
+        return ViewBatch(views, ViewPlan.shared_query(("content",)), parameters=drawn)
+
+    @torch.no_grad()
+    def plain(self, images: Tensor) -> Tensor:
+        """Whole images as the model knows them: scaled to [0, 1], with the Normalize of `then` and nothing drawn."""
+        x = _unit_images(images)
+        for op in (step.module for step in self.stages[THEN].query):
+            if isinstance(op, K.Normalize):
+                x = op(x)
+        return x
+
+    def parameter_sizes(self) -> dict[str, int]:
+        """What the groups draw: "color/0.ColorJitter/hue_factor" -> numbers that `parameter_differences` makes of it.
+
+        Raises:
+            ValueError: operations that no trial image suits (call the views once first).
+        """
+        for shape in (*([self._seen] if self._seen else []), *TRIAL_SHAPES):
+            try:
+                a, b = (self._drawn_view((2, *shape), (0, v), v, None, None, keyed=False) for v in range(2))
+            except (ValueError, RuntimeError, TypeError, AssertionError, IndexError):
+                continue
+            return {path: t.shape[1] for path, t in parameter_differences(a, b).items()}
+        raise ValueError("parameter_sizes: expected operations that take RGB images: got others; call the views first")
+
+    @property
+    def rank(self) -> int:
+        """The rank that the draws are made for."""
+        if self._rank is not None:
+            return self._rank
+        if dist.is_available() and dist.is_initialized():
+            return dist.get_rank()
+        return int(os.environ.get("RANK", 0))
+
+    # ------------------------------------------------------------------------------------------------ plan
+
+    def _sources(self, b: int, index: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
+        """Which image each row of each view is made from: [B] per view or None for its own; ids [V, B] or None."""
+        v = self.plan.num_views
+        if not self.cross_image:
+            return [None] * v, None
+        own = torch.arange(b)
+        ids = own.repeat(v, 1)
+        for name in self.cross_image:
+            m = self.plan.spaces.index(name)
+            rows = own if index is None else torch.nonzero(index == m).flatten()
+            if len(rows) == 0:
+                continue
+            if len(rows) == 1:
+                raise ValueError(
+                    f"cross_image: the key of {name!r} is made from another image: got a single image that serves it "
+                    f"in a batch of {b}"
+                )
+            shift = m
+            while shift % len(rows) == 0:
+                shift += 1
+            ids[1 if index is not None else 1 + m, rows] = rows.roll(shift)
+        return [None if torch.equal(row, own) else row for row in ids], ids
+
+    def _shared_rows(self, view: int, stage: str, index: Tensor | None) -> bool | Tensor:
+        """Which rows of a view take this group's parameters from the query: all, none, or a mask [B]."""
+        if view == 0 or stage == THEN:
+            return False
+        m = self.plan.spaces.index(stage)
+        return view == 1 + m if index is None else index == m
+
+    def _near_rows(self, view: int, b: int, index: Tensor | None) -> Tensor:
+        """Which rows of a view are cropped near the query: those that serve a style whose group draws no box, [B]."""
+        free = torch.tensor([n == "content" or self.stages[n].crops for n in self.plan.spaces])
+        if index is not None:
+            return ~free[index]
+        return torch.full((b,), view >= 1 and not bool(free[view - 1]))
+
+    # ------------------------------------------------------------------------------------------------ drawing
+
+    def _drawn(self, shape: tuple[int, ...], seed: Seed, index: Tensor | None) -> list[ViewParameters]:
+        """The parameters of all views of images [B, C, H, W]."""
+        self._seen = shape[1:]
+        out: list[ViewParameters] = []
+        for view in range(self.plan.num_views):
+            out.append(self._drawn_view(shape, seed, view, out[0] if view else None, index))
+        return out
+
+    def _drawn_view(
+        self,
+        shape: tuple[int, ...],
+        seed: Seed,
+        view: int,
+        query: ViewParameters | None,
+        index: Tensor | None,
+        *,
+        keyed: bool = True,
+    ) -> ViewParameters:
+        mine = ViewParameters()
+        for i, stage in enumerate(self.stages.values()):
+            shared = False if query is None else self._shared_rows(view, stage.name, index)
+            if shared is True:
+                assert query is not None
+                mine[stage.name] = {key: clone(p) for key, p in query[stage.name].items()}
+                for step in stage.query:
+                    shape = step.shape_after(shape, mine[stage.name][step.key])
+                continue
+            from_key = keyed and view > 0 and stage.key is not None
+            drawn: dict[str, Parameters] = {}
+            for step in stage.steps(from_key):
+                place = (view, i, step.place)
+                drawn[step.key] = step.draw(shape, generator(*seed, *place, 0))
+                if self.constrained_crop is not None and query is not None and stage.name != THEN:
+                    self._keep_near(step, drawn[step.key], query[stage.name], shape, (*seed, *place, 1), view, index)
+                shape = step.shape_after(shape, drawn[step.key])
+            if isinstance(shared, Tensor):
+                assert query is not None
+                drawn = _merged(stage.name, drawn, query[stage.name], shared)
+            if from_key:
+                mine.from_key[stage.name] = ~shared if isinstance(shared, Tensor) else torch.ones(shape[0]).bool()
+            mine[stage.name] = drawn
+        return mine
+
+    def _keep_near(
+        self,
+        step: Step,
+        drawn: Parameters,
+        query: Mapping[str, Parameters],
+        shape: tuple[int, ...],
+        seed: Seed,
+        view: int,
+        index: Tensor | None,
+    ) -> None:
+        """Move the crops of some keys near the query's box."""
+        rows = self._near_rows(view, shape[0], index)
+        if not isinstance(step.module, K.RandomResizedCrop) or step.key not in query or not rows.any():
+            return
+        a = self.constrained_crop or 0.0
+        boxes = near(query[step.key]["src"], a, step.module, (shape[-2], shape[-1]), generator(*seed))
+        drawn["src"] = torch.where(rows[:, None, None], boxes.to(drawn["src"].dtype), drawn["src"])
+
+    # ------------------------------------------------------------------------------------------------ making
+
+    def _made(self, inputs: Sequence[Tensor], parameters: Sequence[ViewParameters]) -> Tensor:
+        """The pixels of all views [V, B, C, H, W]."""
+        if inputs[0].device.type == "cpu" or any(p.from_key for p in parameters):
+            out = [self._view(x, p) for x, p in zip(inputs, parameters, strict=True)]
+        else:
+            out = self._in_one_pass(inputs, parameters)
+        if len({tuple(o.shape) for o in out}) > 1:
+            raise ValueError(f"all views must have one size: got {_checks.names(_checks.shape(o) for o in out)}")
+        return torch.stack(out)
+
+    def _in_one_pass(self, inputs: Sequence[Tensor], parameters: Sequence[ViewParameters]) -> list[Tensor]:
+        """All views as one batch of V*B images; the same pixels as view by view."""
+        together = ViewParameters(
+            {
+                stage: {
+                    key: {k: torch.cat([p[stage][key][k] for p in parameters]) for k in values}
+                    for key, values in operations.items()
+                }
+                for stage, operations in parameters[0].items()
+            }
+        )
+        return list(self._view(torch.cat(list(inputs)), together).split(len(inputs[0])))
+
+    def _view(self, x: Tensor, parameters: ViewParameters | Mapping[str, Any]) -> Tensor:
+        from_key: Mapping[str, Tensor] = parameters.from_key if isinstance(parameters, ViewParameters) else {}
+        with torch.autocast(x.device.type, enabled=False):
+            for stage in self.stages.values():
+                x = stage.apply(x, parameters[stage.name], from_key.get(stage.name))
+        return x
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    _seen: tuple[int, ...] = ()  # the sample shape of the last images
+
+    def get_extra_state(self) -> Tensor:
+        """(seed, call), a tensor, so that any format may hold it; rank 0's restores every rank."""
+        return torch.tensor([self.seed, self.call], dtype=torch.int64)
+
+    def set_extra_state(self, state: Any) -> None:
+        if not isinstance(state, Tensor) or state.numel() != 2:
+            raise ValueError(f"StructuredViews state: expected seed and call: got {state!r}")
+        self.seed, self.call = (int(v) for v in state.tolist())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        here, old = prefix + "_extra_state", (prefix + "seed", prefix + "call")
+        if here not in state_dict and all(k in state_dict for k in old):  # as they were stored at first
+            state_dict[here] = torch.tensor([int(state_dict.pop(k)) for k in old])
+        if here not in state_dict:
+            warnings.warn(
+                f"the state of StructuredViews is not in this checkpoint (no {here!r}): expected seed and call number: "
+                "its draws begin again from where they are",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            state_dict[here] = self.get_extra_state()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_rank"] = self.rank  # a spawned data-loader worker knows no process group
+        return state
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.plan}, cross_image={self.cross_image}, constrained_crop={self.constrained_crop}, seed={self.seed}"
+        )
+
+
+def _check_groups(groups: Groups, key_groups: Groups | None) -> None:
+    if not isinstance(groups, Mapping):
+        raise TypeError(f"groups: expected a mapping name -> operations: got {type(groups).__name__}")
+    for name in groups:
+        if name in ("content", THEN):
+            raise ValueError(f"groups: {name!r} is taken; name the group after what it changes, such as 'color'")
+    for name in key_groups or {}:
+        if name not in groups:
+            raise ValueError(f"key_groups: expected names of groups ({_checks.names(groups)}): got {name!r}")
+
+
+def _named_groups(cross_image: Iterable[str], groups: Groups) -> tuple[str, ...]:
+    if isinstance(cross_image, str) or not isinstance(cross_image, Iterable):
+        raise TypeError(f"cross_image: expected a sequence of group names: got {cross_image!r}")
+    chosen = tuple(cross_image)  # an iterator is read once
+    for name in chosen:
+        if name not in groups:
+            raise ValueError(f"cross_image: expected names of groups ({_checks.names(groups)}): got {name!r}")
+    return chosen
+
+
+def _merged(
+    stage: str, key: Mapping[str, Parameters], query: Mapping[str, Parameters], shared: Tensor
+) -> dict[str, Parameters]:
+    """Rows of `shared` hold the query's values, the others the key's own; each operation of either is there."""
+    out = {}
+    for name in dict.fromkeys((*query, *key)):
+        if name in query and name in key:
+            same = {k: t.shape for k, t in query[name].items()} == {k: t.shape for k, t in key[name].items()}
+            if not same:
+                raise ValueError(f"{stage}: {name} of query and key draw different parameters; give them other places")
+            out[name] = rows_from(key[name], query[name], shared)
+        else:
+            out[name] = clone(query.get(name) or key[name])
+    return out
+
+
+def _worker_seed() -> int:
+    info = get_worker_info()
+    return 0 if info is None else int(info.seed)
+
+
+def _unit_images(images: Tensor) -> Tensor:
+    """[B, C, H, W] float32 in [0, 1]."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a tensor [B, C, H, W]: got {type(images).__name__}")
+    if images.ndim != 4:
+        raise ValueError(f"images: expected [B, C, H, W]: got {images.ndim} dimensions {_checks.shape(images)}")
+    if 0 in images.shape:
+        raise ValueError(f"images: expected at least one image with pixels: got {_checks.shape(images)}")
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if not images.is_floating_point():
+        raise TypeError(f"images: expected uint8, or floating point in [0, 1]: got {images.dtype}")
+    low, high = (float(v) for v in torch.aminmax(images.detach()))
+    if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
+        what = "NaN among them" if math.isnan(low) else f"values from {low:.4g} to {high:.4g}"
+        raise ValueError(
+            f"images: expected values in [0, 1], as the operations clamp to that range: got {what}; scale them "
+            "(uint8 images are scaled for you) and put Normalize into `then`"
+        )
+    return images.float()

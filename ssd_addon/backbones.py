@@ -1,0 +1,244 @@
+"""A backbone as the heads use it: out of its wrappers, without its classifier, on copies of what is changed.
+
+The caller's module is never altered: where something is taken off, the modules on the way to it are copied (not their
+parameters, which stay shared and are trained). Legend: F backbone width.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssd_addon.backbone_trial import trial
+
+CLASSIFIERS = ("fc", "heads", "head", "classifier")
+"""What torchvision's models and most others call their classifier."""
+WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "AveragedModel": "module",
+    "ModelEma": "module",
+    "ModelEmaV2": "module",
+    "ModelEmaV3": "module",
+    "_FabricModule": "_original_module",
+}
+"""Classes that wrap a network, and where it lies inside."""
+
+
+@dataclass
+class Prepared:
+    """What the heads take.
+
+    Attributes:
+        module: returns features; shares the parameters of the caller's backbone.
+        in_features: F.
+        name: of the caller's backbone, for messages.
+        changes: what was done to it, in words.
+        dropped: the parts that were taken off, by their names in the module.
+    """
+
+    module: nn.Module
+    in_features: int
+    name: str
+    changes: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+    def drop(self, path: str, new: nn.Module, why: str) -> None:
+        """Put something without parameters in the place of a part, on a copy."""
+        self.module = _replaced(self.module, path, new)
+        self.dropped.append(path)
+        self.changes.append(f"{path!r} taken off, {why}")
+
+
+def prepared(backbone: nn.Module, in_features: int | None, pool: str, sample_ndim: int) -> Prepared:
+    """The backbone without wrappers and classifier, and its width.
+
+    Raises:
+        ValueError: a width that cannot be read from it; a wrapper that cannot be taken off.
+    """
+    made = Prepared(backbone, in_features or 0, type(backbone).__name__)
+    _unwrap(made)
+    net = made.module
+    made.name = type(net).__name__
+    if isinstance(net, torch.jit.ScriptModule):
+        if in_features is None:
+            raise ValueError(
+                f"backbone {made.name}: expected in_features for a script module, whose classifier cannot be taken "
+                "off: got none; give the width of what it returns, or the module that was scripted"
+            )
+    elif callable(getattr(net, "forward_features", None)) and callable(getattr(net, "forward_head", None)):
+        _timm(made, pool, in_features)
+    elif not _torchvision(made, in_features):
+        _other(made, in_features, sample_ndim)
+    return made
+
+
+# ------------------------------------------------------------------------------------------------ wrappers
+
+
+def _unwrap(made: Prepared) -> None:
+    while True:
+        kinds = {c.__name__ for m in made.module.modules() for c in type(m).__mro__}
+        if "FullyShardedDataParallel" in kinds or "FSDPModule" in kinds:
+            raise ValueError(
+                "backbone: expected a module before it is sharded: got one inside FSDP; build StyleHeads around the "
+                "bare backbone and shard the StyleHeads, fully_shard(model)"
+            )
+        kind = type(made.module).__name__
+        inner = made.module._modules.get(WRAPPERS[kind]) if kind in WRAPPERS else None
+        if inner is None:
+            return
+        made.changes.append(f"taken out of {kind}; wrap the StyleHeads instead")
+        made.module = inner
+
+
+# ------------------------------------------------------------------------------------------------ classifiers
+
+
+def _replaced(module: nn.Module, path: str, new: nn.Module | None) -> nn.Module:
+    """A copy of a module with another part at a dotted path; everything beside the path is shared."""
+    head, _, rest = path.partition(".")
+    outer = copy.copy(module)
+    outer._modules = dict(module._modules)
+    inner = module._modules[head]
+    outer._modules[head] = _replaced(inner, rest, new) if rest and inner is not None else new
+    return outer
+
+
+def _torchvision(made: Prepared, in_features: int | None) -> bool:
+    """Take off the classifier of one of torchvision's models, auxiliary ones too. False: it is none of these."""
+    if not any(c.__module__.startswith("torchvision.models") for c in type(made.module).__mro__):
+        return False
+    for name in CLASSIFIERS:
+        part = made.module._modules.get(name)
+        layers = [] if part is None else [m for m in part.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        if not layers:
+            continue
+        first = layers[0]
+        width = first.in_features if isinstance(first, nn.Linear) else first.in_channels
+        if in_features not in (None, width):
+            continue
+        made.drop(name, nn.Identity() if isinstance(first, nn.Linear) else nn.AdaptiveAvgPool2d(1), "the classifier")
+        made.in_features = width
+        for aux in ("aux1", "aux2", "AuxLogits"):
+            if made.module._modules.get(aux) is not None:
+                made.drop(aux, nn.Identity(), "an auxiliary classifier")
+        if getattr(made.module, "aux_logits", False):
+            made.module.aux_logits = False  # type: ignore[assignment]
+        return True
+    return False
+
+
+def _other(made: Prepared, in_features: int | None, sample_ndim: int) -> None:
+    """A module of the user's own: a part that is called like a classifier is one only where it comes last.
+
+    With in_features the module is kept as it is, unless its last part turns features of that width into something else.
+    """
+    net, seen = made.module, None
+    for name in CLASSIFIERS:
+        part = net._modules.get(name)
+        layers = [] if part is None else [m for m in part.modules() if isinstance(m, nn.Linear)]
+        if not layers:
+            continue
+        before, after = layers[0].in_features, layers[-1].out_features
+        if in_features is not None and (after == in_features or before != in_features):
+            continue
+        seen = seen or trial(net, sample_ndim)
+        if seen.is_last(net, name):
+            made.drop(name, nn.Identity(), f"a classifier ({before} to {after}), as it comes last")
+            made.in_features = before
+            return
+    if in_features is not None:
+        return
+    width = getattr(net, "num_features", None)
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(
+            f"backbone {made.name}: expected num_features, or a classifier fc, heads, head or classifier at its end, "
+            "to read the width of its features from: got none of them; give in_features"
+        )
+    made.in_features = width
+
+
+# ------------------------------------------------------------------------------------------------ timm
+
+
+class TimmFeatures(nn.Module):
+    """timm's own features: forward_features and, where the pooling is timm's, forward_head up to the classifier."""
+
+    def __init__(self, model: nn.Module, pooled: bool) -> None:
+        super().__init__()
+        self.model, self.pooled = model, pooled
+
+    def forward(self, x: Tensor) -> Any:
+        net: Any = self.model
+        y = net.forward_features(x)
+        return net.forward_head(y, pre_logits=True) if self.pooled else y
+
+
+def _timm(made: Prepared, pool: str, in_features: int | None) -> None:
+    model: Any = made.module
+    if pool == "cls" and not getattr(model, "num_prefix_tokens", 0):
+        raise ValueError(f"pool: expected a model with a class token for 'cls': got {made.name} without one")
+    pooled = pool == "auto"
+    if pool == "mean":
+        pooled = _average_as_timm(made)
+    made.module = TimmFeatures(made.module, pooled)
+    for path in _timm_classifiers(model):
+        made.drop(f"model.{path}", nn.Identity(), "the classifier")
+    width = (getattr(model, "head_hidden_size", None) if pooled else None) or getattr(model, "num_features", None)
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"backbone {made.name}: expected num_features, as timm's models have: got {width!r}")
+    made.in_features = in_features or width
+    _drop_idle_parts(made)
+
+
+def _timm_config(model: Any) -> dict[str, Any]:
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    return config if isinstance(config, dict) else {}
+
+
+def _timm_classifiers(model: Any) -> list[str]:
+    """Where timm says that its classifiers are, if they have parameters."""
+    named = _timm_config(model).get("classifier") or ()
+    found = []
+    for path in (named,) if isinstance(named, str) else tuple(named):
+        try:
+            part = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if any(True for _ in part.parameters()):
+            found.append(path)
+    return found
+
+
+def _average_as_timm(made: Prepared) -> bool:
+    """Make a timm model pool by its own average, without the class token; False where it has no such pooling."""
+    net = made.module
+    if isinstance(getattr(net, "global_pool", None), str):
+        made.module = copy.copy(net)
+        made.module._modules = dict(net._modules)
+        made.module.global_pool = "avg"  # type: ignore[assignment]
+        if net._modules.get("attn_pool") is not None:
+            made.module._modules["attn_pool"] = None
+            made.dropped.append("model.attn_pool")
+        return True
+    kinds = [getattr(m, "pool_type", "") for m in net.modules() if type(m).__name__ == "SelectAdaptivePool2d"]
+    return bool(kinds) and all("avg" in str(kind) for kind in kinds)
+
+
+def _drop_idle_parts(made: Prepared) -> None:
+    """Take off the parts of a timm model's head that this pooling never runs: they would have no gradient."""
+    net: Any = made.module
+    size = _timm_config(net.model).get("input_size")
+    seen = trial(net, 3, [tuple(size)] if size else ())
+    if not seen.ran:
+        return
+    for name, part in net.model.named_children():
+        inside = [f"model.{name}.{n}" for n, _ in part.named_children()] if name in ("head", "head_dist") else []
+        for path in inside or [f"model.{name}"]:
+            runs = any(c == path or c.startswith(f"{path}.") for c in seen.called)
+            if not runs and any(True for _ in net.get_submodule(path).parameters()):
+                made.drop(path, nn.Identity(), "as this pooling does not run it")

@@ -1,0 +1,209 @@
+"""Equivariance: a known change of parameters changes a style code in a way that depends on the code alone.
+
+    L = (weight / M) sum_m misalignment(h_m(z^m_a, theta^m_b - theta^m_a), z^m_b)
+
+a and b are two views of an image that share nothing (query and content key), theta^m what group m drew for them, and
+h_m a small network of its own for style m, trained with the model. Plain style pairs allow content-entangled style
+codes, where the same style maps to a different code for each image (docs/method.md): the effect of a known change then
+differs from image to image, and h_m, which does not see the image, cannot predict it. Unlike cross-image keys it needs
+no second image. It is meant for the SimCLR family; what was measured is in docs/results.md.
+
+Legend: V views, B images, M styles, d_m width of style m, k_m numbers that describe a change of group m's parameters.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ssd_addon import _checks
+from ssd_addon.batch import ViewBatch
+from ssd_addon.differences import parameter_differences
+from ssd_addon.losses.families import FamilyName, resolve_family
+from ssd_addon.losses.objective import Objective
+
+SCALE_EPS = 1e-10
+"""Under the root that changes are divided by: below any range that a parameter has in its own units."""
+
+
+class DrawsParameters(Protocol):
+    """What draws views: `StructuredViews`."""
+
+    def parameter_sizes(self) -> Mapping[str, int]: ...
+
+
+class EquivarianceLoss(nn.Module):
+    """A term to add: `loss = criterion(z) + equivariance(z, batch)`.
+
+    The misalignment is that of the criterion's family, on the same scale: (1 - mean cosine) / temperature, 25 * mean
+    squared difference, sum over coordinates of (c_kk - 1)^2, or weight * mean alignment.
+
+    >>> import kornia.augmentation as K
+    >>> from ssd_addon import Embeddings, StructuredViews
+    >>> views = StructuredViews({"color": [K.ColorJitter(hue=0.5, p=1.0)]}, seed=0)
+    >>> equivariance = EquivarianceLoss({"content": 6, "color": 3}, views)
+    >>> batch = views(torch.rand(8, 3, 4, 4))
+    >>> z = Embeddings({"content": torch.randn(3, 8, 6), "color": torch.randn(3, 8, 3)}, batch.plan)
+    >>> equivariance(z, batch).shape
+    torch.Size([])
+
+    Args:
+        spaces: name -> width, those of `StyleHeads.spaces`.
+        views: the `StructuredViews` that draws the batches, or its `parameter_sizes()`.
+        family: of the criterion, a name or a `losses.Family`.
+        temperature: of the criterion (simclr; default 0.15).
+        weight: of the term, which is a mean over the M styles where the criterion's invariance is one over all M + 1
+            spaces: 1 counts (M + 1) / M times as much as an invariance of the family's default weight.
+        hidden: widths of h_m's hidden layers.
+
+    Its parameters are trained with the model's: give both to the optimizer, and under DistributedDataParallel wrap it
+    too, without `device_ids` (which would rebuild the embeddings), so that its gradients are averaged. Over ranks every
+    rank takes its own rows and their statistics (the changes' scale; barlow's standardizing); nothing is gathered. Rows
+    whose key was made from another image, and in an interleaved plan the rows whose key shares group m, are left out.
+
+    Raises:
+        ValueError: a style space without a group, or whose operations have no parameters to predict; a temperature in
+            another family; in use: a batch that was drawn otherwise.
+        TypeError: spaces that are no mapping, views that are neither.
+
+    Source: docs/method.md; networks that predict the embedding of a changed view from the change are known from
+    Devillers and Lefort 2022 (EquiMod), arXiv 2211.01244, for one space and without structured views.
+    """
+
+    def __init__(
+        self,
+        spaces: Mapping[str, int],
+        views: DrawsParameters | Mapping[str, int],
+        *,
+        family: FamilyName | Objective = "simclr",
+        temperature: float | None = None,
+        weight: float = 1.0,
+        hidden: Sequence[int] = (128, 128),
+    ) -> None:
+        super().__init__()
+        if not isinstance(spaces, Mapping):
+            raise TypeError(
+                f"spaces: expected a mapping name -> width, as StyleHeads.spaces: got {type(spaces).__name__}"
+            )
+        named = family if isinstance(family, str) else family.name
+        if temperature is not None and named != "simclr":
+            raise ValueError(f"temperature: the {named!r} family has none: got {temperature!r}")
+        self.objective = resolve_family(family, temperature=temperature)
+        self.weight = _checks.not_negative(weight, "weight", "of this term")
+        self.widths = {n: _checks.width(d, f"width of space {n!r}") for n, d in spaces.items() if n != "content"}
+        if not self.widths:
+            raise ValueError(f"spaces: expected content and at least one style: got {_checks.names(spaces)}")
+        sizes = _sizes(views)
+        self.groups: dict[str, dict[str, int]] = {}  # style -> parameter of its group -> numbers of its change
+        self.scales, self.networks = nn.ModuleDict(), nn.ModuleDict()
+        for name, width in self.widths.items():
+            own = {path: k for path, k in sizes.items() if _group(path) == name}
+            if not own:
+                drawn = _checks.names(dict.fromkeys(map(_group, sizes)))
+                raise ValueError(
+                    f"style space {name!r}: expected a group of that name that draws parameters: got those of {drawn}"
+                )
+            self.groups[name] = own
+            numbers = sum(own.values())
+            layers: list[nn.Module] = []
+            edges = [width + numbers, *_checks.widths(hidden, "every style")]
+            for a, b in itertools.pairwise(edges):
+                layers += [nn.Linear(a, b), nn.ReLU()]
+            self.scales[f"_{name}"] = nn.BatchNorm1d(numbers, affine=False, eps=SCALE_EPS)
+            self.networks[f"_{name}"] = nn.Sequential(*layers, nn.Linear(edges[-1], width))
+
+    if TYPE_CHECKING:
+
+        def __call__(self, z: Mapping[str, Tensor], batch: ViewBatch) -> Tensor: ...
+
+    def forward(self, z: Mapping[str, Tensor], batch: ViewBatch) -> Tensor:
+        """The term, a scalar. z: embeddings [V, B, d] of `batch`, whose parameters it reads."""
+        return self.weight * torch.stack(list(self.terms(z, batch).values())).mean()
+
+    def terms(self, z: Mapping[str, Tensor], batch: ViewBatch) -> dict[str, Tensor]:
+        """Style -> its term before the weight, on the family's scale; 0 is perfect."""
+        changes = _changes(batch)
+        b = batch.views.shape[1]
+        out = {}
+        for name, sizes in self.groups.items():
+            t = z.get(name)
+            if t is None:
+                raise ValueError(f"embeddings: expected the style space {name!r}: got {_checks.names(z)}")
+            if t.ndim != 3 or len(t) < 2 or t.shape[1:] != (b, self.widths[name]):
+                expected = f"[V, {b}, {self.widths[name]}], two views or more of the batch's images"
+                raise ValueError(f"embeddings, {name!r}: expected {expected}: got {_checks.shape(t)}")
+            _check_drawn(sizes, changes)
+            network = self.networks[f"_{name}"]
+            dtype = next(network.parameters()).dtype
+            change = torch.cat([changes[path] for path in sizes], dim=1).to(t.device, dtype, non_blocking=True)
+            rows = _redrawn_rows(name, batch, t.device)
+            with torch.autocast(t.device.type, enabled=False):
+                out[name] = self._misalignment(name, t[0].to(dtype), t[1].to(dtype), change, rows)
+        return out
+
+    def _misalignment(self, name: str, a: Tensor, b: Tensor, change: Tensor, rows: Tensor | None) -> Tensor:
+        """How far h(a, change) is from b, both [B, d], over the rows."""
+        if self.objective.on_sphere:
+            a = nn.functional.normalize(a, dim=1)
+        scale: Any = self.scales[f"_{name}"]
+        if len(change) > 1 or not self.training:
+            change = scale(change)
+        else:  # one row has no statistics of its own
+            change = nn.functional.batch_norm(change, scale.running_mean, scale.running_var, eps=scale.eps)
+        guess = self.networks[f"_{name}"](torch.cat([a, change], dim=1))
+        return self.objective.misalignment(guess, b, rows)
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight}, styles={_checks.names(self.groups)}"
+
+
+def _sizes(views: DrawsParameters | Mapping[str, int]) -> Mapping[str, int]:
+    if isinstance(views, Mapping):
+        return {path: _checks.width(k, f"numbers of {path!r}") for path, k in views.items()}
+    if not callable(getattr(views, "parameter_sizes", None)):
+        got = type(views).__name__
+        hint = "; it is built from what draws the batches, not from a batch" if isinstance(views, ViewBatch) else ""
+        raise TypeError(f"views: expected StructuredViews, or its parameter_sizes(): got {got}{hint}")
+    return views.parameter_sizes()
+
+
+def _check_drawn(sizes: Mapping[str, int], changes: Mapping[str, Tensor]) -> None:
+    if missing := [path for path in sizes if path not in changes]:
+        raise ValueError(
+            f"batch: expected parameters {_checks.names(missing)}, as the views draw them: got none of these"
+        )
+    for path, k in sizes.items():
+        if changes[path].shape[1] != k:
+            raise ValueError(
+                f"batch: expected {k} numbers for the change of {path}: got {changes[path].shape[1]}; the batch was "
+                "drawn by other views"
+            )
+
+
+def _redrawn_rows(name: str, batch: ViewBatch, device: torch.device) -> Tensor | None:
+    """Which rows show one image under two draws of group `name`: [B] bool, None for all."""
+    same = None if batch.image_ids is None else (batch.image_ids[1] == batch.image_ids[0]).to(device)
+    if batch.plan.kind != "interleaved":
+        return same
+    b, index = batch.views.shape[1], batch.space_index
+    index = (batch.plan.default_space_index(b) if index is None else index).to(device)
+    redrawn = index != batch.plan.spaces.index(name)
+    return redrawn if same is None else redrawn & same
+
+
+def _changes(batch: ViewBatch) -> dict[str, Tensor]:
+    if not isinstance(batch, ViewBatch):
+        raise TypeError(f"batch: expected a ViewBatch, what StructuredViews returns: got {type(batch).__name__}")
+    if len(batch.parameters) < 2:
+        raise ValueError(
+            "batch: expected the parameters of two views, as StructuredViews gives them: got "
+            f"{len(batch.parameters)}; views loaded from elsewhere have none"
+        )
+    return parameter_differences(batch.parameters[0], batch.parameters[1])
+
+
+def _group(path: str) -> str:
+    """ "color/0.ColorJitter/hue_factor" -> "color"; a group's own name may hold slashes."""
+    return path.rsplit("/", 2)[0]

@@ -1,0 +1,148 @@
+"""What every rank must know before anyone computes: one exchange over ranks, one read from the device."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ssd_addon import _checks, _dist
+from ssd_addon._dist import Shards
+from ssd_addon.embeddings import Embeddings
+from ssd_addon.plan import ViewPlan
+
+FINE, NOT_FINITE, TOO_LARGE = range(3)
+NO_ID = 2**62
+
+
+@dataclass(frozen=True)
+class Header:
+    """How the rows lie over ranks, and what was found of them.
+
+    Attributes:
+        shards: rows of every rank.
+        ids: [V, B] image of each row, unique over ranks.
+        known: (smallest id, largest id, temperature) over all ranks, where values were checked.
+    """
+
+    shards: Shards
+    ids: Tensor
+    known: tuple[int, int, float] | None
+
+
+def checked(
+    z: Embeddings,
+    plan: ViewPlan,
+    largest: Mapping[str, float] | None,
+    scalar: float | Tensor,
+    group: ProcessGroup | None,
+) -> Header:
+    """Exchange sizes and ids, and refuse values that no family can work with: raised on all ranks alike.
+
+    Args:
+        z: embeddings whose shapes were checked.
+        largest: space -> its largest allowed entry; None leaves out the checks on values.
+        scalar: a number of the family's that is read along (a learned temperature).
+        group: ranks that share the loss, or None.
+
+    Raises:
+        ValueError: NaN, infinity or too large an entry (names the space and the rank), an index outside the spaces,
+            fewer than two images.
+    """
+    first = next(iter(z.values()))
+    (v, b), device = first.shape[:2], first.device
+    if largest is None and group is None:
+        shards = Shards(None, (b,), 0)
+        _check_total(shards)
+        return Header(shards, _row_numbers(v, b, device) if z.image_ids is None else z.image_ids, None)
+    numbered = z.image_ids is None or z.local_ids
+    values = [] if largest is None else [_state(t, largest[n]) for n, t in z.items()]
+    ids, index = _range(z.image_ids), _range(z.space_index)
+    read = scalar.detach().double().reshape(()).view(torch.int64) if isinstance(scalar, Tensor) else None
+    ints = torch.tensor([b, int(numbered)], dtype=torch.int64, device=device)
+    mine = torch.cat([ints, torch.stack([*ids, *index, *([] if read is None else [read]), *values]).to(device)])
+    every = _dist.exchange(mine, group)
+    shards = Shards(group, tuple(row[0] for row in every), _dist.rank(group))
+    if largest is not None:
+        states = [row[len(row) - len(values) :] for row in every]
+        _check_states(tuple(z), states, largest, shards.world)
+        lowest, highest = min(row[4] for row in every), max(row[5] for row in every)
+        if z.space_index is not None and not (lowest >= 0 and highest < len(plan.spaces)):
+            raise ValueError(
+                f"space_index: expected 0 to {len(plan.spaces) - 1}, one of the {plan}: got a number outside"
+            )
+    _check_total(shards)
+    ranges = [_ids_of(row) for row in every]
+    local = all(row[1] or not row[0] or (row[2] >= 0 and row[3] < row[0]) for row in every)
+    starts = [0] * len(every)
+    if local and shards.world > 1:  # row numbers of the local batch on every rank: make them global
+        for r in range(1, len(every)):
+            starts[r] = starts[r - 1] + max(every[r - 1][0], ranges[r - 1][1] + 1)
+    own = _row_numbers(v, b, device) if z.image_ids is None else z.image_ids
+    if starts[shards.rank]:
+        own = own + starts[shards.rank]
+    known = None
+    if largest is not None:
+        present = [(low + s, high + s) for (low, high), s, row in zip(ranges, starts, every, strict=True) if row[0]]
+        number = scalar if not isinstance(scalar, Tensor) else _float_of(every[shards.rank][6])
+        known = (min(low for low, _ in present), max(high for _, high in present), number)
+    return Header(shards, own, known)
+
+
+def _row_numbers(v: int, b: int, device: torch.device) -> Tensor:
+    return torch.arange(b, device=device).expand(v, b)
+
+
+def _range(t: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Smallest and largest of some integers, int64; (NO_ID, -1) where there is none."""
+    if t is None or not t.numel():
+        return torch.tensor(NO_ID), torch.tensor(-1)
+    low, high = t.aminmax()
+    return low.long(), high.long()
+
+
+def _ids_of(row: list[int]) -> tuple[int, int]:
+    """(smallest, largest) image id of a rank, before they are made global."""
+    b, _, low, high = row[:4]
+    return (0, b - 1) if low == NO_ID else (low, high)
+
+
+def _state(t: Tensor, largest: float) -> Tensor:
+    """FINE, NOT_FINITE or TOO_LARGE, 0-dim int64 on the device."""
+    if not t.numel():
+        return torch.tensor(FINE, device=t.device)
+    low, high = t.detach().aminmax()
+    top = torch.maximum(high, -low).double()  # NaN stays NaN
+    state = torch.where(top <= largest, FINE, TOO_LARGE)
+    return torch.where(top.isfinite(), state, NOT_FINITE)
+
+
+def _float_of(bits: int) -> float:
+    return float(torch.tensor(bits, dtype=torch.int64).view(torch.float64))
+
+
+def _check_total(s: Shards) -> None:
+    if s.total < 2:
+        raise ValueError(
+            f"expected at least 2 images in the batch, the entropy compares each with others: got {s.total}"
+            + (" over all ranks" if s.world > 1 else "")
+        )
+
+
+def _check_states(names: tuple[str, ...], states: list[list[int]], largest: Mapping[str, float], world: int) -> None:
+    for rank, found in enumerate(states):
+        where = f" on rank {rank}" if world > 1 else ""
+        broken = [n for n, state in zip(names, found, strict=True) if state == NOT_FINITE]
+        if broken:
+            raise ValueError(
+                f"embeddings: expected finite numbers: got NaN or infinity in the space {_checks.names(broken)}{where}"
+                "; a diverged step or an overflow in half precision are the usual causes"
+            )
+        huge = [n for n, state in zip(names, found, strict=True) if state == TOO_LARGE]
+        if huge:
+            limit = min(largest[n] for n in huge)
+            raise ValueError(
+                f"embeddings: expected numbers up to {limit:.1e}, whose squares the loss can sum: got larger ones in "
+                f"the space {_checks.names(huge)}{where}; the run has diverged"
+            )

@@ -1,0 +1,149 @@
+"""Rows: which of them a pair uses, which of them trimming keeps, and what the loss hands to a family.
+
+Legend: V views, B images (N = B over all ranks), S spaces, d_s width of space s. Over ranks every mean is a local
+sum * W / N, whose mean over ranks is the one-process mean.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ssd_addon import _dist
+from ssd_addon._dist import Shards
+from ssd_addon.embeddings import Embeddings
+from ssd_addon.kernels.dispatch import Backend
+from ssd_addon.plan import ViewPlan
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One positive pair of views (a, b) and the rows of the local batch that use it; mask None means all."""
+
+    a: int
+    b: int
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Embeddings with everything that a family needs to make its terms of them.
+
+    Attributes:
+        z: space -> [V, B, d] in the type that the loss computes in, in the order of the plan.
+        pairs: space -> its positive pairs.
+        ids: [V, B] image of each row, unique over ranks.
+        shards: how the rows lie over ranks.
+        backend: what the caller asked for.
+        trim: fraction of the worst-aligned rows of a pair that its invariance leaves out.
+        content_entropy: whether the entropy of content alone is wanted too.
+        half: spaces that came in a 16-bit type.
+        known: smallest and largest id over all ranks and the temperature's value, where values were checked.
+    """
+
+    z: Mapping[str, Tensor]
+    pairs: Mapping[str, Sequence[Pair]]
+    ids: Tensor
+    shards: Shards
+    backend: Backend = "auto"
+    trim: float = 0.0
+    content_entropy: bool = False
+    half: frozenset[str] = frozenset()
+    known: tuple[int, int, float] | None = None
+
+
+@dataclass
+class Parts:
+    """The terms that a family makes of its rows; scalars of this rank.
+
+    Attributes:
+        invariance: space -> raw term.
+        constraint: space -> misalignment on a scale that starts at 0.
+        rows: space -> number of rows behind its term, over all ranks.
+        entropy: of the joint embedding, with its coefficients.
+        content_entropy: the same of content alone, or None.
+        seen: space -> the query's embeddings as the family compares them, [B, d].
+        backend: what computed the entropy.
+    """
+
+    invariance: dict[str, Tensor]
+    constraint: dict[str, Tensor]
+    rows: dict[str, int | Tensor]
+    entropy: Tensor
+    content_entropy: Tensor | None = None
+    seen: dict[str, Tensor] = field(default_factory=dict)
+    backend: str = "eager"
+
+
+def pairs_of(z: Embeddings, plan: ViewPlan, batch: int, device: torch.device, content_keys: str) -> dict[str, list[Pair]]:  # fmt: skip  # noqa: E501
+    """Space -> its positive pairs. Content has several with content_keys="all", every other space has one."""
+    ids = z.image_ids
+    same = [None if ids is None else ids[v] == ids[0] for v in range(plan.num_views)]
+    if plan.kind == "interleaved":
+        index = plan.default_space_index(batch, device) if z.space_index is None else z.space_index
+        out = {name: [Pair(0, 1, index == s)] for s, name in enumerate(plan.spaces)}
+        if content_keys == "all":
+            out["content"] = [Pair(0, 1, same[1])]
+        return out
+    out = {name: [Pair(0, 1 + s)] for s, name in enumerate(plan.spaces)}
+    if content_keys == "all":
+        out["content"] = [Pair(0, v, same[v]) for v in range(1, plan.num_views)]
+    return out
+
+
+def kept_rows(badness: Tensor, mask: Tensor | None, trim: float, s: Shards) -> tuple[Tensor | None, int | Tensor]:
+    """Which local rows a pair keeps once its floor(trim * n + 1e-9) worst rows over all ranks are left out.
+
+    Args:
+        badness: [B] larger is worse; not differentiated.
+        mask: [B] bool, the rows that the pair uses, or None for all.
+
+    Returns:
+        The kept rows ([B] bool, None for all) and their number over all ranks.
+    """
+    if mask is None and not trim:
+        return None, s.total
+    used = torch.ones_like(badness, dtype=torch.bool) if mask is None else mask
+    n: Tensor = _dist.all_sum(used.sum(), s.group)
+    if not trim:
+        return used, n
+    drop = torch.floor(trim * n.double() + 1e-9)
+    ranked = _dist.gather(badness.detach().masked_fill(~used, -math.inf), s)
+    place = torch.empty_like(ranked, dtype=torch.int64)
+    order = ranked.argsort(descending=True, stable=True)
+    place[order] = torch.arange(len(ranked), device=ranked.device)
+    kept = used & (place[s.offset : s.offset + s.size] >= drop)
+    return kept, (n - drop).to(n.dtype)
+
+
+def masked(t: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows outside the mask become 0 (selected, not multiplied: a NaN there stays out)."""
+    return t if mask is None else torch.where(mask.view(-1, *[1] * (t.ndim - 1)), t, 0)
+
+
+def mean_of_rows(values: Tensor, badness: Tensor, pair: Pair, trim: float, s: Shards) -> tuple[Tensor, int | Tensor]:
+    """Mean of values [B] over the rows that the pair keeps, on all ranks; and their number."""
+    keep, n = kept_rows(badness, pair.mask, trim, s)
+    return s.mean(masked(values, keep).sum(), n), n
+
+
+def mean_over_keys(found: Sequence[tuple[Tensor, int | Tensor]], s: Shards) -> tuple[Tensor, int | Tensor]:
+    """The mean over the pairs of a space that have a row; the number of rows behind it. One pair: the pair."""
+    if len(found) == 1:
+        return found[0]
+    values = torch.stack([value for value, _ in found])
+    n = torch.stack([c if isinstance(c, Tensor) else torch.full((), c, device=values.device) for _, c in found])
+    present = n > 0
+    mean = torch.where(present, values, 0).sum() / present.sum().clamp(min=1)
+    return mean, n.sum()
+
+
+def columns_of(z: Mapping[str, Tensor]) -> dict[str, slice]:
+    """Where each space lies in the joint embedding."""
+    out, start = {}, 0
+    for name, t in z.items():
+        out[name] = slice(start, start + t.shape[-1])
+        start += t.shape[-1]
+    return out

@@ -1,0 +1,105 @@
+"""SimCLR: cosines of pairs, and the log-sum over the rows of all other images.
+
+    invariance_s = - mean over rows of <u_a, u_b> / tau,   u of unit length
+    entropy      = mean over the N rows of log sum_{j : image(j) != image(i)} exp(<z_i, z_j> / tau)
+
+z_i is the concatenation of the spaces' u over sqrt(S). Source: Eastwood et al., arXiv 2311.08815; with one space and
+two views it is the decoupled contrastive loss of Yeh et al., arXiv 2110.06848.
+"""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ssd_addon._unit import joint_and_cosines
+from ssd_addon.kernels.dispatch import choose_backend
+from ssd_addon.kernels.similarity import Known, check_temperature, log_sums, negative_lse
+from ssd_addon.losses.objective import Objective
+from ssd_addon.losses.rows import Parts, Rows, columns_of, mean_of_rows, mean_over_keys
+
+
+class SimCLR(Objective):
+    """The SimCLR family. In `Terms`, invariance is -cosine / tau and the constraint 1 - cosine.
+
+    Args:
+        temperature: tau; a number, or a tensor or nn.Parameter of one element to learn it.
+    """
+
+    defaults: ClassVar[dict[str, float]] = {"temperature": 0.15}
+    temperature: float | Tensor
+
+    def __init__(self, temperature: float | Tensor = 0.15) -> None:
+        super().__init__("simclr", on_sphere=True)
+        check_temperature(temperature)
+        if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
+            self.register_buffer("temperature", temperature, persistent=False)
+        else:
+            self.temperature = temperature
+
+    @property
+    def scalar(self) -> float | Tensor:
+        return self.temperature
+
+    def alignment(self, a: Tensor, b: Tensor) -> Tensor:
+        """1 - cosine of rows of unit length, [n]."""
+        return 1 - (a * b).sum(dim=-1)
+
+    def entropy(self, joint: Tensor, ids: Tensor) -> Tensor:
+        """Mean over all rows of the log-sum over the rows of other images."""
+        return negative_lse(joint.flatten(0, 1), ids.flatten(), self.temperature).mean()
+
+    def parts(self, rows: Rows) -> Parts:
+        z, s = rows.z, rows.shards
+        place = {name: k for k, name in enumerate(z)}
+        flat = tuple((p.a, p.b, place[name]) for name, pairs in rows.pairs.items() for p in pairs)
+        half = tuple(name in rows.half for name in z)
+        joint, cosines = joint_and_cosines(list(z.values()), flat, half)  # [V, B, D], [pairs, B]
+        tau: Any = self.temperature
+        if isinstance(tau, Tensor):
+            tau = tau.to(joint.device, joint.dtype).reshape(())
+        invariance, constraint, count = {}, {}, {}
+        rest = iter(cosines.unbind(0))
+        for name, pairs in rows.pairs.items():
+            found = []
+            for p in pairs:
+                cosine = next(rest)
+                found.append(mean_of_rows(cosine, -cosine, p, rows.trim, s))
+            mean, count[name] = mean_over_keys(found, s)
+            invariance[name] = -mean / tau
+            constraint[name] = 1 - mean
+        v, b, d = joint.shape
+        lse = log_sums(
+            joint.reshape(v * b, d),
+            rows.ids.reshape(v * b),
+            tau,
+            prefix=z["content"].shape[-1] if rows.content_entropy else None,
+            backend=rows.backend,
+            shards=s.times(v),
+            known=None if rows.known is None else Known(1.0 + 1e-3, rows.known[2], *rows.known[:2]),
+        ).view(v * b, 2 if rows.content_entropy else 1)  # -1 would not do: a rank may hold no row
+        entropy = s.mean(lse.sum(dim=0), v * s.total)
+        return Parts(
+            invariance,
+            constraint,
+            count,
+            entropy[-1],
+            entropy[0] if rows.content_entropy else None,
+            {name: joint[0, :, c].detach() for name, c in columns_of(z).items()},
+            choose_backend(
+                rows.backend,
+                matrix_elements=max(s.sizes) * s.total * v**2,
+                dtype=joint.dtype,
+                device=joint.device,
+                rows=s.total * v,
+                width=d,
+            ),
+        )
+
+    def misalignment(self, guess: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        return super().misalignment(guess, target, mask) / self.temperature
+
+    def refuse_backend(self, backend: str) -> None:
+        pass
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature!r}"

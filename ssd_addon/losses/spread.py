@@ -1,0 +1,121 @@
+"""SIGReg, FroSSL and MMCR as joint entropies: an alignment on each space's own pair, an entropy of the joint embedding.
+
+Each looks at the joint rows of one view at a time. Over all views at once (MMCR's centroids, FroSSL's average view)
+they would pull every view of an image together, and the style spaces would lose what they are for.
+Legend: V views, N rows of a view over all ranks, D joint columns.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssd_addon import _checks, _dist
+from ssd_addon._dist import Shards
+from ssd_addon.losses.objective import Objective
+from ssd_addon.losses.rows import Rows
+from ssd_addon.losses.vicreg import mean_square
+
+KNOTS, LARGEST_FREQUENCY = 17, 3.0
+
+
+class SIGReg(Objective):
+    """Sketched isotropic Gaussian regularization: every view's joint rows as a standard normal distribution.
+
+        entropy = mean over views and random directions a of  N * integral |phi_n(t) - exp(-t^2/2)|^2 exp(-t^2/2) dt
+
+    phi_n is the empirical characteristic function of <z, a>, the integral is over [-3, 3] by the trapezoidal rule. In
+    `Terms`, invariance and constraint are the mean squared difference. With one space the entropy equals lightly's
+    `SIGReg`, and weight 4.75 makes the whole its LeJEPALoss(lambda_param=0.05) of two global views over 0.05.
+
+    Args:
+        directions: random directions, drawn anew at every call from torch's global generator (rank 0's for all ranks).
+
+    Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544.
+    """
+
+    def __init__(self, directions: int = 1024) -> None:
+        super().__init__("sigreg", weight=4.75)
+        self.directions = _checks.width(directions, "directions")
+
+    def alignment(self, a: Tensor, b: Tensor) -> Tensor:
+        return mean_square(a, b)
+
+    def entropy(self, joint: Tensor, ids: Tensor) -> Tensor:
+        a = torch.randn(joint.shape[-1], self.directions, device=joint.device, dtype=joint.dtype)
+        if (group := _dist.default_group()) is not None:
+            dist.broadcast(a, src=0, group=group)
+        return gaussian_mismatch(joint, a / a.norm(dim=0))
+
+    def extra_repr(self) -> str:
+        return f"directions={self.directions}"
+
+
+def gaussian_mismatch(x: Tensor, directions: Tensor) -> Tensor:
+    """The Epps-Pulley statistic of x [..., N, D] along unit directions [D, A], averaged over these and leading axes."""
+    n = x.shape[-2]
+    t = torch.linspace(0, LARGEST_FREQUENCY, KNOTS, dtype=x.dtype, device=x.device)
+    phi = torch.exp(-t.square() / 2)
+    weights = torch.full_like(t, 2 * LARGEST_FREQUENCY / (KNOTS - 1))  # both halves of an even integrand
+    weights[0] = weights[-1] = LARGEST_FREQUENCY / (KNOTS - 1)
+    angle = (x @ directions).unsqueeze(-1) * t  # [..., N, A, T]
+    error = (angle.cos().mean(-3) - phi).square() + angle.sin().mean(-3).square()
+    return ((error @ (weights * phi)) * n).mean()
+
+
+class FroSSL(Objective):
+    """The Frobenius norm of each view's covariance: small where its eigenvalues are even.
+
+        entropy   = 2 * mean over views of log |C_v|_F^2,   C_v = X_v^T X_v / tr
+        alignment = |x_a - x_b|^2 of each row
+
+    The columns of x are scaled to unit length over the rows of all ranks, view by view. In `Terms`, invariance and
+    constraint are the mean alignment. With one space and two views it equals lightly's FroSSLLoss().
+
+    Source: Skean et al., FroSSL, arXiv 2310.02903.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("frossl")
+
+    def prepared(self, rows: Rows) -> dict[str, Tensor]:
+        return {n: unit_columns(t, rows.shards) for n, t in rows.z.items()}
+
+    def alignment(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).square().sum(dim=-1)
+
+    def entropy(self, joint: Tensor, ids: Tensor) -> Tensor:
+        _, n, d = joint.shape
+        gram = joint.mT @ joint if n > d else joint @ joint.mT  # the same eigenvalues
+        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return 2 * (gram.square().sum((-2, -1)).log() - 2 * trace.detach().log()).mean()
+
+
+def unit_columns(t: Tensor, s: Shards) -> Tensor:
+    """[V, B, d] with columns of unit length over the rows of all ranks, view by view."""
+    square = _dist.all_sum(t.square().sum(dim=1), s.group)
+    return t / square.clamp(min=1e-24).sqrt().unsqueeze(1)
+
+
+class MMCR(Objective):
+    """Maximum manifold capacity: the nuclear norm of each view's joint rows of unit length, as large as can be.
+
+        entropy   = - mean over views of |Z_v|_*
+        alignment = 1 - cosine of each row
+
+    The published loss takes the norm of the images' centroids, whose length says how well the views agree; here the
+    alignment says so, space by space, weighted by 30: a pair at cosine c shortens its centroid by (1 - c) / 4, and the
+    norm is of the order of sqrt(N D). In `Terms`, the constraint is 1 - mean cosine. For a view that is its own
+    centroid the entropy equals lightly's MMCRLoss(lmda=0).
+
+    Source: Yerxa et al., arXiv 2303.03307.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("mmcr", weight=30.0, on_sphere=True)
+
+    def alignment(self, a: Tensor, b: Tensor) -> Tensor:
+        return 1 - (a * b).sum(dim=-1)
+
+    def entropy(self, joint: Tensor, ids: Tensor) -> Tensor:
+        singular: Tensor = torch.linalg.svdvals(joint)
+        return -singular.sum(-1).mean()

@@ -1,0 +1,104 @@
+"""The parts of the loss, for logging and for dual ascent."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ssd_addon import _dist
+from ssd_addon._dist import Shards
+from ssd_addon.kernels.covariance import off_diagonal_energy
+from ssd_addon.losses.rows import Parts
+
+
+@dataclass
+class Terms:
+    """The parts of the loss. `.loss` carries the graph; all others are detached, and equal on every rank.
+
+    Attributes:
+        loss: scalar, of this rank (see `JointEntropyLoss` on ranks).
+        invariance: space -> raw term, before its weight and 1/S.
+        entropy: of the joint embedding, with its coefficients.
+        content_entropy: the same for content alone, or None.
+        constraint: space -> c_s, misalignment on a scale that starts at 0: 1 - mean cosine (simclr, mmcr), the mean
+            squared difference (vicreg), the mean over coordinates of (c_kk - 1)^2 (barlow), the mean alignment of any
+            other family.
+        rows: space -> rows behind its term, over all ranks; 0 where no row served the space.
+        effective_rank: space -> (tr C)^2 / tr(C^2) of the query's covariance, 1 to d_s: 1 is a collapsed space.
+        backend: what computed the entropy.
+    """
+
+    loss: Tensor
+    invariance: dict[str, Tensor]
+    entropy: Tensor
+    content_entropy: Tensor | None
+    constraint: dict[str, Tensor]
+    rows: dict[str, Tensor]
+    effective_rank: dict[str, Tensor]
+    backend: str
+
+    def scalars(self) -> dict[str, float]:
+        """Flat name -> number, for a logger: "loss", "entropy", "invariance/content", "effective_rank/content" ..."""
+        out = {"loss": self.loss.detach(), "entropy": self.entropy}
+        if self.content_entropy is not None:
+            out["content_entropy"] = self.content_entropy
+        by_space = {
+            "invariance": self.invariance,
+            "constraint": self.constraint,
+            "effective_rank": self.effective_rank,
+        }
+        for key, values in by_space.items():
+            out |= {f"{key}/{name}": value for name, value in values.items()}
+        numbers = torch.stack([t.double() for t in out.values()]).tolist()  # one read from the device
+        return dict(zip(out, numbers, strict=True))
+
+
+def terms_of(loss: Tensor, parts: Parts, s: Shards) -> Terms:
+    """The terms of all ranks: means that are equal on every rank. Collective."""
+    group = s.group or _dist.default_group()
+    names, device = list(parts.invariance), loss.device
+    rows = torch.stack([torch.as_tensor(parts.rows[n], device=device) for n in names]).double()
+    if s.group is None and group is not None:
+        # Every rank has a loss of its own here: means over ranks are weighted by the rows behind them.
+        size = torch.full((), float(s.total), device=device, dtype=rows.dtype)
+        weight, rows = rows, _dist.all_sum(rows.clone(), group)
+    else:
+        size, weight = torch.ones((), device=device, dtype=rows.dtype), torch.ones_like(rows)
+    content = [] if parts.content_entropy is None else [parts.content_entropy]
+    entropies = [parts.entropy, *content]
+    invariance = _means([parts.invariance[n] for n in names], weight, group)
+    constraint = _means([parts.constraint[n] for n in names], weight, group)
+    entropy, *alone = _means(entropies, size.expand(len(entropies)), group)
+    return Terms(
+        loss=loss,
+        invariance=dict(zip(names, invariance, strict=True)),
+        entropy=entropy,
+        content_entropy=alone[0] if alone else None,
+        constraint=dict(zip(names, constraint, strict=True)),
+        rows=dict(zip(names, rows.long(), strict=True)),
+        effective_rank={n: _effective_rank(x, group) for n, x in parts.seen.items()},
+        backend=parts.backend,
+    )
+
+
+def _means(values: list[Tensor], weight: Tensor, group: ProcessGroup | None) -> list[Tensor]:
+    """Weighted means over ranks of detached scalars, equal on every rank. Without a group, detached clones."""
+    v = torch.stack([x.detach() for x in values])
+    if group is not None:
+        both = torch.stack([v.double() * weight, weight.double()])
+        dist.all_reduce(both, group=group)
+        v = torch.where(both[1] > 0, both[0] / both[1].clamp(min=1e-300), 0).to(v.dtype)
+    return [x.clone() for x in v.unbind(0)]
+
+
+def _effective_rank(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """(tr C)^2 / tr(C^2), the participation ratio of the covariance of x [B, d] over all ranks."""
+    with torch.no_grad():
+        x = x.detach()
+        total = torch.full((), float(x.shape[0]), device=x.device, dtype=x.dtype)
+        x = x - _dist.all_sum(x.sum(dim=0), group) / _dist.all_sum(total, group)
+        diagonal = _dist.all_sum(x.square().sum(dim=0), group)
+        square = off_diagonal_energy(x, group=group) + diagonal.square().sum()
+        return torch.where(square > 0, diagonal.sum().square() / square.clamp(min=torch.finfo(x.dtype).tiny), 0)

@@ -1,0 +1,133 @@
+"""Seed, call and rank of the views are state: nested, saved in any format, restored, moved and pickled."""
+
+import io
+import pickle
+import warnings
+
+import kornia.augmentation as K
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from ssd_addon import JointEntropyLoss, StructuredViews
+
+COLOR = "0.ColorJitter"
+
+
+def make(seed=1, **options):
+    return StructuredViews({"color": [K.ColorJitter(hue=0.1)]}, seed=seed, **options)
+
+
+def nested(seed):
+    return nn.ModuleDict({"step": nn.ModuleDict({"views": make(seed)}), "net": nn.Linear(2, 2)})
+
+
+def images(b=4):
+    return torch.rand(b, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def ran(calls=3):
+    module = nested(1)
+    for _ in range(calls):
+        module["step"]["views"](images())
+    return module
+
+
+def through(kind, state):
+    """A state dict as a file holds it."""
+    if kind == "memory":
+        return state
+    if kind == "safetensors":
+        return safetensors.torch.load(safetensors.torch.save(state))
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("kind", ["memory", "weights_only", "safetensors"])
+def test_a_surrounding_module_saves_and_restores_seed_and_call(kind):
+    module = ran()
+    other = nested(2)
+    other.load_state_dict(through(kind, module.state_dict()))
+    views = other["step"]["views"]
+    assert (views.seed, views.call) == (1, 3)
+    assert torch.equal(views(images()).views, module["step"]["views"](images()).views)
+
+
+def test_views_alone_are_saved_and_restored():
+    views = make()
+    views(images())
+    other = make(9)
+    other.load_state_dict(through("weights_only", views.state_dict()))
+    assert (other.seed, other.call) == (1, 1)
+
+
+def test_files_of_before_are_read():
+    views = make(9)
+    views.load_state_dict({"seed": 5, "call": 7})  # how version 0.1.0 stored views alone
+    assert (views.seed, views.call) == (5, 7)
+
+
+def test_a_module_saved_without_the_state_loads_with_a_warning():
+    old = {k: t for k, t in ran().state_dict().items() if "_extra_state" not in k}
+    other = nested(2)
+    with pytest.warns(
+        RuntimeWarning, match=r"StructuredViews is not in this checkpoint \(no 'step.views._extra_state'\)"
+    ):
+        assert not other.load_state_dict(old).missing_keys
+    assert other["step"]["views"].seed == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nested(3).load_state_dict(ran().state_dict())
+
+
+@pytest.mark.parametrize("state", [torch.zeros(3), {"seed": 1}, None, "1"])
+def test_another_state_is_refused(state):
+    with pytest.raises(ValueError, match="StructuredViews state: expected seed and call"):
+        make().load_state_dict({"_extra_state": state})
+
+
+def test_an_average_of_weights_may_hold_views():
+    module = ran()
+    average = torch.optim.swa_utils.AveragedModel(module, use_buffers=True)
+    average.update_parameters(module)
+    assert average.module["step"]["views"].call == 3
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1])
+def test_a_seed_that_cannot_be_saved_is_refused(seed):
+    with pytest.raises(ValueError, match="seed: expected a whole number of 64 bits"):
+        make(seed)
+
+
+def test_interleaved_batches_of_one_image_serve_every_space_in_turn():
+    views = make(0, plan="interleaved")
+    served = []
+    for _ in range(6):
+        batch = views(images(1))
+        hue = [p["color"][COLOR]["hue_factor"] for p in batch.parameters]
+        assert torch.equal(hue[0], hue[1]) == bool(batch.space_index == 1)
+        served.append(int(batch.space_index))
+        for family in ("simclr", "vicreg"):
+            pairs = batch.plan.pairs(1, batch.space_index)
+            assert len(pairs["color"][2]) == served[-1] and family in JointEntropyLoss(family).family
+    assert served == [0, 1, 0, 1, 0, 1]
+
+
+def test_the_space_of_a_row_rotates_with_the_calls():
+    views = make(0, plan="interleaved")
+    assert [views(images(5)).space_index.tolist() for _ in range(3)] == [
+        [0, 1, 0, 1, 0],
+        [1, 0, 1, 0, 1],
+        [0, 1, 0, 1, 0],
+    ]
+
+
+def test_a_spawned_worker_knows_the_rank_of_the_process_that_made_it(monkeypatch):
+    views = make()
+    monkeypatch.setenv("RANK", "3")
+    there = pickle.dumps(views)
+    monkeypatch.delenv("RANK")
+    assert pickle.loads(there).rank == 3 and views.rank == 0
