@@ -11,7 +11,7 @@ the global value, so that the mean over ranks is the one-process value and DDP's
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from ssd_addon._dist import Shards
 from ssd_addon._unit import joint_and_cosines
 from ssd_addon.batch import Embeddings, ViewPlan, as_embeddings
 from ssd_addon.kernels.covariance import energy_backend, off_diagonal_energy
-from ssd_addon.kernels.dispatch import BACKENDS, checks_are_on, choose_backend, compute_dtype
+from ssd_addon.kernels.dispatch import BACKENDS, Backend, checks_are_on, choose_backend, compute_dtype
 from ssd_addon.kernels.similarity import check_temperature, negative_lse
 
 FAMILIES = ("simclr", "vicreg", "barlow")
@@ -141,7 +141,7 @@ def centred(x: Tensor, s: Shards) -> Tensor:
     return x - _dist.all_sum(x.sum(dim=0), s.group) / s.total
 
 
-def vicreg_entropy(x: Tensor, variance: float, covariance: float, backend: str, s: Shards) -> Tensor:
+def vicreg_entropy(x: Tensor, variance: float, covariance: float, backend: Backend, s: Shards) -> Tensor:
     """variance * mean_k relu(1 - sqrt(var_k + 1e-4)) + covariance * sum_{k != l} C_kl^2 / D, x [B, D] centred."""
     n, d = s.total, x.shape[1]
     var = _dist.all_sum(x.square().sum(dim=0), s.group) / (n - 1)
@@ -270,8 +270,8 @@ class JointEntropyLoss(nn.Module):
         content_keys: str = "first",
         content_entropy: bool = False,
         gather_distributed: bool = False,
-        backend: str = "auto",
-        validate: bool | str = "auto",
+        backend: Backend = "auto",
+        validate: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
         self.family = _checks.choice(family, FAMILIES, "family")
@@ -300,7 +300,7 @@ class JointEntropyLoss(nn.Module):
         self.content_entropy = bool(content_entropy)
         self.gather_distributed = bool(gather_distributed)
         choose_backend(backend, matrix_elements=0, dtype=torch.float32)
-        self.backend = _checks.choice(backend, BACKENDS, "backend")
+        self.backend: Backend = _checks.choice(backend, BACKENDS, "backend")
         checks_are_on(validate)
         self.validate = validate
         self._ascent: list[Any] = []  # a DualAscent that holds lambda; in a list, so that it is no submodule
