@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ssd_addon import _checks, _dist
-from ssd_addon._autocast import Context, backward_without_autocast, matmul
+from ssd_addon._autocast import Context, autocast_off, backward_without_autocast, matmul
 from ssd_addon.kernels.dispatch import Backend, Runnable, choose_backend, compute_dtype
 
 
@@ -52,7 +52,7 @@ def off_diagonal_energy(
     n, d = x.shape
     dtype = compute_dtype(x.dtype)
     name = energy_backend(backend, n, d, dtype=dtype, device=x.device, group=group)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device):
         if name == "triton":
             return _triton(x, y, group)
         x = x.to(dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ssd_addon import _checks, _dist
-from ssd_addon._autocast import matmul
+from ssd_addon._autocast import autocast_off, matmul
 from ssd_addon.kernels.dispatch import Backend, Runnable, checks_are_on, choose_backend, compute_dtype
 from ssd_addon.kernels.operands import longest_row, relabeled
 from ssd_addon.kernels.ranges import UNIT_ROW, constant_shift, largest_exponent, needs_two_parts
@@ -31,7 +31,7 @@ from ssd_addon.kernels.streaming import Levels, Streaming, streaming_lse
 class Known:
     """What a caller has found out about the rows of all ranks, so that nothing is read back from the device again.
 
-    It must be the same on every rank: the ranks choose their arithmetic by it.
+    It must be the same on every rank: the ranks choose their arithmetic by it. All rows are finite.
 
     Attributes:
         longest: length of the longest row, or a bound of it; 1.0 will do for L2-normalized rows, up to 1 % is safe.
@@ -123,13 +123,13 @@ def log_sums(
     """
     dtype = compute_dtype(z.dtype)
     name = log_sums_backend(backend, shards, z.shape[1], dtype=dtype, device=z.device)
-    with torch.autocast(z.device.type, enabled=False):
+    with autocast_off(z.device):
         if name == "triton":
             return _triton(z, image_ids, temperature, prefix or 0, shards, known).T
         rows, tau = z.to(dtype), _scalar(temperature, dtype, z.device)
         levels = ((0, z.shape[1]),) if prefix is None else ((0, prefix), (prefix, z.shape[1]))
         if name == "eager":
-            return _eager(rows, image_ids, tau, levels, shards)
+            return _eager(rows, image_ids, tau, levels, shards, known)
         if torch.compiler.is_compiling() and shards.group is None:
             compiled: Tensor = streaming_lse(rows, tau, image_ids, prefix or 0, chunk or 0)
             return compiled
@@ -148,17 +148,19 @@ def log_sums_backend(
     return choose_backend(backend, matrix_elements=elements, dtype=dtype, device=device, rows=shards.total, width=width)
 
 
-def _eager(z: Tensor, ids: Tensor, tau: Tensor, levels: Levels, s: _dist.Shards) -> Tensor:
+def _eager(z: Tensor, ids: Tensor, tau: Tensor, levels: Levels, s: _dist.Shards, known: Known | None) -> Tensor:
     """The truth: the matrix, its mask, its log-sum-exp. [n, E]"""
     every, every_id = _dist.gather(z, s), _dist.gather(ids.to(torch.int64), s)
     same = ids[:, None] == every_id[None, :]
-    no_value = same.all(dim=1) | ~z.isfinite().all(dim=1)
     out = []
     for _, stop in levels:
         s_ij = matmul(z[:, :stop], every[:, :stop].T) / tau
-        lse = s_ij.masked_fill(same, -math.inf).logsumexp(dim=1)
-        out.append(torch.where(no_value, math.nan, lse))
-    return torch.stack(out, dim=1)
+        out.append(s_ij.masked_fill(same, -math.inf).logsumexp(dim=1))
+    lse = torch.stack(out, dim=1)
+    if known is not None and known.id_low < known.id_high:  # rows are finite, and each has a negative
+        return lse
+    no_value = same.all(dim=1) | ~z.isfinite().all(dim=1)
+    return torch.where(no_value[:, None], math.nan, lse)
 
 
 def _triton(
@@ -249,45 +251,55 @@ def _checked(
     z: Tensor, ids: Tensor, temperature: float | Tensor, group: ProcessGroup | None
 ) -> tuple[_dist.Shards, Known]:
     """Check the values of all ranks, with one read and one collective: every rank reads the same and decides alike."""
-    dtype = compute_dtype(z.dtype)
+    dtype, rows = compute_dtype(z.dtype), z.detach()
     kind = torch.promote_types(dtype, temperature.dtype) if isinstance(temperature, Tensor) else dtype
-    tau = _scalar(temperature, kind, z.device).detach()
-    low = high = longest = tau.new_zeros(())
-    if z.numel():
-        (low, high), longest = z.detach().aminmax(), longest_row(z)  # NaN is both extremes
-    floats = torch.stack([tau, *(t.to(kind) for t in (low, high, longest))])
-    limit = torch.iinfo(torch.int64)  # of no ids: above all others, and below
-    ends = torch.stack(ids.aminmax()).to(torch.int64) if len(ids) else ids.new_tensor([limit.max, limit.min])
-    header = torch.cat([_dist.to_bits(floats), ends])
-    shards, headers = _dist.shards(z.shape[0], header, z.device, group)
-    values = [_dist.from_bits(h[:4], kind) for h in headers]
+    # NaN is the smallest and the largest entry at once.
+    found = [*rows.aminmax(), longest_row(rows)] if rows.numel() else [rows.new_zeros(())] * 3
+    if group is not None or isinstance(temperature, Tensor):
+        found.append(_scalar(temperature, kind, z.device).detach())
+    floats = _dist.to_bits(torch.stack([t.to(kind) for t in found]))
+    ends = ids.to(torch.int64).aminmax(dim=0, keepdim=True) if len(ids) else _no_ids(z.device)
+    shards, headers = _dist.shards(z.shape[0], torch.cat([*ends, floats]), z.device, group)
+    values = [_dist.from_bits(h[2:], kind) for h in headers]
+    taus = [temperature] if not isinstance(temperature, Tensor) and group is None else [v[3] for v in values]
     if isinstance(temperature, Tensor):
-        for number, *_ in values:
-            _checks.positive(number, "temperature", "it divides the cosine similarity")
-            _check_range(number, dtype)
-    id_low, id_high = min(h[4] for h in headers), max(h[5] for h in headers)
+        for tau in taus:
+            _checks.positive(tau, "temperature", "it divides the cosine similarity")
+            _check_range(tau, dtype)
     if shards.total < 2:
         raise ValueError(
             f"negative_lse: expected the rows of at least 2 images, a row needs a negative: got {shards.total}"
         )
-    _check_rows(values, z.shape[1], dtype)
-    if id_low == id_high:
+    _check_rows(values, taus, z.shape[1], dtype)
+    low, high = min(h[0] for h in headers), max(h[1] for h in headers)
+    if low == high:
         raise ValueError(
             f"negative_lse: expected the rows of at least 2 images, so that each has a negative: all {shards.total} "
-            f"rows carry the image id {id_high}"
+            f"rows carry the image id {high}"
         )
-    return shards, Known(max(v[3] for v in values), min(v[0] for v in values), id_low, id_high)
+    return shards, Known(max(v[2] for v in values), min(taus), low, high)
 
 
-def _check_rows(values: list[list[float]], width: int, dtype: torch.dtype) -> None:
-    """values: by rank the temperature, and the smallest and largest entry of the rows."""
-    most, kind = torch.finfo(dtype).max, str(dtype).removeprefix("torch.")
-    infinite = [r for r, (_, low, high, _) in enumerate(values) if not (math.isfinite(low) and math.isfinite(high))]
-    long = [r for r, (tau, low, high, _) in enumerate(values) if max(low * low, high * high) * width / tau > most]
-    for bad, message in (
-        (infinite, "expected finite values: got NaN or infinity"),
-        (long, f"expected rows whose squared length over the temperature {kind} can hold: got longer rows"),
-    ):
-        if bad:
-            where = f" on rank {', '.join(map(str, bad))}" if len(values) > 1 else ""
-            raise ValueError(f"negative_lse, z: {message}{where}")
+def _no_ids(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The smallest and largest id of no rows: above all others, and below."""
+    limit = torch.iinfo(torch.int64)
+    return torch.full((1,), limit.max, device=device), torch.full((1,), limit.min, device=device)
+
+
+def _check_rows(values: list[list[float]], taus: list[float], width: int, dtype: torch.dtype) -> None:
+    """values: by rank the smallest and the largest entry of the rows."""
+    most = torch.finfo(dtype).max
+    infinite = [r for r, (low, high, *_) in enumerate(values) if not (math.isfinite(low) and math.isfinite(high))]
+    if infinite:
+        raise ValueError(f"negative_lse, z: expected finite values: got NaN or infinity{_on_ranks(infinite, values)}")
+    squares = [max(low * low, high * high) * width / tau for (low, high, *_), tau in zip(values, taus, strict=True)]
+    long = [r for r, square in enumerate(squares) if square > most]
+    if long:
+        raise ValueError(
+            "negative_lse, z: expected rows whose squared length over the temperature "
+            f"{str(dtype).removeprefix('torch.')} can hold: got longer rows{_on_ranks(long, values)}"
+        )
+
+
+def _on_ranks(bad: list[int], every: list[list[float]]) -> str:
+    return f" on rank {', '.join(map(str, bad))}" if len(every) > 1 else ""

@@ -115,8 +115,11 @@ def _numbered(ids: Tensor, id_range: tuple[int, int] | None, dtype: torch.dtype)
 
     float32 holds whole numbers up to 2^24 exactly: a range of ids below that, or their order where it is larger.
     """
+    if id_range is None and reads_are_free(ids.device) and len(ids):
+        low, high = ids.aminmax()
+        id_range = int(low), int(high)
     if id_range is not None and id_range[1] - id_range[0] < 2**24:
-        return (ids - id_range[0]).to(dtype)
+        return (ids.to(torch.int64) - id_range[0]).to(dtype)
     return relabeled(ids).to(dtype)
 
 

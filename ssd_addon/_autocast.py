@@ -8,6 +8,7 @@ backward function can receive mixed types. Every backward function of this packa
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
@@ -29,24 +30,31 @@ class Context(FunctionCtx):
     needs_input_grad: tuple[bool, ...]
 
 
+def autocast_off(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast is off for this kind of device; it costs nothing where it is off anyway."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def backward_without_autocast(backward: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C, P], R]:
     """Decorator for the backward of a custom function or operator: it runs with autocast off for its device."""
 
     @functools.wraps(backward)
     def run(ctx: C, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        device = next((g.device.type for g in args if isinstance(g, Tensor)), None)
-        with contextlib.nullcontext() if device is None else torch.autocast(device, enabled=False):
-            return backward(ctx, *args, **kwargs)
+        for gradient in args:
+            if isinstance(gradient, Tensor):
+                with autocast_off(gradient.device):
+                    return backward(ctx, *args, **kwargs)
+        return backward(ctx, *args, **kwargs)
 
     return run
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a b outside autocast, and so its derivatives of every order, under a compiler too. a: [M, K], b: [K, N]."""
-    with torch.autocast(a.device.type, enabled=False):
-        if not torch.compiler.is_compiling() and _is_plain((a, b)):
-            return a @ b
-        product: Tensor = _Matmul.apply(a, b)
+    with autocast_off(a.device):
+        product: Tensor = _Matmul.apply(a, b) if torch.compiler.is_compiling() or not _is_plain((a, b)) else a @ b
         return product
 
 
@@ -61,7 +69,7 @@ class _Matmul(torch.autograd.Function):
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
         compiling = torch.compiler.is_compiling()
-        product = torch.matmul if compiling else matmul
+        product = matmul if torch.is_grad_enabled() and not compiling else torch.matmul
         da: Tensor | None = None
         db: Tensor | None = None
         # A gradient lies in memory as what it belongs to: then it has the bits of torch's own derivative.
@@ -90,7 +98,7 @@ def outside_autocast(f: Callable[..., Result], *tensors: Tensor, parameters: Seq
             get none.
     """
     if torch.compiler.is_compiling() or _is_plain((*tensors, *parameters)):
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with autocast_off(tensors[0].device):
             return f(*tensors)
     return cast(Result, _Outside.apply(f, len(tensors), *tensors, *parameters))
 
@@ -119,7 +127,7 @@ class _Outside(torch.autograd.Function):
     def forward(ctx: _OutsideContext, f: Function, n: int, *tensors: Tensor) -> Any:
         needed = ctx.needs_input_grad[2:]
         leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors[:n], needed[:n], strict=True)]
-        with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        with torch.enable_grad(), autocast_off(tensors[0].device):
             result = f(*leaves)
             outputs = _as_tuple(result)
             ends = [_End.apply(o) for o in outputs if _has_graph(o)]
@@ -137,7 +145,7 @@ class _Outside(torch.autograd.Function):
     def backward(ctx: _OutsideContext, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needed, n = ctx.needs_input_grad[2:], ctx.n
         given = [g is not None and d for g, d in zip(grads, ctx.differentiable, strict=True)]
-        used = [g for g in grads if g is not None]
+        used = [g for g, d in zip(grads, ctx.differentiable, strict=True) if d and g is not None]
         if not used:
             return (None,) * (2 + len(needed))
         saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second time

@@ -83,9 +83,11 @@ def exchange(header: Tensor, group: ProcessGroup | None) -> list[list[int]]:
 
 
 def to_bits(floats: Tensor) -> Tensor:
-    """Floating-point numbers [F] as int64 [F] that `from_bits` turns back exactly; no float64 on the device."""
-    wide = floats if floats.dtype == torch.float64 else floats.float()
-    return wide.detach().view(torch.int64 if wide.dtype == torch.float64 else torch.int32).to(torch.int64)
+    """Floating-point numbers [F] as the integers of their bits (int32, or int64 of float64), which `from_bits` turns
+    back exactly; `torch.cat` joins them with int64."""
+    if floats.dtype == torch.float64:
+        return floats.view(torch.int64)
+    return floats.float().view(torch.int32)
 
 
 def from_bits(bits: Sequence[int], dtype: torch.dtype) -> list[float]:

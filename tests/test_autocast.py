@@ -154,12 +154,22 @@ def test_every_backward_of_the_package_turns_autocast_off():
 # ------------------------------------------------------------------------------------------ matmul
 
 
+PRODUCTS = (matmul, torch.matmul)
+
+
 def test_products_have_the_bits_of_torch_and_its_derivatives():
+    forms = (
+        lambda g, x, y: g(x, y.T),
+        lambda g, x, y: g(x[:, 1:], y[:, 1:].T),
+        lambda g, x, y: g(y, x.T),
+        lambda g, x, y: g(x.T, x.sin()),
+        lambda g, x, y: g(x.T, x.T.contiguous().T),
+    )
     for m, k, n in ((5, 4, 7), (9, 13, 9), (70, 24, 3), (1, 6, 1)):
         x, y = leaves((m, k), (n, k))
-        for f in (lambda g, x, y: g(x, y.T), lambda g, x, y: g(x[:, 1:], y[:, 1:].T), lambda g, x, y: g(y, x.T)):
-            assert_same_bits(run(lambda *t, f=f: f(matmul, *t), (x, y), "nowhere"),
-                             run(lambda *t, f=f: f(torch.matmul, *t), (x, y), "nowhere"))  # fmt: skip
+        for f in forms:
+            got, want = (run(lambda *t, f=f, g=g: f(g, *t) + 0 * t[1].sum(), (x, y), "nowhere") for g in PRODUCTS)
+            assert_same_bits(got, want)
         assert torch.autograd.gradgradcheck(lambda x, y: matmul(x, y.T), (x, y))
     (got,) = torch.autograd.grad(matmul(x, y.detach().T).sum(), x)
     assert torch.equal(got, torch.autograd.grad((x @ y.detach().T).sum(), x)[0])

@@ -133,8 +133,9 @@ def test_floats_travel_exactly_as_integers(dtype):
     f = torch.finfo(dtype)
     t = torch.tensor([0.0, -0.0, 1 / 3, f.max, f.min, f.tiny, f.smallest_normal / 2, math.inf, -math.inf, math.nan])
     t = t.to(dtype) if dtype != torch.float64 else torch.cat([t.double(), torch.tensor([0.1, 1e300, 5e-324]).double()])
-    back = _dist.from_bits(_dist.to_bits(t).tolist(), dtype)
-    assert _dist.to_bits(t).dtype == torch.int64
+    header = torch.cat([torch.tensor([2**63 - 1]), _dist.to_bits(t)])
+    assert header.dtype == torch.int64 and header[0] == 2**63 - 1
+    back = _dist.from_bits(header[1:].tolist(), dtype)
     for a, b in zip(back, t.tolist(), strict=True):
         assert (math.isnan(a) and math.isnan(b)) or (a == b and math.copysign(1, a) == math.copysign(1, b))
 
