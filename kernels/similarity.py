@@ -85,8 +85,8 @@ def negative_lse(
         [N] (or [N, 2]) in max(float32, type of z); for a group the n local rows.
 
     Raises:
-        TypeError, ValueError: wrong type, shape or device, temperature not above 0, prefix outside 1..D-1, no row
-            of another image, NaN or infinity.
+        TypeError, ValueError: wrong type, shape or device, temperature not above 0 or not the same on every rank,
+            prefix outside 1..D-1, no row of another image, NaN or infinity.
     """
     _check_arguments(z, image_ids, temperature, prefix)
     if not isinstance(temperature, Tensor):
@@ -266,6 +266,11 @@ def _checked(
         for tau in taus:
             _checks.positive(tau, "temperature", "it divides the cosine similarity")
             _check_range(tau, dtype)
+    if max(taus) > 1.0001 * min(taus):
+        raise ValueError(
+            f"temperature: expected the same on every rank: got {min(taus):.6g} to {max(taus):.6g}; ranks update a "
+            "learned one alike where its gradient is averaged over them, as DistributedDataParallel does"
+        )
     if shards.total < 2:
         raise ValueError(
             f"negative_lse: expected the rows of at least 2 images, a row needs a negative: got {shards.total}"

@@ -474,6 +474,8 @@ def job_reads(rank, _, failures):
         refused(f"temperature of rank {bad}", "above 0 (it divides the cosine similarity): got 0.0", z, ids, tau)
         tau = torch.tensor(torch.nan if rank == bad else 0.1, dtype=torch.float64)
         refused(f"temperature of rank {bad}", "above 0 (it divides the cosine similarity): got nan", z, ids, tau)
+    for tau in (0.1 + 0.01 * rank, torch.tensor(0.1 + 0.01 * rank)):
+        refused("temperatures that differ", "expected the same on every rank: got 0.1 to 0.12;", z, ids, tau)
     nan = torch.where(torch.tensor(rank == 2), torch.nan, z.detach())
     refused("NaN", "got NaN or infinity on rank 2", nan, ids, 0.1)
     long = torch.where(torch.tensor(rank == 0), 1e19, z.detach())

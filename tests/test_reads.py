@@ -104,6 +104,13 @@ def values(z, f, tau):
     return [lse.detach(), *torch.autograd.grad((lse * cotangent).sum(), (leaf, t))]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_a_negative_are_nan_whatever_is_known(device, backend):
+    z, ids = unit(20, 6).float(), torch.full((20,), 7)
+    for known in (None, Known(1.0, 0.1, 7, 7)):
+        assert log_sums(z, ids, 0.1, backend=backend, shards=alone(20), known=known).isnan().all()
+
+
 @pytest.mark.parametrize("far", [0, 2**24 - 16, 2**40, -(2**62)])
 def test_blocks_are_compared_alike_on_every_device(monkeypatch, far):
     z = unit(40, 6)
