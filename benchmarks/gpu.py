@@ -37,7 +37,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ssd_addon.kernels import fused, negative_lse, off_diagonal_energy, table
+from ssd_addon.kernels import launch, negative_lse, off_diagonal_energy, operators, table
+from ssd_addon.kernels.operands import scaled_rows
 from ssd_addon.kernels.table import Configuration
 from ssd_addon.losses import JointEntropyLoss
 
@@ -288,11 +289,11 @@ def other_paths() -> dict[str, Any]:
     b_want = negative_lse(b.double(), ids, TAU, backend="streaming")
     r["bfloat16"] = (negative_lse(b, ids, TAU, backend="triton") - b_want).abs().max().item()
     one, tau = torch.ones((), device=DEVICE), torch.tensor(TAU, device=DEVICE)
-    x, g = fused._inside(z, one, exact=False), torch.ones(1, n, device=DEVICE)
-    lse = fused.lse_rows(x, None, ids, ids, tau, one, 0, False)
-    r["rectangle"] = (fused.lse_rows(x, x.clone(), ids, ids, tau, one, 0, False) - lse).abs().max().item()
-    dx = fused.lse_rows_grad(x, None, ids, ids, tau, one, lse, lse, g, g, 0, False)
-    other = fused.lse_rows_grad(x, x.clone(), ids, ids, tau, one, lse, lse, g, g, 0, False)
+    x, g = scaled_rows(z, one, exact=False), torch.ones(1, n, device=DEVICE)
+    lse = operators.lse_rows(x, None, ids, ids, tau, one, 0, False)
+    r["rectangle"] = (operators.lse_rows(x, x.clone(), ids, ids, tau, one, 0, False) - lse).abs().max().item()
+    dx = operators.lse_rows_grad(x, None, ids, ids, tau, one, lse, lse, g, g, 0, False)
+    other = operators.lse_rows_grad(x, x.clone(), ids, ids, tau, one, lse, lse, g, g, 0, False)
     r["rectangle, gradient"] = ((other - dx).norm() / dx.norm()).item()
     r["ok"] = r["split"] < 2e-3 and r["float32"] < 1e-3 and r["bfloat16"] < 3e-3 and r["rectangle"] < 1e-4
     r["ok"] = r["ok"] and r["rectangle, gradient"] < 2e-3
@@ -343,10 +344,18 @@ def tuning() -> dict[str, Any]:
         for d in WIDTHS:
             z, ids = data(n, d)
             one, tau = torch.ones((), device=DEVICE), torch.tensor(TAU, device=DEVICE)
-            x = fused._inside(z, one, exact=False)
-            lse = fused.lse_rows(x, None, ids, ids, tau, one, 0, False)
+            x = scaled_rows(z, one, exact=False)
+
+            def sums() -> Tensor:
+                return operators.lse_rows(x, None, ids, ids, tau, one, 0, False)
+
+            lse = sums()
             g = torch.full_like(lse, 1.0)
-            right = fused.lse_rows_grad(x, None, ids, ids, tau, one, lse, lse, g, g, 0, False)
+
+            def weights() -> Tensor:
+                return operators.lse_rows_grad(x, None, ids, ids, tau, one, lse, lse, g, g, 0, False)
+
+            right = weights()
             tried = []
             for values in CANDIDATES:
                 if time.monotonic() - begin > budget:
@@ -354,20 +363,12 @@ def tuning() -> dict[str, Any]:
                 c = Configuration(*values)
                 table.configuration = lambda *_, c=c: c  # type: ignore[misc, assignment]
                 try:
-                    if mode == "sums":
-                        result = times({"t": lambda: fused.lse_rows(x, None, ids, ids, tau, one, 0, False)}, 0.3, 15)
-                    else:
-                        result = times(
-                            {"t": lambda: fused.lse_rows_grad(x, None, ids, ids, tau, one, lse, lse, g, g, 0, False)},
-                            0.3,
-                            15,
-                        )
+                    result = times({"t": sums if mode == "sums" else weights}, 0.3, 15)
                     if "ms" in result["t"]:  # only what computes the same may be fast
                         if mode == "sums":
-                            off = (fused.lse_rows(x, None, ids, ids, tau, one, 0, False) - lse).abs().max().item()
+                            off = (sums() - lse).abs().max().item()
                         else:
-                            dx = fused.lse_rows_grad(x, None, ids, ids, tau, one, lse, lse, g, g, 0, False)
-                            off = ((dx - right).norm() / right.norm()).item()
+                            off = ((weights() - right).norm() / right.norm()).item()
                         if not off < 1e-3:
                             result["t"] = {"failed": f"differs by {off}"}
                 finally:
@@ -391,15 +392,15 @@ def tuning() -> dict[str, Any]:
 def blocks() -> dict[str, Any]:
     """How many rows a block of W should have."""
     found = {}
-    whole = fused.block_rows
+    whole = launch.block_rows
     for n, d in SHAPES[:1] if DRY else [(8192, 2048), (32768, 256), (32768, 2048)]:
         z, ids = data(n, d)
         for rows in (2048, 4096, 8192, 16384):
-            fused.block_rows = lambda d, unit, rows=rows: rows  # type: ignore[assignment, misc]
+            launch.block_rows = lambda d, unit, rows=rows: rows  # type: ignore[assignment, misc]
             try:
                 found[f"{n}, {d}, {rows}"] = times({"t": step(ours, z, ids)}, 1.0, 20)["t"]
             finally:
-                fused.block_rows = whole
+                launch.block_rows = whole
         release()
     return found
 

@@ -7,17 +7,22 @@ Legend: n local rows, D columns, c columns of a block. Source: the covariance te
 and the redundancy term of Barlow Twins (Zbontar et al. 2021).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ssd_addon import _checks, _dist
-from ssd_addon.kernels.dispatch import choose_backend, compute_dtype
+from ssd_addon._autocast import Context, autocast_off, backward_without_autocast, matmul
+from ssd_addon.kernels.dispatch import Backend, Runnable, choose_backend, compute_dtype
 
 
 def off_diagonal_energy(
-    x: Tensor, y: Tensor | None = None, *, backend: str = "auto", group: Any = None, chunk: int = 512
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+    group: ProcessGroup | None = None,
+    chunk: int = 512,
 ) -> Tensor:
     """sum_{k != l} (sum_i x_ik y_il)^2, a scalar in max(float32, type of x), differentiable in x and y.
 
@@ -25,13 +30,15 @@ def off_diagonal_energy(
     tensor(8.)
 
     Args:
-        x: [n, D] rows, already centred (and standardised) as the loss wants them.
+        x: [n, D] rows, already centred (and standardized) as the loss wants them.
         y: [n, D]; None means x.
         backend: "auto", "eager", "streaming" (keeps no D x D matrix), "triton" (CUDA, fp16 products); the last two pick
             the cheaper side.
         group: None computes on the local rows; for a process group X^T Y is summed over ranks, on the D side (that
             matrix, or its blocks, is what the ranks exchange); backward assumes that gradients are averaged over ranks.
         chunk: columns of a block of the streaming backend.
+
+    Nothing is read back from the device: NaN and infinity come out as they are.
 
     Raises:
         TypeError, ValueError: not floating point, not [n, D], or x and y of different shapes.
@@ -45,7 +52,7 @@ def off_diagonal_energy(
     n, d = x.shape
     dtype = compute_dtype(x.dtype)
     name = energy_backend(backend, n, d, dtype=dtype, device=x.device, group=group)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device):
         if name == "triton":
             return _triton(x, y, group)
         x = x.to(dtype)
@@ -57,50 +64,62 @@ def off_diagonal_energy(
 
 
 def energy_backend(
-    backend: str, n: int, d: int, *, dtype: torch.dtype, device: torch.device | None = None, group: Any = None
-) -> str:
+    backend: Backend,
+    n: int,
+    d: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    group: ProcessGroup | None = None,
+) -> Runnable:
     """What `off_diagonal_energy` runs for n local rows of d columns; the same on every rank of a group."""
     # Streaming is the faster one as soon as it can leave out work; D x D is what eager keeps for the backward.
     elements = 16 * d * d if by_rows(n, d, group) else d * d
     return choose_backend(backend, matrix_elements=elements, dtype=dtype, device=device)
 
 
-def by_rows(n: int, d: int, group: Any) -> bool:
+def by_rows(n: int, d: int, group: ProcessGroup | None) -> bool:
     """Whether the N side is the cheaper one. Ranks exchange X^T Y, so for a group it is never taken."""
     return group is None and 2 * n < d
 
 
-def _triton(x: Tensor, y: Tensor | None, group: Any) -> Tensor:
-    from ssd_addon.kernels import energy
+def _triton(x: Tensor, y: Tensor | None, group: ProcessGroup | None) -> Tensor:
+    from ssd_addon.kernels import operators
 
     out: Tensor
     if group is not None:
-        out = energy.EnergyOverRanks.apply(x, y, group)
+        out = operators.EnergyOverRanks.apply(x, y, group)
         return out
     if not x.shape[0]:
         return (x.sum() + (0 if y is None else y.sum())).float() * 0
-    out, _, _ = energy.off_diagonal_energy(x, y, by_rows(x.shape[0], x.shape[1], group))
+    out, _, _ = operators.off_diagonal_energy(x, y, by_rows(x.shape[0], x.shape[1], group))
     return out
 
 
-def _block(x: Tensor, y: Tensor, block: slice, start: int, group: Any) -> Tensor:
+def _block(x: Tensor, y: Tensor, block: slice, start: int, group: ProcessGroup | None) -> Tensor:
     """Rows `block`, columns from `start`, of X^T Y over all ranks, with a diagonal of 0."""
     c = _dist.all_sum(x[:, block].T @ y[:, start:], group)
     c.diagonal(offset=block.start - start).zero_()
     return c
 
 
-def _eager(x: Tensor, y: Tensor, group: Any) -> Tensor:
-    c = _dist.all_sum(x.T @ y, group)
+def _eager(x: Tensor, y: Tensor, group: ProcessGroup | None) -> Tensor:
+    c = _dist.all_sum(matmul(x.T, y), group)
     return (c - torch.diag(c.diagonal())).square().sum()
+
+
+class _StreamingContext(Context):
+    symmetric: bool
+    chunk: int
+    group: ProcessGroup | None
 
 
 class _Streaming(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor | None, chunk: int, group: Any) -> Tensor:
+    def forward(ctx: _StreamingContext, x: Tensor, y: Tensor | None, chunk: int, group: ProcessGroup | None) -> Tensor:
         symmetric = y is None  # not y = x: a function that takes one tensor twice cannot be compiled
         y = x if y is None else y
-        ctx.static = (symmetric, chunk, group)
+        ctx.symmetric, ctx.chunk, ctx.group = symmetric, chunk, group
         n, d = x.shape
         if by_rows(n, d, group):
             g = x @ x.T
@@ -123,14 +142,15 @@ class _Streaming(torch.autograd.Function):
         return energy.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    @backward_without_autocast
+    def backward(ctx: _StreamingContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "off_diagonal_energy: the streaming backend has no second derivative (create_graph=True); "
                 "use backend='eager'"
             )
         x, y, *sides = ctx.saved_tensors
-        symmetric, chunk, group = ctx.static
+        symmetric, chunk, group = ctx.symmetric, ctx.chunk, ctx.group
         grad = _dist.all_sum(grad, group)  # a rank's rows reach the loss of every rank
         if sides:
             g, h, diagonal = sides

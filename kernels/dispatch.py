@@ -1,29 +1,33 @@
 """Which backend runs: by device, type and size for "auto"; a named one runs or raises."""
 
 import importlib.util
+from typing import Literal, get_args
 
 import torch
 
 from ssd_addon.kernels import table
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-BACKENDS = ("auto", "eager", "streaming", "triton")
+
+Runnable = Literal["eager", "streaming", "triton"]
+Backend = Literal["auto", Runnable]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 EAGER_BYTES = 64 * 2**20
-"""Up to this size of the matrix that eager materialises, eager is the choice of "auto"."""
+"""Up to this size of the matrix that eager materializes, eager is the choice of "auto"."""
 CPU_EAGER_BYTES = 256 * 2**10
 """The same for the log-sums on a CPU, where streaming is the faster one from about 256 rows on (docs/benchmarks.md)."""
 
 
 def choose_backend(
-    backend: str,
+    backend: Backend,
     *,
     matrix_elements: int,
     dtype: torch.dtype,
     device: torch.device | None = None,
     rows: int = 0,
     width: int = 0,
-) -> str:
+) -> Runnable:
     """Resolve "auto" and refuse what cannot run.
 
     Args:
@@ -68,9 +72,9 @@ def why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "it computes in float32 from fp16 products, and the rows are torch.float64"
     if not HAS_TRITON:
         return "it needs the package triton, which is not installed"
-    from ssd_addon.kernels import fused
+    from ssd_addon.kernels import launch
 
-    return fused.why_not(device)
+    return launch.why_not(device)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -78,7 +82,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(torch.float32, dtype)
 
 
-def checks_are_on(validate: bool | str) -> bool:
+def checks_are_on(validate: bool | Literal["auto"]) -> bool:
     """Checks on values read them back from the device: "auto" leaves them out where that is impossible."""
     if validate == "auto":
         if torch.compiler.is_compiling():  # first: the compiler cannot trace the question that follows

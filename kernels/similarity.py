@@ -6,19 +6,48 @@ N rows z_i in R^D, image ids a_i, temperature tau, s_ij = <z_i, z_j> / tau:
     dL/dz_i   = (1/tau) sum_{j : a_j != a_i} exp(s_ij) (c_i + c_j) z_j,     c_i = (dL/dlse_i) exp(-lse_i)
     dL/dtau   = -(1/(2 tau)) sum_i <z_i, dL/dz_i>
 
-Legend: n local rows, N rows over all ranks, C rows of a block, E the levels (1, or 2 with `prefix`).
+`negative_lse` checks its input, over all ranks; `log_sums` is the same for a caller who has done so already.
+Legend: n local rows, N rows over all ranks, D columns, E the levels (1, or 2 with `prefix`).
 Source: Eastwood et al., arXiv 2311.08815, the entropy term; the derivation is in kernels/README.md.
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ssd_addon import _checks, _dist
-from ssd_addon.kernels.dispatch import checks_are_on, choose_backend, compute_dtype
-from ssd_addon.kernels.streaming import Streaming, streaming_lse
+from ssd_addon._autocast import autocast_off, matmul
+from ssd_addon.kernels.dispatch import Backend, Runnable, checks_are_on, choose_backend, compute_dtype
+from ssd_addon.kernels.operands import longest_row, relabeled
+from ssd_addon.kernels.ranges import UNIT_ROW, constant_shift, largest_exponent, needs_two_parts
+from ssd_addon.kernels.streaming import Levels, Streaming, streaming_lse
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a caller has found out about the rows of all ranks, so that nothing is read back from the device again.
+
+    It must be the same on every rank: the ranks choose their arithmetic by it. All rows are finite.
+
+    Attributes:
+        longest: length of the longest row, or a bound of it; 1.0 will do for L2-normalized rows, up to 1 % is safe.
+        temperature: its value, above 0.
+        id_low, id_high: smallest and largest image id.
+    """
+
+    longest: float
+    temperature: float
+    id_low: int
+    id_high: int
+
+    @property
+    def id_range(self) -> tuple[int, int]:
+        return self.id_low, self.id_high
 
 
 def negative_lse(
@@ -27,9 +56,9 @@ def negative_lse(
     temperature: float | Tensor,
     *,
     prefix: int | None = None,
-    backend: str = "auto",
-    group: Any = None,
-    validate: bool | str = "auto",
+    backend: Backend = "auto",
+    group: ProcessGroup | None = None,
+    validate: bool | Literal["auto"] = "auto",
     chunk: int | None = None,
 ) -> Tensor:
     """log sum over the rows of other images of exp(<z_i, z_j> / temperature), for every row i.
@@ -48,8 +77,8 @@ def negative_lse(
             1/temperature times 2^-11 at worst, gradients to 3e-4 of their norm; kernels/README.md).
         group: None computes on the local rows; a process group gathers the rows of all ranks (ids are global), and
             backward assumes that gradients are averaged over ranks.
-        validate: raise on NaN, infinities and rows without a negative; off, these rows come out as NaN, and with
-            "triton" rows longer than 1 make everything NaN, as nothing is read back from the device.
+        validate: raise on NaN, infinities and rows without a negative, on all ranks alike; it takes one read from the
+            device. Off, these rows come out as NaN, and with "triton" rows longer than 1 make everything NaN.
         chunk: rows of a block of the streaming backend; None chooses by cache. Any value gives the same result
             to rounding.
 
@@ -57,94 +86,120 @@ def negative_lse(
         [N] (or [N, 2]) in max(float32, type of z); for a group the n local rows.
 
     Raises:
-        TypeError, ValueError: wrong type, shape or device, temperature not above 0, prefix outside 1..D-1, no row
-            of another image, NaN or infinity.
+        TypeError, ValueError: wrong type, shape or device, temperature not above 0 or not the same on every rank,
+            prefix outside 1..D-1, no row of another image, NaN or infinity.
     """
     _check_arguments(z, image_ids, temperature, prefix)
-    n, d = z.shape
-    dtype = compute_dtype(z.dtype)
     if not isinstance(temperature, Tensor):
-        _check_range(temperature, dtype)
-    values = _values_header(z, image_ids, temperature) if checks_are_on(validate) else None
-    shards, headers = _dist.shards(n, values or [], z.device, group)
-    if values is not None:
-        _check_values(headers, shards.total)
+        _check_range(temperature, compute_dtype(z.dtype))
+    known = None
+    if checks_are_on(validate):
+        shards, known = _checked(z, image_ids, temperature, group)
+    else:
+        shards, _ = _dist.shards(z.shape[0], [], z.device, group)
+    out = log_sums(z, image_ids, temperature, prefix=prefix, backend=backend, shards=shards, known=known, chunk=chunk)
+    return out[:, 0] if prefix is None else out
+
+
+def log_sums(
+    z: Tensor,
+    image_ids: Tensor,
+    temperature: float | Tensor,
+    *,
+    prefix: int | None = None,
+    backend: Backend = "auto",
+    shards: _dist.Shards,
+    known: Known | None,
+    chunk: int | None = None,
+) -> Tensor:
+    """`negative_lse` without its checks, [n, E]: for a caller who has checked the input and exchanged sizes over ranks.
+
+    Args:
+        z, image_ids, temperature, prefix, backend, chunk: as in `negative_lse`; correct, and finite where `known` is
+            given.
+        shards: how the rows lie over ranks.
+        known: with it nothing is read back from the device. None: values were not checked, or cannot be read. The
+            streaming backend then reads the longest row and a temperature that is a tensor; triton reads nothing, and
+            rows longer than 1 make everything NaN.
+    """
+    dtype = compute_dtype(z.dtype)
+    name = log_sums_backend(backend, shards, z.shape[1], dtype=dtype, device=z.device)
+    with autocast_off(z.device):
+        if name == "triton":
+            return _triton(z, image_ids, temperature, prefix or 0, shards, known).T
+        rows, tau = z.to(dtype), _scalar(temperature, dtype, z.device)
+        levels = ((0, z.shape[1]),) if prefix is None else ((0, prefix), (prefix, z.shape[1]))
+        if name == "eager":
+            return _eager(rows, image_ids, tau, levels, shards, known)
+        if torch.compiler.is_compiling() and shards.group is None:
+            compiled: Tensor = streaming_lse(rows, tau, image_ids, prefix or 0, chunk or 0)
+            return compiled
+        number = None if isinstance(temperature, Tensor) else float(temperature)
+        given = (number, None, None) if known is None else (known.temperature, known.longest, known.id_range)
+        out: Tensor = Streaming.apply(rows, tau, image_ids, levels, shards, chunk, *given)
+        return out
+
+
+def log_sums_backend(
+    backend: Backend, shards: _dist.Shards, width: int, *, dtype: torch.dtype, device: torch.device
+) -> Runnable:
+    """What `log_sums` runs for rows of `width` columns; the same on every rank of a group."""
     # By the largest shard: every rank must come to the same choice, as the collectives of the backends differ.
     elements = max(shards.sizes) * shards.total
-    name = choose_backend(backend, matrix_elements=elements, dtype=dtype, device=z.device, rows=shards.total, width=d)
-    if name == "triton":
-        bounds = (min(h[1] for h in headers), max(h[2] for h in headers)) if values is not None else None
-        lse = _triton(z, image_ids, temperature, prefix or 0, bounds, shards)
-        return lse[0] if prefix is None else lse.T
-    with torch.autocast(z.device.type, enabled=False):
-        rows = z.to(dtype)
-        tau = _scalar(temperature, dtype, z.device)
-        levels = ((0, d),) if prefix is None else ((0, prefix), (prefix, d))
-        if name == "eager":
-            lse = _eager(rows, image_ids, tau, levels, shards)
-        elif torch.compiler.is_compiling() and shards.group is None:
-            lse = streaming_lse(rows, tau, image_ids, prefix or 0, chunk or 0)
-        else:
-            lse = Streaming.apply(rows, tau, image_ids, levels, shards, chunk)
-    return lse[:, 0] if prefix is None else lse
+    return choose_backend(backend, matrix_elements=elements, dtype=dtype, device=device, rows=shards.total, width=width)
 
 
-def _eager(z: Tensor, ids: Tensor, tau: Tensor, levels: tuple[tuple[int, int], ...], s: _dist.Shards) -> Tensor:
+def _eager(z: Tensor, ids: Tensor, tau: Tensor, levels: Levels, s: _dist.Shards, known: Known | None) -> Tensor:
     """The truth: the matrix, its mask, its log-sum-exp. [n, E]"""
-    every, every_id = _dist.gather(z, s), _dist.gather(ids, s)
+    every, every_id = _dist.gather(z, s), _dist.gather(ids.to(torch.int64), s)
     same = ids[:, None] == every_id[None, :]
-    no_value = same.all(dim=1) | ~z.isfinite().all(dim=1)
     out = []
     for _, stop in levels:
-        s_ij = z[:, :stop] @ every[:, :stop].T / tau
-        lse = s_ij.masked_fill(same, -math.inf).logsumexp(dim=1)
-        out.append(torch.where(no_value, math.nan, lse))
-    return torch.stack(out, dim=1)
-
-
-# ------------------------------------------------------------------------------------------------- triton
-
-RESOLVED = 128.0
-"""Products of fp16 rows are off by at most 2^-11 of R/tau: beyond this R/tau they are made of two fp16 parts."""
+        s_ij = matmul(z[:, :stop], every[:, :stop].T) / tau
+        out.append(s_ij.masked_fill(same, -math.inf).logsumexp(dim=1))
+    lse = torch.stack(out, dim=1)
+    if known is not None and known.id_low < known.id_high:  # rows are finite, and each has a negative
+        return lse
+    no_value = same.all(dim=1) | ~z.isfinite().all(dim=1)
+    return torch.where(no_value[:, None], math.nan, lse)
 
 
 def _triton(
-    z: Tensor,
-    ids: Tensor,
-    temperature: float | Tensor,
-    prefix: int,
-    id_bounds: tuple[int, int] | None,
-    s: _dist.Shards,
+    z: Tensor, ids: Tensor, temperature: float | Tensor, prefix: int, s: _dist.Shards, known: Known | None
 ) -> Tensor:
-    """[E, n]. Without checks (no bounds of the ids) nothing is read back from the device, and rows longer than 1 make
-    the result NaN."""
-    from ssd_addon.kernels import fused
+    """[E, n]"""
+    from ssd_addon.kernels import operators
 
     tau = _scalar(temperature, torch.float32, z.device)
-    with torch.autocast(z.device.type, enabled=False):
-        if s.total < 2:
-            return z.sum() * 0 + z.new_full((2 if prefix else 1, z.shape[0]), math.nan, dtype=torch.float32)
-        limit = torch.iinfo(torch.int32)
-        if ids.dtype.itemsize < 4 or (id_bounds and limit.min <= id_bounds[0] and id_bounds[1] <= limit.max):
-            ids = ids.to(torch.int32)
-        elif ids.dtype != torch.int32:
-            ids = ids.to(torch.int64)
-            ids = fused.relabelled(ids) if s.group is None else ids
-        longest = _dist.maximum(fused.longest_row(z), s.group)
-        # R/tau, which bounds |s|: known on the host where values are checked, or where the temperature is a number.
-        bound: float | None = None
-        if id_bounds:
-            bound = longest.item() ** 2 / tau.item()
-        else:
-            longest = longest.masked_fill(~(longest <= 1.01), math.nan)
-            if not isinstance(temperature, Tensor):
-                bound = 1.01**2 / temperature
-        maximum = bound is None or 2 * bound + math.log(s.total) > 2 * fused.EXPONENT
-        exact = bound is not None and bound > RESOLVED
-        if s.group is None:
-            return fused.negative_lse(z, ids, tau, longest, prefix, maximum, exact)
-        out: Tensor = fused.LseOverRanks.apply(z, ids, tau, longest, prefix, maximum, exact, s)
-        return out
+    if s.total < 2:
+        return z.sum() * 0 + z.new_full((2 if prefix else 1, z.shape[0]), math.nan, dtype=torch.float32)
+    bound: float | None = None
+    if known is not None:
+        longest = torch.full((), known.longest, dtype=torch.float32, device=z.device)
+        bound = largest_exponent(known.longest * known.longest, known.temperature)
+    else:
+        longest = _dist.maximum(longest_row(z), s.group)
+        longest = longest.masked_fill(~(longest <= UNIT_ROW), math.nan)
+        if not isinstance(temperature, Tensor):
+            bound = largest_exponent(UNIT_ROW * UNIT_ROW, temperature)
+    ids = _int32_ids(ids, s, known)
+    maximum, exact = constant_shift(bound, s.total) is None, needs_two_parts(bound)
+    if s.group is None:
+        alone: Tensor = operators.negative_lse(z, ids, tau, longest, prefix, maximum, exact)
+        return alone
+    out: Tensor = operators.LseOverRanks.apply(z, ids, tau, longest, prefix, maximum, exact, s)
+    return out
+
+
+def _int32_ids(ids: Tensor, s: _dist.Shards, known: Known | None) -> Tensor:
+    """Ids in int32, numbered anew where they may not fit; over ranks that waits until they are gathered, in int64."""
+    limit = torch.iinfo(torch.int32)
+    if known is not None and limit.min <= known.id_low and known.id_high <= limit.max:
+        return ids.to(torch.int32)
+    if s.group is not None:
+        return ids.to(torch.int64)
+    fit = ids.dtype.itemsize < 4 or ids.dtype == torch.int32
+    return ids.to(torch.int32) if fit else relabeled(ids)
 
 
 # ------------------------------------------------------------------------------------------------- checks
@@ -178,6 +233,18 @@ def check_temperature(temperature: float | Tensor) -> None:
         )
 
 
+def check_temperatures(taus: Sequence[float], dtype: torch.dtype) -> None:
+    """The values that all ranks have, for arithmetic in a type: above 0, not too small, and the same."""
+    for tau in taus:
+        _checks.positive(tau, "temperature", "it divides the cosine similarity")
+        _check_range(tau, dtype)
+    if max(taus) > 1.0001 * min(taus):
+        raise ValueError(
+            f"temperature: expected the same on every rank: got {min(taus):.6g} to {max(taus):.6g}; ranks update a "
+            "learned one alike where its gradient is averaged over them, as DistributedDataParallel does"
+        )
+
+
 def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """0-dim on the device; a number is written there by a kernel, not copied, which a graph could not capture."""
     if isinstance(value, Tensor):
@@ -193,44 +260,56 @@ def _check_range(temperature: float, dtype: torch.dtype) -> None:
         )
 
 
-_ID_LIMIT = 2**62
-_NOT_FINITE, _FINE, _OVERFLOWS = range(3)
-
-
-def _values_header(z: Tensor, ids: Tensor, temperature: float | Tensor) -> list[int]:
-    """What every rank must know before anyone computes: are values finite, which ids are there."""
-    tau = temperature
-    if isinstance(temperature, Tensor):
-        tau = temperature.item()
-        _checks.positive(tau, "temperature", "it divides the cosine similarity")
-        _check_range(tau, compute_dtype(z.dtype))
-    if not z.shape[0]:
-        return [_FINE, _ID_LIMIT, -_ID_LIMIT]
-    state = _FINE
-    if z.numel():
-        extremes = torch.stack(z.aminmax()).double()  # NaN is both extremes then
-        largest = extremes.abs().max().item()
-        if not math.isfinite(largest):
-            state = _NOT_FINITE
-        elif largest**2 * z.shape[1] / tau > torch.finfo(compute_dtype(z.dtype)).max:
-            state = _OVERFLOWS
-    return [state, int(ids.min()), int(ids.max())]
-
-
-def _check_values(headers: list[list[int]], total: int) -> None:
-    if total < 2:
-        raise ValueError(f"negative_lse: expected the rows of at least 2 images, a row needs a negative: got {total}")
-    for state, message in (
-        (_NOT_FINITE, "expected finite values: got NaN or infinity"),
-        (_OVERFLOWS, "expected rows whose squared length over the temperature float32 can hold: got longer rows"),
-    ):
-        bad = [r for r, found in enumerate(h[0] for h in headers) if found == state]
-        if bad:
-            where = f" on rank {', '.join(map(str, bad))}" if len(headers) > 1 else ""
-            raise ValueError(f"negative_lse, z: {message}{where}")
-    highest = max(h[2] for h in headers)
-    if min(h[1] for h in headers) == highest:
+def _checked(
+    z: Tensor, ids: Tensor, temperature: float | Tensor, group: ProcessGroup | None
+) -> tuple[_dist.Shards, Known]:
+    """Check the values of all ranks, with one read and one collective: every rank reads the same and decides alike."""
+    dtype, rows = compute_dtype(z.dtype), z.detach()
+    kind = torch.promote_types(dtype, temperature.dtype) if isinstance(temperature, Tensor) else dtype
+    # NaN is the smallest and the largest entry at once.
+    found = [*rows.aminmax(), longest_row(rows)] if rows.numel() else [rows.new_zeros(())] * 3
+    if group is not None or isinstance(temperature, Tensor):
+        found.append(_scalar(temperature, kind, z.device).detach())
+    floats = _dist.to_bits(torch.stack([t.to(kind) for t in found]))
+    ends = ids.to(torch.int64).aminmax(dim=0, keepdim=True) if len(ids) else _no_ids(z.device)
+    shards, headers = _dist.shards(z.shape[0], torch.cat([*ends, floats]), z.device, group)
+    values = [_dist.from_bits(h[2:], kind) for h in headers]
+    taus = [temperature] if not isinstance(temperature, Tensor) and group is None else [v[3] for v in values]
+    check_temperatures(taus, dtype)
+    if shards.total < 2:
         raise ValueError(
-            f"negative_lse: expected the rows of at least 2 images, so that each has a negative: all {total} rows "
-            f"carry the image id {highest}"
+            f"negative_lse: expected the rows of at least 2 images, a row needs a negative: got {shards.total}"
         )
+    _check_rows(values, taus, z.shape[1], dtype)
+    low, high = min(h[0] for h in headers), max(h[1] for h in headers)
+    if low == high:
+        raise ValueError(
+            f"negative_lse: expected the rows of at least 2 images, so that each has a negative: all {shards.total} "
+            f"rows carry the image id {high}"
+        )
+    return shards, Known(max(v[2] for v in values), min(taus), low, high)
+
+
+def _no_ids(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The smallest and largest id of no rows: above all others, and below."""
+    limit = torch.iinfo(torch.int64)
+    return torch.full((1,), limit.max, device=device), torch.full((1,), limit.min, device=device)
+
+
+def _check_rows(values: list[list[float]], taus: list[float], width: int, dtype: torch.dtype) -> None:
+    """values: by rank the smallest and the largest entry of the rows."""
+    most = torch.finfo(dtype).max
+    infinite = [r for r, (low, high, *_) in enumerate(values) if not (math.isfinite(low) and math.isfinite(high))]
+    if infinite:
+        raise ValueError(f"negative_lse, z: expected finite values: got NaN or infinity{_on_ranks(infinite, values)}")
+    squares = [max(low * low, high * high) * width / tau for (low, high, *_), tau in zip(values, taus, strict=True)]
+    long = [r for r, square in enumerate(squares) if square > most]
+    if long:
+        raise ValueError(
+            "negative_lse, z: expected rows whose squared length over the temperature "
+            f"{str(dtype).removeprefix('torch.')} can hold: got longer rows{_on_ranks(long, values)}"
+        )
+
+
+def _on_ranks(bad: list[int], every: list[list[float]]) -> str:
+    return f" on rank {', '.join(map(str, bad))}" if len(every) > 1 else ""

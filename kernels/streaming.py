@@ -3,76 +3,70 @@
 Equations and legend: `similarity`. C rows of a block; E levels (1, or 2 with a prefix).
 """
 
+import ctypes
 import math
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ssd_addon import _dist
+from ssd_addon._autocast import Context, backward_without_autocast
+from ssd_addon.kernels.operands import longest_row, relabeled
+from ssd_addon.kernels.ranges import LOG2E, constant_shift, largest_exponent
 
-EXPONENT = 80.0
-"""exp(80) and N * exp(80) stay inside float32, and so do their inverses."""
+Levels = tuple[tuple[int, int], ...]
 
-LOG2E = math.log2(math.e)
-"""The blocks hold s_ij / log 2, so that exp(s_ij) is exp2 of them: a third of the time of exp on a CPU."""
+
+class _StreamingContext(Context):
+    levels: Levels
+    shards: _dist.Shards
+    chunk: int | None
+    scale: float
+    shift: float | None
 
 
 class Streaming(torch.autograd.Function):
-    """Blocks of rows I times blocks of rows J; nothing of size N x N. One process: I <= J, the triangle only."""
+    """Blocks of rows I times blocks of rows J; nothing of size N x N. One process: I <= J, the triangle only.
+
+    temperature, longest: tau and the length of the longest row over all ranks as numbers of the host. What is None is
+    read back from the device, both at once.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        z: Tensor,
-        tau: Tensor,
-        ids: Tensor,
-        levels: tuple[tuple[int, int], ...],
-        s: _dist.Shards,
-        chunk: int | None,
-    ) -> Tensor:
-        every, every_id = _dist.gather(z, s), _dist.gather(ids, s)
-        # Numbered from 0 and in the type of z (whole up to 2^24 images in float32): comparing floats vectorises.
-        every_id = torch.unique(every_id, return_inverse=True)[1].to(z.dtype)
+        ctx: _StreamingContext, z: Tensor, tau: Tensor, ids: Tensor, levels: Levels, s: _dist.Shards,
+        chunk: int | None, temperature: float | None, longest: float | None, id_range: tuple[int, int] | None,
+    ) -> Tensor:  # fmt: skip
+        every = _dist.gather(z, s)
+        every_id = _numbered(_dist.gather(ids.to(torch.int64), s), id_range, z.dtype)
         ids = every_id[s.offset : s.offset + s.size]
-        blocks = _Blocks(z, ids, every, every_id, 1.0 / tau.item(), levels, s, chunk)
-        shift = blocks.analytic_shift()
-        lse = blocks.lse_by_maximum() if shift is None else blocks.lse_by_shift(shift)
+        scale, shift = _scale_and_shift(every, tau, temperature, longest)
+        lse = _Blocks(z, ids, every, every_id, scale, levels, s, chunk).lse(shift)
         ctx.save_for_backward(z, tau, ids, every, every_id, lse)
-        ctx.static = (levels, s, chunk, shift)
+        ctx.levels, ctx.shards, ctx.chunk, ctx.scale, ctx.shift = levels, s, chunk, scale, shift
         return lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    @backward_without_autocast
+    def backward(ctx: _StreamingContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "negative_lse: the streaming backend has no second derivative (create_graph=True); use backend='eager'"
             )
         z, tau, ids, every, every_id, lse = ctx.saved_tensors
-        levels, s, chunk, shift = ctx.static
-        blocks = _Blocks(z, ids, every, every_id, 1.0 / tau.item(), levels, s, chunk)
-        dz = blocks.gradient(lse, grad, shift)
+        blocks = _Blocks(z, ids, every, every_id, ctx.scale, ctx.levels, ctx.shards, ctx.chunk)
+        dz = blocks.gradient(lse, grad, ctx.shift)
         dtau = -(z * dz).sum() / (2 * tau) if ctx.needs_input_grad[1] else None
-        return dz, dtau, None, None, None, None
-
-
-class _Context:
-    """Stands in for autograd's, for the operators that torch.compile sees."""
-
-    needs_input_grad = (True, True)
-    saved_tensors: tuple[Tensor, ...]
-    static: tuple[Any, ...]
-
-    def save_for_backward(self, *tensors: Tensor) -> None:
-        self.saved_tensors = tensors
+        return dz, dtau, *(None,) * 7
 
 
 @torch.library.custom_op("ssd_addon::streaming_lse", mutates_args=())
 def streaming_lse(z: Tensor, tau: Tensor, ids: Tensor, prefix: int, chunk: int) -> Tensor:
     """[N, E]; one process. Loops that depend on values are opaque to the compiler."""
-    levels = ((0, prefix), (prefix, z.shape[1])) if prefix else ((0, z.shape[1]),)
-    alone = _dist.Shards(None, (z.shape[0],), 0)
-    return Streaming.forward(_Context(), z, tau, ids, levels, alone, chunk or None)
+    number = _numbered(ids, None, z.dtype)
+    scale, shift = _scale_and_shift(z, tau, None, None)
+    return _alone(z, number, scale, prefix, chunk).lse(shift)
 
 
 @streaming_lse.register_fake
@@ -81,77 +75,102 @@ def _(z, tau, ids, prefix, chunk):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("ssd_addon::streaming_lse_backward", mutates_args=())
-def _streaming_backward(
+def streaming_lse_backward(
     grad: Tensor, lse: Tensor, z: Tensor, tau: Tensor, ids: Tensor, prefix: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    ctx = _Context()
-    levels = ((0, prefix), (prefix, z.shape[1])) if prefix else ((0, z.shape[1]),)
-    alone = _dist.Shards(None, (z.shape[0],), 0)
-    number = torch.unique(ids, return_inverse=True)[1].to(z.dtype)
-    shift = _Blocks(z, number, z, number, 1.0 / tau.item(), levels, alone, chunk or None).analytic_shift()
-    ctx.saved_tensors = (z, tau, number, z, number, lse)
-    ctx.static = (levels, alone, chunk or None, shift)
-    dz, dtau, *_ = Streaming.backward(ctx, grad.contiguous())
-    assert dz is not None and dtau is not None
-    return dz, dtau
+    """(dz [N, D], dtau 0-dim) for the upstream gradient [N, E]."""
+    number = _numbered(ids, None, z.dtype)
+    scale, shift = _scale_and_shift(z, tau, None, None)
+    dz = _alone(z, number, scale, prefix, chunk).gradient(lse, grad.contiguous(), shift)
+    return dz, -(z * dz).sum() / (2 * tau)
 
 
-@_streaming_backward.register_fake
+@streaming_lse_backward.register_fake
 def _(grad, lse, z, tau, ids, prefix, chunk):  # type: ignore[no-untyped-def]
     return z.new_empty(z.shape), torch.empty_like(tau)
 
 
-def _save_streaming(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    z, tau, ids, *ctx.static = inputs
+class _OperatorContext(Context):
+    prefix: int
+    chunk: int
+
+
+def _save_streaming(ctx: _OperatorContext, inputs: tuple[Tensor, Tensor, Tensor, int, int], output: Tensor) -> None:
+    z, tau, ids, ctx.prefix, ctx.chunk = inputs
     ctx.save_for_backward(output, z, tau, ids)
 
 
-def _differentiate_streaming(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dz, dtau = _streaming_backward(grad, *ctx.saved_tensors, *ctx.static)
+@backward_without_autocast
+def _differentiate_streaming(ctx: _OperatorContext, grad: Tensor) -> tuple[Tensor | None, ...]:
+    lse, z, tau, ids = ctx.saved_tensors
+    dz, dtau = streaming_lse_backward(grad, lse, z, tau, ids, ctx.prefix, ctx.chunk)
     return dz, dtau, None, None, None
 
 
 streaming_lse.register_autograd(_differentiate_streaming, setup_context=_save_streaming)
 
 
+def _numbered(ids: Tensor, id_range: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:
+    """Ids as whole numbers in the type of the rows, where equality stays what it was: comparing floats vectorizes.
+
+    float32 holds whole numbers up to 2^24 exactly: a range of ids below that, or their order where it is larger.
+    """
+    if id_range is None and reads_are_free(ids.device) and len(ids):
+        low, high = ids.aminmax()
+        id_range = int(low), int(high)
+    if id_range is not None and id_range[1] - id_range[0] < 2**24:
+        return (ids.to(torch.int64) - id_range[0]).to(dtype)
+    return relabeled(ids).to(dtype)
+
+
+def _scale_and_shift(
+    every: Tensor, tau: Tensor, temperature: float | None, longest: float | None
+) -> tuple[float, float | None]:
+    """1/tau, and the constant shift of `ranges` (None: maxima). At most one read from the device."""
+    capturing = every.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    measured = longest is None and not capturing
+    unknown = [tau] * (temperature is None) + [longest_row(every)] * measured
+    read = torch.stack(unknown).tolist() if unknown else []
+    if measured:
+        longest = read[-1]
+    tau_ = _rounded(read[0] if temperature is None else temperature, every.dtype)
+    if longest is None or not every.shape[0]:
+        return 1.0 / tau_, None
+    bound = largest_exponent(_rounded(longest * longest, every.dtype), tau_)
+    return 1.0 / tau_, constant_shift(bound, every.shape[0])
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """A number of the host as the device holds it, in float32 or float64: the same result whoever computed it."""
+    return value if dtype == torch.float64 else ctypes.c_float(value).value
+
+
+def _alone(z: Tensor, number: Tensor, scale: float, prefix: int, chunk: int) -> "_Blocks":
+    levels = ((0, prefix), (prefix, z.shape[1])) if prefix else ((0, z.shape[1]),)
+    return _Blocks(z, number, z, number, scale, levels, _dist.Shards(None, (z.shape[0],), 0), chunk or None)
+
+
 class _Blocks:
-    """The loop over pairs of blocks, shared by forward and backward."""
+    """The loop over pairs of blocks, shared by forward and backward. scale: 1/tau."""
 
     def __init__(
-        self,
-        z: Tensor,
-        ids: Tensor,
-        every: Tensor,
-        every_id: Tensor,
-        scale: float,
-        levels: tuple[tuple[int, int], ...],
-        s: _dist.Shards,
+        self, z: Tensor, ids: Tensor, every: Tensor, every_id: Tensor, scale: float, levels: Levels, s: _dist.Shards,
         chunk: int | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.z, self.ids, self.every, self.every_id = z, ids, every, every_id
         self.scale, self.levels, self.shards = scale, levels, s
         self.triangle = s.group is None
         self.c = chunk or block_rows(z.shape[1], z.device)
-        self.rows = self._split(ids)
-        self.columns = self.rows if self.triangle else self._split(every_id)
+        self.rows = _split(ids, self.c)
+        self.columns = self.rows if self.triangle else _split(every_id, self.c)
         elements = min(self.c, max(z.shape[0], 1)) * min(self.c, max(every.shape[0], 1))
         self.buffers = [z.new_empty(elements) for _ in levels] + [z.new_empty(elements)]
-
-    def _split(self, ids: Tensor) -> list[tuple[int, int, int, int]]:
-        """(start, stop, smallest id, largest id) of each block: blocks of disjoint id ranges need no comparison."""
-        starts = range(0, ids.shape[0], self.c)
-        if not len(starts):
-            return []
-        parts = ids.split(self.c)
-        low = torch.stack([p.min() for p in parts]).tolist()
-        high = torch.stack([p.max() for p in parts]).tolist()
-        return [(a, min(a + self.c, ids.shape[0]), lo, hi) for a, lo, hi in zip(starts, low, high, strict=True)]
 
     def _buffer(self, k: int, i: slice, j: slice) -> Tensor:
         h, w = i.stop - i.start, j.stop - j.start
         return self.buffers[k][: h * w].view(h, w)
 
-    def pairs(self) -> Any:
+    def pairs(self) -> Iterator[tuple[slice, slice, list[Tensor]]]:
         """(I, J, s_IJ / log 2 per level): s of each level sums the columns up to it; same images are -inf.
 
         The levels share their accumulator: use (and overwrite) what is yielded before asking for the next.
@@ -177,23 +196,11 @@ class _Blocks:
                     logits.append(acc)
                 yield i, j, logits
 
-    def analytic_shift(self) -> float | None:
-        """A constant that keeps every exp inside the range of float32, or None where there is none.
+    def lse(self, shift: float | None) -> Tensor:
+        """[n, E], NaN for rows without a negative."""
+        return self._lse_by_maximum() if shift is None else self._lse_by_shift(shift)
 
-        |s_ij| <= R/tau with R the largest squared length. Over- and underflow are both excluded when
-        2 R/tau + log N <= 160; otherwise the row maximum is taken.
-        """
-        if self.z.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return None
-        n = self.every.shape[0]
-        if not n:
-            return None
-        bound = torch.linalg.vector_norm(self.every, dim=1).max().square().item() * self.scale
-        if not 2 * bound + math.log(n) <= 2 * EXPONENT:
-            return None
-        return max(0.0, bound + math.log(n) - EXPONENT)
-
-    def lse_by_shift(self, shift: float) -> Tensor:
+    def _lse_by_shift(self, shift: float) -> Tensor:
         total = self.z.new_zeros(len(self.levels), self.z.shape[0])
         for i, j, logits in self.pairs():
             # The last level first: it may overwrite its accumulator, the others are still being read.
@@ -204,7 +211,7 @@ class _Blocks:
                     total[k, j] += e.sum(dim=0)
         return torch.where(total > 0, total.log() + shift, math.nan).T.contiguous()
 
-    def lse_by_maximum(self) -> Tensor:
+    def _lse_by_maximum(self) -> Tensor:
         """Row by row with a running maximum: any length of the rows, any temperature."""
         triangle, self.triangle = self.triangle, False
         e = len(self.levels)
@@ -252,6 +259,25 @@ class _Blocks:
                 if self.triangle and i.start != j.start:
                     dz[j, first:last].addmm_(weights.T, self.z[i, first:last], alpha=self.scale)
         return dz.mul_(unit)
+
+
+def _split(ids: Tensor, c: int) -> list[tuple[int, int, float, float]]:
+    """(start, stop, smallest id, largest id) of each block: blocks of disjoint id ranges need no comparison.
+
+    Only where reading them costs nothing; on other devices every pair of blocks is compared.
+    """
+    blocks = [(a, min(a + c, ids.shape[0])) for a in range(0, ids.shape[0], c)]
+    if not blocks:
+        return []
+    if not reads_are_free(ids.device):
+        return [(a, b, -math.inf, math.inf) for a, b in blocks]
+    ranges = torch.stack([torch.stack(ids[a:b].aminmax()) for a, b in blocks]).tolist()
+    return [(a, b, low, high) for (a, b), (low, high) in zip(blocks, ranges, strict=True)]
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether a value is read back without waiting for the device."""
+    return device.type == "cpu"
 
 
 def block_rows(width: int, device: torch.device) -> int:

@@ -5,20 +5,29 @@ averaging of gradients that DDP does, a loss whose *mean over ranks* is the one-
 """
 
 import math
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ssd_addon._autocast import Context, backward_without_autocast
 
 
-def world_size(group: Any) -> int:
+def world_size(group: ProcessGroup | None) -> int:
     """Ranks in the group; 1 for None."""
     return 1 if group is None else dist.get_world_size(group)
 
 
-def default_group() -> Any:
+def rank(group: ProcessGroup | None) -> int:
+    """This process's place in the group; 0 for None."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def default_group() -> ProcessGroup | None:
     """The world group where there is more than one process, else None."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return dist.group.WORLD
@@ -29,7 +38,7 @@ def default_group() -> Any:
 class Shards:
     """How the rows of a batch lie over ranks: sizes of all shards, and this rank's place."""
 
-    group: Any
+    group: ProcessGroup | None
     sizes: tuple[int, ...]
     rank: int
 
@@ -49,6 +58,10 @@ class Shards:
     def size(self) -> int:
         return self.sizes[self.rank]
 
+    def times(self, n: int) -> "Shards":
+        """Shards with n rows for every row."""
+        return Shards(self.group, tuple(n * size for size in self.sizes), self.rank)
+
     def mean(self, local_sum: Tensor, count: int | Tensor) -> Tensor:
         """local_sum * W / count: its mean over ranks is the mean over all `count` rows (count 0 gives 0)."""
         if isinstance(count, Tensor):
@@ -56,26 +69,63 @@ class Shards:
         return local_sum * self.world / max(count, 1)
 
 
-def shards(rows: int, header: list[int], device: torch.device, group: Any) -> tuple[Shards, list[list[int]]]:
-    """One small all-gather: the rows of every rank and any flags beside them.
+def exchange(header: Tensor, group: ProcessGroup | None) -> list[list[int]]:
+    """The headers of all ranks on the host of every rank: one collective, and one read from the device.
 
-    Returns the shards, and the headers of all ranks.
+    header: [H] int64, H alike on all ranks. Numbers of other types travel exactly as `to_bits`.
     """
     if group is None:
-        return Shards(None, (rows,), 0), [header]
-    mine = torch.tensor([rows, *header], dtype=torch.int64, device=device)
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, mine, group=group)
-    table = torch.stack(every).tolist()
-    return Shards(group, tuple(row[0] for row in table), dist.get_rank(group)), [row[1:] for row in table]
+        return [header.tolist()]
+    every = [torch.empty_like(header) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, header, group=group)
+    table: list[list[int]] = torch.stack(every).tolist()
+    return table
 
 
-def all_sum(t: Tensor, group: Any) -> Tensor:
+def to_bits(floats: Tensor) -> Tensor:
+    """Floating-point numbers [F] as the integers of their bits (int32, or int64 of float64), which `from_bits` turns
+    back exactly; `torch.cat` joins them with int64."""
+    if floats.dtype == torch.float64:
+        return floats.view(torch.int64)
+    return floats.float().view(torch.int32)
+
+
+def from_bits(bits: Sequence[int], dtype: torch.dtype) -> list[float]:
+    """The numbers that `to_bits` made of a tensor of this type."""
+    n = len(bits)
+    if dtype == torch.float64:
+        return list(struct.unpack(f"{n}d", struct.pack(f"{n}q", *bits)))
+    return list(struct.unpack(f"{n}f", struct.pack(f"{n}i", *bits)))
+
+
+def shards(
+    rows: int, header: Sequence[int] | Tensor, device: torch.device, group: ProcessGroup | None
+) -> tuple[Shards, list[list[int]]]:
+    """How many rows every rank has, and any numbers beside them: one collective.
+
+    Args:
+        header: [H] int64 on the device, or integers of the host, which are not read back without a group.
+
+    Returns:
+        The shards, and the headers of all ranks.
+    """
+    if group is None:
+        return Shards(None, (rows,), 0), exchange(header, None) if isinstance(header, Tensor) else [list(header)]
+    count = torch.full((1,), rows, dtype=torch.int64, device=device)
+    mine = header if isinstance(header, Tensor) else torch.tensor(header, dtype=torch.int64, device=device)
+    table = exchange(torch.cat([count, mine]), group)
+    return Shards(group, tuple(row[0] for row in table), rank(group)), [row[1:] for row in table]
+
+
+def all_sum(t: Tensor, group: ProcessGroup | None) -> Tensor:
     """Sum over ranks, with gradient."""
-    return t if group is None else _AllSum.apply(t, group)
+    if group is None:
+        return t
+    total: Tensor = _AllSum.apply(t, group)
+    return total
 
 
-def maximum(t: Tensor, group: Any) -> Tensor:
+def maximum(t: Tensor, group: ProcessGroup | None) -> Tensor:
     """Largest over ranks, element by element, without gradient. NaN on one rank is NaN on every rank."""
     if group is None:
         return t
@@ -87,28 +137,38 @@ def maximum(t: Tensor, group: Any) -> Tensor:
 
 def gather(t: Tensor, s: Shards) -> Tensor:
     """Concatenate the rows [n_r, ...] of all ranks to [N, ...], with gradient. Shards may be uneven or empty."""
-    return t if s.group is None else _Gather.apply(t, s)
+    if s.group is None:
+        return t
+    every: Tensor = _Gather.apply(t, s)
+    return every
+
+
+class _SumContext(Context):
+    group: ProcessGroup
 
 
 class _AllSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, t: Tensor, group: Any) -> Tensor:
+    def forward(ctx: _SumContext, t: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         t = t.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(t, group=group)
         return t
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    @backward_without_autocast
+    def backward(ctx: _SumContext, grad: Tensor) -> tuple[Tensor, None]:
         # The ranks' losses are summed (then averaged by DDP): a rank's input reaches the loss of every rank.
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+        return all_sum(grad, ctx.group), None
+
+
+class _GatherContext(Context):
+    shards: Shards
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, t: Tensor, s: Shards) -> Tensor:
+    def forward(ctx: _GatherContext, t: Tensor, s: Shards) -> Tensor:
         ctx.shards = s
         widest = max(s.sizes)
         mine = t.new_zeros((widest, *t.shape[1:]))
@@ -118,8 +178,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat([e[:n] for e, n in zip(every, s.sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    @backward_without_autocast
+    def backward(ctx: _GatherContext, grad: Tensor) -> tuple[Tensor, None]:
         s = ctx.shards
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=s.group)
-        return grad[s.offset : s.offset + s.size], None
+        return all_sum(grad, s.group)[s.offset : s.offset + s.size], None

@@ -1,4 +1,4 @@
-"""Rows of unit length and the cosines of their pairs, with as few copies of the batch as the gradient allows.
+"""L2-normalized rows and the cosines of their pairs, with as few copies of the batch as the gradient allows.
 
     joint[v, i] = [u_1, ..., u_S] / sqrt(S),   u_s = z_s[v, i] / |z_s[v, i]|
     cosines[p, i] = <u_s[a, i], u_s[b, i]>     for the pairs p = (a, b, s)
@@ -9,11 +9,11 @@ the gradient itself: the joint embedding, and the entropy's gradient. Legend: V 
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ssd_addon._autocast import Context, backward_without_autocast, outside_autocast
 
 EPS = 1e-12  # of the length, as in torch.nn.functional.normalize
 ROWS = 1024  # of a product that is made only to be summed
@@ -21,59 +21,101 @@ ROWS = 1024  # of a product that is made only to be summed
 Pairs = tuple[tuple[int, int, int], ...]
 
 
-def joint_and_cosines(z: Sequence[Tensor], pairs: Pairs) -> tuple[Tensor, Tensor]:
+def joint_and_cosines(
+    z: Sequence[Tensor], pairs: Pairs, types: Sequence[torch.dtype] | None = None
+) -> tuple[Tensor, Tensor]:
     """Joint rows [V, B, sum of d_s] of unit length, and the cosines [P, B] of the pairs (view a, view b, space s).
 
-    z: spaces [V, B, d_s].
+    A row whose length overflows is NaN throughout, as is its gradient. Otherwise values are those of
+    torch.nn.functional.normalize, and so are gradients, with one exception: a row without a direction gets the gradient
+    0 where the embeddings came in 16 bits. That is a row whose length is at most the smallest normal number of the
+    type, a row of zeros for one; its gradient g / 1e-12 would be infinite in float16.
+
+    Args:
+        z: spaces [V, B, d_s], all of one type.
+        types: the type in which each space came, before it was promoted for the loss; None: its type in z.
     """
+    smallest = tuple(map(_without_direction, (t.dtype for t in z) if types is None else types))
     if torch.compiler.is_compiling():  # the compiler makes its own plan for memory
-        return _plain(z, pairs)
-    joint, cosines = _JointAndCosines.apply(pairs, *z)
+        return _plain(z, pairs, smallest)
+    joint, cosines = _JointAndCosines.apply(pairs, smallest, *z)
     return joint, cosines
 
 
-def _plain(z: Sequence[Tensor], pairs: Pairs) -> tuple[Tensor, Tensor]:
-    unit = [F.normalize(t, dim=-1, eps=EPS) for t in z]
+def _without_direction(dtype: torch.dtype) -> float:
+    """Up to this length a row has no direction; below 0 where every row has one."""
+    return torch.finfo(dtype).smallest_normal if dtype.itemsize == 2 else -1.0
+
+
+def unit_rows(z: Tensor, came_as: torch.dtype | None = None) -> Tensor:
+    """z [..., d] with rows of unit length; a row without a direction, and one that overflows, as above.
+
+    Args:
+        came_as: the type in which z came, before it was promoted for the loss; None: its own.
+    """
+    return _unit(z, _without_direction(came_as or z.dtype))
+
+
+def _unit(z: Tensor, smallest: float) -> Tensor:
+    length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    u = z / torch.where(length.isinf(), math.nan, length.clamp(min=EPS))
+    return u if smallest < 0 else torch.where(length <= smallest, u.detach(), u)
+
+
+def _plain(z: Sequence[Tensor], pairs: Pairs, smallest: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
+    """The definition, in torch's own functions. smallest: by space as `_without_direction`; None: as for float32."""
+    unit = [_unit(t, least) for t, least in zip(z, smallest or [-1.0] * len(z), strict=True)]
     cosines = torch.stack([(unit[s][a] * unit[s][b]).sum(dim=-1) for a, b, s in pairs])
     return torch.cat(unit, dim=-1) / math.sqrt(len(z)), cosines
 
 
 def _row_products(a: Tensor, b: Tensor) -> Tensor:
     """<a_i, b_i> [B] of a, b [B, d], a few rows at a time."""
-    parts = zip(a.split(ROWS), b.split(ROWS), strict=True)
-    return torch.cat([(x * y).sum(dim=-1) for x, y in parts]) if len(a) else a.new_zeros(0)
+    rows = range(0, len(a), ROWS)
+    return torch.cat([(a[r : r + ROWS] * b[r : r + ROWS]).sum(dim=-1) for r in rows]) if len(a) else a.new_zeros(0)
+
+
+class _JointContext(Context):
+    pairs: Pairs
+    smallest: tuple[float, ...]
+    columns: list[slice]  # of each space in the joint embedding
 
 
 class _JointAndCosines(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pairs: Pairs, *z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: _JointContext, pairs: Pairs, smallest: tuple[float, ...], *z: Tensor) -> tuple[Tensor, Tensor]:
         s = len(z)
         joint = z[0].new_empty((*z[0].shape[:2], sum(t.shape[-1] for t in z)))
         columns, lengths, start = [], [], 0
         for t in z:
             columns.append(slice(start, start + t.shape[-1]))
-            lengths.append(torch.linalg.vector_norm(t, dim=-1, keepdim=True))
-            torch.div(t, lengths[-1].clamp(min=EPS) * math.sqrt(s), out=joint[..., columns[-1]])
+            length: Tensor = torch.linalg.vector_norm(t, dim=-1, keepdim=True)
+            lengths.append(length.masked_fill_(length.isinf(), math.nan))  # x / inf would be 0, a wrong number
+            torch.div(t, length.clamp(min=EPS) * math.sqrt(s), out=joint[..., columns[-1]])
             start += t.shape[-1]
         rows = [_row_products(joint[a, :, columns[k]], joint[b, :, columns[k]]) for a, b, k in pairs]
         ctx.save_for_backward(joint, *lengths, *z)
-        ctx.static = (pairs, columns)
+        ctx.pairs, ctx.smallest, ctx.columns = pairs, smallest, columns
         return joint, torch.stack(rows) * s
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_cosines: Tensor) -> tuple[Tensor | None, ...]:
+    @backward_without_autocast
+    def backward(ctx: _JointContext, grad: Tensor, grad_cosines: Tensor) -> tuple[Tensor | None, ...]:
         joint, *rest = ctx.saved_tensors
         s = len(rest) // 2
-        lengths, z = rest[:s], rest[s:]
-        pairs, columns = ctx.static
+        lengths, z, needed = rest[:s], rest[s:], ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # create_graph=True: a second derivative is wanted
-            with torch.enable_grad():
-                out = _plain(z, pairs)
-                return None, *torch.autograd.grad(out, z, (grad, grad_cosines), create_graph=True)
-        found = []
-        for k, (t, c, length) in enumerate(zip(z, columns, lengths, strict=True)):
+            out = outside_autocast(lambda *t: _plain(t, ctx.pairs, ctx.smallest), *z)
+            inputs = [t for t, need in zip(z, needed, strict=True) if need]
+            each = iter(torch.autograd.grad(out, inputs, (grad, grad_cosines), create_graph=True))
+            return None, None, *(next(each) if need else None for need in needed)
+        found: list[Tensor | None] = []
+        for k, (t, c, length) in enumerate(zip(z, ctx.columns, lengths, strict=True)):
+            if not needed[k]:
+                found.append(None)
+                continue
             dz = grad[..., c].clone(memory_format=torch.contiguous_format)
-            for g, (a, b, space) in zip(grad_cosines, pairs, strict=True):
+            for g, (a, b, space) in zip(grad_cosines, ctx.pairs, strict=True):
                 if space == k:
                     dz[a].addcmul_(joint[b, :, c], g[:, None], value=s)
                     dz[b].addcmul_(joint[a, :, c], g[:, None], value=s)
@@ -81,5 +123,7 @@ class _JointAndCosines(torch.autograd.Function):
                 # A row shorter than EPS was divided by EPS, and its length has no gradient.
                 along = torch.where(length[v] > EPS, _row_products(joint[v, :, c], dz[v])[:, None], 0)
                 dz[v].addcmul_(joint[v, :, c], along, value=-s).div_(length[v].clamp(min=EPS) * math.sqrt(s))
+                if ctx.smallest[k] >= 0:
+                    dz[v].masked_fill_(length[v] <= ctx.smallest[k], 0)
             found.append(dz)
-        return None, *found
+        return None, None, *found

@@ -11,18 +11,23 @@ import itertools
 import traceback
 import warnings
 from dataclasses import dataclass, field
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from counting import Counted
+from tiles import SQUARE
 from torch import nn
 
 from ssd_addon import DualAscent, Embeddings, JointEntropyLoss, ViewPlan
-from ssd_addon._dist import shards
-from ssd_addon.kernels import dispatch, negative_lse, off_diagonal_energy, table
+from ssd_addon._dist import Shards, shards, world_size
+from ssd_addon.kernels import dispatch, negative_lse, off_diagonal_energy, streaming, table
+from ssd_addon.kernels.similarity import Known, log_sums
 
 FAMILIES = ("simclr", "vicreg", "barlow")
+BACKENDS = ("eager", "streaming", "triton")
 PLANS = ("shared_query", "interleaved")
 WIDTHS = {"content": 4, "color": 3, "spatial": 2}
 SPACES = tuple(WIDTHS)
@@ -326,6 +331,19 @@ def job_lse(rank, expected, failures):
         close(failures, f"{what}: dtau", averaged(dtau) * dist.get_world_size(), want[2])
 
 
+@contextlib.contextmanager
+def small_tiles():
+    """Triton's interpreter on small tiles; numpy warns there of what is masked afterwards."""
+    whole = table.configuration
+    table.configuration = lambda *_: SQUARE
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield
+    finally:
+        table.configuration = whole
+
+
 def triton_cases(world):
     """(name, run(rank or None)) in float32 and with small tiles: rows, covariances, and losses under uneven shards."""
     g = torch.Generator().manual_seed(3)
@@ -383,25 +401,13 @@ def triton_loss(case, rank):
 
 
 def expect_triton(world):
-    with small_tiles(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
+    with small_tiles():
         return [run(None) for _, _, run in triton_cases(world)]
-
-
-@contextlib.contextmanager
-def small_tiles():
-    whole = table.configuration
-    table.configuration = lambda *_: table.Configuration(16, 16, 16, 4, 2, False, 2)
-    try:
-        yield
-    finally:
-        table.configuration = whole
 
 
 def job_triton(rank, expected, failures):
     """Rows are compared where they lie, what is summed over ranks after the sum."""
-    with small_tiles(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of numpy, about what is masked afterwards
+    with small_tiles():
         for (what, sizes, run), (rows, summed) in zip(triton_cases(dist.get_world_size()), expected, strict=True):
             own, parts = run(rank)
             mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
@@ -424,6 +430,129 @@ def job_energy(rank, expected, failures):
         mine = slice(sum(ENERGY_SIZES[:rank]), sum(ENERGY_SIZES[: rank + 1]))
         for g, w in zip(grads, want[1:], strict=True):
             close(failures, f"{what}: gradient", g / dist.get_world_size(), w[mine])
+
+
+@small_tiles()
+@mock.patch.object(streaming, "reads_are_free", lambda device: False)  # as on a GPU
+def job_reads(rank, _, failures):
+    """One collective and one read for all that is checked, on every rank alike; nothing where it is known."""
+    z = nn.functional.normalize(torch.randn(13, 6, generator=torch.Generator().manual_seed(rank)), dim=1)
+    z = z[: LSE_SIZES[rank]].requires_grad_()
+    ids = torch.arange(len(z)) + 5 * (rank == 2)
+    alike = Shards(dist.group.WORLD, LSE_SIZES, rank)
+
+    def expect(what, c, reads, collectives):
+        if len(c.reads) != reads or len(c.collectives) != collectives:
+            failures.append(f"{what}: {len(c.reads)} reads {c.reads}, {len(c.collectives)} collectives {c.collectives}")
+
+    for backend, validate in itertools.product(BACKENDS, (True, False)):
+        options = {"prefix": 2, "backend": backend, "chunk": 3}
+        tau = torch.tensor(0.1, requires_grad=True)
+        unknown = backend == "streaming", backend == "triton"  # reads the longest row, or exchanges it
+        with Counted() as c:
+            lse = negative_lse(z, ids, tau, group=dist.group.WORLD, validate=validate, **options)
+        # Sizes are exchanged, and so read, in any case; rows and ids are gathered.
+        extra = (0, 0) if validate else unknown
+        expect(f"{backend}, validate={validate}", c, 1 + extra[0], 3 + extra[1])
+        with Counted() as c:
+            lse.sum().backward()
+        expect(f"{backend}, backward", c, 0, {"eager": 1, "streaming": 2, "triton": 1}[backend])
+        with Counted() as c:
+            log_sums(z, ids, tau, shards=alike, known=Known(1.0, 0.1, 0, 12), **options)
+        expect(f"{backend}, known", c, 0, 2)
+        with Counted() as c:
+            off_diagonal_energy(z, backend=backend, group=dist.group.WORLD).backward()
+        expect(f"{backend}, energy", c, 0, 3 if backend == "streaming" else 2)
+
+    def refused(what, message, *args):
+        with Counted() as c:
+            raises(failures, what, message, functools.partial(negative_lse, *args, group=dist.group.WORLD))
+        expect(what, c, 1, 1)
+
+    for bad in (1, 2):  # on a rank without rows, and on one with
+        tau = torch.tensor(0.0 if rank == bad else 0.1)
+        refused(f"temperature of rank {bad}", "above 0 (it divides the cosine similarity): got 0.0", z, ids, tau)
+        tau = torch.tensor(torch.nan if rank == bad else 0.1, dtype=torch.float64)
+        refused(f"temperature of rank {bad}", "above 0 (it divides the cosine similarity): got nan", z, ids, tau)
+    for tau in (0.1 + 0.01 * rank, torch.tensor(0.1 + 0.01 * rank)):
+        refused("temperatures that differ", "expected the same on every rank: got 0.1 to 0.12;", z, ids, tau)
+    nan = torch.where(torch.tensor(rank == 2), torch.nan, z.detach())
+    refused("NaN", "got NaN or infinity on rank 2", nan, ids, 0.1)
+    long = torch.where(torch.tensor(rank == 0), 1e19, z.detach())
+    refused("long rows", "float32 can hold: got longer rows on rank 0", long, ids, 0.1)
+    for one in (2**63 - 1, -(2**63)):
+        refused("one image", f"all 13 rows carry the image id {one}", z, torch.full_like(ids, one), 0.1)
+
+
+def autocast_cases():
+    g = torch.Generator().manual_seed(8)
+    x, y = torch.randn(2, sum(LSE_SIZES), 6, generator=g)
+    ids = torch.tensor([4, 7, 4, 9, 1, 9, 4, 2, 2, 7, 1, 1, 11])
+    for backend, dtype in itertools.product(BACKENDS, (torch.float32, torch.bfloat16)):
+        yield (
+            f"negative_lse {backend} {dtype}",
+            nn.functional.normalize(x, dim=1).to(dtype),
+            functools.partial(
+                lambda z, mine, group, backend: negative_lse(z, ids[mine], 0.1, prefix=2, backend=backend, group=group),
+                backend=backend,
+            ),
+        )
+        yield (
+            f"energy {backend} {dtype}",
+            torch.cat([x, y], dim=1).to(dtype),
+            functools.partial(
+                lambda xy, mine, group, backend: off_diagonal_energy(*xy.chunk(2, 1), backend=backend, group=group),
+                backend=backend,
+            ),
+        )
+
+
+@small_tiles()
+def job_autocast(rank, _, failures):
+    """Forward and backward inside autocast give the bits that they give outside."""
+    mine = slice(sum(LSE_SIZES[:rank]), sum(LSE_SIZES[: rank + 1]))
+    for what, rows, f in autocast_cases():
+        results = []
+        for forward, backward in itertools.product((False, True), repeat=2):
+            leaf = rows[mine].clone().requires_grad_()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=forward):
+                out = f(leaf, mine, dist.group.WORLD)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backward):
+                (out * 0.3).sum().backward()
+            results.append((out.detach(), leaf.grad))
+        for other in results[1:]:
+            if not all(map(torch.equal, other, results[0])):
+                failures.append(f"autocast, {what}: {other} is not {results[0]}")
+
+
+def second_cases():
+    """(name, rows, loss of a rank): the losses of the ranks add up to that of one process."""
+    g = torch.Generator().manual_seed(9)
+    z = torch.randn(sum(LSE_SIZES), 5, generator=g, dtype=torch.float64)
+    yield (
+        "negative_lse",
+        z,
+        lambda z, mine, group: (
+            negative_lse(z, torch.arange(13)[mine] // 2, 0.5, prefix=2, backend="eager", group=group).sin().sum()
+        ),
+    )
+    yield (
+        "energy",
+        z,
+        lambda z, mine, group: off_diagonal_energy(z, backend="eager", group=group).sin() / world_size(group),
+    )
+
+
+def second_derivative(z, loss, mine=slice(None), group=None):
+    leaf = z[mine].clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss(leaf, mine, group), leaf, create_graph=True)
+    return torch.autograd.grad(first.pow(3).sum(), leaf)[0]
+
+
+def job_second(rank, expected, failures):
+    mine = slice(sum(LSE_SIZES[:rank]), sum(LSE_SIZES[: rank + 1]))
+    for (what, z, f), want in zip(second_cases(), expected, strict=True):
+        close(failures, f"second derivative, {what}", second_derivative(z, f, mine, dist.group.WORLD), want[mine])
 
 
 def job_ascent(rank, expected, failures):
@@ -576,6 +705,9 @@ WORLDS = {
         "gather_distributed=False": job_alone,
         "auto": job_auto,
         "triton, 3 ranks": job_triton,
+        "reads and collectives": job_reads,
+        "autocast": job_autocast,
+        "second derivatives": job_second,
         "refusals": job_refusals,
     },
     2: {"losses, 2 ranks": job_losses, "triton, 2 ranks": job_triton, "DistributedDataParallel": job_ddp},
@@ -587,6 +719,7 @@ EXPECTED = {
     "losses, 2 ranks": lambda: [case.run() for case in loss_cases(2)],
     "negative_lse": lambda: [run_lse(*case[1:]) for case in lse_cases()],
     "off_diagonal_energy": lambda: [run_energy(*case[1:]) for case in energy_cases()],
+    "second derivatives": lambda: [second_derivative(z, f) for _, z, f in second_cases()],
     "DualAscent": lambda: [run_ascent(case) for case in ASCENT],
     "gather_distributed=False": lambda: [expect_alone(case) for case in ALONE],
     "auto": lambda: [case.run() for case in AUTO],

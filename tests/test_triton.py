@@ -11,44 +11,29 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from reference import grouped, unit
+from tiles import DESCRIPTORS, SQUARE, WIDE, shrink
 from torch import nn
 from torch.nn import functional as F
 
 from ssd_addon import Embeddings, JointEntropyLoss, StyleHeads, ViewPlan
-from ssd_addon.kernels import dispatch, fused, negative_lse, off_diagonal_energy, table
+from ssd_addon.kernels import dispatch, launch, negative_lse, off_diagonal_energy, operators, table
+from ssd_addon.kernels.operands import scaled_rows
 
 # The interpreter computes with numpy, which warns of what is masked afterwards (a row's similarity to its own image).
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-SQUARE = table.Configuration(16, 16, 16, 4, 2, False, 2)
-DESCRIPTORS = table.Configuration(16, 32, 16, 4, 2, True, 3)
-WIDE = table.Configuration(16, 32, 16, 4, 2, False, 3)
 RESOLUTION = 2e-3
 """Named constant of the error budget: lse of fp16 rows at temperature 0.15; the worst is 2^-11 / 0.15 = 3.3e-3."""
 
 
 @pytest.fixture(params=[SQUARE, WIDE], ids=["square", "wide"])
 def tiles(request, monkeypatch):
-    """Small tiles, strips of a few tiles, blocks of two, and every fresh tensor full of NaN."""
     shrink(monkeypatch, request.param)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    shrink(monkeypatch, SQUARE)
-
-
-def shrink(monkeypatch, configuration):
-    monkeypatch.setattr(table, "configuration", lambda *_: configuration)
-    monkeypatch.setattr(fused, "STRIP_ELEMENTS", 300)
-    monkeypatch.setattr(fused, "block_rows", lambda d, unit: 32)
-    monkeypatch.setattr(
-        fused, "_empty", lambda x, shape, dtype=torch.float32: x.new_full(_size(shape), math.nan, dtype=dtype)
-    )
-
-
-def _size(shape):
-    return (shape,) if isinstance(shape, int) else shape
+    shrink(monkeypatch)
 
 
 def run(f, z, ids, tau, prefix, cotangent, dtype):
@@ -248,9 +233,9 @@ def test_properties(small, n, d, groups, tau, prefix, seed):
     # The log-sum over all is that over two parts of the rows.
     tau_, one, cut = torch.tensor(tau), torch.tensor(1.0), n // 2
     if 0 < cut < n:
-        x = fused._inside(z, one, exact=False)
+        x = scaled_rows(z, one, exact=False)
         i = ids.int()
-        halves = [fused.lse_rows(x, x[s], i, i[s], tau_, one, p or 0, True) for s in (slice(0, cut), slice(cut, n))]
+        halves = [operators.lse_rows(x, x[s], i, i[s], tau_, one, p or 0, True) for s in (slice(0, cut), slice(cut, n))]
         # A row may have no negative in one of the parts.
         joined = torch.logaddexp(*(h.nan_to_num(-math.inf) for h in halves))
         torch.testing.assert_close(joined.double(), lse.view(n, -1).T, rtol=1e-5, atol=1e-5)
@@ -260,8 +245,8 @@ def test_properties(small, n, d, groups, tau, prefix, seed):
 @pytest.mark.parametrize("configuration", [DESCRIPTORS, WIDE, table.Configuration(64, 128, 64, 8, 3, False, 8)])
 def test_any_blocks_give_the_same_result(monkeypatch, configuration, block, strip):
     monkeypatch.setattr(table, "configuration", lambda *_: configuration)
-    monkeypatch.setattr(fused, "STRIP_ELEMENTS", strip)
-    monkeypatch.setattr(fused, "block_rows", lambda d, unit: -(-block // unit) * unit)
+    monkeypatch.setattr(launch, "STRIP_ELEMENTS", strip)
+    monkeypatch.setattr(launch, "block_rows", lambda d, unit: -(-block // unit) * unit)
     for prefix in (None, 8):
         compare(unit(70, 24), grouped(70, 20), 0.1, prefix=prefix)
 
@@ -294,6 +279,17 @@ def test_energy_of_columns_of_unlike_length(small):
     assert abs(off_diagonal_energy(x, backend="triton").item() - want) <= bound
     assert off_diagonal_energy(0 * x, backend="triton").item() == 0
     assert off_diagonal_energy(x[:0], backend="triton").item() == 0
+
+
+@pytest.mark.parametrize("n,d", [(31, 13), (13, 57)])
+def test_energy_of_columns_that_overflow_is_not_finite(small, n, d):
+    for size in (1e20, math.inf, math.nan):
+        x = torch.randn(n, d, generator=torch.Generator().manual_seed(1))
+        x[2, 1] *= size
+        x.requires_grad_()
+        for other in (None, x.detach().roll(1, 1)):
+            energy = off_diagonal_energy(x, other, backend="triton")
+            assert not energy.isfinite() and not torch.autograd.grad(energy, x)[0].isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------ the loss
@@ -353,9 +349,9 @@ def test_heads_and_loss_compile_without_a_break(family, options, backend):
 def samples():
     z, ids, one = unit(31, 12).float(), torch.arange(31, dtype=torch.int32) // 2, torch.tensor(1.0)
     tau = torch.tensor(0.1)
-    x = fused._inside(z, one, exact=False)
-    lse = fused.lse_rows(x, None, ids, ids, tau, one, 0, False)
-    two = fused.lse_rows(x, None, ids, ids, tau, one, 5, True)
+    x = scaled_rows(z, one, exact=False)
+    lse = operators.lse_rows(x, None, ids, ids, tau, one, 0, False)
+    two = operators.lse_rows(x, None, ids, ids, tau, one, 5, True)
     leaf, t = z.clone().requires_grad_(), tau.clone().requires_grad_()
     a, b = x[:20], x[11:]
     none = torch.zeros(0, 0, dtype=torch.float16)

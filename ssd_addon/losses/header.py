@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from ssd_addon import _checks, _dist
 from ssd_addon._dist import Shards
 from ssd_addon.embeddings import Embeddings
+from ssd_addon.losses.rows import Known
 from ssd_addon.plan import ViewPlan
 
 FINE, NOT_FINITE, TOO_LARGE = range(3)
@@ -23,12 +24,12 @@ class Header:
     Attributes:
         shards: rows of every rank.
         ids: [V, B] image of each row, unique over ranks.
-        known: (smallest id, largest id, temperature) over all ranks, where values were checked.
+        known: what the checks found over all ranks, where values were checked.
     """
 
     shards: Shards
     ids: Tensor
-    known: tuple[int, int, float] | None
+    known: Known | None
 
 
 def checked(
@@ -85,8 +86,8 @@ def checked(
     known = None
     if largest is not None:
         present = [(low + s, high + s) for (low, high), s, row in zip(ranges, starts, every, strict=True) if row[0]]
-        number = scalar if not isinstance(scalar, Tensor) else _float_of(every[shards.rank][6])
-        known = (min(low for low, _ in present), max(high for _, high in present), number)
+        numbers = [_float_of(row[6]) for row in every] if isinstance(scalar, Tensor) else [scalar]
+        known = Known(min(low for low, _ in present), max(high for _, high in present), tuple(numbers))
     return Header(shards, own, known)
 
 

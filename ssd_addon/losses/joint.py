@@ -165,7 +165,7 @@ class JointEntropyLoss(nn.Module):
                 self.backend,
                 self.trim,
                 self.content_entropy,
-                frozenset(n for n, t in z.items() if t.dtype.itemsize < 4),
+                {n: t.dtype for n, t in z.items()},
                 header.known,
             )
             parts = self.objective.parts(rows)

@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssd_addon import _checks, _dist
 from ssd_addon._autocast import outside_autocast
 from ssd_addon._dist import Shards
-from ssd_addon._unit import EPS
+from ssd_addon._unit import unit_rows
 from ssd_addon.losses.rows import Pair, Parts, Rows, columns_of, mean_of_rows, mean_over_keys
 
 Alignment = Callable[[Tensor, Tensor], Tensor]
@@ -90,7 +89,7 @@ class Objective(nn.Module):
         """Every space [V, B, d] as the family compares it."""
         if not self.on_sphere:
             return dict(rows.z)
-        return {n: F.normalize(t, dim=-1, eps=EPS) for n, t in rows.z.items()}
+        return {n: unit_rows(t, rows.types.get(n)) for n, t in rows.z.items()}
 
     def misalignment(self, guess: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         """How far guesses [n, d] are from targets [n, d], on the scale of the family's loss: `EquivarianceLoss`.

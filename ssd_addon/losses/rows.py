@@ -28,6 +28,20 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Known:
+    """What the checks read from all ranks.
+
+    Attributes:
+        id_low, id_high: smallest and largest image id.
+        numbers: the family's own number, such as a learned temperature, as each rank has it.
+    """
+
+    id_low: int
+    id_high: int
+    numbers: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Rows:
     """Embeddings with everything that a family needs to make its terms of them.
 
@@ -39,8 +53,8 @@ class Rows:
         backend: what the caller asked for.
         trim: fraction of the worst-aligned rows of a pair that its invariance leaves out.
         content_entropy: whether the entropy of content alone is wanted too.
-        half: spaces that came in a 16-bit type.
-        known: smallest and largest id over all ranks and the temperature's value, where values were checked.
+        types: space -> the type in which it came.
+        known: what the checks found over all ranks, where values were checked.
     """
 
     z: Mapping[str, Tensor]
@@ -50,8 +64,8 @@ class Rows:
     backend: Backend = "auto"
     trim: float = 0.0
     content_entropy: bool = False
-    half: frozenset[str] = frozenset()
-    known: tuple[int, int, float] | None = None
+    types: Mapping[str, torch.dtype] = field(default_factory=dict)
+    known: Known | None = None
 
 
 @dataclass

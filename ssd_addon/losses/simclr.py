@@ -9,11 +9,18 @@ two views it is the decoupled contrastive loss of Yeh et al., arXiv 2110.06848.
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ssd_addon._unit import joint_and_cosines
-from ssd_addon.kernels.dispatch import choose_backend
-from ssd_addon.kernels.similarity import Known, check_temperature, log_sums, negative_lse
+from ssd_addon.kernels.similarity import (
+    Known,
+    check_temperature,
+    check_temperatures,
+    log_sums,
+    log_sums_backend,
+    negative_lse,
+)
 from ssd_addon.losses.objective import Objective
 from ssd_addon.losses.rows import Parts, Rows, columns_of, mean_of_rows, mean_over_keys
 
@@ -52,8 +59,8 @@ class SimCLR(Objective):
         z, s = rows.z, rows.shards
         place = {name: k for k, name in enumerate(z)}
         flat = tuple((p.a, p.b, place[name]) for name, pairs in rows.pairs.items() for p in pairs)
-        half = tuple(name in rows.half for name in z)
-        joint, cosines = joint_and_cosines(list(z.values()), flat, half)  # [V, B, D], [pairs, B]
+        types = [rows.types.get(name, t.dtype) for name, t in z.items()]
+        joint, cosines = joint_and_cosines(list(z.values()), flat, types)  # [V, B, D], [pairs, B]
         tau: Any = self.temperature
         if isinstance(tau, Tensor):
             tau = tau.to(joint.device, joint.dtype).reshape(())
@@ -75,7 +82,7 @@ class SimCLR(Objective):
             prefix=z["content"].shape[-1] if rows.content_entropy else None,
             backend=rows.backend,
             shards=s.times(v),
-            known=None if rows.known is None else Known(1.0 + 1e-3, rows.known[2], *rows.known[:2]),
+            known=self._known(rows, v * s.total, joint.dtype),
         ).view(v * b, 2 if rows.content_entropy else 1)  # -1 would not do: a rank may hold no row
         entropy = s.mean(lse.sum(dim=0), v * s.total)
         return Parts(
@@ -85,15 +92,21 @@ class SimCLR(Objective):
             entropy[-1],
             entropy[0] if rows.content_entropy else None,
             {name: joint[0, :, c].detach() for name, c in columns_of(z).items()},
-            choose_backend(
-                rows.backend,
-                matrix_elements=max(s.sizes) * s.total * v**2,
-                dtype=joint.dtype,
-                device=joint.device,
-                rows=s.total * v,
-                width=d,
-            ),
+            log_sums_backend(rows.backend, s.times(v), d, dtype=joint.dtype, device=joint.device),
         )
+
+    def _known(self, rows: Rows, total: int, dtype: torch.dtype) -> Known | None:
+        """What the checks found, if there were any; every row needs another image."""
+        known = rows.known
+        if known is None:
+            return None
+        check_temperatures(known.numbers, dtype)
+        if known.id_low == known.id_high:
+            raise ValueError(
+                f"image_ids: expected the rows of at least 2 images, so that each has a negative: all {total} rows "
+                f"carry the image id {known.id_high}"
+            )
+        return Known(1.0, min(known.numbers), known.id_low, known.id_high)
 
     def misalignment(self, guess: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         return super().misalignment(guess, target, mask) / self.temperature

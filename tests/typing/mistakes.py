@@ -20,7 +20,7 @@ def mistakes(batch: ViewBatch, model: StyleHeads, table: ScoreTable, z: dict[str
     JointEntropyLoss(validate="yes")  # mistake
     JointEntropyLoss("simclr", 0.1)  # mistake
     JointEntropyLoss()(torch.rand(3))  # mistake
-    JointEntropyLoss().terms(z).invarianse  # mistake
+    print(JointEntropyLoss().terms(z).invarianse)  # mistake
     JointEntropyLoss().terms(z, 5)  # mistake
     batch.to(3.5)  # mistake
     batch.to(["cuda"])  # mistake
@@ -38,4 +38,4 @@ def mistakes(batch: ViewBatch, model: StyleHeads, table: ScoreTable, z: dict[str
     table["color"]  # mistake
     recipe(family="byol")  # mistake
     Monitor("log.jsonl", evry=2)  # mistake
-    ssd_addon.JointEntropyLos  # mistake
+    print(ssd_addon.JointEntropyLos)  # mistake
