@@ -284,8 +284,9 @@ ASCENT = [Case(f, p, (3, 2, 4), own_index=True, seed=9) for f in FAMILIES for p 
 
 def run_ascent(case, rank=None, **kwargs):
     """lambda after two steps, on a batch of its own each."""
+    ascent = DualAscent(SPACES, tolerance={"content": 0.1, "color": 0.5, "spatial": 9.0}, step_size=0.3)
+    case = dataclasses.replace(case, options={**case.options, "weights": ascent})
     criterion = case.criterion(**kwargs)
-    ascent = DualAscent(criterion, tolerance={"content": 0.1, "color": 0.5, "spatial": 9.0}, step_size=0.3)
     for seed in range(2):
         batch = dataclasses.replace(case, seed=seed)
         lam = ascent.step(criterion.terms(batch.embeddings(batch.data()[2], rank)))
