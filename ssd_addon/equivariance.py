@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ssd_addon import _checks
 from ssd_addon._dist import Shards
 from ssd_addon.batch import ViewBatch
+from ssd_addon.differences import parameter_differences
 from ssd_addon.losses import (
     DEFAULT_WEIGHT,
     DEFAULTS,
@@ -33,7 +34,6 @@ from ssd_addon.losses import (
     standardised,
     vicreg_alignment,
 )
-from ssd_addon.metrics.parameters import parameter_differences
 
 ENOUGH = 32
 """Images of a batch that say whether a group draws at all; of fewer, an operation may not have fired by chance."""

@@ -26,8 +26,7 @@ from torch import Tensor
 
 from ssd_addon import _checks
 from ssd_addon.heads import StyleHeads
-from ssd_addon.metrics import Circular, Factor, ScoreTable, embed, parameter_matrix, r2_matrix
-from ssd_addon.metrics.probes import PROBES
+from ssd_addon.metrics import Circular, Factor, Probe, ScoreTable, embed, parameter_matrix, r2_matrix
 
 Writer = Any  # anything with add_scalar(name, value, step), such as torch.utils.tensorboard.SummaryWriter
 
@@ -89,7 +88,7 @@ class Monitor:
         for what, value in (("every", every), ("log_every", log_every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{what}: expected a whole number, 1 or more: got {value!r}")
-        _checks.choice(probe, tuple(PROBES), "probe")
+        Probe.of(probe)
         if images is not None and (not isinstance(images, Tensor) or images.ndim < 2 or not len(images)):
             got = _checks.shape(images) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"Monitor: expected images [n, C, H, W], one or more: got {got}")

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from ssd_addon.metrics import StyleIndex, retrieval
+from ssd_addon.metrics import StyleIndex
+from ssd_addon.metrics import index as index_module
 
 ROUNDING = 1e-6  # float32
 WEIGHTS = [
@@ -226,7 +227,7 @@ def test_chunks_do_not_matter(monkeypatch, chunk, kind):
     sizes = []
     real = torch.Tensor.topk
     monkeypatch.setattr(torch.Tensor, "topk", lambda t, *a, **k: (sizes.append(len(t)), real(t, *a, **k))[1])
-    monkeypatch.setattr(retrieval, "CHUNK", chunk)
+    monkeypatch.setattr(index_module, "CHUNK", chunk)
     got = built.search(query, {"content": 1, "color": -1}, k=7)
     assert torch.allclose(got[0], scores, atol=ROUNDING) and torch.equal(got[1], rows)
     assert max(sizes) == max(1, chunk // 25) and sum(sizes) == 25

@@ -11,18 +11,21 @@ Every matrix is a `ScoreTable`: `table["color", "hue"]` is a number, NaN where t
 `.notes`; it prints, and `.to_json()` keeps it.
 """
 
-from ssd_addon.metrics.dci import Dci, completeness, dci, disentanglement, mig, sap
+from ssd_addon.differences import parameter_differences
 from ssd_addon.metrics.embed import embed
 from ssd_addon.metrics.geometry import alignment, effective_rank, redundancy, space_geometry, uniformity
-from ssd_addon.metrics.matrix import Circular, Factor, r2_matrix
-from ssd_addon.metrics.parameters import parameter_differences, parameter_matrix
-from ssd_addon.metrics.retrieval import StyleIndex
+from ssd_addon.metrics.index import StyleIndex
+from ssd_addon.metrics.label_free import parameter_matrix
+from ssd_addon.metrics.labelled import Circular, Factor, r2_matrix
+from ssd_addon.metrics.probe import Probe
+from ssd_addon.metrics.summary import Dci, completeness, dci, disentanglement, mig, sap
 from ssd_addon.metrics.table import ScoreTable
 
 __all__ = [
     "Circular",
     "Dci",
     "Factor",
+    "Probe",
     "ScoreTable",
     "StyleIndex",
     "alignment",

@@ -1,7 +1,7 @@
-"""The probes that the matrices ask: what they are given, what they predict, how they are solved.
+"""The probes: what they are given, what they predict, and how they are solved.
 
-Inputs are standardised blocks of rows, targets are factors, a problem is one space with the factors that are defined on
-the same rows; ridge, kernel ridge and a small MLP solve it, with their penalty chosen by cross-validation, in float64.
+Inputs are standardized blocks of rows, targets are factors, a problem is one space with the factors that are defined on
+the same rows. Ridge, kernel ridge and a small MLP solve it, with their penalty chosen by cross-validation, in float64.
 Legend: n rows, d columns of x, K columns of y over T factors, A penalties.
 """
 
@@ -13,17 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RIDGE_ALPHAS = tuple(10.0**e for e in range(-6, 4))  # times the training rows; inputs are standardised
+from ssd_addon.metrics.spaces import CHUNK
+
+RIDGE_ALPHAS = tuple(10.0**e for e in range(-6, 4))  # times the training rows; inputs are standardized
 KERNEL_ALPHAS = tuple(10.0**e for e in range(-8, 1))  # times the training rows; k(x, x) = 1
 BANDWIDTHS = (0.5, 1.0, 2.0)  # times the median distance
-CHUNK = 2**23  # elements of a float64 block: 64 MiB
 
 Predict = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One factor: numbers [n, k] standardised by the training split, or classes [n] coded 0..C-1, -1 if not trained.
+    """One factor: numbers [n, k] standardized by the training split, or classes [n] coded 0..C-1, -1 if not trained.
 
     The score of numbers is a mean over columns; `pooled` sums errors and squares over the columns before they are
     divided, so that a column counts by its variance.
@@ -61,7 +62,7 @@ class Target:
 
 
 class Inputs:
-    """Rows of one or more blocks [n, d_i] side by side, standardised by the training rows, in float64.
+    """Rows of one or more blocks [n, d_i] side by side, standardized by the training rows, in float64.
 
     A column that is constant on the training rows becomes 0. `balance` divides each block by the root of its number of
     columns, so that every block has the same share of a distance.
@@ -77,11 +78,11 @@ class Inputs:
         used = std > 1e-12 * mean.abs()
         self.scale = torch.where(used, 1 / std, 0.0)
         if balance:
-            counts = [used[None].sum().clamp(min=1).expand(len(used)) for used in used.split(self.sizes)]
+            counts = [used[None].sum().clamp(min=1).expand(len(used)) for used in torch.split(used, self.sizes)]
             self.scale /= torch.cat(counts).sqrt()
 
     def chunks(self, rows: Tensor, width: int = 0) -> Iterable[Tensor]:
-        return rows.split(max(1, CHUNK // max(self.width, width)))
+        return torch.split(rows, max(1, CHUNK // max(self.width, width)))
 
     def __call__(self, rows: Tensor) -> Tensor:
         return (torch.cat([b[rows].double() for b in self.blocks], 1) - self.mean) * self.scale
@@ -116,14 +117,14 @@ class Problem:
 
     def best(self, errors: Tensor) -> tuple[Tensor, Tensor]:
         """Errors [A, K] to the least of the A for each factor [T], and its place [T]."""
-        least = torch.stack([e.sum(1) for e in errors.split(self.widths, 1)], 1).min(0)
+        least = torch.stack([e.sum(1) for e in torch.split(errors, self.widths, 1)], 1).min(0)
         return least.values, least.indices
 
     def held_out(self, predict: Predict, rows: Tensor) -> list[Tensor]:
         """Per factor what `Target.score` sums, [r, q]: right or wrong; or (y - yhat)^2, y and y^2, y from its mean."""
         parts = []
         for r in self.x.chunks(rows, sum(self.widths)):
-            predicted = predict(r).split(self.widths, 1)
+            predicted = torch.split(predict(r), self.widths, 1)
             parts.append([t.error(p, r) for t, p in zip(self.targets, predicted, strict=True)])
         stats = [torch.cat(p) for p in zip(*parts, strict=True)]
         for i, t in enumerate(self.targets):
@@ -155,7 +156,8 @@ def _primal(p: Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
     def about(m: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         """sum (x - mean_x) (x - mean_x)^T [d, d] and sum (x - mean_x) (y - mean_y)^T [d, K]."""
         shifted = m - torch.outer(m[:, d], mean)
-        return (shifted - torch.outer(mean[: d + 1], shifted[d]))[:d].split([d, 1, k], 1)[::2]
+        gram, _, cross = torch.split((shifted - torch.outer(mean[: d + 1], shifted[d]))[:d], [d, 1, k], 1)
+        return gram, cross
 
     def path(m: Tensor) -> tuple[Tensor, Callable[[Tensor | float], Tensor]]:
         """Means of [x, 1, y], and alpha (one, or one per column) -> w [d, K]."""
@@ -248,7 +250,7 @@ def _mlp(p: Problem) -> Predict:
         loss = F.cross_entropy if t.classes else F.mse_loss
         first = torch.randn(p.x.width, 256, generator=generator, device="cpu") / math.sqrt(p.x.width)
         net = [first.to(x), *(x.new_zeros(s) for s in ((256,), (256, t.width), (t.width,)))]
-        optimiser = torch.optim.Adam([w.requires_grad_() for w in net], lr=2e-3)
+        optimizer = torch.optim.Adam([w.requires_grad_() for w in net], lr=2e-3)
         best, kept, waited = math.inf, net, 0
         for _ in range(200):
             value = float(loss(forward(net, x[check]), y[check]))
@@ -257,16 +259,17 @@ def _mlp(p: Problem) -> Predict:
                 best, kept, waited = value, [w.detach().clone() for w in net], 0
             if waited == 20:
                 break
-            for batch in fit[torch.randperm(len(fit), generator=generator, device="cpu").to(x.device)].split(256):
-                optimiser.zero_grad()
+            shuffled = fit[torch.randperm(len(fit), generator=generator, device="cpu").to(x.device)]
+            for batch in torch.split(shuffled, 256):
+                optimizer.zero_grad()
                 with torch.enable_grad():
-                    loss(forward(net, x[batch]), y[batch]).backward()
-                optimiser.step()
+                    torch.autograd.backward(loss(forward(net, x[batch]), y[batch]))
+                optimizer.step()
         nets.append(kept)
     return lambda r: torch.cat([forward(net, p.x(r).float()) for net in nets], 1).double()
 
 
-PROBES: dict[str, Callable[[Problem], Predict]] = {"ridge": _ridge, "kernel": _kernel, "mlp": _mlp}
+SOLVERS: dict[str, Callable[[Problem], Predict]] = {"ridge": _ridge, "kernel": _kernel, "mlp": _mlp}
 
 
 def softmax_log_likelihood(x: Inputs, y: Tensor, rows: Tensor, held_out: Tensor) -> float:
@@ -275,7 +278,7 @@ def softmax_log_likelihood(x: Inputs, y: Tensor, rows: Tensor, held_out: Tensor)
     The penalty on the weights is the one of seven that does best on every fifth training row; a class that the training
     rows do not have gets the probability of one half of a sample. y [n] int64.
     """
-    known = y[rows].unique()
+    known = torch.unique(y[rows])
     classes = int(max(y[rows].max(), y[held_out].max())) + 1
     fit, check = rows[torch.arange(len(rows)) % 5 > 0], rows[::5]
     floor = math.log(0.5 / (len(rows) + 0.5))
@@ -286,19 +289,19 @@ def softmax_log_likelihood(x: Inputs, y: Tensor, rows: Tensor, held_out: Tensor)
         xs = torch.cat([x(r) for r in x.chunks(on)])
         xs, target = F.pad(xs, (0, 1), value=1.0), y[on]
         w = xs.new_zeros(xs.shape[1], classes, requires_grad=True)
-        optimiser = torch.optim.LBFGS(
+        optimizer: torch.optim.Optimizer = torch.optim.LBFGS(
             [w], lr=1, max_iter=100, tolerance_grad=1e-7, tolerance_change=1e-10, line_search_fn="strong_wolfe"
         )
 
         def closure() -> Tensor:
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             with torch.enable_grad():
                 logits = (xs @ w).masked_fill(unknown, -math.inf)
                 loss = F.cross_entropy(logits, target) + penalty * w[:-1].square().sum()
-                loss.backward()
+                torch.autograd.backward(loss)
             return loss
 
-        optimiser.step(closure)
+        optimizer.step(closure)
         weights = w.detach()
 
         def log_q(r: Tensor) -> Tensor:

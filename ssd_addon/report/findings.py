@@ -24,7 +24,8 @@ from ssd_addon.metrics import (
     space_geometry,
 )
 from ssd_addon.metrics.embed import BACKBONE, Model
-from ssd_addon.metrics.matrix import MIN_ROWS, check_factors, check_finite
+from ssd_addon.metrics.labelled import check_factors
+from ssd_addon.metrics.spaces import MIN_ROWS, check_finite
 from ssd_addon.report.data import Data, Say
 
 KNOWS, TRACE = 0.5, 0.1
@@ -140,7 +141,7 @@ def measure(
     for name, factor in data.factors.items():  # one that cannot be scored does not cost the others
         try:
             if n >= 2 * MIN_ROWS:
-                check_factors(styles, {name: factor}, 0.5)
+                check_factors(styles, {name: factor})
             factors[name] = factor
         except (ValueError, TypeError) as error:
             about.append((f"{name} is left out", str(error)))

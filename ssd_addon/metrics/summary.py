@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ssd_addon import _checks
-from ssd_addon.metrics.matrix import MIN_ROWS, Circular, Factor, check_factors, r2_matrix, split_rows
+from ssd_addon.metrics.labelled import Circular, Factor, check_factors, r2_matrix
+from ssd_addon.metrics.probe import Kind, Probe, Split
 from ssd_addon.metrics.probes import Inputs, softmax_log_likelihood
+from ssd_addon.metrics.spaces import MIN_ROWS
 from ssd_addon.metrics.table import ScoreTable
 
 ALL = "all spaces"
@@ -107,7 +109,7 @@ def dci(
     factors: Mapping[str, Factor],
     *,
     blocks: Mapping[str, Sequence[str]] | None = None,
-    probe: str = "ridge",
+    probe: Kind | Probe = "ridge",
     bootstrap: int = 200,
     seed: int = 0,
 ) -> Dci:
@@ -252,8 +254,9 @@ def mig(
         raise ValueError(f"mig: expected two spaces or more, to compare: got {_checks.names(embeddings)}")
     if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
         raise ValueError(f"bins: expected a whole number, 2 or more: got {bins!r}")
-    n, device = check_factors(embeddings, factors, train_fraction)
-    train, test = split_rows(n, train_fraction, torch.Generator("cpu").manual_seed(seed), device)
+    n, device = check_factors(embeddings, factors)
+    split = Split.draw(n, Probe(train_fraction=train_fraction), 0, seed, device)
+    train, test = split.train, split.test
     if bins > len(train):
         raise ValueError(
             f"bins: expected no more than the {len(train)} samples that the probe is fitted on: got {bins}"
@@ -272,9 +275,9 @@ def mig(
                 told = []
                 x = Inputs([z], rows) if not why else None
                 for y in columns if x is not None else ():
-                    known, counts = y[held_out].unique(return_counts=True)
+                    known, counts = torch.unique(y[held_out], return_counts=True)
                     entropy = float(torch.special.entr(counts.double() / len(held_out)).sum())
-                    if len(known) < 2 or len(y[rows].unique()) < 2:
+                    if len(known) < 2 or len(torch.unique(y[rows])) < 2:
                         continue
                     assert x is not None
                     log_q = softmax_log_likelihood(x, y, rows, held_out)
@@ -299,7 +302,7 @@ def _labels(factor: Factor, bins: int, device: torch.device) -> tuple[list[Tenso
         values = factor.to(device)
         valid = torch.ones(len(values), dtype=torch.bool, device=device)
         if not factor.is_floating_point():
-            return [values.unique(return_inverse=True)[1]], valid, ""
+            return [torch.unique(values, return_inverse=True)[1]], valid, ""
         values = values.reshape(len(values), -1).double()
     if not values[valid].isfinite().all():
         return [], valid, f"{int((~values[valid].isfinite()).sum())} of {values[valid].numel()} values are NaN or inf"
@@ -312,7 +315,7 @@ def _labels(factor: Factor, bins: int, device: torch.device) -> tuple[list[Tenso
         above = v[valid][v[valid] > low]
         if len(above):  # where many samples share the least value, it is a class of its own
             edges = torch.where(edges == low, above.min(), edges)
-        out.append(torch.bucketize(v.contiguous(), edges.unique().contiguous(), right=True))
+        out.append(torch.bucketize(v.contiguous(), torch.unique(edges).contiguous(), right=True))
     return out, valid, ""
 
 

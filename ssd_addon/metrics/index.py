@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ssd_addon import _checks
-from ssd_addon.metrics.matrix import check_finite, check_space
-from ssd_addon.metrics.probes import CHUNK
+from ssd_addon.metrics.spaces import CHUNK, check_finite, check_space
 
 Weights = Mapping[str, float] | str
 

@@ -1,0 +1,127 @@
+"""By how much two views of the same images were drawn differently: a change for each parameter of each operation.
+
+The equivariance term, `metrics.parameter_matrix` and probes of your own predict these changes. Torch alone is needed.
+Legend: B images, P pairs of views, k numbers of a parameter.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+View = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
+"""How one view was drawn: group -> operation -> parameter -> [B, ...], such as `ViewBatch.parameters[v]`."""
+LARGEST = 16
+"""Numbers per image that a parameter may have; a larger one is a field of noise."""
+PERIODS = {"hue_factor": 1.0, "angle": 360.0, "degrees": 360.0, "times": 4.0}
+"""After how much an angle or a hue is the same again."""
+THEN = "then"
+"""The stage that is drawn anew for every view and belongs to no group."""
+NOT_DRAWN = ("order", "forward_input_shape", "input_size", "output_size", "padding_size")
+"""What operations store beside their parameters: it is not drawn, or it is no number."""
+
+
+def parameter_differences(a: View, b: View) -> dict[str, Tensor]:
+    """By how much the parameters of two views differ: theta_b - theta_a for every parameter that a group draws.
+
+    For losses and probes of your own, such as one that has the backbone predict the differences (AugSelf).
+
+    >>> a = {"color": {"0.ColorJitter": {"brightness_factor": torch.tensor([0.5, 1.0])}}}
+    >>> b = {"color": {"0.ColorJitter": {"brightness_factor": torch.tensor([1.5, 1.25])}}}
+    >>> parameter_differences(a, b)
+    {'color/0.ColorJitter/brightness_factor': tensor([[1.0000],
+            [0.2500]])}
+
+    Args:
+        a, b: how two views were drawn, such as `batch.parameters[0]` and `batch.parameters[1]`.
+
+    Returns:
+        "group/operation/parameter" -> theta_b - theta_a [B, k] float32 on its device, in the units of the parameter. An
+        angle or a hue is (cos, sin) of the difference, whatever its range, so that k is the same for every batch;
+        "batch_prob" is +-1 where the operation was applied in one view alone, and where it was not applied in a view
+        its other parameters count as their mean over both views where it was. A crop's corners are its center and
+        size, as fractions of the image. Fields of noise are left out, and so is what belongs to no group ("then").
+
+    Raises:
+        ValueError: views with different groups or operations.
+
+    Source: the targets of AugSelf, Lee et al. 2021, arXiv 2111.09613.
+    """
+    for what, x, y in [("groups", a, b), *((f"operations of {g!r}", a[g], b[g]) for g in a if g in b)]:
+        if x.keys() != y.keys():
+            raise ValueError(f"expected two views with the same {what}: got {list(x)} and {list(y)}")
+    out: dict[str, Tensor] = {}
+    for group in a:
+        if group != THEN:
+            out |= group_differences(group, [a], [b], [])
+    return out
+
+
+def group_differences(
+    group: str, a: Sequence[View], b: Sequence[View], skipped: list[str], *, exact: bool = False
+) -> dict[str, Tensor]:
+    """ "group/operation/parameter" -> theta_b - theta_a [P, k] of every parameter that one group draws.
+
+    Args:
+        group: its name.
+        a, b: how both views of the P pairs were drawn, batch after batch.
+        skipped: takes the names of the parameters that are left out, and why.
+        exact: in float64 on the CPU, and an angle is (cos, sin) only where it spans more than half of its circle.
+            Otherwise in float32 on the parameters' device, nothing is waited for, and every angle is (cos, sin).
+    """
+    out: dict[str, Tensor] = {}
+    for op, parameters in a[0][group].items():
+
+        def both(name: str, op: str = op) -> list[Tensor]:
+            return [_joined([view[group][op][name] for view in side], exact) for side in (a, b)]
+
+        gates = None
+        if "batch_prob" in parameters:
+            probabilities = both("batch_prob")
+            gates = [p > 0.5 for p in probabilities]
+            out[f"{group}/{op}/batch_prob"] = probabilities[1].round() - probabilities[0].round()
+        for name in parameters:
+            path = f"{group}/{op}/{name}"
+            if name in NOT_DRAWN or name == "batch_prob" or (name == "dst" and "output_size" in parameters):
+                continue
+            sizes = {view[group][op][name].shape[1:] for view in (*a, *b)}
+            if len(sizes) > 1 or next(iter(sizes)).numel() > LARGEST:
+                skipped.append(f"{path}, {'of varying size' if len(sizes) > 1 else 'a field of noise'}")
+                continue
+            x = both(name)
+            if name == "src" and "input_size" in parameters:
+                x = [_box(corners, size) for corners, size in zip(x, both("input_size"), strict=True)]
+            if gates is not None:
+                x = _where_applied(x, gates)
+            out[path] = _difference(x, PERIODS.get(name), exact)
+    return out
+
+
+def _joined(parameter: Sequence[Tensor], exact: bool) -> Tensor:
+    """One parameter of all pairs: [P, k]."""
+    values = [v.detach().cpu().double() if exact else v.detach().float() for v in parameter]
+    return torch.cat([v.flatten(1) if v.ndim > 1 else v[:, None] for v in values])
+
+
+def _where_applied(x: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
+    """A parameter of both views; its mean over the pairs where the operation was applied stands where it was not."""
+    applied, count = torch.cat(list(gates)), torch.stack([g.sum() for g in gates]).sum()
+    mean = torch.where(applied, torch.cat(list(x)), 0).sum(0) / count.clamp(min=1)
+    return [torch.where(g, t, mean) for t, g in zip(x, gates, strict=True)]
+
+
+def _difference(x: Sequence[Tensor], period: float | None, exact: bool) -> Tensor:
+    """theta_b - theta_a [P, k], or (cos, sin) [P, 2k] of it as a phase."""
+    difference, values = x[1] - x[0], torch.cat(list(x))
+    if period is None or (exact and float(values.max() - values.min()) <= period / 2):
+        return difference
+    phase = 2 * math.pi / period * difference
+    return torch.cat([phase.cos(), phase.sin()], 1)
+
+
+def _box(corners: Tensor, size: Tensor) -> Tensor:
+    """Corners [P, 8] in pixels (x, y) and the image's (height, width) [P, 2]: center and size [P, 4], as fractions."""
+    xy = corners.view(-1, 4, 2)
+    low, high = xy.amin(1), xy.amax(1)
+    return torch.cat([(low + high) / 2, high - low], 1) / size.flip(1).repeat(1, 2)
