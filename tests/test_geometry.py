@@ -393,6 +393,17 @@ def test_a_dead_coordinate_does_not_count():
     assert dead.scores == pytest.approx(plain.scores, abs=1e-9, nan_ok=True)
 
 
+def test_a_nearly_dead_coordinate_costs_next_to_nothing():
+    a, unit = randn(400, 2), 1e-3 * torch.rand(400, 1, generator=generator(2))
+    b = a + 0.3 * randn(400, 2, seed=1)
+    plain = redundancy({"a": a, "b": b}, bootstrap=0)
+    unit[split(400)[1][:4]] = 3.0
+    nearly = redundancy({"a": torch.cat([a, unit], 1), "b": b}, bootstrap=0)
+    assert nearly["a", "b"] == pytest.approx(plain["a", "b"], abs=0.02)
+    spread = 36 / (36 + 2 * 200)  # of the four values, which nothing predicts
+    assert nearly["b", "a"] == pytest.approx(plain["b", "a"] * (1 - spread), abs=0.02)
+
+
 def test_fewer_samples_than_dimensions():
     a = randn(24, 40)
     table = redundancy({"a": a, "b": a[:, :2] * 5, "c": randn(24, 50, seed=1)})

@@ -261,6 +261,64 @@ def test_mlp_predicts_the_mean():
     assert abs(r2_matrix({"z": torch.zeros(2000, 1)}, {"y": skewed}, probe="mlp", bootstrap=0)["z", "y"]) < 0.03
 
 
+# ---- nearly dead units
+
+
+def nearly_dead(n=600, small=1e-3, size=3.0, seed=0):
+    """A code of y, a unit of noise and a nearly dead one, whose only large values are on the held-out side."""
+    g = generator(seed)
+    y = torch.randn(n, generator=g)
+    z = torch.stack([y + 0.3 * torch.randn(n, generator=g), torch.randn(n, generator=g)], 1)
+    unit = small * torch.rand(n, generator=g)
+    unit[split_rows(n, 0.5, generator())[1][:4]] = size
+    return z, unit[:, None], y
+
+
+@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize(("small", "size"), [(0.0, 3.0), (1e-3, 3.0), (1e-3, -3.0), (1e-6, 1e6), (1e-20, 1.0)])
+def test_nearly_dead_units_cost_next_to_nothing(probe, small, size):
+    z, unit, y = nearly_dead(small=small, size=size)
+    plain = r2_matrix({"z": z}, {"y": y}, probe=probe, bootstrap=0)["z", "y"]
+    for offset in (0.0, 7.0):
+        beside = torch.cat([z, unit + offset], 1)
+        assert r2_matrix({"z": beside}, {"y": y}, probe=probe, bootstrap=0)["z", "y"] == pytest.approx(plain, abs=0.05)
+    assert plain > 0.88
+
+
+@pytest.mark.parametrize("wide", [0, 400], ids=["primal", "dual"])
+def test_a_nearly_dead_direction_that_lies_across_the_units_costs_little_too(monkeypatch, wide):
+    """No unit is out of range; the direction is, by 3,000 times, and ridge has fitted noise to it."""
+    monkeypatch.setattr(_probes, "RIDGE_ALPHAS", (1e-6,))
+    z, unit, y = nearly_dead()
+    z = torch.cat([z, torch.randn(600, 3, generator=generator(1)), unit], 1).double()
+    z = z @ torch.linalg.qr(torch.randn(6, 6, generator=generator(2), dtype=torch.float64))[0]
+    z = torch.cat([z, z[:, :1].expand(-1, wide) * 1e-4], 1)
+    assert r2_matrix({"z": z}, {"y": y}, bootstrap=0)["z", "y"] > 0.85
+    monkeypatch.setattr(_probes, "FAR", math.inf)
+    assert r2_matrix({"z": z}, {"y": y}, bootstrap=0)["z", "y"] < 0
+
+
+def test_leverage_is_that_of_the_definition():
+    """x^T (G + alpha)^-1 G (G + alpha)^-1 x, and no more than 1 for a row that was trained on."""
+    for d in (7, 55):
+        p, _, test = problem(d=d)
+        train = p.x(p.rows)
+        inverse = torch.linalg.inv(train.T @ train + 0.5 * torch.eye(d))
+        for rows in (p.rows, test):
+            x = p.x(rows)
+            expected = [float(row @ inverse @ train.T @ train @ inverse @ row) for row in x]
+            got = _probes._leverage(p, x, 0.5)
+            np.testing.assert_allclose(got.numpy(), expected, rtol=1e-7)
+            assert got.max() <= 1 or rows is test
+
+
+def test_values_within_three_ranges_of_the_training_rows_are_taken_as_they_are():
+    x = torch.tensor([[0.0], [1.0], [2.0], [4.0], [-2.0], [4.1], [-99.0]])
+    inputs = _probes.Inputs([x], torch.arange(3))
+    got = inputs(torch.arange(7))[:, 0] * x[:3].double().std(correction=0) + 1
+    assert got.tolist() == pytest.approx([0, 1, 2, 4, -2, 4, -2])
+
+
 # ---- scores
 
 
@@ -286,16 +344,29 @@ def test_r2_by_hand():
     assert float(target.score(stats.sum(0), torch.tensor(4))) == pytest.approx(1 - 5 / 14)
 
 
-def test_classes_are_rescaled_by_the_majority_rate_of_the_training_split():
-    labels = torch.tensor([7, 7, 7, -2, 40, 40, 40, 40, -2, 7, 99])  # of the first five three are 7; 99 is new
-    train, test = torch.arange(5), torch.arange(5, 11)
+def chance_by_hand(labels, train, rows):
+    """How often the most frequent class of the training rows is right on other rows, in a loop."""
+    counts = {}
+    for label in labels[train].tolist():
+        counts[label] = counts.get(label, 0) + 1
+    majority = max(sorted(counts), key=counts.__getitem__)
+    return sum(label == majority for label in labels[rows].tolist()) / len(rows)
+
+
+def test_chance_for_classes_is_the_training_majority_on_the_held_out_rows():
+    labels = torch.tensor([7, 7, 7, -2, 40, 40, 40, 40, -2, 7, 99, 50])  # of the first five three are 7
+    train, test = torch.arange(5), torch.arange(5, 12)
     target = labelled.target_of(labels, train, test)
-    assert target.chance == 3 / 5 and target.classes == 3
-    assert target.values.tolist() == [1, 1, 1, 0, 2, 2, 2, 2, 0, 1, -1]
+    assert target.classes == 3 and target.majority == 1
+    assert target.values.tolist() == [1, 1, 1, 0, 2, 2, 2, 2, 0, 1, -2, -1]  # 50 and 99 are new, and two
     assert target.columns(torch.tensor([0, 4])).tolist() == [[0, 1, 0], [0, 0, 1]]
-    p = _probes.Problem(_probes.Inputs([torch.eye(11)], train), train, [target], 5)
-    (stats,) = p.held_out(lambda r: torch.tensor([[0.1, 0.2, 0.3]]).expand(len(r), 3), test)  # says 40: 3 of 6 right
-    assert float(target.score(stats.sum(0), torch.tensor(6))) == pytest.approx((1 / 2 - 3 / 5) / (1 - 3 / 5))
+    p = _probes.Problem(_probes.Inputs([torch.eye(12)], train), train, [target], 5)
+    (stats,) = p.held_out(lambda r: torch.tensor([[0.1, 0.2, 0.3]]).expand(len(r), 3), test)  # says 40: 3 of 7 right
+    assert chance_by_hand(labels, train, test) == 1 / 7
+    assert float(target.score(stats.sum(0), torch.tensor(7))) == pytest.approx((3 / 7 - 1 / 7) / (1 - 1 / 7))
+    for rows, two in (([0, 1, 2], False), ([5, 5], False), ([3], False), ([5, 6], True), ([0, 4], True)):
+        score = float(target.score(stats[rows].sum(0), torch.tensor(len(rows))))
+        assert math.isnan(score) != two, (rows, score)
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -305,8 +376,63 @@ def test_a_class_that_only_the_held_out_rows_have_is_counted_wrong(probe):
     z = labels[:, None] + 0.01 * torch.randn(60, 2, generator=generator())
     labels[test[:6]] = 5
     table = r2_matrix({"z": z}, {"label": labels}, probe=probe)
-    chance = labels[train].bincount().max() / 30
-    assert table["z", "label"] == pytest.approx(float((24 / 30 - chance) / (1 - chance)))
+    chance = chance_by_hand(labels, train, test)
+    assert table["z", "label"] == pytest.approx((24 / 30 - chance) / (1 - chance))
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.02, 0.1, 0.5])
+def test_noise_cannot_be_decoded_however_rare_the_class(rate):
+    """Over 40 spaces of noise: a mean score of 0 within its error, and no more sure scores than 2.5 % allow."""
+    scores, sure = [], 0
+    for seed in range(40):
+        g = generator(seed)
+        z, labels = torch.randn(400, 6, generator=g), (torch.rand(400, generator=g) < rate).long()
+        table = r2_matrix({"z": z}, {"label": labels}, bootstrap=50, seed=seed)
+        if not math.isnan(table["z", "label"]):
+            scores.append(table["z", "label"])
+            sure += table.intervals["z", "label"][0] > 0
+    scores = torch.tensor(scores)
+    assert len(scores) > 20 and scores.mean().abs() <= 3 * scores.std() / math.sqrt(len(scores)) + 1e-12
+    assert sure <= 4 and scores.max() < 0.3, "a binomial of 40 and 0.025 exceeds 4 once in 300"
+
+
+def test_a_rare_class_that_is_there_is_found():
+    labels = (torch.arange(1000) % 50 == 0).long()
+    z = labels[:, None] + 0.05 * torch.randn(1000, 3, generator=generator())
+    table = r2_matrix({"z": z}, {"defect": labels})
+    assert table["z", "defect"] == 1 and table.intervals["z", "defect"][0] > 0.9
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_held_out_rows_of_one_class_have_no_score(probe):
+    _, test = split_rows(40, 0.5, generator())
+    labels = torch.arange(40) % 2
+    labels[test] = 1
+    for rare in (labels, labels * 7, labels.bool()):
+        table = r2_matrix({"z": Z}, {"label": rare, "z": Z}, probe=probe)
+        assert math.isnan(table["z", "label"]) and ("z", "label") not in table.intervals
+        assert table.notes["z", "label"] == "one class among the held-out samples"
+        assert not math.isnan(table["z", "z"])
+
+
+def test_intervals_of_classes_have_the_chance_of_every_resample():
+    """A resample of one class counts as 0: so few held-out samples of a class cannot make a sure score."""
+    for held_out, least in ((1, 0.0), (2, 0.0), (6, 1.0)):
+        train, test = split_rows(60, 0.5, generator())
+        labels = torch.zeros(60, dtype=torch.long)
+        labels[train[:8]] = labels[test[:held_out]] = 1
+        z = labels[:, None] * 9 + torch.randn(60, 2, generator=generator())
+        g = generator()
+        torch.randperm(60, generator=g)
+        scores = []
+        for _ in range(200):
+            drawn = test[torch.randint(30, (30,), generator=g)]
+            chance = chance_by_hand(labels, train, drawn)
+            scores.append(0.0 if len(set(labels[drawn].tolist())) < 2 else (1 - chance) / (1 - chance))
+        table = r2_matrix({"z": z}, {"label": labels})
+        assert table["z", "label"] == 1
+        assert table.intervals["z", "label"] == pytest.approx(np.quantile(scores, [0.025, 0.975]), abs=1e-9)
+        assert table.intervals["z", "label"][0] == least
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -328,7 +454,7 @@ def test_intervals_have_the_width_of_a_binomial():
     labels = torch.randint(2, (2000,), generator=g)
     z = (labels * 2 - 1 + torch.randn(2000, generator=g))[:, None]
     table = r2_matrix({"z": z}, {"label": labels}, bootstrap=400)
-    chance = int(labels[split_rows(2000, 0.5, generator())[0]].bincount().max()) / 1000
+    chance = chance_by_hand(labels, *split_rows(2000, 0.5, generator()))
     accuracy = table["z", "label"] * (1 - chance) + chance
     low, high = table.intervals["z", "label"]
     assert low < table["z", "label"] < high
@@ -542,8 +668,7 @@ def test_a_collapsed_space_knows_nothing(probe):
     table = r2_matrix(spaces, {"y": y, "label": y > 0.5}, probe=probe)
     train, test = split_rows(100, 0.5, generator())
     assert table["collapsed", "y"] == pytest.approx(r2_score(y[test], y[train].mean().expand(50)), abs=1e-6)
-    chance, right = ((y[rows] <= 0.5).double().mean() for rows in (train, test))  # says the majority of the training
-    assert table["collapsed", "label"] == pytest.approx(float((right - chance) / (1 - chance)))
+    assert table["collapsed", "label"] == 0, "it says the majority of the training rows, as chance does"
     assert table["dead column", "y"] > 0.9
 
 

@@ -438,6 +438,26 @@ def test_pairs_of_an_image_share_a_side_and_a_fold(asked, monkeypatch, draws, fo
     assert train.tolist() != sorted(train.tolist())
 
 
+@pytest.mark.parametrize("probe", ["ridge", "kernel", "mlp"])
+def test_nearly_dead_units_cost_next_to_nothing(asked, probe):
+    """A unit that answers to three held-out images alone, in one of their views."""
+    x, calls = squares(100), []
+
+    def model(x):
+        z = Knows()(x)
+        unit = 1e-4 * x[:, :1, 5, 5]
+        if calls:
+            unit[calls[0]] = 1.0
+        return {"color": torch.cat([z["color"], unit], 1)}
+
+    plain = parameter_matrix(model, two_groups(), x, draws=1, probe=probe, bootstrap=0)
+    calls.append(asked[0][3][:3])  # held-out rows, of the first view
+    nearly = parameter_matrix(model, two_groups(), x, draws=1, probe=probe, bootstrap=0)
+    assert plain["color", "color"] > 0.9 and nearly["color", "color"] == pytest.approx(
+        plain["color", "color"], abs=0.08
+    )
+
+
 def test_train_fraction_is_of_images(asked):
     table = parameter_matrix(
         means, two_groups(), images(), draws=2, probe=Probe("ridge", train_fraction=0.75), bootstrap=0

@@ -82,15 +82,25 @@ def r2_matrix(
     """How well each factor is predicted from each space, on held-out samples.
 
     Numbers and angles: R^2 = 1 - sum (y - yhat)^2 / sum (y - mean y)^2 over the held-out rows, averaged over columns
-    with equal weight. Classes: (accuracy - chance) / (1 - chance), chance being the share of the most frequent class in
-    the training split. 1 is perfect, 0 is knowing nothing, below 0 is worse than that.
+    with equal weight. Classes: (accuracy - chance) / (1 - chance), where chance is the accuracy, on the same held-out
+    rows, of always answering the most frequent class of the training rows; so noise scores 0 however rare a class is.
+    1 is perfect, 0 is no better than the mean or the most frequent class, below 0 is worse than that.
 
-    Probes, all on inputs standardised by the training split:
+    Intervals are percentiles over resamples of the held-out rows, with the fitted probes. A resample that holds one
+    class alone cannot tell a probe from chance and counts as 0, so that no interval lies above 0 while fewer than four
+    held-out samples are outside the most frequent class. A resample in which a number does not vary is left out.
+
+    Probes, all on inputs standardized by the training rows:
     *ridge*: linear with intercept, float64; classes by ridge onto one-hot columns, then the largest. The penalty of
     each factor comes from k-fold cross-validation of the squared error. Bounded memory: Gram matrices by row chunks.
     *kernel*: ridge with an RBF kernel and an intercept, bandwidth and penalty cross-validated; each of the space and
     the given blocks has the same weight in the distance, whatever its width.
     *mlp*: one hidden layer of 256, Adam, stopped early on a fifth of the training split.
+
+    Held-out rows cannot make a score wild: an input is clipped to the range of the training rows, widened on either
+    side by its own width (nearly dead units, which are 0 but for a few rows, would be thousands of standard deviations
+    away), and ridge answers the mean where a row is so far out along any direction that errors of its weights decide
+    the answer. Inputs and factors with very heavy tails lose by that: give their logarithm.
 
     Rows count as independent: give one view of each image, or views of one image land on both sides of the split.
 
@@ -202,9 +212,12 @@ def target_of(factor: Factor, train: Tensor, test: Tensor) -> Target | str:
         known, counts = torch.unique(values[rows], return_counts=True)
         if len(known) < 2:
             return "one class in the training split"
+        if len(torch.unique(values[held_out])) < 2:
+            return "one class among the held-out samples"
         code = torch.searchsorted(known, values).clamp(max=len(known) - 1)
-        code = torch.where(known[code] == values, code, -1)
-        return Target(code, valid, len(known), int(counts.max()) / len(rows))
+        unknown = known[code] != values
+        code[unknown] = -1 - torch.unique(values[unknown], return_inverse=True)[1]
+        return Target(code, valid, len(known), int(counts.argmax()))
     spread = torch.stack([values[r].amax(0) - values[r].amin(0) for r in (rows, held_out)]).amin(0)
     varies = spread > resolution
     if not varies.any():

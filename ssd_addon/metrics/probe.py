@@ -186,6 +186,8 @@ def _scored(
     for (name, target), each in zip(targets.items(), stats, strict=True):
         sums = [w.double() @ each for w in torch.split(weights, 64)]
         resampled = target.score(torch.cat(sums), weights.sum(1)) if len(weights) else each.new_zeros(0)
+        if target.classes:  # a resample of one class cannot tell the probe from the majority class: it counts as chance
+            resampled = resampled.nan_to_num(0.0)
         out[name] = float(target.score(each.sum(0), each.new_tensor(len(each)))), resampled
     return out
 
