@@ -188,15 +188,16 @@ def _leverage(p: Problem, x: Tensor, alpha: float) -> Tensor:
     d = p.x.width
     if d < len(p.rows):
         gram = torch.stack([t.T @ t for t in map(p.x, p.x.chunks(p.rows, d))]).sum(0)
-        u = torch.linalg.solve(gram + alpha * torch.eye(d, dtype=x.dtype, device=x.device), x.T)
-        return (u * (gram @ u)).sum(0)
+        u = _shifted_solve(gram, alpha, x.T)
+        return torch.einsum("dr,de,er->r", u, gram, u)
     train = p.x(p.rows)
-    kernel = train @ train.T
-    return (
-        torch.linalg.solve(kernel + alpha * torch.eye(len(kernel), dtype=x.dtype, device=x.device), train @ x.T)
-        .square()
-        .sum(0)
-    )
+    return (_shifted_solve(train @ train.T, alpha, train @ x.T) ** 2).sum(0)
+
+
+def _shifted_solve(a: Tensor, alpha: float, b: Tensor) -> Tensor:
+    """(a + alpha)^-1 b for a symmetric a."""
+    solution: Tensor = torch.linalg.solve(a + alpha * torch.eye(len(a), dtype=a.dtype, device=a.device), b)
+    return solution
 
 
 def _primal(p: Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,8 +234,8 @@ def _primal(p: Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor
             w = solution(alpha)
             errors[i] += (w * (gram @ w)).sum(0) - 2 * (w * cross).sum(0)  # and |y - mean_y|^2, the same for all alpha
     mean, solution = path(total)
-    alpha = m.new_tensor(alphas)[p.best(errors)[1]]
-    return solution(p.per_column(alpha)), mean[d + 1 :], alpha
+    chosen = m.new_tensor(alphas)[p.best(errors)[1]]
+    return solution(p.per_column(chosen)), mean[d + 1 :], chosen
 
 
 def _dual(p: Problem, k: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -257,9 +258,9 @@ def _dual(p: Problem, k: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tenso
             left_out = torch.linalg.solve((vf * shrink.T) @ vf.T - 1 / n, residual[part])
             errors[i] += (left_out**2).sum(0)
     least, place = p.best(errors)
-    alpha = y.new_tensor(alphas)[place]
-    a = v @ (rotated / (lam + p.per_column(alpha)))
-    return a, mean_y - mean_k @ a, alpha, least
+    chosen = y.new_tensor(alphas)[place]
+    a = v @ (rotated / (lam + p.per_column(chosen)))
+    return a, mean_y - mean_k @ a, chosen, least
 
 
 def _dual_ridge(p: Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
