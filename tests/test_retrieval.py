@@ -426,27 +426,23 @@ def test_bad_embeddings_to_ask_with(query, message):
         index(spaces()).search(query, {"content": 1, "color": -1}, k=2)
 
 
+SCALES = [5e-324, 1e-320, 1e-310, 1e308, 1.7e308, 5, 10**300, np.float32(3), np.int64(7), Fraction(1, 3)]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "scale", [5e-324, 1e-320, 1e-310, 1e308, 1.7e308, 5, 10**300, np.float32(3), np.int64(7), Fraction(1, 3)]
-)
+@pytest.mark.parametrize("scale", SCALES)
 def test_only_the_ratio_of_weights_matters(backend, scale):
     built = index(spaces(), backend)
+    got = built.search(3, {"content": scale, "color": -scale, "crop": scale}, k=4)
     expected = built.search(3, {"content": 1.0, "color": -1.0, "crop": 1.0}, k=4)
-    for got, want in zip(
-        built.search(3, {"content": scale, "color": -scale, "crop": scale}, k=4), expected, strict=True
-    ):
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_weight_beside_a_huge_one_is_nothing(backend):
+@pytest.mark.parametrize(("small", "large"), [(1e-320, 1.0), (1.0, 1e308), (1e-320, 1e308)])
+def test_a_weight_beside_a_huge_one_is_nothing(backend, small, large):
     built = index(spaces(), backend)
-    for small, large in ((1e-320, 1.0), (1.0, 1e308), (1e-320, 1e308)):
-        for got, want in zip(
-            built.search(3, {"content": small, "color": large}), built.search(3, "color"), strict=True
-        ):
-            torch.testing.assert_close(got, want)
+    torch.testing.assert_close(built.search(3, {"content": small, "color": large}), built.search(3, "color"))
 
 
 def test_a_query_that_is_no_tensor_is_named():
@@ -494,12 +490,12 @@ def test_a_graph_needs_more_images():
         StyleIndex(spaces(), backend="faiss", factory="NSG8")
 
 
-@pytest.mark.parametrize(
-    "factory",
-    ["IVF4,Flat", "PQ4x4", "IVF4,PQ4x4", "OPQ4,PQ4x4", "PCA4,Flat", "SQ4", "HNSW8,SQ8", "L2norm,Flat", "RR6,Flat"],
-)
+COARSE = ["IVF4,Flat", "PQ4x4", "IVF4,PQ4x4", "OPQ4,PQ4x4", "PCA4,Flat", "SQ4", "HNSW8,SQ8", "L2norm,Flat", "RR6,Flat"]
+
+
+@pytest.mark.parametrize("factory", COARSE)
 def test_scores_are_right_however_coarse_the_index_is_and_nothing_is_printed(capfd, factory):
-    z = {"content": torch.randn(120, 8, generator=generator()), "color": torch.randn(120, 4, generator=generator(1))}
+    z = {"content": torch.randn(300, 8, generator=generator()), "color": torch.randn(300, 4, generator=generator(1))}
     weights, rows = {"content": 1, "color": -0.5}, torch.arange(20)
     expected = similarities(z, weights, {s: t[rows] for s, t in z.items()})
     scores, found = index(z, "faiss", factory=factory).search(rows, weights, k=9)
