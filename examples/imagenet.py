@@ -351,7 +351,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
         tensorboard=args.out if args.tensorboard else None,
         views=None if images is None else views,
         images=images,
-        unit=args.family == "simclr",
+        on_sphere=args.family == "simclr",
         batch_size=args.batch_size,
     )
     say(f"{len(data)} images, {classes} classes, {world} x {args.batch_size} a step, {per_epoch} steps an epoch")

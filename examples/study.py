@@ -83,7 +83,7 @@ def train(config: dict[str, Any], seed: int) -> dict[str, Any]:
     model.eval()
     line = {
         "seconds": round(seconds, 1),
-        **world.scores(lambda x: embed(scored, x, batch_size=500, unit=unit), scored, unit),
+        **world.scores(lambda x: embed(scored, x, batch_size=500, on_sphere=unit), scored, unit),
     }
     if terms is not None:
         line["terms"] = {k: round(v, 4) for k, v in terms.scalars().items()}

@@ -265,13 +265,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     x, factors = data.labelled(args.samples, torch.Generator().manual_seed(args.seed + 10_000))
     unit = args.rows == "unit" or (args.rows == "auto" and args.family == "simclr")
-    z = embed(model, x, batch_size=500, unit=unit)
+    z = embed(model, x, batch_size=500, on_sphere=unit)
     tables = {name: r2_matrix(z, factors, probe=kind) for name, kind in (("linear", "ridge"), ("nonlinear", "kernel"))}
     if args.dataset == "latents" and "content" in factors:
         tables["conditional"] = r2_matrix(z, factors, probe="kernel", given=("content",))
     if args.dataset == "sprites":
         scored_views = build_views({"groups": GROUPS})  # also for a model that was trained without style spaces
-        made = parameter_matrix(model, scored_views, x[:2000], unit=unit, backbone=True)
+        made = parameter_matrix(model, scored_views, x[:2000], on_sphere=unit, backbone=True)
         tables |= {"label-free": made, **({"label-free, each parameter": made.parts} if made.parts else {})}
     for title, table in tables.items():
         print(f"\n{title}\n{table}")

@@ -135,10 +135,11 @@ def test_a_log_is_there_at_once_and_is_added_to(tmp_path):
 @pytest.mark.parametrize(("unit", "probe", "draws"), [(False, "ridge", {}), (True, "kernel", {"draws": 3})])
 def test_matrices_are_those_of_the_metrics(tmp_path, unit, probe, draws):
     model, views = heads(), pages.views()
-    options = {"views": views, "images": DATA.images, "factors": FACTORS, "unit": unit, "probe": probe} | draws
+    options = {"views": views, "images": DATA.images, "factors": FACTORS, "on_sphere": unit, "probe": probe} | draws
     record = Monitor(tmp_path / "log", **options, batch_size=7).epoch(model, 0, 30)
-    free = parameter_matrix(model, views, DATA.images, backbone=True, unit=unit, batch_size=7, **({"draws": 1} | draws))
-    known = r2_matrix(embed(model, DATA.images, unit=unit, batch_size=7), FACTORS, probe=probe)
+    common = {"on_sphere": unit, "batch_size": 7}
+    free = parameter_matrix(model, views, DATA.images, backbone=True, **common, **({"draws": 1} | draws))
+    known = r2_matrix(embed(model, DATA.images, on_sphere=unit, batch_size=7), FACTORS, probe=probe)
     (line,) = lines(tmp_path / "log")
     assert line == record and list(line) == ["step", "epoch", *GROUPS, *KNOWN, "tables"]
     assert (line["step"], line["epoch"]) == (30, 0)

@@ -607,8 +607,8 @@ def test_the_backbone_is_a_row_where_asked_for():
 @pytest.mark.parametrize("unit", [False, True])
 def test_unit_rows_are_scaled_before_they_are_compared(asked, unit):
     views, model = Watched(two_groups()), heads().eval()
-    parameter_matrix(model, views, squares(20), draws=1, backbone=True, unit=unit, **QUICK)
-    a, b = (embed(model, views.given[0][v], unit=unit) for v in range(2))
+    parameter_matrix(model, views, squares(20), draws=1, backbone=True, on_sphere=unit, **QUICK)
+    a, b = (embed(model, views.given[0][v], on_sphere=unit) for v in range(2))
     for space, (difference, total) in asked[0][0].items():
         torch.testing.assert_close(difference, b[space] - a[space])
         torch.testing.assert_close(total, a[space] + b[space])
@@ -656,7 +656,8 @@ def test_the_table_finds_parts_prints_and_survives_json():
         ({"images": [{"image": images()}]}, TypeError, "images: expected batches .*: got dict"),
         ({"views": StructuredViews({}, seed=0)}, ValueError, "views: expected groups .*: got views without groups"),
         ({"model": lambda x: {"color": x.flatten(1) * math.nan}}, ValueError, "space 'color': expected finite .* NaN"),
-        ({"model": lambda x: x.mean((2, 3))}, TypeError, "model: expected .*: got Tensor"),
+        ({"model": lambda x: x}, ValueError, r"or features \[b, F\]: got \[40, 3, 6, 6\] for 40 images; pool it"),
+        ({"model": lambda x: None}, TypeError, "model: expected .*: got NoneType"),
         ({"model": lambda x: {"color": x}}, ValueError, r"space 'color' as \[40, d\].*got \[40, 3, 6, 6\]"),
         ({"model": lambda x: {"color": x[:, 0, 0, :0]}}, ValueError, r"space 'color': .*got \[20, 0\]"),
         ({"draws": 0}, ValueError, "draws: expected a whole number of pairs per image, 1 or more: got 0"),

@@ -129,7 +129,7 @@ class ImageWorld:
     def label_free(self, model: Any, images: Tensor, unit: bool) -> dict[str, Any]:
         groups, size = self.groups, self.config["size"]
         recipe = {"preset": groups, "size": size} if isinstance(groups, str) else {"groups": groups}
-        made = parameter_matrix(model, build_views(recipe, seed=0), images, unit=unit, bootstrap=0)
+        made = parameter_matrix(model, build_views(recipe, seed=0), images, on_sphere=unit, bootstrap=0)
         parts = {} if made.parts is None else {"label-free, each": made.parts}
         return {"label-free": made, **parts}
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ssd_addon.batch import ViewBatch, ViewPlan
 from ssd_addon.differences import View, group_differences
-from ssd_addon.metrics.embed import Images, Model, batches, evaluation, joined, spaces_of
+from ssd_addon.metrics.embed import Images, Model, batches, is_on_sphere, joined, spaces_of
+from ssd_addon.metrics.evaluation import evaluation, generators_kept
 from ssd_addon.metrics.probe import Kind, Probe, Split, at_least, score_cells
 from ssd_addon.metrics.probes import Target
 from ssd_addon.metrics.spaces import MIN_ROWS, check_spaces
@@ -43,7 +44,7 @@ def parameter_matrix(
     draws: int | None = None,
     batch_size: int = 256,
     backbone: bool = False,
-    unit: bool = False,
+    on_sphere: bool | None = None,
     bootstrap: int = 200,
     seed: int = 0,
 ) -> ScoreTable:
@@ -56,7 +57,8 @@ def parameter_matrix(
     the pairs where it did. A crop's corners (src) count as centre and size, in shares of the image.
 
     Args:
-        model: `StyleHeads`, or any callable [b, C, H, W] -> space -> [b, d]; see `embed`.
+        model: `StyleHeads`, or any callable [b, C, H, W] -> space -> [b, d], or -> features [b, F], which are the row
+            "backbone". Measuring changes nothing, see `embed`.
         views: the `StructuredViews` that the model was trained with; its own draws are left as they were.
         images: [n, C, H, W], uint8 or in [0, 1], or batches of them (a data loader); n >= 10.
         probe: as in `r2_matrix`; the split is one of images.
@@ -64,7 +66,7 @@ def parameter_matrix(
         batch_size: images at a time, where `images` is one tensor. Views are drawn per batch, so another size
             means other draws.
         backbone: add a row for the pooled features of a `StyleHeads`.
-        unit: scale rows to unit length, as the SimCLR family's loss sees them; see `embed`.
+        on_sphere: True scales every embedding to unit length, None asks the model; as in `embed`.
         bootstrap: as in `r2_matrix`; resamples are of images, each with all its pairs.
         seed: of the views, the split, the resamples and the MLP.
 
@@ -90,7 +92,8 @@ def parameter_matrix(
             "views: expected groups of augmentations, whose parameters are predicted: got views without groups; give "
             "a StructuredViews with groups, also for a model that was trained without style spaces"
         )
-    each = list(batches(images, batch_size))
+    with generators_kept():  # a loader that shuffles draws from the global one
+        each = list(batches(images, batch_size))
     n = sum(len(x) for x in each)
     if n < 2 * MIN_ROWS:
         raise ValueError(
@@ -98,7 +101,8 @@ def parameter_matrix(
         )
     chosen.sizes(n, "images")
     draws = draws or math.ceil(PAIRS / n)
-    za, zb, drawn = _pairs(model, views, each, draws, backbone, unit, seed)
+    sphere = is_on_sphere(model) if on_sphere is None else on_sphere
+    za, zb, drawn = _pairs(model, views, each, draws, backbone, sphere, seed)
     _, device = check_spaces({**za, **{f"{s} of the second view": z for s, z in zb.items()}})
 
     split = Split.draw(n, chosen, bootstrap, seed, device, repeats=draws)
@@ -129,17 +133,18 @@ def parameter_matrix(
 
 
 def _pairs(
-    model: Model, views: Views, each: list[Tensor], draws: int, backbone: bool, unit: bool, seed: int
+    model: Model, views: Views, each: list[Tensor], draws: int, backbone: bool, on_sphere: bool, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Drawn]:
     """Embeddings of both views of P pairs, draw after draw: space -> [P, d]; and how each batch of them was drawn."""
     a: list[dict[str, Tensor]] = []
     b: list[dict[str, Tensor]] = []
     drawn: Drawn = ([], [])
-    with evaluation(model), torch.no_grad():
+    own = views.modules() if isinstance(views, torch.nn.Module) else ()
+    with evaluation(model, leave=own), torch.no_grad():
         for draw in range(draws):
             for i, x in enumerate(each):
                 pair = views.independent(x, seed=(seed, draw, i))
-                z = spaces_of(model, pair.views.flatten(0, 1), backbone=backbone, unit=unit)
+                z = spaces_of(model, pair.views.flatten(0, 1), backbone=backbone, on_sphere=on_sphere)
                 a.append({s: t[: len(x)] for s, t in z.items()})
                 b.append({s: t[len(x) :] for s, t in z.items()})
                 for view in range(2):

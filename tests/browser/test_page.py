@@ -75,7 +75,7 @@ def test_loads_in_silence_and_fits(browser, page_file, size, scheme):
     assert complaints == []
     assert all(url.startswith(("file:", "data:")) for url in requests)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert page.locator("#verdict").inner_text().startswith("Apart")
+    assert page.locator("#verdict").inner_text().startswith("Disentangled: ")
     assert page.locator("#by-mix button").count() == 8
     pictures = page.evaluate("[...document.images].every((i) => i.complete && i.naturalWidth > 0)")
     assert pictures
