@@ -125,7 +125,7 @@ def _device(name: str) -> str:
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         torch.ones(2).to(chosen).sum().item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         from ssd_addon.report.text import first_line
 
         raise ValueError(
@@ -144,7 +144,9 @@ def flagged(message: str, args: argparse.Namespace) -> str:
     match = re.match(r"(\w+): ", message)
     name = "" if match is None else ARGUMENTS.get(match[1], match[1]).replace("_", "-")
     given = name in FLAGS and getattr(args, name.replace("-", "_")) is not None
-    return f"--{name}: {message[match.end() :]}" if match is not None and given else message
+    if match is not None and given:
+        return f"--{name}: {message[match.end() :]}"
+    return f"{message}; --size brings them to another size" if "images that the model takes" in message else message
 
 
 def _print(text: str, *, error: bool = False) -> None:

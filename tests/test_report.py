@@ -1,5 +1,6 @@
 """The report: what it says of matrices made by hand, what it says where it cannot, and that one page holds it all."""
 
+import io
 import json
 import math
 import re
@@ -7,6 +8,7 @@ import sys
 
 import pages
 import pytest
+import timm
 import torch
 from PIL import Image
 from torchvision.models import resnet18
@@ -298,7 +300,6 @@ def test_the_page_is_bounded(tmp_path, monkeypatch):
 
 def test_pictures_are_bounded_and_keep_their_colors():
     import base64
-    import io
 
     x = torch.zeros(3, 300, 150)
     x[0] = 1.0
@@ -359,8 +360,15 @@ def run(tmp_path_factory):
         "import torch\n"
         "def raises(): 1 / 0\n"
         "def grey(): return torch.rand(20, 1, 32, 32), {}\n"
+        "def two(): return torch.rand(20, 2, 32, 32), {}\n"
         "def last(): return torch.rand(20, 32, 32, 4), {}\n"
     )
+    torch.save([1, 2], root / "list.pt")
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    (root / "vit").mkdir()
+    vit_card = card | {"backbone": "timm:vit_tiny_patch16_224"}
+    torch.manual_seed(0)
+    StyleHeads(vit, {"content": 8, "color": 4, "spatial": 4}, hidden=()).save(root / "vit" / "model.pt", card=vit_card)
     (root / "log.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 10, "loss": 0.5}\n{"step": 2')
     for k, image in enumerate((pages.squares(24, 40).images * 255).to(torch.uint8)):
         folder = root / "data" / ("a", "b")[k % 2]
@@ -397,6 +405,16 @@ def test_the_command_takes_a_file_and_fewer_images(run, tmp_path, capsys):
         ({"more": ["--backbone", "torchvision:nonsense"]}, "no classification model 'nonsense'"),
         ({"more": ["--views", "nonsense"]}, "preset: expected one of"),
         ({"more": ["--device", "foo"]}, "--device: expected one that this machine has, such as cpu: got foo"),
+        ({"more": ["--device", "cuda:99"]}, "--device: expected one that this machine has, such as cpu: got cuda:99"),
+        ({"more": ["--device", "meta"]}, "--device: expected one that this machine has, such as cpu: got meta"),
+        ({"more": ["--device", ""]}, "--device: expected one that this machine has"),
+        ({"out": "data"}, "--out: expected a file to write"),
+        ({"data": "nothing"}, "--data: expected a folder of images, or FILE.py:NAME: got"),
+        ({"data": "bad.py:nothing"}, "--data: "),
+        ({"more": ["--backbone", "nonsense"]}, "--backbone: expected torchvision:NAME, timm:NAME or FILE.py:NAME"),
+        ({"run": "list.pt"}, "list.pt: expected a checkpoint of StyleHeads"),
+        ({"run": "vit"}, "Input height (32) doesn't match model (224).); --size brings them to another size"),
+        ({"data": "bad.py:two"}, "with 1 or 3 channels, one image or more: got [20, 2, 32, 32]"),
         ({"data": "bad.py:raises"}, "bad.py:raises raised ZeroDivisionError: division by zero"),
         ({"data": "bad.py:last"}, "with 1 or 3 channels, one image or more: got [20, 32, 32, 4]"),
     ],
@@ -407,6 +425,40 @@ def test_the_command_says_what_is_wrong(run, capsys, change, message):
     assert main([*arguments, "--out", str(out), *change.get("more", [])]) == 1
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.startswith("error: ") and "Traceback" not in captured.err
+
+
+def test_gray_images_are_measured_by_a_model_of_three_channels(run, tmp_path):
+    out = tmp_path / "r.html"
+    assert main(["report", str(run), "--data", str(run / "bad.py:grey"), "--out", str(out)]) == 0
+    assert "gray images, repeated to the 3 channels that the model takes" in out.read_text()
+
+
+ERRORS = [IndexError("list\nindex"), ZeroDivisionError("by zero"), AttributeError("no x"), KeyError("k")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_any_error_is_one_line(run, tmp_path, capsys, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(report, "write", fail)
+    assert main(["report", str(run), "--data", str(run / "data"), "--out", str(tmp_path / "r.html")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert said[7:].split("\n")[0] == (
+        "k" if isinstance(error, KeyError) else f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    )
+
+
+def test_names_that_a_terminal_cannot_show_are_said_all_the_same(run, tmp_path, monkeypatch):
+    """The last line names the page: the report used to die there."""
+    out = tmp_path / "caf\udce9 \u202e \u00e9.html"
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    assert main(["report", str(run), "--data", str(run / "data"), "--out", str(out)]) == 0
+    stream.flush()
+    said = stream.buffer.getvalue().decode("ascii")
+    assert r"caf\ufffd \ufffd \xe9.html (0." in said and r"R\xb2" in said and out.exists()
 
 
 def test_a_broken_log_costs_the_curves_alone(run, tmp_path, capsys):
