@@ -1,6 +1,6 @@
 """`python -m ssd_addon report RUN_OR_CHECKPOINT --data DIR --out report.html`: what each space of a model encodes.
 
-The only place that knows of flags: errors of the library name its arguments, and are reworded here.
+Flags are named here alone: errors of the library name its arguments and are reworded.
 """
 
 import argparse

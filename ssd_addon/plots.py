@@ -63,7 +63,7 @@ def matrix_figure(tables: Mapping[str, ScoreTable] | ScoreTable) -> Figure:
                         fontsize=7,
                     )
         kind = f"{table.probe} probe, n = {table.n_test} {table.unit} held out"
-        ax.set_title(*_text([f"{title} ({kind})" if title else kind]), fontsize=10, loc="left")
+        ax.set_title(f"{_text([title])[0]} ({kind})" if title else kind, fontsize=10, loc="left")
     fig.colorbar(image, ax=list(axes), label="R², or accuracy rescaled from chance = 0", shrink=0.8)
     return fig
 
@@ -161,7 +161,7 @@ def views_strip(
 
 def _text(names: Iterable[str]) -> list[str]:
     """Names as matplotlib shows them: a dollar sign starts no formula, a first underscore hides nothing."""
-    return [name(n).replace("$", r"\$").removeprefix("_") or " " for n in names]
+    return [name(n, 40).replace("$", r"\$").removeprefix("_") or " " for n in names]
 
 
 def _write(fig: Figure, path: str | Path) -> None:

@@ -480,6 +480,7 @@ def test_a_broken_log_costs_the_curves_alone(run, tmp_path, capsys):
         ({"factors": {"light": [1.0] * 20}}, "factor 'light': expected a tensor .*got list"),
         ({"factors": {3: torch.rand(20)}}, "factors: expected their names as strings: got 3"),
         ({"factors": {"kind": torch.arange(20) % 3}, "classes": {"kind": ["a", "b"]}}, "a word for each class up to 2"),
+        ({"factors": {"kind": -torch.ones(20).long()}, "classes": {"kind": ["a"]}}, "from 0 on.*least class -1"),
         ({"images": torch.rand(20, 2, 8, 8)}, r"images: expected .* with 1 or 3 channels.*got \[20, 2, 8, 8\]"),
         ({"explored": 0}, "explored: expected a whole number of images, 1 or more: got 0"),
     ],

@@ -376,13 +376,13 @@ def test_bad_weights(backend, weights, message):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("k", [0, -1, 25, 2.0, True, "3"])
 def test_bad_k_of_rows(backend, k):
-    with pytest.raises(ValueError, match="k: expected 1 to 24 neighbours, as the index holds 25 images: got"):
+    with pytest.raises(ValueError, match="k: expected 1 to 24 neighbors, as the index holds 25 images: got"):
         index(spaces(), backend).search(0, k=k)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bad_k_of_embeddings(backend):
-    with pytest.raises(ValueError, match="k: expected 1 to 25 neighbours, as the index holds 25 images: got 26"):
+    with pytest.raises(ValueError, match="k: expected 1 to 25 neighbors, as the index holds 25 images: got 26"):
         index(spaces(), backend).search(spaces(2), k=26)
 
 
@@ -456,8 +456,8 @@ def test_a_query_that_is_no_tensor_is_named():
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        ("Fla", "expected a description that FAISS knows.*got 'Fla' .could not parse index string Fla."),
-        ("", "expected a description that FAISS knows"),
+        ("Fla", "expected a description that FAISS can parse.*got 'Fla' .could not parse index string Fla."),
+        ("", "expected a description that FAISS can parse"),
         (None, "expected a FAISS factory string.*got None"),
         ("IVF256,Flat", r"from 120 images of 12 dimensions: got 'IVF256,Flat' \(.*120.* number of clusters \(256\)"),
         ("IVF121,Flat", "number of clusters .121."),

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 
 OBJECTS = 100_000
 """Objects that are looked at in search of networks, at most."""
@@ -77,8 +78,8 @@ class _Kept:
         for m in parts:  # before any is changed: a compiled module shows the mode of the one inside it
             if id(m) not in self.modes:
                 self.modes[id(m)] = m, m.training
-                held = ((name, b) for name, b in m.named_buffers(recurse=False) if not b.is_meta)
-                self.buffers += [(m, name, b, b.detach().clone()) for name, b in held]
+                held = ((n, b) for n, b in m.named_buffers(recurse=False) if not (is_lazy(b) or b.is_meta))
+                self.buffers += [(m, n, b, b.detach().clone()) for n, b in held]
         for m in parts:
             if m.training:
                 m.training = False

@@ -1,4 +1,4 @@
-"""How the embeddings lie in a space: how many directions they use, how evenly, how close pairs are; what is held twice.
+"""Geometry of the embeddings in a space, and the redundancy between spaces.
 
 Legend: n samples, d the width of a space, V views, B images.
 """
@@ -146,10 +146,10 @@ def redundancy(
     bootstrap: int = 200,
     seed: int = 0,
 ) -> ScoreTable:
-    """How well one space predicts another: `table["color", "content"]` is how much of content can be read from color.
+    """How well one space predicts another: `table["color", "content"]` is how much of content color predicts.
 
     R^2 = 1 - sum |z - zhat|^2 / sum |z - mean z|^2 over held-out rows and all coordinates, so a direction counts by its
-    variance. Joint entropy should make this 0: what one space holds, another need not.
+    variance. Joint entropy should bring it to 0: what one space encodes, another need not.
 
     Args:
         embeddings: space -> [n, d] floating point; at least two spaces.

@@ -2,7 +2,7 @@
 
 The similarity of a query q and an image x is sum_s w_s cos(q_s, x_s) / sum_s |w_s|. As it is linear in q, the images
 are stored once, as unit rows side by side, and only the query is weighted: one index serves every weighting.
-Legend: n images, q queries, d_s the width of a space, D their sum, k neighbours.
+Legend: n images, q queries, d_s the width of a space, D their sum, k neighbors.
 """
 
 import importlib
@@ -24,7 +24,7 @@ ENDS_FAISS = re.compile(r"(?<!\d)0+(?!\d)|(HNSW|NSG)1(?!\d)")
 
 
 class StyleIndex:
-    """Nearest neighbours over the embeddings of a data set.
+    """Nearest neighbors over the embeddings of a data set.
 
     >>> g = torch.Generator().manual_seed(0)
     >>> z = {"content": torch.randn(100, 8, generator=g), "color": torch.randn(100, 4, generator=g)}
@@ -42,8 +42,8 @@ class StyleIndex:
             approximate index is built for equal weights: the further the weights are from them, the lower its recall.
 
     Raises:
-        ValueError: no space, embeddings that are not [n, d], finite and of one length; a factory that FAISS does not
-            know or cannot build from these images (too few of them for its clusters, no inner product).
+        ValueError: no space, embeddings that are not [n, d], finite and of one length; a factory that FAISS cannot
+            parse, or cannot build from these images (too few of them for its clusters, no inner product).
         ImportError: backend="faiss" where it is not installed.
     """
 
@@ -96,7 +96,7 @@ class StyleIndex:
                 images, space -> [q, d_s], for every space of weight other than 0.
             weights: the name of a space, or space -> weight; a space that is not named counts 0, a negative weight asks
                 for images that differ in it. None: all spaces, equally.
-            k: neighbours, no more than there are images.
+            k: neighbors, no more than there are images.
 
         Returns:
             (scores [q, k] float32 in [-1, 1], rows [q, k] int64). An approximate FAISS index that finds fewer than k
@@ -115,7 +115,7 @@ class StyleIndex:
             unit = self.rows[exclude]
         most = len(self) - (exclude is not None)
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most:
-            raise ValueError(f"k: expected 1 to {most} neighbours, as the index holds {len(self)} images: got {k!r}")
+            raise ValueError(f"k: expected 1 to {most} neighbors, as the index holds {len(self)} images: got {k!r}")
         scale = torch.cat([torch.full((d,), w.get(s, 0.0)) for s, d in self.widths.items()]).to(unit)
         q = unit * (scale / sum(abs(v) for v in w.values()))
         if self._faiss is not None:
@@ -210,7 +210,7 @@ def _built(factory: str, rows: Tensor) -> Any:
         index = faiss.index_factory(rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
     except (RuntimeError, TypeError, MemoryError) as error:
         raise ValueError(
-            f"factory: expected a description that FAISS knows, for {rows.shape[1]} dimensions and inner products, "
+            f"factory: expected a description that FAISS can parse, for {rows.shape[1]} dimensions and inner products, "
             f"such as 'Flat' or 'HNSW32': got {factory!r} ({_reason(error)})"
         ) from error
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:

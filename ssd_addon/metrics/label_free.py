@@ -1,8 +1,8 @@
-"""Without labels: which space knows how two views of an image were drawn.
+"""Without labels: which augmentations each space encodes.
 
-The parameters of the augmentations are ground truth for style. Two views of every image are drawn that share nothing;
-from their embeddings in one space a probe predicts, for each group, by how much its parameters differ. A style space
-should know its own group and no other, the content space none.
+The parameters of the augmentations are ground truth for style. Two views of every image are drawn independently; from
+their embeddings in one space a probe predicts, for each group, by how much its parameters differ. A style space should
+encode its own group and no other, and the content space none.
 Legend: n images, d the width of a space, R draws per image, P = R * n pairs.
 """
 
@@ -22,7 +22,8 @@ from ssd_addon.metrics.probes import Target
 from ssd_addon.metrics.spaces import MIN_ROWS, check_spaces
 from ssd_addon.metrics.table import ScoreTable
 
-PAIRS = 2000  # unless told otherwise
+PAIRS = 2000
+"""Pairs of views that are about drawn where the caller does not say how many."""
 Drawn = tuple[list[View], list[View]]
 """How view a and view b were drawn, batch after batch."""
 
@@ -50,11 +51,11 @@ def parameter_matrix(
 ) -> ScoreTable:
     """How well each space predicts the difference of each group's parameters between two views; needs no labels.
 
-    For every image two views a, b are drawn with the query's operations, sharing nothing. The probe sees
+    For every image two views a, b are drawn independently with the query's operations. The probe is given
     [z_b - z_a, z_a + z_b] and predicts theta_b - theta_a on images that it was not fitted on. An angle or a hue whose
     draws span more than half of its circle is scored as (cos, sin) of the difference. An operation with p < 1 also has
-    the parameter batch_prob (it fired or not); where it did not fire, its other parameters count as their mean over
-    the pairs where it did. A crop's corners (src) count as centre and size, in shares of the image.
+    the parameter batch_prob (whether it was applied); where it was not applied, its other parameters count as their
+    mean over the pairs where it was. A crop's corners (src) count as center and size, as fractions of the image.
 
     Args:
         model: `StyleHeads`, or any callable [b, C, H, W] -> space -> [b, d], or -> features [b, F], which are the row
@@ -153,7 +154,7 @@ def _pairs(
 
 
 def _target(value: Tensor, train: Tensor, test: Tensor) -> Target | None:
-    """A difference to be predicted, standardised; None where nothing of it varies on both sides of the split."""
+    """A difference to be predicted, standardized; None where nothing of it varies on both sides of the split."""
     spread = torch.stack([value[r].amax(0) - value[r].amin(0) for r in (train, test)]).amin(0)
     value = value[:, spread > 1e-6 * value.abs().amax(0)]
     if not value.shape[1]:

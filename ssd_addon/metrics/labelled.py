@@ -1,13 +1,13 @@
-"""Which space knows which factor: a matrix of held-out probe scores.
+"""Which factors can be decoded from which space: a matrix of held-out probe scores.
 
 n samples, d the width of a space, k the columns of a factor, C its classes.
 
     r2_matrix(embeddings, factors)                       *pure*: factor from the space alone
     r2_matrix(embeddings, factors, given=("content",))   *conditional*: factor from the space and the true content
 
-Disentangled spaces give a matrix near 1 on the diagonal and near 0 off it. Conditional high and pure low is *twisting*:
-the space holds its style turned by the content, R(c) phi(s). Twisting is a product of the two, so a kernel or an MLP
-probe can see it and a linear one cannot.
+Disentangled spaces give a matrix near 1 on the diagonal and near 0 off it. A high conditional score beside a low pure
+one shows *content-entangled* style codes: the same style maps to a different code for each image, such as R(c) phi(s),
+a product of the two, which a kernel or an MLP probe can decode and a linear one cannot.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class Circular:
     A square looks the same after a quarter turn (k = 4), an ellipse after half a turn (2), a heart after a whole one
     (1); a disc has no angle (k = 0), and such samples are left out of this factor. The columns are pooled over samples
     whatever their k, so where k varies a linear probe has to serve all symmetries at once: give each shape a factor of
-    its own (k = 0 elsewhere) to score them apart.
+    its own (k = 0 elsewhere) to score them separately.
 
     Args:
         angle: [n] float, radians.

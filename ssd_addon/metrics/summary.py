@@ -1,6 +1,6 @@
 """One number for a whole matrix: disentanglement, completeness, informativeness, SAP and MIG.
 
-All of them over *spaces* (blocks of coordinates), since within a space no axis means anything. Probes standardise every
+All of them over *spaces* (blocks of coordinates), since within a space no axis means anything. Probes standardize every
 coordinate, so a rotation of a space whose coordinates differ in scale may move a score a little.
 Legend: S spaces, K factors (or blocks of factors), n samples, d the width of a space, C classes.
 """
@@ -252,7 +252,7 @@ def mig(
     I(z_s; v) is bounded from below by H(v) - CE, with CE the held-out cross-entropy of v under softmax regression on
     z_s (any q(v | z) gives I >= H(v) + E log q(v | z), Barber and Agakov 2003); 0 where that is not above 0 at the
     one-sided level of 5 %, so that a lucky sample of a rare class is no information. The bound is on the space as a
-    whole, not on its axes, but it sees linearly coded information only.
+    whole, not on its axes, but it captures linearly coded information only.
 
     Args:
         embeddings: space -> [n, d]; two or more, without the backbone.
@@ -328,7 +328,7 @@ def _one_class(factor: Factor, columns: Sequence[Tensor], rows: Tensor) -> str:
 
 
 def _labels(factor: Factor, bins: int, device: torch.device) -> tuple[list[Tensor], Tensor, str]:
-    """Columns of classes [n] 0..C-1, which samples count [n], and why there is nothing to tell."""
+    """Columns of classes [n] 0..C-1, which samples count [n], and why there is nothing to predict."""
     if isinstance(factor, Circular):
         (values, valid) = (t.to(device) for t in factor.target())
         values = torch.atan2(values[:, 1], values[:, 0])[:, None]

@@ -60,7 +60,7 @@ def write(
         explored: images in the explorer, at most; fewer where there are many spaces.
         batch_size: images at a time.
         seed: of views, splits and resamples.
-        say: told what is being done; the library itself prints nothing.
+        say: called with a line on what is being done; the library itself prints nothing.
 
     Returns:
         What the page shows. What could not be measured is in `.reasons`.

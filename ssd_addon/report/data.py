@@ -21,7 +21,7 @@ class Data:
     """Images with what is known of them.
 
     Attributes:
-        images: [n, C, H, W], uint8 or in [0, 1], not normalised.
+        images: [n, C, H, W], uint8 or in [0, 1], not normalized.
         factors: name -> a value for each image, as `r2_matrix` takes them; {} where nothing is known.
         names: [n] a caption for each image, "" where there is none.
         classes: factor -> the names of its classes, where they have names.
@@ -36,7 +36,8 @@ class Data:
 
     def __post_init__(self) -> None:
         n = len(self.images)
-        object.__setattr__(self, "names", list(self.names) or [""] * n)
+        names = ["" if name is None else str(name) for name in self.names]
+        object.__setattr__(self, "names", names or [""] * n)
         object.__setattr__(self, "total", self.total or n)
 
     def check(self) -> None:
@@ -58,9 +59,13 @@ class Data:
         for name, words in self.classes.items():
             if name in self.factors:
                 factor = self.factors[name]
-                most = 0 if isinstance(factor, Circular) else int(torch.as_tensor(factor).max())
-                if most >= len(words):
-                    raise ValueError(f"classes {name!r}: expected a word for each class up to {most}: got {len(words)}")
+                values = torch.zeros(1) if isinstance(factor, Circular) else torch.as_tensor(factor)
+                least, most = int(values.min()), int(values.max())
+                if least < 0 or most >= len(words):
+                    expected = f"classes from 0 on, and a word for each class up to {most}"
+                    raise ValueError(
+                        f"classes {name!r}: expected {expected}: got {len(words)} words, least class {least}"
+                    )
 
 
 def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say: Say | None = None) -> Data:
@@ -74,7 +79,7 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
         size: edge in pixels that images of a data set are brought to.
         samples: at most so many.
         seed: of the choice.
-        say: told how far it is.
+        say: called with a line on the progress.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.

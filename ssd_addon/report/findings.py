@@ -107,7 +107,7 @@ def measure(
         batch_size: images at a time.
         explored: images in the explorer, at most.
         seed: of splits and views.
-        say: told what is being done.
+        say: called with a line on what is being done.
 
     Raises:
         ValueError: embeddings that are not finite: there is nothing to be said of such a model.

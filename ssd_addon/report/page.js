@@ -6,7 +6,7 @@
   const data = JSON.parse(document.getElementById("explorer-data").textContent);
   const n = data.names.length;
   const shown = Math.min(8, n - 1);
-  // Cosines of each space as int16, row by row: value / 32767. Spaces are told apart by their number, never by name.
+  // Cosines of each space as int16, row by row: value / 32767. A space is addressed by its number, never by its name.
   const cosines = data.similarity.map((text) => {
     const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
     return new Int16Array(bytes.buffer);
