@@ -4,6 +4,7 @@ import functools
 import random
 import threading
 import types
+import warnings
 import weakref
 
 import kornia.augmentation as K
@@ -174,6 +175,30 @@ def generators():
 
 def same(a, b):
     return a[0] == b[0] and a[2] == b[2] and all(torch.equal(v, b[1][k]) for k, v in a[1].items())
+
+
+@pytest.mark.parametrize("convert", ["script", "frozen", "trace", "export", "fx", "DataParallel", "AveragedModel"])
+def test_networks_in_every_form_are_measured(convert):
+    net = network().eval()
+    with torch.no_grad():
+        expected = net(X)
+    forms = {
+        "script": lambda: torch.jit.script(net.train()),
+        "frozen": lambda: torch.jit.freeze(torch.jit.script(net)),
+        "trace": lambda: torch.jit.trace(net, X),
+        "export": lambda: torch.export.export(net, (X,)).module(),
+        "fx": lambda: torch.fx.symbolic_trace(net.train()),
+        "DataParallel": lambda: nn.DataParallel(net.train()),
+        "AveragedModel": lambda: torch.optim.swa_utils.AveragedModel(net.train()),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's on the scripts' future
+        model = forms[convert]()
+    mode, before = getattr(model, "training", None), {k: v.clone() for k, v in model.state_dict().items()}
+    for each in (model, lambda x: model(x)):
+        torch.testing.assert_close(embed(each, X, batch_size=24)["backbone"], expected)
+    assert getattr(model, "training", None) == mode
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", CALLABLES)

@@ -44,7 +44,7 @@ def evaluation(model: Callable[..., object], *, leave: Iterable[nn.Module] = ())
     thread = threading.get_ident()
 
     def on_call(module: nn.Module, _: object) -> None:
-        if module.training and threading.get_ident() == thread:
+        if getattr(module, "training", False) and threading.get_ident() == thread:
             kept.evaluate(module)
 
     with generators_kept():
@@ -74,7 +74,7 @@ class _Kept:
 
     def evaluate(self, module: nn.Module) -> None:
         """Evaluation mode, by the flags alone: a module's own train() may do more, such as merge its weights."""
-        parts = [m for m in module.modules() if id(m) not in self.left]
+        parts = [m for m in module.modules() if id(m) not in self.left and hasattr(m, "training")]  # not frozen scripts
         for m in parts:  # before any is changed: a compiled module shows the mode of the one inside it
             if id(m) not in self.modes:
                 self.modes[id(m)] = m, m.training
