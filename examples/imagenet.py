@@ -339,7 +339,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
         sampler.set_epoch(epoch)
         sampler.start = (step % per_epoch) * args.batch_size
         draws.manual_seed(args.seed + epoch)
-        correct = torch.zeros(2, len(probes.layers) if probes else 0, device=device)  # of training queries, then of val
+        correct = torch.zeros(2, len(probes.names) if probes else 0, device=device)  # of training queries, then of val
         seen = torch.zeros(2, device=device)
         for images, labels, _ in loader:
             lr = lr_at(step, peak, warmup, total)
@@ -364,7 +364,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
                 probe_optimizer.zero_grad()
                 probes.loss(logits, labels).backward()
                 probe_optimizer.step()
-                correct[0] += torch.stack(list(probes.hits(logits, labels).values()))
+                correct[0] += probes.hits(logits, labels)
                 seen[0] += rows
             step += 1
             if step % args.log_every == 0 or step == stop:
@@ -394,7 +394,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
                     whole = core(x / torch.tensor(STD, device=device).view(3, 1, 1))
                     logits = probes({"backbone": features["backbone"], **whole})
                     labels = labels.to(device)
-                    correct[1] += torch.stack(list(probes.hits(logits, labels).values()))
+                    correct[1] += probes.hits(logits, labels)
                     seen[1] += len(labels)
             core.train(), probes.train()
         broken = int((summed(data.replaced.to(device, torch.int64)) > 0).sum())
@@ -402,7 +402,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
         if probes:
             accuracy = summed(correct) / summed(seen).clamp(min=1)[:, None]
             for k, split in enumerate(("train", "val") if val else ("train",)):
-                scores |= {f"accuracy_{split}/{n}": a for n, a in zip(probes.layers, accuracy[k].tolist(), strict=True)}
+                scores |= {f"accuracy_{split}/{n}": a for n, a in zip(probes.names, accuracy[k].tolist(), strict=True)}
         monitor.write({"step": step, "epoch": epoch + 1, "broken_files": broken, **scores})
         monitor.epoch(core, epoch, step)
         record |= scores | {"broken_files": broken}

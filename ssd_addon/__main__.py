@@ -1,16 +1,47 @@
-"""`python -m ssd_addon report RUN_OR_CHECKPOINT --data DIR --out report.html`: what each space of a model knows."""
+"""`python -m ssd_addon report RUN_OR_CHECKPOINT --data DIR --out report.html`: what each space of a model encodes.
+
+Flags are named here alone: errors of the library name its arguments and are reworded.
+"""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
+FLAGS = ("data", "out", "backbone", "views", "size", "samples", "explore", "rows", "batch-size", "device", "seed")
+ARGUMENTS = {"explored": "explore"}
+"""Arguments of the library whose flag has another name."""
+
 
 def main(argv: list[str] | None = None) -> int:
+    """Run a command; an error is one line on standard error, and the status 1."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    for name in ("samples", "explore", "batch_size", "size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected 1 or more: got {value}")
+    try:
+        report(args)
+    except (ValueError, TypeError, OSError, ImportError, KeyError) as error:
+        # KeyError shows its message in quotes
+        said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        _print(f"error: {flagged(' '.join(said.split()), args)}", error=True)
+        return 1
+    except Exception as error:  # torch's, or of code that was named: one line for a person, whatever it is
+        from ssd_addon.report.text import first_line
+
+        _print(f"error: {type(error).__name__}: {first_line(error)}", error=True)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m ssd_addon", description="Self-supervised disentanglement as an add-on.")
     commands = p.add_subparsers(dest="command", required=True)
     r = commands.add_parser(
         "report",
-        help="one HTML page that says what each space of a trained model knows",
+        help="one HTML page that shows what each space of a trained model encodes",
         description="Measure a trained model on a data set and write one self-contained HTML page.",
     )
     r.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run's folder, or a file of StyleHeads.save")
@@ -31,63 +62,39 @@ def main(argv: list[str] | None = None) -> int:
         "--rows",
         choices=("auto", "unit", "raw"),
         default="auto",
-        help="score unit-length rows (as SimCLR's loss sees them) or raw ones; auto asks the card's family",
+        help="score L2-normalized embeddings (unit) or embeddings as they are (raw); auto: as the loss of the card's "
+        "family sees them",
     )
     r.add_argument("--batch-size", type=int, default=64)
     r.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     r.add_argument("--seed", type=int, default=0)
-    args = p.parse_args(argv)
-    for name in ("samples", "explore", "batch_size", "size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            p.error(f"--{name.replace('_', '-')}: expected 1 or more: got {value}")
-    try:
-        report(args)
-    except (ValueError, TypeError, OSError, ImportError, KeyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:  # torch's: images that the backbone does not take, a device without memory
-        print(f"error: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
-        return 1
-    return 0
+    return p
 
 
 def report(args: argparse.Namespace) -> None:
-    import torch
-
-    from ssd_addon import checkpoints
+    """Open the checkpoint, read the data, measure, and write the page."""
     from ssd_addon import report as page
-
-    def say(text: str) -> None:
-        print(text, flush=True)
+    from ssd_addon import runs
 
     page.writable(args.out)
-    opened = checkpoints.load(args.checkpoint, backbone=args.backbone, views=args.views)
-    card, model = opened.card, opened.model
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"--device: expected one that this machine has, such as cpu: got {device} ({reason})"
-        ) from error
+    device = _device(args.device)
+    opened = runs.load(args.checkpoint, backbone=args.backbone, views=args.views)
+    card, model = opened.card, opened.model.to(device)
     size = args.size or card.get("size") or 224
     family = card.get("family")
-    unit = args.rows == "unit" or (args.rows == "auto" and family in (None, "simclr"))
-    data = page.read(args.data, size=size, samples=args.samples, seed=args.seed, say=say)
-    widths = ", ".join(f"{name} {width}" for name, width in model.spaces.items())
+    on_sphere = {"unit": True, "raw": False, "auto": model.on_sphere}[args.rows]
+    data = page.read(args.data, size=size, samples=args.samples, seed=args.seed, say=_print)
     n = len(data.images)
     about = [
-        ("spaces", widths),
+        ("spaces", ", ".join(f"{name} {width}" for name, width in model.spaces.items())),
         ("images", f"{n} of {data.total}" if data.total > n else str(n)),
         ("size", f"{data.images.shape[-2]} x {data.images.shape[-1]}"),
-        ("rows", "of unit length" if unit else "as they are"),
+        ("embeddings", "L2-normalized" if on_sphere else "as they are"),
     ]
     about += [("family", str(family))] if family else []
     if opened.log_problem:
         about.append(("log", f"left out: {opened.log_problem}"))
-        say(f"the log is left out: {opened.log_problem}")
+        _print(f"the log is left out: {opened.log_problem}")
     found = page.write(
         args.out,
         model,
@@ -96,15 +103,54 @@ def report(args: argparse.Namespace) -> None:
         log=opened.log,
         title=str(card.get("name") or Path(args.checkpoint).resolve().name),
         about=about,
-        unit=unit,
+        on_sphere=on_sphere,
         explored=args.explore,
         batch_size=args.batch_size,
         seed=args.seed,
-        say=say,
+        say=_print,
     )
     head, each = page.verdict(found)
     for line in ("", head, *each, "", f"written: {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)"):
-        say(line)
+        _print(line)
+
+
+def _device(name: str) -> str:
+    """A device that tensors can be put on and read from.
+
+    Raises:
+        ValueError: one that this machine does not have.
+    """
+    import torch
+
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        torch.ones(2).to(chosen).sum().item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        from ssd_addon.report.text import first_line
+
+        raise ValueError(
+            f"device: expected one that this machine has, such as cpu: got {chosen} ({first_line(error)})"
+        ) from error
+    return chosen
+
+
+def flagged(message: str, args: argparse.Namespace) -> str:
+    """An error of the library with the flag in the place of its argument: "data: ..." becomes "--data: ..."."""
+    match = re.match(r"(\w+): ", message)
+    name = "" if match is None else ARGUMENTS.get(match[1], match[1]).replace("_", "-")
+    given = name in FLAGS and getattr(args, name.replace("-", "_")) is not None
+    if match is not None and given:
+        return f"--{name}: {message[match.end() :]}"
+    return f"{message}; --size brings them to another size" if "images that the model takes" in message else message
+
+
+def _print(text: str, *, error: bool = False) -> None:
+    """A line for people, whatever the names in it and the encoding of the terminal are."""
+    from ssd_addon.report.text import clean
+
+    stream = sys.stderr if error else sys.stdout
+    encoding = stream.encoding or "utf-8"
+    print(clean(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""While it trains: terms of the loss and what each space knows, to a JSON-lines log and TensorBoard.
+"""During training: terms of the loss and what each space encodes, to a JSON-lines log and TensorBoard.
 
     with Monitor("runs/mine/log.jsonl", tensorboard="runs/mine", views=views, images=held_out) as monitor:
         for epoch in range(epochs):
@@ -16,18 +16,20 @@ import importlib
 import json
 import math
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ssd_addon import _checks
 from ssd_addon.heads import StyleHeads
-from ssd_addon.metrics import Circular, Factor, ScoreTable, embed, parameter_matrix, r2_matrix
-from ssd_addon.metrics.probes import PROBES
+from ssd_addon.metrics import Circular, Factor, Probe, ScoreTable, embed, parameter_matrix, r2_matrix
+from ssd_addon.metrics.probe import Kind
 
 Writer = Any  # anything with add_scalar(name, value, step), such as torch.utils.tensorboard.SummaryWriter
 
@@ -46,12 +48,13 @@ class Monitor:
         log: the JSON-lines file, added to; its folder is made where it is missing. None: no log.
         tensorboard: a folder (needs the package tensorboard), or a writer with add_scalar; None: none.
         views: the `StructuredViews` of the training, for the label-free matrix.
-        images: [n, C, H, W], uint8 or in [0, 1], not normalised: what the matrices are measured on; held out from the
+        images: [n, C, H, W], uint8 or in [0, 1], not normalized: what the matrices are measured on; held out from the
             training, 500 to 2,000 of them.
         factors: name -> a value for each image, as in `metrics.r2_matrix`, where some are known.
         every: epochs between matrices.
         log_every: steps between lines of terms.
-        unit: score rows of unit length, as the SimCLR family's loss sees them.
+        on_sphere: True scores L2-normalized embeddings, as the SimCLR family's loss sees them; None asks the model for
+            its attribute `on_sphere`, False where it has none.
         probe: of `r2_matrix`; the label-free matrix always has the kernel probe.
         draws: pairs of views per image, as in `parameter_matrix`: one, so that an epoch's matrix costs two passes over
             the images.
@@ -79,8 +82,8 @@ class Monitor:
         factors: Mapping[str, Factor] | None = None,
         every: int = 1,
         log_every: int = 10,
-        unit: bool = False,
-        probe: str = "ridge",
+        on_sphere: bool | None = None,
+        probe: Kind | Probe = "ridge",
         draws: int | None = 1,
         batch_size: int = 256,
     ) -> None:
@@ -89,7 +92,7 @@ class Monitor:
         for what, value in (("every", every), ("log_every", log_every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{what}: expected a whole number, 1 or more: got {value!r}")
-        _checks.choice(probe, tuple(PROBES), "probe")
+        Probe.of(probe)
         if images is not None and (not isinstance(images, Tensor) or images.ndim < 2 or not len(images)):
             got = _checks.shape(images) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"Monitor: expected images [n, C, H, W], one or more: got {got}")
@@ -104,7 +107,7 @@ class Monitor:
                 raise ValueError(f"factor {name!r}: expected a value for each of the {len(images)} images: got {got}")
         self.views, self.images, self.factors = views, images, dict(factors or {})
         self.every, self.log_every = every, log_every
-        self.unit, self.probe, self.draws, self.batch_size = unit, probe, draws, batch_size
+        self.on_sphere, self.probe, self.draws, self.batch_size = on_sphere, probe, draws, batch_size
         self.path = None if log is None else Path(log)
         self.writer: Writer = tensorboard
         if isinstance(tensorboard, str | Path):
@@ -146,11 +149,11 @@ class Monitor:
         return record
 
     def epoch(self, model: Any, epoch: int, step: int) -> dict[str, Any]:
-        """Measure what each space knows and write it, when it is its turn (epoch 0, then every `every`).
+        """Measure what each space encodes and write it, when it is its turn (epoch 0, then every `every`).
 
         Args:
-            model: `StyleHeads`, also inside DistributedDataParallel, or a callable images -> space -> [n, d]. It runs
-                in evaluation mode without gradient and is left in the mode that it was in.
+            model: `StyleHeads`, also inside DistributedDataParallel, or a callable images -> space -> [n, d], or ->
+                features [n, F], which are called "backbone". Measuring changes nothing, see `metrics.embed`.
             epoch, step: of the training.
 
         Returns:
@@ -164,7 +167,7 @@ class Monitor:
                 model,
                 self.views,
                 self.images,
-                unit=self.unit,
+                on_sphere=self.on_sphere,
                 draws=self.draws,
                 batch_size=self.batch_size,
                 backbone=True,
@@ -175,7 +178,7 @@ class Monitor:
                 ready = self.views.plain(ready)
             elif ready.dtype == torch.uint8:
                 ready = ready.float() / 255
-            z = embed(model, ready, batch_size=self.batch_size, unit=self.unit)
+            z = embed(model, ready, batch_size=self.batch_size, on_sphere=self.on_sphere)
             tables["r2"] = r2_matrix(z, self.factors, probe=self.probe)
         if not tables:
             return {}
@@ -269,12 +272,11 @@ class Monitor:
         if not _first():
             return
         if self.path is not None:
-            kept = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             with self.path.open("a") as file:
-                file.write(json.dumps(kept, allow_nan=False) + "\n")
+                file.write(json.dumps(_plain(dict(record)), allow_nan=False) + "\n")
         if tensorboard and self.writer is not None:
             for name, value in record.items():
-                if isinstance(value, int | float) and name not in ("step", "epoch"):
+                if isinstance(value, Real) and not isinstance(value, bool) and name not in ("step", "epoch"):
                     self.writer.add_scalar(name, value, record["step"])
 
     def _pictures(self, tables: Mapping[str, ScoreTable], step: int) -> None:
@@ -303,6 +305,17 @@ def _ready(path: Path) -> None:
                 file.write("\n")
             except ValueError:
                 file.truncate(len(whole.encode()) + bool(whole))
+
+
+def _plain(value: Any) -> Any:
+    """Values that JSON has: what is not finite becomes None, tensors and numpy's scalars numbers."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, Tensor | np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: Any) -> float:

@@ -1,6 +1,6 @@
 """Figures from metrics, logs and views. No maths here; needs matplotlib (`pip install ssd-addon[plots]`)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 from ssd_addon import _checks
 from ssd_addon.batch import ViewBatch
 from ssd_addon.metrics import ScoreTable
+from ssd_addon.report.curves import finite
+from ssd_addon.report.text import name
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's colours, told apart with every kind of colour vision."""
+"""Okabe and Ito's colors, which can be distinguished with every kind of color vision."""
 
 
 def matrix(tables: Mapping[str, ScoreTable] | ScoreTable, path: str | Path) -> None:
@@ -40,8 +42,8 @@ def matrix_figure(tables: Mapping[str, ScoreTable] | ScoreTable) -> Figure:
     for ax, (title, table) in zip(axes, named.items(), strict=True):
         score = torch.tensor([[table[s, f] for f in table.factors] for s in table.spaces])
         image = ax.imshow(score.clamp(0, 1).numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto")
-        ax.set_xticks(range(len(table.factors)), table.factors, rotation=25, ha="right")
-        ax.set_yticks(range(len(table.spaces)), table.spaces)
+        ax.set_xticks(range(len(table.factors)), _text(table.factors), rotation=25, ha="right")
+        ax.set_yticks(range(len(table.spaces)), _text(table.spaces))
         ax.tick_params(length=0)
         for i, s in enumerate(table.spaces):
             for j, f in enumerate(table.factors):
@@ -61,7 +63,7 @@ def matrix_figure(tables: Mapping[str, ScoreTable] | ScoreTable) -> Figure:
                         fontsize=7,
                     )
         kind = f"{table.probe} probe, n = {table.n_test} {table.unit} held out"
-        ax.set_title(f"{title} ({kind})" if title else kind, fontsize=10, loc="left")
+        ax.set_title(f"{_text([title])[0]} ({kind})" if title else kind, fontsize=10, loc="left")
     fig.colorbar(image, ax=list(axes), label="R², or accuracy rescaled from chance = 0", shrink=0.8)
     return fig
 
@@ -70,10 +72,11 @@ def curves(log: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Training curves from log entries with "step" and the names of `Terms.scalars`.
 
     Args:
-        log: dictionaries such as a JSON-lines log holds; entries without a name are left out of its curve.
+        log: dictionaries such as a JSON-lines log holds; a curve leaves out the entries without its name, and values
+            that are no finite numbers.
         path: where to write.
     """
-    entries = [e for e in log if "step" in e and "loss" in e]
+    entries = [e for e in log if finite(e.get("step")) and "loss" in e]
     if not entries:
         raise ValueError("curves: expected log entries with 'step' and 'loss': got none")
     panels = {
@@ -88,11 +91,15 @@ def curves(log: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     for ax, (title, keys) in zip(fig.subplots(1, 3), panels.items(), strict=True):
         drawn = 0
         for k, key in enumerate(keys):
-            points = [(e["step"], e[key]) for e in entries if key in e]
+            points = [(e["step"], e[key]) for e in entries if finite(e.get(key))]
             if points:
                 x, y = zip(*points, strict=True)
                 ax.plot(
-                    x, y, color=PALETTE[k % len(PALETTE)], label=key.split("/")[-1], marker="." if len(x) < 3 else ""
+                    x,
+                    y,
+                    color=PALETTE[k % len(PALETTE)],
+                    label=_text([key.split("/")[-1]])[0],
+                    marker="." if len(x) < 3 else "",
                 )
                 drawn += 1
         ax.set_title(title, fontsize=10, loc="left")
@@ -134,7 +141,7 @@ def views_strip(
         titles = [
             "query",
             "content key\nshares the image alone",
-            *(f"{s} key\nshares {s} with the query" for s in spaces[1:]),
+            *(f"{s} key\nshares {s} with the query" for s in _text(spaces[1:])),
         ]
     fig = Figure(figsize=(1.9 * v, 1.75 * n + 0.6), layout="constrained")
     FigureCanvasAgg(fig)
@@ -148,8 +155,13 @@ def views_strip(
                 ax.set_title(titles[k], fontsize=9)
             if k and batch.plan.kind == "interleaved":
                 index = i % len(spaces) if batch.space_index is None else int(batch.space_index[i])
-                ax.set_title(f"serves {spaces[index]}", fontsize=8)
+                ax.set_title(f"serves {_text(spaces)[index]}", fontsize=8)
     _write(fig, path)
+
+
+def _text(names: Iterable[str]) -> list[str]:
+    """Names as matplotlib shows them: a dollar sign starts no formula, a first underscore hides nothing."""
+    return [name(n, 40).replace("$", r"\$").removeprefix("_") or " " for n in names]
 
 
 def _write(fig: Figure, path: str | Path) -> None:

@@ -9,13 +9,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ssd_addon import StyleHeads
 from ssd_addon.metrics import embed
-from ssd_addon.metrics.embed import evaluation
+from ssd_addon.metrics.evaluation import evaluation
 
 SPACES = {"content": 4, "color": 3, "place": 2}
 
 
 def images(n=7, seed=0):
     return torch.rand(n, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+
+
+X = images()
 
 
 def heads(hidden=None):
@@ -107,18 +110,47 @@ def test_the_backbone_runs_once():
 
 @pytest.mark.parametrize("backbone", [False, True])
 def test_unit_rows_have_the_direction_and_length_one(backbone):
-    free, unit = (embed(heads(), images(), backbone=backbone, unit=u) for u in (False, True))
+    free, unit = (embed(heads(), images(), backbone=backbone, on_sphere=u) for u in (False, True))
     assert list(free) == list(unit) and ("backbone" in unit) == backbone
     for name, z in free.items():
         torch.testing.assert_close(unit[name], z / z.pow(2).sum(1, keepdim=True).sqrt())
         assert not torch.allclose(unit[name], z)
-    assert embed(lambda x: {"content": x.flatten(1) * 0}, images(), unit=True)["content"].abs().max() == 0
+    assert embed(lambda x: {"content": x.flatten(1) * 0}, images(), on_sphere=True)["content"].abs().max() == 0
+
+
+@pytest.mark.parametrize("said", [False, True, None])
+def test_the_model_says_whether_its_embeddings_lie_on_the_sphere(said):
+    """None asks the model, or what is inside its wrappers; an answer of the caller's goes before the model's."""
+    model = heads()
+    assert torch.equal(embed(model, X)["color"], embed(model, X, on_sphere=False)["color"])
+    if said is not None:
+        model.on_sphere = said
+    for wrapped in (model, Wrapper(model), torch.compile(model, backend="eager"), Wrapper(Wrapper(model))):
+        asked = embed(wrapped, X)["color"]
+        assert torch.equal(asked, embed(model, X, on_sphere=bool(said))["color"])
+        assert torch.equal(embed(wrapped, X, on_sphere=not said)["color"], embed(model, X, on_sphere=not said)["color"])
+
+
+def test_a_plain_backbone_is_read_as_its_features():
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    with torch.no_grad():
+        expected = net.eval()(X)
+    net.train()
+    for model in (net, lambda x: net(x), Wrapper(net), torch.compile(net, backend="eager")):
+        for backbone in (True, False):
+            z = embed(model, X, batch_size=3, backbone=backbone)
+            assert list(z) == ["backbone"]
+            torch.testing.assert_close(z["backbone"], expected)
+    unit = embed(net, X, on_sphere=True)["backbone"]
+    torch.testing.assert_close(unit.norm(dim=1), torch.ones(7))
+    assert net.training and all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
 
 
 @pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_embeddings_are_float32(dtype, unit):
-    z = embed(lambda x: {"content": x.flatten(1).to(dtype)}, images(), unit=unit)["content"]
+    z = embed(lambda x: {"content": x.flatten(1).to(dtype)}, images(), on_sphere=unit)["content"]
     assert z.dtype == torch.float32
     if unit:
         torch.testing.assert_close(z.norm(dim=1), torch.ones(7))
@@ -145,7 +177,6 @@ def test_project_lets_the_gradient_through_and_keeps_the_mode():
 
 # ---- what goes in
 
-X = images()
 LABELS = torch.arange(7)
 LOADER = DataLoader(TensorDataset(X, LABELS), batch_size=3)
 
@@ -196,7 +227,7 @@ class Buffered(nn.Module):
 def test_images_are_copied_to_the_models_device(model):
     seen = []
     model.register_forward_pre_hook(lambda _, args: seen.append(args[0].device.type))
-    z = embed(model.to("meta"), X, backbone=False, unit=True)
+    z = embed(model.to("meta"), X, backbone=False, on_sphere=True)
     assert seen == ["meta"] and {t.device.type for t in z.values()} == {"meta"}
 
 
@@ -262,11 +293,6 @@ def test_no_gradient_and_the_callers_mode_stays():
     assert not any(t.requires_grad for t in embed(heads(), X).values())
 
 
-def test_evaluation_of_a_function_does_nothing():
-    with evaluation(means):
-        assert torch.is_grad_enabled()
-
-
 # ---- what is refused
 
 
@@ -289,12 +315,10 @@ def test_bad_images(given, error, message):
 @pytest.mark.parametrize(
     ("returned", "error", "message"),
     [
-        (
-            lambda x: x.mean((2, 3)),
-            TypeError,
-            r"model: expected images \[b, C, H, W\] -> space -> \[b, d\]: got Tensor",
-        ),
-        (lambda x: None, TypeError, "got NoneType"),
+        (lambda x: None, TypeError, r"expected images \[b, C, H, W\] -> space -> \[b, d\], or .*: got NoneType"),
+        (lambda x: x, ValueError, r"features \[b, F\]: got \[7, 3, 6, 6\] for 7 images; pool it to a row per image"),
+        (lambda x: x.mean((1, 2, 3)), ValueError, r"features \[b, F\]: got \[7\] for 7 images$"),
+        (lambda x: x[:5].mean((2, 3)), ValueError, r"features \[b, F\]: got \[5, 3\] for 7 images$"),
         (lambda x: {"color": x.mean((2, 3))[None]}, ValueError, r"space 'color' as \[7, d\].*got \[1, 7, 3\]"),
         (lambda x: {"color": x.mean((1, 2, 3))}, ValueError, r"space 'color' as \[7, d\].*got \[7\]"),
         (lambda x: {"color": x[:5].mean((2, 3))}, ValueError, r"a row per image: got \[5, 3\]"),

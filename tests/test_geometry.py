@@ -8,12 +8,11 @@ import torch
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from sklearn.preprocessing import StandardScaler
+from splits import split_rows
 
 from ssd_addon import Embeddings, ViewPlan
-from ssd_addon.metrics import alignment, effective_rank, geometry, matrix, redundancy, space_geometry, uniformity
+from ssd_addon.metrics import Probe, alignment, effective_rank, geometry, redundancy, space_geometry, uniformity
 from ssd_addon.metrics import probes as _probes
-
-CPU = torch.device("cpu")
 
 
 def generator(seed=0):
@@ -243,7 +242,7 @@ def test_space_geometry_of_what_does_not_fit(z, message):
 
 
 def split(n, fraction=0.5, seed=0):
-    return [r.numpy() for r in matrix.split_rows(n, fraction, generator(seed), CPU)]
+    return [r.numpy() for r in split_rows(n, fraction, generator(seed))]
 
 
 def pooled_r2(y, predicted):
@@ -276,7 +275,7 @@ def test_redundancy_equals_scikit_learn(fraction, folds, seed):
     a, noise = randn(80, 4) * torch.tensor([1.0, 5.0, 0.2, 2.0]) + 3, randn(80, 3, seed=1)
     b = torch.stack([a[:, 0] * 3, a[:, 1] + a[:, 2], noise[:, 2]], 1) + noise * torch.tensor([2.0, 1.0, 5.0])
     spaces = {"a": a, "b": b, "wide": torch.cat([a[:, :1] + 0.5 * noise[:, :1], randn(80, 60, seed=2)], 1)}
-    table = redundancy(spaces, train_fraction=fraction, folds=folds, seed=seed, bootstrap=0)
+    table = redundancy(spaces, probe=Probe(train_fraction=fraction, folds=folds), seed=seed, bootstrap=0)
     train, test = split(80, fraction, seed)
     for one in spaces:
         for other in spaces:
@@ -344,7 +343,7 @@ def test_intervals_are_the_quantiles_of_resampled_pooled_r2(monkeypatch):
     b = b + a
     got = redundancy({"a": a, "b": b}, bootstrap=40, seed=2).intervals
     g = generator(2)
-    train, test = matrix.split_rows(60, 0.5, g, CPU)
+    train, test = split_rows(60, 0.5, g)
     x, y = StandardScaler().fit(a[train]).transform(a), b.numpy()
     predicted = Ridge(0.1 * 30).fit(x[train], y[train]).predict(x)
     drawn = [test[torch.randint(30, (30,), generator=g)].numpy() for _ in range(40)]
@@ -361,7 +360,7 @@ def test_one_coordinate_is_plain_r2_and_the_kernel_sees_a_curve():
     train, test = split(300)
     expected = r2_score(x[test] ** 2, ridge_by_hand(x.numpy(), (x**2).numpy(), train, test))
     assert ridge["x", "curve"] == pytest.approx(expected, abs=1e-6)
-    few = redundancy(spaces, probe="kernel", bootstrap=0, kernel_rows=20)
+    few = redundancy(spaces, probe=Probe("kernel", kernel_rows=20), bootstrap=0)
     assert (few.n_train, few.n_test) == (20, 150) and few["x", "curve"] != kernel["x", "curve"]
 
 
@@ -392,6 +391,17 @@ def test_a_dead_coordinate_does_not_count():
     plain = redundancy({"a": a, "b": b}, bootstrap=0)
     dead = redundancy({"a": torch.cat([a, torch.full((60, 1), 0.1)], 1), "b": b}, bootstrap=0)
     assert dead.scores == pytest.approx(plain.scores, abs=1e-9, nan_ok=True)
+
+
+def test_a_nearly_dead_coordinate_costs_next_to_nothing():
+    a, unit = randn(400, 2), 1e-3 * torch.rand(400, 1, generator=generator(2))
+    b = a + 0.3 * randn(400, 2, seed=1)
+    plain = redundancy({"a": a, "b": b}, bootstrap=0)
+    unit[split(400)[1][:4]] = 3.0
+    nearly = redundancy({"a": torch.cat([a, unit], 1), "b": b}, bootstrap=0)
+    assert nearly["a", "b"] == pytest.approx(plain["a", "b"], abs=0.02)
+    spread = 36 / (36 + 2 * 200)  # of the four values, which nothing predicts
+    assert nearly["b", "a"] == pytest.approx(plain["b", "a"] * (1 - spread), abs=0.02)
 
 
 def test_fewer_samples_than_dimensions():
@@ -451,10 +461,8 @@ def test_redundancy_of_bad_spaces(spaces, message):
     ("arguments", "message"),
     [
         ({"probe": "forest"}, "probe: expected one of"),
-        ({"train_fraction": 0.0}, "train_fraction: expected a share of the 40 samples"),
-        ({"folds": 1}, "folds: expected an integer of 2 or more: got 1"),
+        ({"probe": Probe(train_fraction=0.01)}, "train_fraction: expected a fraction of the 40 samples"),
         ({"bootstrap": -1}, "bootstrap: expected an integer of 0 or more: got -1"),
-        ({"kernel_rows": 4}, "kernel_rows: expected an integer of 5 or more: got 4"),
     ],
 )
 def test_bad_arguments_of_redundancy(arguments, message):
@@ -469,7 +477,7 @@ def test_an_absent_space_is_named():
 
 def test_a_space_that_is_constant_on_either_side_of_the_split_is_not_predicted():
     z, w = torch.randn(100, 3, generator=generator()), torch.randn(100, 2, generator=generator(1))
-    for rows in matrix.split_rows(100, 0.5, torch.Generator().manual_seed(0), torch.device("cpu")):
+    for rows in split_rows(100, 0.5, generator()):
         flat = z.clone()
         flat[rows] = 0.1
         table = redundancy({"a": flat, "b": w})

@@ -120,6 +120,22 @@ def test_a_line_of_the_callers_own_is_written_at_once(tmp_path):
     assert {name for name, _, _ in writer.seen} <= {"accuracy", "broken_files", "bad"}
 
 
+def test_values_of_any_kind_make_a_line(tmp_path):
+    nested = {"a": [math.nan, (1, {"b": math.inf})], 3: torch.tensor(2.0)}
+    record = {
+        "step": np.int64(7),
+        "x": np.float32(0.5),
+        "t": torch.tensor(math.nan),
+        "n": nested,
+        "s": "</b>",
+        "no": None,
+    }
+    Monitor(tmp_path / "log", tensorboard=Numbers()).write(record | {"yes": True, "big": 10**400})
+    (line,) = lines(tmp_path / "log")
+    expected = {"step": 7, "x": 0.5, "t": None, "s": "</b>", "no": None, "yes": True, "big": 10**400}
+    assert line == expected | {"n": {"a": [None, [1, {"b": None}]], "3": 2.0}}
+
+
 def test_a_log_is_there_at_once_and_is_added_to(tmp_path):
     log = tmp_path / "log.jsonl"
     Monitor(log)
@@ -135,10 +151,11 @@ def test_a_log_is_there_at_once_and_is_added_to(tmp_path):
 @pytest.mark.parametrize(("unit", "probe", "draws"), [(False, "ridge", {}), (True, "kernel", {"draws": 3})])
 def test_matrices_are_those_of_the_metrics(tmp_path, unit, probe, draws):
     model, views = heads(), pages.views()
-    options = {"views": views, "images": DATA.images, "factors": FACTORS, "unit": unit, "probe": probe} | draws
+    options = {"views": views, "images": DATA.images, "factors": FACTORS, "on_sphere": unit, "probe": probe} | draws
     record = Monitor(tmp_path / "log", **options, batch_size=7).epoch(model, 0, 30)
-    free = parameter_matrix(model, views, DATA.images, backbone=True, unit=unit, batch_size=7, **({"draws": 1} | draws))
-    known = r2_matrix(embed(model, DATA.images, unit=unit, batch_size=7), FACTORS, probe=probe)
+    common = {"on_sphere": unit, "batch_size": 7}
+    free = parameter_matrix(model, views, DATA.images, backbone=True, **common, **({"draws": 1} | draws))
+    known = r2_matrix(embed(model, DATA.images, on_sphere=unit, batch_size=7), FACTORS, probe=probe)
     (line,) = lines(tmp_path / "log")
     assert line == record and list(line) == ["step", "epoch", *GROUPS, *KNOWN, "tables"]
     assert (line["step"], line["epoch"]) == (30, 0)
@@ -214,6 +231,30 @@ def test_the_training_goes_on_as_if_nothing_had_been_measured():
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), drawn) and views.call == call
+
+
+def test_a_plain_backbone_is_measured_as_its_features(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    monitor = Monitor(tmp_path / "log", views=pages.views(), images=DATA.images, factors=FACTORS)
+    for model in (net, lambda x: net(x)):
+        record = monitor.epoch(model, 0, 7)
+        rows = [f"parameters/backbone/{g}" for g in ("color", "spatial")] + [f"r2/backbone/{f}" for f in FACTORS]
+        assert list(record) == ["step", "epoch", *rows, "tables"]
+    one, other = lines(tmp_path / "log")
+    assert one == other and one["r2/backbone/light"] is not None
+    assert net.training and all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+
+
+def test_embeddings_lie_on_the_sphere_where_the_model_says_so():
+    asked, model = Monitor(None, images=DATA.images, factors=FACTORS), heads()
+    raw, unit = (
+        Monitor(None, images=DATA.images, factors=FACTORS, on_sphere=s).epoch(model, 0, 0) for s in (False, True)
+    )
+    assert asked.epoch(model, 0, 0) == raw != unit
+    model.on_sphere = True
+    assert asked.epoch(model, 0, 0) == unit
 
 
 class Wrapper(nn.Module):

@@ -8,12 +8,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ssd_addon import StructuredViews, StyleHeads, ViewBatch, ViewPlan
-from ssd_addon.metrics import ScoreTable, embed, matrix, parameter_matrix, parameters, probes
+from ssd_addon import StructuredViews, StyleHeads, ViewBatch, ViewPlan, differences
+from ssd_addon.metrics import Probe, ScoreTable, embed, label_free, parameter_matrix, probes
 
 BRIGHT = "color/0.RandomBrightness/brightness_factor"
 ACROSS, DOWN = (f"place/0.RandomTranslate/translate_{axis}" for axis in "xy")
 QUICK = {"probe": "ridge", "bootstrap": 0}
+
+
+def quick(**settings):
+    return {"probe": Probe("ridge", **settings), "bootstrap": 0}
 
 
 def generator(seed=0):
@@ -98,13 +102,13 @@ class Given:
 @pytest.fixture
 def asked(monkeypatch):
     """What the probes were asked: (inputs, targets, train, test, weights) of every call."""
-    calls = []
+    calls, real = [], label_free.score_cells
 
-    def score_cells(*args, **kw):
-        calls.append(args)
-        return matrix.score_cells(*args, **kw)
+    def score_cells(inputs, targets, split, *args, **kw):
+        calls.append((inputs, targets, split.train, split.test, split.weights))
+        return real(inputs, targets, split, *args, **kw)
 
-    monkeypatch.setattr(parameters, "score_cells", score_cells)
+    monkeypatch.setattr(label_free, "score_cells", score_cells)
     return calls
 
 
@@ -185,12 +189,12 @@ def test_a_turn_by_the_period_changes_no_pixel_and_half_of_it_does(op, name):
     views, x = StructuredViews({"g": [op]}, seed=0), images(4, 9)
     batch = views.independent(x)
     drawn = batch.parameters[0]["g"][f"0.{type(op).__name__}"]
-    theta = drawn[name] % parameters.PERIODS[name] - parameters.PERIODS[name] / 2
+    theta = drawn[name] % differences.PERIODS[name] - differences.PERIODS[name] / 2
     drawn[name] = theta
     before = views.apply(x, batch.parameters[0])
-    drawn[name] = theta + parameters.PERIODS[name]
+    drawn[name] = theta + differences.PERIODS[name]
     torch.testing.assert_close(views.apply(x, batch.parameters[0]), before, rtol=0, atol=1e-3)
-    drawn[name] = theta + parameters.PERIODS[name] / 2
+    drawn[name] = theta + differences.PERIODS[name] / 2
     assert (views.apply(x, batch.parameters[0]) - before).abs().max() > 0.1
 
 
@@ -416,8 +420,10 @@ def test_what_the_probe_sees_is_difference_and_sum_of_the_two_views(asked):
 @pytest.mark.parametrize("folds", [3, 5])
 def test_pairs_of_an_image_share_a_side_and_a_fold(asked, monkeypatch, draws, folds):
     probed = []
-    monkeypatch.setitem(matrix.PROBES, "ridge", lambda p: (probed.append(p), probes._ridge(p))[1])
-    table = parameter_matrix(means, two_groups(), squares(29), draws=draws, folds=folds, **QUICK)
+    monkeypatch.setitem(probes.SOLVERS, "ridge", lambda p: (probed.append(p), probes._ridge(p))[1])
+    table = parameter_matrix(
+        means, two_groups(), squares(29), draws=draws, probe=Probe("ridge", folds=folds), bootstrap=0
+    )
     _, _, train, test, _ = asked[0]
     assert (table.n_train, table.n_test) == (len(train), len(test))
     assert sorted([*train.tolist(), *test.tolist()]) == list(range(29 * draws))  # nothing lost, nothing twice
@@ -432,17 +438,39 @@ def test_pairs_of_an_image_share_a_side_and_a_fold(asked, monkeypatch, draws, fo
     assert train.tolist() != sorted(train.tolist())
 
 
+@pytest.mark.parametrize("probe", ["ridge", "kernel", "mlp"])
+def test_nearly_dead_units_cost_next_to_nothing(asked, probe):
+    """A unit that answers to three held-out images alone, in one of their views."""
+    x, calls = squares(100), []
+
+    def model(x):
+        z = Knows()(x)
+        unit = 1e-4 * x[:, :1, 5, 5]
+        if calls:
+            unit[calls[0]] = 1.0
+        return {"color": torch.cat([z["color"], unit], 1)}
+
+    plain = parameter_matrix(model, two_groups(), x, draws=1, probe=probe, bootstrap=0)
+    calls.append(asked[0][3][:3])  # held-out rows, of the first view
+    nearly = parameter_matrix(model, two_groups(), x, draws=1, probe=probe, bootstrap=0)
+    assert plain["color", "color"] > 0.9 and nearly["color", "color"] == pytest.approx(
+        plain["color", "color"], abs=0.08
+    )
+
+
 def test_train_fraction_is_of_images(asked):
-    table = parameter_matrix(means, two_groups(), images(), draws=2, train_fraction=0.75, **QUICK)
+    table = parameter_matrix(
+        means, two_groups(), images(), draws=2, probe=Probe("ridge", train_fraction=0.75), bootstrap=0
+    )
     assert (table.n_train, table.n_test) == (30, 10)
 
 
 def test_kernel_rows_bound_the_kernel_alone_and_keep_the_folds(asked, monkeypatch):
     probed = []
-    for name, solve in probes.PROBES.items():
-        monkeypatch.setitem(matrix.PROBES, name, lambda p, solve=solve: (probed.append(p), solve(p))[1])
+    for name, solve in list(probes.SOLVERS.items()):
+        monkeypatch.setitem(probes.SOLVERS, name, lambda p, solve=solve: (probed.append(p), solve(p))[1])
     for probe, rows in (("kernel", 33), ("ridge", 45)):
-        kw = {"probe": probe, "kernel_rows": 33, "bootstrap": 0}
+        kw = {"probe": Probe(probe, kernel_rows=33), "bootstrap": 0}
         table = parameter_matrix(means, two_groups(), squares(30), draws=3, **kw)
         assert (table.n_train, table.n_test) == (rows, 45)
         folds = [set((asked[-1][2][probed[-1].part(f, 5)] % 30).tolist()) for f in range(5)]
@@ -451,7 +479,9 @@ def test_kernel_rows_bound_the_kernel_alone_and_keep_the_folds(asked, monkeypatc
 
 def test_ten_images_are_enough_with_any_folds():
     for folds in (2, 5, 9):
-        table = parameter_matrix(means, two_groups(), squares(10), draws=4, folds=folds, **QUICK)
+        table = parameter_matrix(
+            means, two_groups(), squares(10), draws=4, probe=Probe("ridge", folds=folds), bootstrap=0
+        )
         assert math.isfinite(table["content", "color"]) and table.n_train + table.n_test == 40 and table.n_train >= 16
 
 
@@ -500,7 +530,7 @@ def test_a_seed_repeats_everything_and_nothing_else_is_read_or_moved():
 
 def test_a_seed_is_of_views_split_resamples_and_mlp(asked, monkeypatch):
     seen, given = [], []
-    monkeypatch.setitem(matrix.PROBES, "mlp", lambda p: (seen.append(p.seed), probes._ridge(p))[1])
+    monkeypatch.setitem(probes.SOLVERS, "mlp", lambda p: (seen.append(p.seed), probes._ridge(p))[1])
     for seed in (3, 4):
         views = Watched(two_groups())
         parameter_matrix(means, views, squares(20), probe="mlp", draws=1, bootstrap=5, seed=seed)
@@ -577,8 +607,8 @@ def test_the_backbone_is_a_row_where_asked_for():
 @pytest.mark.parametrize("unit", [False, True])
 def test_unit_rows_are_scaled_before_they_are_compared(asked, unit):
     views, model = Watched(two_groups()), heads().eval()
-    parameter_matrix(model, views, squares(20), draws=1, backbone=True, unit=unit, **QUICK)
-    a, b = (embed(model, views.given[0][v], unit=unit) for v in range(2))
+    parameter_matrix(model, views, squares(20), draws=1, backbone=True, on_sphere=unit, **QUICK)
+    a, b = (embed(model, views.given[0][v], on_sphere=unit) for v in range(2))
     for space, (difference, total) in asked[0][0].items():
         torch.testing.assert_close(difference, b[space] - a[space])
         torch.testing.assert_close(total, a[space] + b[space])
@@ -626,18 +656,20 @@ def test_the_table_finds_parts_prints_and_survives_json():
         ({"images": [{"image": images()}]}, TypeError, "images: expected batches .*: got dict"),
         ({"views": StructuredViews({}, seed=0)}, ValueError, "views: expected groups .*: got views without groups"),
         ({"model": lambda x: {"color": x.flatten(1) * math.nan}}, ValueError, "space 'color': expected finite .* NaN"),
-        ({"model": lambda x: x.mean((2, 3))}, TypeError, "model: expected .*: got Tensor"),
+        ({"model": lambda x: x}, ValueError, r"or features \[b, F\]: got \[40, 3, 6, 6\] for 40 images; pool it"),
+        ({"model": lambda x: None}, TypeError, "model: expected .*: got NoneType"),
         ({"model": lambda x: {"color": x}}, ValueError, r"space 'color' as \[40, d\].*got \[40, 3, 6, 6\]"),
         ({"model": lambda x: {"color": x[:, 0, 0, :0]}}, ValueError, r"space 'color': .*got \[20, 0\]"),
         ({"draws": 0}, ValueError, "draws: expected a whole number of pairs per image, 1 or more: got 0"),
         ({"draws": 1.5}, ValueError, "draws: .*got 1.5"),
         ({"draws": True}, ValueError, "draws: .*got True"),
         ({"probe": "forest"}, ValueError, "probe: expected one of 'ridge', 'kernel', 'mlp': got 'forest'"),
-        ({"folds": 1}, ValueError, "folds: expected an integer of 2 or more: got 1"),
         ({"bootstrap": -1}, ValueError, "bootstrap: .*got -1"),
-        ({"kernel_rows": 4}, ValueError, "kernel_rows: .*got 4"),
-        ({"train_fraction": 0.9}, ValueError, "train_fraction: expected a share .* at least 5 on either side: got 0.9"),
-        ({"train_fraction": 1.0}, ValueError, "train_fraction: .*got 1.0"),
+        (
+            {"probe": Probe("ridge", train_fraction=0.9)},
+            ValueError,
+            "train_fraction: .* at least 5 on either side: got 0.9",
+        ),
     ],
 )
 def test_bad_input(change, error, message):
@@ -797,8 +829,8 @@ def test_corners_that_are_drawn_as_targets_count():
 
 @pytest.mark.parametrize(("n", "fraction"), [(10, 0.04), (10, 0.1), (20, 0.2), (20, 0.99)])
 def test_both_sides_of_the_split_need_images_however_many_pairs(n, fraction):
-    with pytest.raises(ValueError, match=f"a share of the {n} images with at least 5 on either side"):
-        parameter_matrix(means, two_groups(), images(n), draws=50, train_fraction=fraction, **QUICK)
+    with pytest.raises(ValueError, match=f"a fraction of the {n} images that leaves at least 5 on either side"):
+        parameter_matrix(means, two_groups(), images(n), draws=50, **quick(train_fraction=fraction))
 
 
 def test_a_group_of_noise_alone_says_what_was_left_out():
@@ -812,8 +844,8 @@ def test_a_group_of_noise_alone_says_what_was_left_out():
 @pytest.mark.parametrize("probe", ["ridge", "mlp"])
 def test_no_part_of_the_training_rows_shares_an_image_with_another(monkeypatch, folds, probe):
     probed = []
-    monkeypatch.setitem(matrix.PROBES, probe, lambda p: (probed.append(p), probes._ridge(p))[1])
-    parameter_matrix(means, two_groups(), images(12), draws=3, folds=folds, probe=probe, bootstrap=0)
+    monkeypatch.setitem(probes.SOLVERS, probe, lambda p: (probed.append(p), probes._ridge(p))[1])
+    parameter_matrix(means, two_groups(), images(12), draws=3, probe=Probe(probe, folds=folds), bootstrap=0)
     for of in (folds, 5):  # the MLP stops by a fifth
         parts = [set((probed[0].rows[probed[0].part(f, of)] % 12).tolist()) for f in range(of)]
         assert sum(map(len, parts)) == 6 == len(set.union(*parts))

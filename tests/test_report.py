@@ -1,5 +1,6 @@
 """The report: what it says of matrices made by hand, what it says where it cannot, and that one page holds it all."""
 
+import io
 import json
 import math
 import re
@@ -7,16 +8,18 @@ import sys
 
 import pages
 import pytest
+import timm
 import torch
 from PIL import Image
 from torchvision.models import resnet18
 
 from ssd_addon import StyleHeads, report
 from ssd_addon.__main__ import main
-from ssd_addon.metrics import ScoreTable
-from ssd_addon.report import curves
+from ssd_addon.metrics import ScoreTable, label_free
+from ssd_addon.report import curves, pictures
 from ssd_addon.report import page as rendering
-from ssd_addon.report.findings import Findings, short
+from ssd_addon.report.findings import Findings
+from ssd_addon.report.verdict import short
 
 
 def table(scores, factors, low=0.9, parts=None, probe="kernel"):
@@ -40,33 +43,44 @@ def findings(label_free=None, labelled=None, spaces=("content", "color", "spatia
 GROUPS = ("color", "spatial")
 
 
-def test_verdict_apart():
+def test_verdict_of_disentangled_spaces():
     head, each = report.verdict(groups([0.0, 0.05], [0.9, 0.0], [0.0, 0.6]))
-    assert head.startswith("Apart")
+    assert head == "Disentangled: each style space encodes its own augmentation group and no other."
     assert each == [
-        "content tells no group.",
-        "color knows color (0.90) and nothing of any other group.",
-        "spatial knows spatial (0.60) and nothing of any other group.",
+        "content encodes no augmentation group.",
+        "color encodes color (R² = 0.90), and no parameter of another group.",
+        "spatial encodes spatial (R² = 0.60), and no parameter of another group.",
     ]
 
 
 def test_verdict_names_every_leak():
     head, each = report.verdict(groups([0.0, 0.21], [0.93, 0.3], [0.0, 0.7]))
-    assert head == "Not apart yet: content tells spatial (0.21) and color tells spatial (0.30)."
-    assert each[0] == "content leaks spatial (0.21)."
-    assert each[1] == "color knows color (0.93) and also tells spatial (0.30)."
+    assert head == "Not disentangled: color also encodes spatial (R² = 0.30); content encodes spatial (R² = 0.21)."
+    assert each[0] == "content encodes spatial (R² = 0.21)."
+    assert each[1] == "color encodes color (R² = 0.93), but also spatial (R² = 0.30)."
 
 
-def test_verdict_of_a_style_that_learnt_nothing():
-    head, each = report.verdict(groups([0.0, 0.0], [0.9, 0.0], [0.0, 0.02]))
-    assert head == "Nothing leaks, but spatial has not learnt enough of its group."
-    assert each[2] == "spatial does not know its own group and tells nothing of any other."
+@pytest.mark.parametrize(
+    ("score", "reason"),
+    [
+        (0.02, "spatial does not encode its own group (R² = 0.02 on average)"),
+        (0.23, "spatial encodes its own group only in part (R² = 0.23 on average)"),
+    ],
+)
+def test_a_style_that_learnt_little_is_not_called_disentangled(score, reason):
+    head, each = report.verdict(groups([0.0, 0.0], [0.9, 0.0], [0.0, score]))
+    assert head == f"No augmentation group leaks, but {reason}."
+    assert each[2] == (
+        "spatial does not encode its own group, nor any other."
+        if score < 0.1
+        else "spatial weakly encodes spatial (R² = 0.23), and no parameter of another group."
+    )
 
 
-def test_what_is_not_told_from_nothing_is_no_leak():
+def test_what_is_not_above_chance_is_no_leak():
     scores = ([0.0, 0.2], [0.9, 0.0], [0.0, 0.6])
-    assert report.verdict(groups(*scores, low=-1.0))[0].startswith("Nothing leaks")
-    assert report.verdict(groups(*scores, low=0.1))[0].startswith("Not apart")
+    assert report.verdict(groups(*scores, low=-1.0))[0].startswith("No augmentation group leaks")
+    assert report.verdict(groups(*scores, low=0.1))[0].startswith("Not disentangled")
 
 
 def test_a_group_leaks_through_any_of_its_parameters():
@@ -74,22 +88,64 @@ def test_a_group_leaks_through_any_of_its_parameters():
     parts = table({"content": [0.0, 0.5, 0.0], "color": [0.9, 0.3, 0.0], "spatial": [0.0, 0.0, 0.8]}, names)
     whole = table({"content": [0.09, 0.0], "color": [0.6, 0.0], "spatial": [0.0, 0.8]}, GROUPS, parts=parts)
     head, each = report.verdict(findings(whole))
-    assert head == "Not apart yet: content tells color's hue (0.50)."
-    assert each[1] == "color knows brightness (0.90), has a trace of hue (0.30) and nothing of any other group."
+    assert head == "Not disentangled: content encodes color's hue (R² = 0.50)."
+    assert each[1] == (
+        "color encodes brightness (R² = 0.90), weakly hue (R² = 0.30), and no parameter of another group."
+    )
 
 
-def test_verdict_tells_the_known_factors_too():
+def test_a_group_of_which_one_parameter_is_encoded_is_encoded_in_part():
+    names = ("color/0.ColorJitter/brightness_factor", "color/0.ColorJitter/hue_factor", "spatial/0.RandomAffine/angle")
+    parts = table({"content": [0.0, 0.0, 0.0], "color": [0.6, 0.0, 0.0], "spatial": [0.0, 0.0, 0.8]}, names)
+    whole = table({"content": [0.0, 0.0], "color": [0.3, 0.0], "spatial": [0.0, 0.8]}, GROUPS, parts=parts)
+    head, _ = report.verdict(findings(whole))
+    assert head == "No augmentation group leaks, but color encodes its own group only in part (R² = 0.30 on average)."
+
+
+APART = {"content": [0.0, 0.0], "color": [0.9, 0.0], "spatial": [0.0, 0.6]}
+
+
+def test_verdict_names_the_known_factors_too():
     labelled = {
         "ridge": table({"content": [0.95, 0.0], "color": [0.0, 0.8], "spatial": [0.04, math.nan]}, ("shape", "hue"))
     }
-    label_free = table({"content": [0.0, 0.0], "color": [0.9, 0.0], "spatial": [0.0, 0.6]}, GROUPS)
-    each = report.verdict(findings(label_free, labelled))[1]
-    assert each[0] == "content tells no group; of the known factors it tells shape (0.95)."
-    assert each[2].endswith("nothing of any other group.")
+    head, each = report.verdict(findings(table(APART, GROUPS), labelled))
+    assert head.startswith("Disentangled: ")
+    assert each[0] == (
+        "content encodes no augmentation group; of the known factors, shape (R² = 0.95) can be decoded from it."
+    )
+    assert each[2].endswith("no parameter of another group.")
+
+
+def test_a_known_factor_in_two_spaces_is_no_disentanglement():
+    labelled = {"ridge": table({"content": [0.95], "color": [0.46], "spatial": [0.0]}, ("shape",))}
+    head, _ = report.verdict(findings(table(APART, GROUPS), labelled))
+    assert head == (
+        "No augmentation group leaks, but shape can be decoded from content (R² = 0.95) and from color (0.46)."
+    )
+    fine = [({"content": [0.95], "color": [0.46], "spatial": [0.0]}, -1.0)]  # not above chance
+    fine.append(({"content": [0.3], "color": [0.9], "spatial": [0.0]}, 0.9))  # in content, of which nothing is claimed
+    for scores, low in fine:
+        labelled = {"ridge": table(scores, ("shape",), low=low)}
+        assert report.verdict(findings(table(APART, GROUPS), labelled))[0].startswith("Disentangled: ")
+
+
+@pytest.mark.parametrize(
+    ("scores", "factors", "spaces", "reason"),
+    [
+        (APART, GROUPS, ("content", "color"), "no space is named after spatial, so whether it is kept is not known"),
+        ({"content": [0.0, 0.0]}, GROUPS, ("content",), "named after color and spatial, so whether they are kept"),
+        (APART, GROUPS, ("content", "color", "spatial", "extra"), "extra has no augmentation group"),
+        ({s: [r[0], math.nan] for s, r in APART.items()}, GROUPS, tuple(APART), "spatial could not be scored"),
+    ],
+)
+def test_a_headline_claims_no_more_than_was_measured(scores, factors, spaces, reason):
+    head, _ = report.verdict(findings(table({s: scores.get(s, [0.0, 0.0]) for s in spaces}, factors), spaces=spaces))
+    assert head.startswith("No augmentation group leaks, but ") and reason in head
 
 
 def test_no_verdict_without_a_matrix():
-    assert report.verdict(findings()) == ("What the spaces know could not be measured.", [])
+    assert report.verdict(findings()) == ("What the spaces encode could not be measured.", [])
 
 
 @pytest.mark.parametrize(
@@ -105,19 +161,23 @@ def test_parameters_have_names_for_people(name, expected):
     assert short(name) == expected
 
 
-def test_spaces_that_are_named_after_no_group_are_not_called_apart():
+def test_spaces_that_are_named_after_no_group_are_not_called_disentangled():
     only = findings(table({"content": [0.0, 0.0]}, GROUPS), spaces=("content",))
     assert report.verdict(only)[0] == (
-        "Nothing leaks, but no space is named after color and spatial: nobody can say that it is kept."
+        "No augmentation group leaks, but no space is named after color and spatial, so whether they are kept is not "
+        "known."
     )
     other = findings(table({"content": [0.0], "tint": [0.9]}, ("color",)), spaces=("content", "tint"))
-    assert report.verdict(other)[0] == "Not apart yet: tint tells color (0.90)."
+    assert report.verdict(other)[0] == "Not disentangled: tint encodes color (R² = 0.90)."
 
 
 def test_known_factors_alone_make_a_verdict():
     labelled = {"ridge": table({"content": [0.95, 0.0], "color": [0.0, 0.8]}, ("shape", "hue"))}
     head, each = report.verdict(findings(None, labelled, ("content", "color")))
-    assert "was not measured" in head and each == ["content tells shape (0.95).", "color tells hue (0.80)."]
+    assert "was not measured" in head and each == [
+        "shape (R² = 0.95) can be decoded from content.",
+        "hue (R² = 0.80) can be decoded from color.",
+    ]
 
 
 def test_images_out_of_range_are_refused(tmp_path):
@@ -150,8 +210,8 @@ def test_one_page_holds_everything(written):
     assert "label-free matrix" in said and found.reasons == {}
     assert not re.search(r'(?:src|href)="(?!data:)', html) and "http" not in html.replace("http-equiv", "")
     assert html.count("<table") == 7  # two label-free, two labelled, views, geometry, redundancy
-    for text in ("knows light", "n = 1020 pairs of views", "shares color with the query", "misalignment of pairs"):
-        assert text in html or text == "knows light"
+    for text in ("n = 1020 pairs of views", "shares color with the query", "misalignment of positive pairs"):
+        assert text in html
     kept = json.loads(re.search(r'id="findings">(.*?)</script>', html)[1])
     assert kept["verdict"][0] == report.verdict(found)[0]
     assert ScoreTable.from_json(kept["label_free"])["color", "color"] == found.label_free["color", "color"]
@@ -188,7 +248,7 @@ def test_names_cannot_break_the_page(tmp_path):
                 "redundancy": "at least 10",
             },
         ),
-        (40, False, {"label-free matrix": "does not say how its views are drawn"}),
+        (40, False, {"label-free matrix": "the views of the training are not known"}),
     ],
 )
 def test_what_cannot_be_measured_has_its_reason(tmp_path, images, views, reasons):
@@ -238,13 +298,12 @@ def test_the_page_is_bounded(tmp_path, monkeypatch):
     assert (tmp_path / "r.html").stat().st_size < 500_000
 
 
-def test_pictures_are_bounded_and_keep_their_colours():
+def test_pictures_are_bounded_and_keep_their_colors():
     import base64
-    import io
 
     x = torch.zeros(3, 300, 150)
     x[0] = 1.0
-    address = rendering._picture(x)
+    address = pictures.picture(x)
     picture = Image.open(io.BytesIO(base64.b64decode(address.split(",")[1])))
     assert picture.size == (48, 96) and picture.getpixel((20, 50))[0] > 250 > 10 > picture.getpixel((20, 50))[2]
 
@@ -274,6 +333,12 @@ def test_curves_of_any_range(points):
 # ---- where it is written, and the command
 
 
+@pytest.fixture(autouse=True)
+def few_pairs(monkeypatch):
+    """A page is looked at here, not a score."""
+    monkeypatch.setattr(label_free, "PAIRS", 100)
+
+
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path):
     (tmp_path / "file").write_text("")
     calls = []
@@ -295,8 +360,15 @@ def run(tmp_path_factory):
         "import torch\n"
         "def raises(): 1 / 0\n"
         "def grey(): return torch.rand(20, 1, 32, 32), {}\n"
+        "def two(): return torch.rand(20, 2, 32, 32), {}\n"
         "def last(): return torch.rand(20, 32, 32, 4), {}\n"
     )
+    torch.save([1, 2], root / "list.pt")
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    (root / "vit").mkdir()
+    vit_card = card | {"backbone": "timm:vit_tiny_patch16_224"}
+    torch.manual_seed(0)
+    StyleHeads(vit, {"content": 8, "color": 4, "spatial": 4}, hidden=()).save(root / "vit" / "model.pt", card=vit_card)
     (root / "log.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 10, "loss": 0.5}\n{"step": 2')
     for k, image in enumerate((pages.squares(24, 40).images * 255).to(torch.uint8)):
         folder = root / "data" / ("a", "b")[k % 2]
@@ -311,7 +383,7 @@ def test_the_command_writes_a_page(run, tmp_path, capsys):
     html = out.read_text()
     said = capsys.readouterr().out
     assert "read 24/24 images" in said and "written: " in said
-    assert "spaces <b>content 8, color 4, spatial 4</b>" in html and "rows <b>of unit length</b>" in html
+    assert "spaces <b>content 8, color 4, spatial 4</b>" in html and "embeddings <b>L2-normalized</b>" in html
     assert 'title="a/0.png"' in html and "loss: from step 0 to 10" in html
     assert "spatial, class" in html  # the class folders are a factor
 
@@ -320,7 +392,7 @@ def test_the_command_takes_a_file_and_fewer_images(run, tmp_path, capsys):
     out = tmp_path / "r.html"
     arguments = ["report", str(run / "model.pt"), "--data", str(run / "data"), "--samples", "12", "--rows", "raw"]
     assert main([*arguments, "--views", "color_spatial", "--out", str(out)]) == 0
-    assert "12 of 24" in out.read_text() and "as they are" in out.read_text()
+    assert "12 of 24" in out.read_text() and "embeddings <b>as they are</b>" in out.read_text()
     assert "ResizedCrop place and size" in out.read_text()
 
 
@@ -333,8 +405,17 @@ def test_the_command_takes_a_file_and_fewer_images(run, tmp_path, capsys):
         ({"more": ["--backbone", "torchvision:nonsense"]}, "no classification model 'nonsense'"),
         ({"more": ["--views", "nonsense"]}, "preset: expected one of"),
         ({"more": ["--device", "foo"]}, "--device: expected one that this machine has, such as cpu: got foo"),
+        ({"more": ["--device", "cuda:99"]}, "--device: expected one that this machine has, such as cpu: got cuda:99"),
+        ({"more": ["--device", "meta"]}, "--device: expected one that this machine has, such as cpu: got meta"),
+        ({"more": ["--device", ""]}, "--device: expected one that this machine has"),
+        ({"out": "data"}, "--out: expected a file to write"),
+        ({"data": "nothing"}, "--data: expected a folder of images, or FILE.py:NAME: got"),
+        ({"data": "bad.py:nothing"}, "--data: "),
+        ({"more": ["--backbone", "nonsense"]}, "--backbone: expected torchvision:NAME, timm:NAME or FILE.py:NAME"),
+        ({"run": "list.pt"}, "list.pt: expected a checkpoint of StyleHeads"),
+        ({"run": "vit"}, "Input height (32) doesn't match model (224).); --size brings them to another size"),
+        ({"data": "bad.py:two"}, "with 1 or 3 channels, one image or more: got [20, 2, 32, 32]"),
         ({"data": "bad.py:raises"}, "bad.py:raises raised ZeroDivisionError: division by zero"),
-        ({"data": "bad.py:grey"}, "to have 3 channels, but got 1 channels"),
         ({"data": "bad.py:last"}, "with 1 or 3 channels, one image or more: got [20, 32, 32, 4]"),
     ],
 )
@@ -344,6 +425,40 @@ def test_the_command_says_what_is_wrong(run, capsys, change, message):
     assert main([*arguments, "--out", str(out), *change.get("more", [])]) == 1
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.startswith("error: ") and "Traceback" not in captured.err
+
+
+def test_gray_images_are_measured_by_a_model_of_three_channels(run, tmp_path):
+    out = tmp_path / "r.html"
+    assert main(["report", str(run), "--data", str(run / "bad.py:grey"), "--out", str(out)]) == 0
+    assert "gray images, repeated to the 3 channels that the model takes" in out.read_text()
+
+
+ERRORS = [IndexError("list\nindex"), ZeroDivisionError("by zero"), AttributeError("no x"), KeyError("k")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_any_error_is_one_line(run, tmp_path, capsys, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(report, "write", fail)
+    assert main(["report", str(run), "--data", str(run / "data"), "--out", str(tmp_path / "r.html")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert said[7:].split("\n")[0] == (
+        "k" if isinstance(error, KeyError) else f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    )
+
+
+def test_names_that_a_terminal_cannot_show_are_said_all_the_same(run, tmp_path, monkeypatch):
+    """The last line names the page: the report used to die there."""
+    out = tmp_path / "caf\udce9 \u202e \u00e9.html"
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    assert main(["report", str(run), "--data", str(run / "data"), "--out", str(out)]) == 0
+    stream.flush()
+    said = stream.buffer.getvalue().decode("ascii")
+    assert r"caf\ufffd \ufffd \xe9.html (0." in said and r"R\xb2" in said and out.exists()
 
 
 def test_a_broken_log_costs_the_curves_alone(run, tmp_path, capsys):
@@ -365,6 +480,7 @@ def test_a_broken_log_costs_the_curves_alone(run, tmp_path, capsys):
         ({"factors": {"light": [1.0] * 20}}, "factor 'light': expected a tensor .*got list"),
         ({"factors": {3: torch.rand(20)}}, "factors: expected their names as strings: got 3"),
         ({"factors": {"kind": torch.arange(20) % 3}, "classes": {"kind": ["a", "b"]}}, "a word for each class up to 2"),
+        ({"factors": {"kind": -torch.ones(20).long()}, "classes": {"kind": ["a"]}}, "from 0 on.*least class -1"),
         ({"images": torch.rand(20, 2, 8, 8)}, r"images: expected .* with 1 or 3 channels.*got \[20, 2, 8, 8\]"),
         ({"explored": 0}, "explored: expected a whole number of images, 1 or more: got 0"),
     ],
@@ -411,6 +527,6 @@ def test_a_space_of_one_column_is_a_sign_when_rows_have_unit_length(tmp_path):
         return {"content": x.mean((2, 3)), "tone": x.mean((1, 2, 3))[:, None] - 0.5}
 
     for unit in (True, False):
-        found = report.write(tmp_path / "r.html", model, torch.rand(24, 3, 8, 8), unit=unit)
+        found = report.write(tmp_path / "r.html", model, torch.rand(24, 3, 8, 8), on_sphere=unit)
         assert ("note" in dict(found.about)) == unit
     assert "tone: 1 wide, so of unit length there is a sign alone" not in (tmp_path / "r.html").read_text()

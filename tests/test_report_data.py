@@ -311,12 +311,12 @@ def test_code_may_be_in_a_module(code, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        ("HERE/nothing", FileNotFoundError, "--data: expected a folder of images, or FILE.py:NAME: got .*nothing"),
+        ("HERE/nothing", FileNotFoundError, "data: expected a folder of images, or FILE.py:NAME: got .*nothing"),
         ("HERE/made.py", FileNotFoundError, "expected a folder of images, or FILE.py:NAME: got .*made.py"),
         ("HERE/empty", FileNotFoundError, r"expected images \(.jpg, .*got none"),
-        ("HERE/made.py:other", ValueError, "--data: .*made.py has no 'other'"),
-        ("HERE/none.py:ready", ValueError, "--data: expected a Python file: got .*none.py, which is no file"),
-        ("no_such_module:ready", ValueError, "--data: expected a module that can be imported: 'no_such_module'"),
+        ("HERE/made.py:other", ValueError, "data: .*made.py has no 'other'"),
+        ("HERE/none.py:ready", ValueError, "data: expected a Python file: got .*none.py, which is no file"),
+        ("no_such_module:ready", ValueError, "data: expected a module that can be imported: 'no_such_module'"),
         ("HERE/made.py:broken", TypeError, r"a data set with len\(\) and items .*got int"),
         ("HERE/made.py:math", TypeError, "module"),
     ],
@@ -338,11 +338,11 @@ IMAGES = torch.rand(4, 3, 8, 8)
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        (3, TypeError, r"--data: expected a folder, a data set .* or a pair \(images, factors\): got int"),
+        (3, TypeError, r"data: expected a folder, a data set .* or a pair \(images, factors\): got int"),
         (None, TypeError, "got NoneType"),
         (Stream(), TypeError, "got Stream"),
         (iter([]), TypeError, "got list_iterator"),
-        ([], ValueError, "--data: expected at least one image: got an empty data set"),
+        ([], ValueError, "data: expected at least one image: got an empty data set"),
         (Pictures(0), ValueError, "got an empty data set"),
         (IMAGES, TypeError, r"expected items \(image, label\) or \(image, label, name\): got Tensor"),
         ([torch.zeros(3, 8, 8)] * 3, TypeError, r"expected items \(image, label\).*got Tensor"),
@@ -425,7 +425,7 @@ def test_a_subset_keeps_everything_together():
 
 @pytest.mark.parametrize("factor", [torch.tensor(1.0), ["a"] * 6])
 def test_factors_of_a_pair_that_are_none(factor):
-    with pytest.raises((ValueError, TypeError), match="--data"):
+    with pytest.raises((ValueError, TypeError), match="^data: "):
         read((IMAGES, {"a": factor}), size=8, samples=4)
 
 

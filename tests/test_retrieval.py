@@ -2,11 +2,14 @@
 
 import math
 import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
-from ssd_addon.metrics import StyleIndex, retrieval
+from ssd_addon.metrics import StyleIndex
+from ssd_addon.metrics import index as index_module
 
 ROUNDING = 1e-6  # float32
 WEIGHTS = [
@@ -226,7 +229,7 @@ def test_chunks_do_not_matter(monkeypatch, chunk, kind):
     sizes = []
     real = torch.Tensor.topk
     monkeypatch.setattr(torch.Tensor, "topk", lambda t, *a, **k: (sizes.append(len(t)), real(t, *a, **k))[1])
-    monkeypatch.setattr(retrieval, "CHUNK", chunk)
+    monkeypatch.setattr(index_module, "CHUNK", chunk)
     got = built.search(query, {"content": 1, "color": -1}, k=7)
     assert torch.allclose(got[0], scores, atol=ROUNDING) and torch.equal(got[1], rows)
     assert max(sizes) == max(1, chunk // 25) and sum(sizes) == 25
@@ -360,6 +363,8 @@ def test_bad_backends():
         ({"content": math.inf}, "finite number for space 'content': got inf"),
         ({"content": True}, "finite number for space 'content': got True"),
         ({"content": "1"}, "finite number for space 'content': got '1'"),
+        ({"content": 10**400}, r"finite number for space 'content': got 1000.* \(401 characters\)"),
+        ({"content": torch.tensor(1.0)}, "finite number for space 'content': got tensor"),
     ],
 )
 def test_bad_weights(backend, weights, message):
@@ -371,13 +376,13 @@ def test_bad_weights(backend, weights, message):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("k", [0, -1, 25, 2.0, True, "3"])
 def test_bad_k_of_rows(backend, k):
-    with pytest.raises(ValueError, match="k: expected 1 to 24 neighbours, as the index holds 25 images: got"):
+    with pytest.raises(ValueError, match="k: expected 1 to 24 neighbors, as the index holds 25 images: got"):
         index(spaces(), backend).search(0, k=k)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bad_k_of_embeddings(backend):
-    with pytest.raises(ValueError, match="k: expected 1 to 25 neighbours, as the index holds 25 images: got 26"):
+    with pytest.raises(ValueError, match="k: expected 1 to 25 neighbors, as the index holds 25 images: got 26"):
         index(spaces(), backend).search(spaces(2), k=26)
 
 
@@ -421,13 +426,23 @@ def test_bad_embeddings_to_ask_with(query, message):
         index(spaces()).search(query, {"content": 1, "color": -1}, k=2)
 
 
-@pytest.mark.parametrize("scale", [1e-320, 1e308, 5])
-def test_only_the_ratio_of_weights_matters(scale):
-    index = StyleIndex(spaces())
-    scores, rows = index.search(3, {"content": scale, "color": scale}, k=4)
-    again, same = index.search(3, {"content": 1.0, "color": 1.0}, k=4)
-    assert torch.equal(rows, same)
-    torch.testing.assert_close(scores, again)
+SCALES = [5e-324, 1e-320, 1e-310, 1e308, 1.7e308, 5, 10**300, np.float32(3), np.int64(7), Fraction(1, 3)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", SCALES)
+def test_only_the_ratio_of_weights_matters(backend, scale):
+    built = index(spaces(), backend)
+    got = built.search(3, {"content": scale, "color": -scale, "crop": scale}, k=4)
+    expected = built.search(3, {"content": 1.0, "color": -1.0, "crop": 1.0}, k=4)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("small", "large"), [(1e-320, 1.0), (1.0, 1e308), (1e-320, 1e308)])
+def test_a_weight_beside_a_huge_one_is_nothing(backend, small, large):
+    built = index(spaces(), backend)
+    torch.testing.assert_close(built.search(3, {"content": small, "color": large}), built.search(3, "color"))
 
 
 def test_a_query_that_is_no_tensor_is_named():
@@ -435,6 +450,56 @@ def test_a_query_that_is_no_tensor_is_named():
         StyleIndex(spaces()).search({"color": 5}, "color")
 
 
-def test_a_factory_that_faiss_does_not_know():
-    with pytest.raises(ValueError, match="factory: expected a description that FAISS knows.*got 'Fla'"):
-        StyleIndex(spaces(), backend="faiss", factory="Fla")
+# ---- what FAISS does not build
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("Fla", "expected a description that FAISS can parse.*got 'Fla' .could not parse index string Fla."),
+        ("", "expected a description that FAISS can parse"),
+        (None, "expected a FAISS factory string.*got None"),
+        ("IVF256,Flat", r"from 120 images of 12 dimensions: got 'IVF256,Flat' \(.*120.* number of clusters \(256\)"),
+        ("IVF121,Flat", "number of clusters .121."),
+        ("PQ4", "got 'PQ4' .*number of clusters .256."),
+        ("IVF4,PQ4", "number of clusters .256."),
+        ("OPQ4,PQ4", "number of clusters .256."),
+        ("PQ5", "12 dimensions and inner products.*got 'PQ5' .*should be a multiple of the number of subquantizers"),
+        ("OPQ5,Flat", "got 'OPQ5,Flat' .*should be a multiple"),
+        ("PCA50,Flat", "cannot output 50 dimensions from 12"),
+        ("IDMap,Flat", "got 'IDMap,Flat' .add does not make sense with IndexIDMap"),
+        ("LSH", "inner products.*got 'LSH'"),
+        ("HNSW8_PQ4x4", "compares by inner products: got 'HNSW8_PQ4x4'"),
+        ("HNSW0", "numbers are 1 or more.*got 'HNSW0'"),
+        ("HNSW1", "2 or more for the links of a graph.*got 'HNSW1'"),
+        ("IVF4_HNSW0,Flat", "numbers are 1 or more"),
+        ("PQ4x0", "numbers are 1 or more"),
+        ("IVF0,Flat", "numbers are 1 or more"),
+    ],
+)
+def test_a_factory_that_faiss_cannot_build_is_named_with_its_reason(capfd, factory, message):
+    z = {"content": torch.randn(120, 8, generator=generator()), "color": torch.randn(120, 4, generator=generator(1))}
+    with pytest.raises(ValueError, match=f"^factory: .*{message}") as caught:
+        StyleIndex(z, backend="faiss", factory=factory)
+    assert "\n" not in str(caught.value) and ".cpp" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_graph_needs_more_images():
+    with pytest.raises(ValueError, match="^factory: .*25 images.*got 'NSG8' .*graph smaller than 100"):
+        StyleIndex(spaces(), backend="faiss", factory="NSG8")
+
+
+COARSE = ["IVF4,Flat", "PQ4x4", "IVF4,PQ4x4", "OPQ4,PQ4x4", "PCA4,Flat", "SQ4", "HNSW8,SQ8", "L2norm,Flat", "RR6,Flat"]
+
+
+@pytest.mark.parametrize("factory", COARSE)
+def test_scores_are_right_however_coarse_the_index_is_and_nothing_is_printed(capfd, factory):
+    z = {"content": torch.randn(300, 8, generator=generator()), "color": torch.randn(300, 4, generator=generator(1))}
+    weights, rows = {"content": 1, "color": -0.5}, torch.arange(20)
+    expected = similarities(z, weights, {s: t[rows] for s, t in z.items()})
+    scores, found = index(z, "faiss", factory=factory).search(rows, weights, k=9)
+    assert (found != rows[:, None]).all() and (scores.diff(dim=1) <= 0).all()
+    for i in range(20):
+        assert scores[i].tolist() == pytest.approx([expected[i][j] for j in found[i].tolist()], abs=ROUNDING)
+    assert capfd.readouterr() == ("", "")

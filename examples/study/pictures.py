@@ -10,7 +10,7 @@ from study import grid
 from study.report import SPRITE_FACTORS, Line, latent_numbers, mean, rows_of, score, told
 
 from ssd_addon import plots
-from ssd_addon.report.findings import short
+from ssd_addon.report.verdict import short
 
 matplotlib.use("agg")
 

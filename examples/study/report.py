@@ -13,7 +13,7 @@ from typing import Any
 
 from study import grid
 
-from ssd_addon.report.findings import short
+from ssd_addon.report.verdict import short
 
 Line = dict[str, Any]
 DOCS = Path(__file__).parent.parent.parent / "docs"

@@ -105,7 +105,7 @@ class DualAscent(Weights):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DualAscent":
         """Moves with the module, but keeps its type and so its digits: a step of 0.001 is lost in bfloat16."""
         kept = self.values
-        super()._apply(fn, recurse)
+        nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
         if self.values.dtype != kept.dtype:
             self.values = kept.to(self.values.device)
         return self

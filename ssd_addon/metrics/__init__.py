@@ -1,28 +1,34 @@
-"""What each space knows: plain functions on tensors, from any source of embeddings.
+"""What each space encodes: plain functions on tensors, from any source of embeddings.
 
     z = embed(model, images)                        name -> [n, d], the backbone too
-    r2_matrix(z, factors)                           spaces x factors, where factors are known                 matrix
-    parameter_matrix(model, views, images)          spaces x groups of augmentations, without labels          parameters
-    dci, mig, sap                                   one number for a matrix                                   dci
-    effective_rank, uniformity, alignment           how a space lies; redundancy: what is held twice          geometry
-    StyleIndex(z).search(7, {"color": 1})           neighbours by any weighting of the spaces                 retrieval
+    r2_matrix(z, factors)                           spaces x factors, where factors are known                 labelled
+    parameter_matrix(model, views, images)          spaces x groups of augmentations, without labels          label_free
+    dci, mig, sap                                   one number for a matrix                                   summary
+    effective_rank, uniformity, alignment           how a space lies; redundancy between spaces               geometry
+    StyleIndex(z).search(7, {"color": 1})           neighbors by any weighting of the spaces                  index
+    OnlineProbes(widths, classes)                   linear probes that are trained beside the model           online
 
 Every matrix is a `ScoreTable`: `table["color", "hue"]` is a number, NaN where there is none to give, with the reason in
-`.notes`; it prints, and `.to_json()` keeps it.
+`.notes`; it prints, and `.to_json()` keeps it. `probe=` takes a name or a `Probe` with settings of your own.
 """
 
-from ssd_addon.metrics.dci import Dci, completeness, dci, disentanglement, mig, sap
+from ssd_addon.differences import parameter_differences
 from ssd_addon.metrics.embed import embed
 from ssd_addon.metrics.geometry import alignment, effective_rank, redundancy, space_geometry, uniformity
-from ssd_addon.metrics.matrix import Circular, Factor, r2_matrix
-from ssd_addon.metrics.parameters import parameter_differences, parameter_matrix
-from ssd_addon.metrics.retrieval import StyleIndex
+from ssd_addon.metrics.index import StyleIndex
+from ssd_addon.metrics.label_free import parameter_matrix
+from ssd_addon.metrics.labelled import Circular, Factor, r2_matrix
+from ssd_addon.metrics.online import OnlineProbes
+from ssd_addon.metrics.probe import Probe
+from ssd_addon.metrics.summary import Dci, completeness, dci, disentanglement, mig, sap
 from ssd_addon.metrics.table import ScoreTable
 
 __all__ = [
     "Circular",
     "Dci",
     "Factor",
+    "OnlineProbes",
+    "Probe",
     "ScoreTable",
     "StyleIndex",
     "alignment",

@@ -1,8 +1,7 @@
 """From a model and images to one embedding per space: evaluation mode, no gradient, bounded memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -10,37 +9,58 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ssd_addon import _checks
+from ssd_addon.metrics.evaluation import evaluation
 
-Model = Callable[[Tensor], Mapping[str, Tensor]]
+Model = Callable[[Tensor], Mapping[str, Tensor] | Tensor]
+"""Images [b, C, H, W] -> name -> [b, d], or features [b, F] of a plain backbone."""
 Images = Tensor | Iterable[Any]
 BACKBONE = "backbone"
+RETURNS = "model: expected images [b, C, H, W] -> space -> [b, d], or features [b, F]"
+
+
+@runtime_checkable
+class Heads(Protocol):
+    """A model whose backbone's features can be had beside its spaces, as `StyleHeads`."""
+
+    def features(self, x: Tensor) -> Tensor: ...
+    def project(self, features: Tensor) -> dict[str, Tensor]: ...
 
 
 def embed(
-    model: Model, images: Images, *, batch_size: int = 256, backbone: bool = True, unit: bool = False
+    model: Model, images: Images, *, batch_size: int = 256, backbone: bool = True, on_sphere: bool | None = None
 ) -> dict[str, Tensor]:
     """Embeddings of whole images, a row per image: what the matrices and `StyleIndex` take.
 
+    Measuring changes nothing. Every network that the model runs is in evaluation mode, also inside a function or an
+    object, and afterwards its parts are in the modes that they were in; its buffers, the images and the global
+    generators of torch, numpy and Python are as they were. Only statistics that a function of yours keeps in tensors
+    outside any module cannot be protected.
+
     Args:
-        model: `StyleHeads` (also inside DistributedDataParallel), or any callable [b, C, H, W] -> name -> [b, d]. A
-            module runs in evaluation mode, and every part of it returns to the mode that it was in.
-        images: [n, C, H, W] as the model takes them (normalised if it was trained so), or batches of them, such as a
+        model: `StyleHeads`, also compiled or inside DistributedDataParallel, or any callable [b, C, H, W] -> name ->
+            [b, d]. A plain backbone, which returns features [b, F], is read as {"backbone": features}.
+        images: [n, C, H, W] as the model takes them (normalized if it was trained so), or batches of them, such as a
             data loader yields: tensors, or tuples that begin with one. Each batch is copied to the model's device.
         batch_size: images at a time, where `images` is one tensor.
         backbone: add the pooled features of a `StyleHeads` under "backbone".
-        unit: scale every row of every space to unit length, as the SimCLR family's loss sees it. The length of a row
-            is free there and may tell what the direction does not (docs/method.md, "Lengths").
+        on_sphere: True scales every embedding to unit length (L2-normalized embeddings, as the SimCLR family's loss
+            sees them; the length of an embedding is free there and may encode what the direction does not, see
+            docs/method.md). None asks the model: its attribute `on_sphere`, False where it has none.
 
     Returns:
         name -> [n, d] float32, on the model's device.
 
     Raises:
         TypeError, ValueError: no images, or a model that returns something else.
+
+    >>> embed(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5)), torch.rand(7, 3, 2, 2))["backbone"].shape
+    torch.Size([7, 5])
     """
+    sphere = is_on_sphere(model) if on_sphere is None else on_sphere
     parts: list[dict[str, Tensor]] = []
     with evaluation(model), torch.no_grad():
         for x in batches(images, batch_size):
-            parts.append(spaces_of(model, x, backbone=backbone, unit=unit))
+            parts.append(spaces_of(model, x, backbone=backbone, on_sphere=sphere))
     return joined(parts)
 
 
@@ -65,7 +85,7 @@ def batches(images: Images, batch_size: int) -> Iterator[Tensor]:
     if isinstance(images, Tensor):
         if images.ndim < 2 or len(images) == 0:
             raise ValueError(f"images: expected [n, C, H, W] with an image or more: got {_checks.shape(images)}")
-        yield from images.split(batch_size)
+        yield from torch.split(images, batch_size)
         return
     for batch in images:
         x = batch[0] if isinstance(batch, tuple | list) else batch
@@ -75,27 +95,58 @@ def batches(images: Images, batch_size: int) -> Iterator[Tensor]:
         yield x
 
 
-def spaces_of(model: Model, x: Tensor, *, backbone: bool, unit: bool) -> dict[str, Tensor]:
+def spaces_of(model: Model, x: Tensor, *, backbone: bool, on_sphere: bool) -> dict[str, Tensor]:
     """One batch: name -> [b, d] float32, with the backbone's features where asked for and there are some."""
-    x = x.to(device_of(model, x.device))
-    inner = getattr(model, "module", model)  # out of DistributedDataParallel
-    if backbone and hasattr(inner, "features") and hasattr(inner, "project"):
+    moved = x.to(device_of(model, x.device))
+    x = moved.clone() if moved is x else moved  # a model that works in place does not change the caller's images
+    *outer, inner = unwrapped(model)
+    if backbone and isinstance(inner, Heads):
         features = inner.features(x)
-        z: Mapping[str, Tensor] = inner.project(features)
+        z = inner.project(features)
         if BACKBONE in z:
             raise ValueError(f"model: a space named {BACKBONE!r} and the backbone's features (backbone=True) collide")
-        z = {**z, BACKBONE: features}
-    else:
-        z = inner(x) if isinstance(model, DistributedDataParallel) else model(x)  # nothing is exchanged between ranks
-    if not isinstance(z, Mapping):
-        raise TypeError(f"model: expected images [b, C, H, W] -> space -> [b, d]: got {type(z).__name__}")
-    if not z:
-        raise ValueError("model: expected images [b, C, H, W] -> space -> [b, d]: got no space")
+        return _rows({**z, BACKBONE: features}, len(x), on_sphere)
+    over_ranks = any(isinstance(each, DistributedDataParallel) for each in outer)
+    out = inner(x) if over_ranks else model(x)  # nothing is exchanged between ranks
+    if isinstance(out, Tensor):
+        if out.ndim != 2 or len(out) != len(x):
+            hint = "; pool it to a row per image" if out.ndim > 2 else ""
+            raise ValueError(f"{RETURNS}: got {_checks.shape(out)} for {len(x)} images{hint}")
+        out = {BACKBONE: out}
+    if not isinstance(out, Mapping):
+        raise TypeError(f"{RETURNS}: got {type(out).__name__}")
+    if not out:
+        raise ValueError(f"{RETURNS}: got no space")
+    return _rows(out, len(x), on_sphere)
+
+
+def _rows(z: Mapping[str, Tensor], n: int, on_sphere: bool) -> dict[str, Tensor]:
+    """Every space as [n, d] float32, of unit length where asked for."""
     for name, t in z.items():
-        if not isinstance(t, Tensor) or t.ndim != 2 or len(t) != len(x):
+        if not isinstance(t, Tensor) or t.ndim != 2 or len(t) != n:
             got = _checks.shape(t) if isinstance(t, Tensor) else type(t).__name__
-            raise ValueError(f"model: expected space {name!r} as [{len(x)}, d], a row per image: got {got}")
-    return {name: F.normalize(t.float(), dim=1) if unit else t.float() for name, t in z.items()}
+            raise ValueError(f"model: expected space {name!r} as [{n}, d], a row per image: got {got}")
+    return {name: F.normalize(t.float(), dim=1) if on_sphere else t.float() for name, t in z.items()}
+
+
+def unwrapped(model: Model) -> list[Model]:
+    """A model, what is inside it where it is a compiled module or a wrapper (DistributedDataParallel), and so on."""
+    out = [model]
+    while isinstance(out[-1], nn.Module):
+        inner = dict(out[-1].named_children())
+        if list(inner) not in (["module"], ["_orig_mod"]):
+            break
+        out += inner.values()
+    return out
+
+
+def is_on_sphere(model: Model) -> bool:
+    """What a model, or the module inside a wrapper, says of its embeddings: the attribute `on_sphere`."""
+    for each in unwrapped(model):
+        said = getattr(each, "on_sphere", None)
+        if isinstance(said, bool):
+            return said
+    return False
 
 
 def device_of(model: Model, default: torch.device) -> torch.device:
@@ -104,16 +155,3 @@ def device_of(model: Model, default: torch.device) -> torch.device:
         for p in (*model.parameters(), *model.buffers()):
             return p.device
     return default
-
-
-@contextmanager
-def evaluation(model: Model) -> Iterator[None]:
-    """Evaluation mode; afterwards every part of the module is in the mode that it was in."""
-    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
-    try:
-        if isinstance(model, nn.Module):
-            model.eval()
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode

@@ -1,4 +1,4 @@
-"""How the embeddings lie in a space: how many directions they use, how evenly, how close pairs are; what is held twice.
+"""Geometry of the embeddings in a space, and the redundancy between spaces.
 
 Legend: n samples, d the width of a space, V views, B images.
 """
@@ -11,25 +11,17 @@ from torch import Tensor
 
 from ssd_addon import _checks
 from ssd_addon.embeddings import Embeddings, as_embeddings
-from ssd_addon.metrics.matrix import (
-    check_finite,
-    check_fraction,
-    check_options,
-    check_space,
-    check_spaces,
-    resamples,
-    score_cells,
-    split_rows,
-)
-from ssd_addon.metrics.probes import CHUNK, Target
+from ssd_addon.metrics.probe import Kind, Probe, Split, at_least, score_cells
+from ssd_addon.metrics.probes import Target
+from ssd_addon.metrics.spaces import CHUNK, check_finite, check_space, check_spaces
 from ssd_addon.metrics.table import ScoreTable
 
 
 def effective_rank(z: Tensor) -> float:
     """How many directions the embeddings use: exp(-sum_i p_i log p_i), p_i = sigma_i / sum_j sigma_j.
 
-    sigma are the singular values of the centred embeddings: d for white noise, 1 on a line, 0 where all rows are equal.
-    Singular values below the resolution of the type (eps times the norm of z) count as 0.
+    sigma are the singular values of the centered embeddings: the rank is d for white noise, 1 on a line and 0 where all
+    rows are equal. Singular values below the resolution of the type (eps times the norm of z) count as 0.
 
     Args:
         z: [n, d] floating point, n >= 2.
@@ -135,9 +127,10 @@ def space_geometry(z: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     {'effective_rank': 3.0, 'uniformity': -4.0, 'alignment': 0.0}
     """
     e: Embeddings = as_embeddings(z)
-    batch, _ = e.check()
+    plan, batch, _ = e.check()
+    index = None if e.space_index is None else e.space_index.cpu()
     out = {}
-    for name, (a, b, rows) in e.plan.pairs(batch, None if e.space_index is None else e.space_index.cpu()).items():
+    for name, (a, b, rows) in plan.pairs(batch, index).items():
         one, other = (e[name][v][rows.to(e[name].device)] for v in (a, b))
         out[name] = {
             "effective_rank": effective_rank(e[name][0]),
@@ -150,21 +143,18 @@ def space_geometry(z: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
 def redundancy(
     embeddings: Mapping[str, Tensor],
     *,
-    probe: str = "ridge",
-    train_fraction: float = 0.5,
-    folds: int = 5,
+    probe: Kind | Probe = "ridge",
     bootstrap: int = 200,
-    kernel_rows: int = 5000,
     seed: int = 0,
 ) -> ScoreTable:
-    """How well one space predicts another: `table["color", "content"]` is how much of content can be read from color.
+    """How well one space predicts another: `table["color", "content"]` is how much of content color predicts.
 
     R^2 = 1 - sum |z - zhat|^2 / sum |z - mean z|^2 over held-out rows and all coordinates, so a direction counts by its
-    variance. Joint entropy should make this 0: what one space holds, another need not.
+    variance. Joint entropy should bring it to 0: what one space encodes, another need not.
 
     Args:
         embeddings: space -> [n, d] floating point; at least two spaces.
-        probe, train_fraction, folds, bootstrap, kernel_rows, seed: as in `r2_matrix`.
+        probe, bootstrap, seed: as in `r2_matrix`.
 
     Returns:
         `ScoreTable`, the predicting spaces down, the predicted across; NaN on the diagonal.
@@ -180,24 +170,19 @@ def redundancy(
     """
     if len(embeddings) < 2:
         raise ValueError(f"redundancy: expected two spaces or more: got {_checks.names(embeddings)}")
+    chosen = Probe.of(probe)
+    at_least("bootstrap", bootstrap, 0)
     n, device = check_spaces(embeddings)
-    check_fraction(n, train_fraction)
-    check_options(probe, folds, bootstrap, kernel_rows)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    train, test = split_rows(n, train_fraction, generator, device)
-    if probe == "kernel":
-        train = train[:kernel_rows]
-    weights = resamples(len(test), bootstrap, generator, device)
-    targets = {name: _whole_space(z, train, test) for name, z in embeddings.items()}
+    split = Split.draw(n, chosen, bootstrap, seed, device)
+    targets = {name: _whole_space(z, split.train, split.test) for name, z in embeddings.items()}
     itself = {(name, name): "itself" for name in embeddings}
-    inputs = {name: [z] for name, z in embeddings.items()}
-    cells = score_cells(inputs, targets, train, test, weights, probe=probe, folds=folds, seed=seed, without=itself)
+    cells = score_cells({s: [z] for s, z in embeddings.items()}, targets, split, chosen, seed=seed, without=itself)
     names = tuple(embeddings)
-    return ScoreTable(names, names, *cells, probe, (), len(train), len(test))
+    return ScoreTable(names, names, *cells, chosen.kind, (), len(split.train), len(split.test))
 
 
 def _whole_space(z: Tensor, train: Tensor, test: Tensor) -> Target | str:
-    """A space to be predicted: centred, all coordinates on one scale."""
+    """A space to be predicted: centered, all coordinates on one scale."""
     x = z.detach().double()
     x = x - x[train].mean(0)
     scale = (x[train] ** 2).sum(1).mean().sqrt()
@@ -216,4 +201,5 @@ def _unit(what: str, z: Tensor, least: int) -> Tensor:
     if not (largest > 0).all():
         raise ValueError(f"{what}: expected rows with a direction: got {int((largest == 0).sum())} rows of length 0")
     x = x / largest
-    return x / x.norm(dim=1, keepdim=True)
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / lengths

@@ -1,7 +1,7 @@
-"""The probes that the matrices ask: what they are given, what they predict, how they are solved.
+"""The probes: what they are given, what they predict, and how they are solved.
 
-Inputs are standardised blocks of rows, targets are factors, a problem is one space with the factors that are defined on
-the same rows; ridge, kernel ridge and a small MLP solve it, with their penalty chosen by cross-validation, in float64.
+Inputs are standardized blocks of rows, targets are factors, a problem is one space with the factors that are defined on
+the same rows. Ridge, kernel ridge and a small MLP solve it, with their penalty chosen by cross-validation, in float64.
 Legend: n rows, d columns of x, K columns of y over T factors, A penalties.
 """
 
@@ -13,26 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RIDGE_ALPHAS = tuple(10.0**e for e in range(-6, 4))  # times the training rows; inputs are standardised
+from ssd_addon.metrics.spaces import CHUNK
+
+RIDGE_ALPHAS = tuple(10.0**e for e in range(-6, 4))  # times the training rows; inputs are standardized
 KERNEL_ALPHAS = tuple(10.0**e for e in range(-8, 1))  # times the training rows; k(x, x) = 1
 BANDWIDTHS = (0.5, 1.0, 2.0)  # times the median distance
-CHUNK = 2**23  # elements of a float64 block: 64 MiB
+FAR = 9.0  # leverage beyond which ridge does not extrapolate
 
 Predict = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One factor: numbers [n, k] standardised by the training split, or classes [n] coded 0..C-1, -1 if not trained.
+    """One factor: numbers [n, k] standardized by the training rows, or classes [n].
 
-    The score of numbers is a mean over columns; `pooled` sums errors and squares over the columns before they are
-    divided, so that a column counts by its variance.
+    Classes of the training rows are coded 0..C-1, the others -1, -2, ... The score of numbers is a mean over columns;
+    `pooled` sums errors and squares over the columns before they are divided, so that a column counts by its variance.
     """
 
     values: Tensor
     valid: Tensor  # [n] bool: the samples that count
     classes: int = 0
-    chance: float = 0.0
+    majority: int = 0  # the most frequent class of the training rows
     note: str = ""
     pooled: bool = False
 
@@ -45,14 +47,28 @@ class Target:
         return F.one_hot(v, self.classes).double() if self.classes else v
 
     def error(self, prediction: Tensor, rows: Tensor) -> Tensor:
+        """Of every row what counts for or against the probe: whether the class is right, or (y - yhat)^2."""
         if self.classes:
             return (prediction.argmax(1) == self.values[rows])[:, None].double()
         return (self.values[rows] - prediction) ** 2
 
-    def score(self, sums: Tensor, count: Tensor) -> Tensor:
-        """Sums [..., q] over rows of what `Problem.held_out` gives, and the number of rows [...], to scores [...]."""
+    def baseline(self, rows: Tensor) -> Tensor:
+        """Of every row what the baseline is made of: whether the majority class is right; y; y^2."""
+        y = self.values[rows].double()
         if self.classes:
-            return (sums[..., 0] / count - self.chance) / (1 - self.chance)
+            return torch.stack([(y == self.majority).double(), y, y**2], 1)
+        y = y - y.mean(0)
+        return torch.cat([y, y**2], 1)
+
+    def score(self, sums: Tensor, count: Tensor) -> Tensor:
+        """Scores [...] of sums [..., q] over rows of `error` and `baseline`, and the number of rows [...].
+
+        NaN where the rows hold one class, or where no column varies.
+        """
+        if self.classes:
+            right, chance, y, yy = sums.unbind(-1)
+            score = (right - chance) / (count - chance)
+            return torch.where(yy * count != y**2, score, math.nan)
         sse, y, yy = sums.chunk(3, -1)
         sst = yy - y**2 / count[..., None]
         if self.pooled:
@@ -61,10 +77,12 @@ class Target:
 
 
 class Inputs:
-    """Rows of one or more blocks [n, d_i] side by side, standardised by the training rows, in float64.
+    """Rows of one or more blocks [n, d_i] side by side, standardized by the training rows, in float64.
 
-    A column that is constant on the training rows becomes 0. `balance` divides each block by the root of its number of
-    columns, so that every block has the same share of a distance.
+    A column that is constant on the training rows becomes 0. Values of other rows are clipped to the range of the
+    training rows, widened on either side by its own width: a nearly dead unit, whose few large values all fall among
+    the held-out rows, would otherwise be thousands of standard deviations away. `balance` divides each block by the
+    root of its number of columns, so that every block has the same share of a distance.
     """
 
     def __init__(self, blocks: Sequence[Tensor], train: Tensor, *, balance: bool = False) -> None:
@@ -72,19 +90,24 @@ class Inputs:
         self.width = sum(self.sizes)
         self.mean: Tensor | float = 0.0
         self.scale: Tensor | float = 1.0
+        self.low, self.high = (train.new_full((1,), v, dtype=torch.float64) for v in (-math.inf, math.inf))
         self.mean = mean = sum((self(r).sum(0) for r in self.chunks(train)), train.new_zeros(1)) / len(train)
         std = (sum(((self(r) ** 2).sum(0) for r in self.chunks(train)), train.new_zeros(1)) / len(train)).sqrt()
         used = std > 1e-12 * mean.abs()
         self.scale = torch.where(used, 1 / std, 0.0)
         if balance:
-            counts = [used[None].sum().clamp(min=1).expand(len(used)) for used in used.split(self.sizes)]
+            counts = [used[None].sum().clamp(min=1).expand(len(used)) for used in torch.split(used, self.sizes)]
             self.scale /= torch.cat(counts).sqrt()
+        low = torch.stack([self(r).amin(0) for r in self.chunks(train)]).amin(0)
+        high = torch.stack([self(r).amax(0) for r in self.chunks(train)]).amax(0)
+        self.low, self.high = low - (high - low), high + (high - low)
 
     def chunks(self, rows: Tensor, width: int = 0) -> Iterable[Tensor]:
-        return rows.split(max(1, CHUNK // max(self.width, width)))
+        return torch.split(rows, max(1, CHUNK // max(self.width, width)))
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return (torch.cat([b[rows].double() for b in self.blocks], 1) - self.mean) * self.scale
+        x = (torch.cat([b[rows].double() for b in self.blocks], 1) - self.mean) * self.scale
+        return x.clamp(self.low, self.high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,35 +139,72 @@ class Problem:
 
     def best(self, errors: Tensor) -> tuple[Tensor, Tensor]:
         """Errors [A, K] to the least of the A for each factor [T], and its place [T]."""
-        least = torch.stack([e.sum(1) for e in errors.split(self.widths, 1)], 1).min(0)
+        least = torch.stack([e.sum(1) for e in torch.split(errors, self.widths, 1)], 1).min(0)
         return least.values, least.indices
 
     def held_out(self, predict: Predict, rows: Tensor) -> list[Tensor]:
-        """Per factor what `Target.score` sums, [r, q]: right or wrong; or (y - yhat)^2, y and y^2, y from its mean."""
+        """Per factor what `Target.score` takes the sums of: [r, q]."""
         parts = []
         for r in self.x.chunks(rows, sum(self.widths)):
-            predicted = predict(r).split(self.widths, 1)
+            predicted = torch.split(predict(r), self.widths, 1)
             parts.append([t.error(p, r) for t, p in zip(self.targets, predicted, strict=True)])
-        stats = [torch.cat(p) for p in zip(*parts, strict=True)]
-        for i, t in enumerate(self.targets):
-            if not t.classes:
-                y = t.values[rows] - t.values[rows].mean(0)
-                stats[i] = torch.cat([stats[i], y, y**2], 1)
-        return stats
+        errors = [torch.cat(p) for p in zip(*parts, strict=True)]
+        return [torch.cat([e, t.baseline(rows)], 1) for e, t in zip(errors, self.targets, strict=True)]
 
 
 # ---- the probes
 
 
 def _ridge(p: Problem, alphas: Sequence[float] = ()) -> Predict:
-    """yhat = x w + b with w = argmin |y - x w - b|^2 + alpha |w|^2, by the smaller of the d x d and n x n systems."""
+    """yhat = x w + b with w = argmin |y - x w - b|^2 + alpha |w|^2, by the smaller of the d x d and n x n systems.
+
+    The mean where yhat is outside the range of the training targets and x so far out, along any direction, that errors
+    of the weights decide it (`_leverage`).
+    """
     solve = _primal if p.x.width < len(p.rows) else _dual_ridge
-    w, b = solve(p, alphas or [a * len(p.rows) for a in RIDGE_ALPHAS])
-    return lambda r: p.x(r) @ w + b
+    w, b, alpha = solve(p, alphas or [a * len(p.rows) for a in RIDGE_ALPHAS])
+    each = list(zip(p.targets, torch.split(torch.arange(len(b)), p.widths), alpha.tolist(), strict=True))
+
+    def predict(r: Tensor) -> Tensor:
+        x = p.x(r)
+        y = x @ w + b
+        for target, columns, penalty in each:
+            if not target.classes:
+                trained = target.values[p.rows]
+                beyond = ((y[:, columns] < trained.amin(0)) | (y[:, columns] > trained.amax(0))).any(1)
+                rows = beyond.nonzero().flatten()
+                far = rows[_leverage(p, x[rows], penalty) > FAR] if len(rows) else rows
+                y[far[:, None], columns.to(far.device)] = b[columns]
+        return y
+
+    return predict
 
 
-def _primal(p: Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """w [d, K] and b [K] from moments per fold, m = [x, 1]^T [x, 1, y]; a training part is the total less its fold."""
+def _leverage(p: Problem, x: Tensor, alpha: float) -> Tensor:
+    """x^T A^-1 G A^-1 x [r], G = sum x x^T over the training rows and A = G + alpha: at most 1 for a training row.
+
+    Where the targets are noise of variance 1, it is the variance of the prediction at x [r, d].
+    """
+    d = p.x.width
+    if d < len(p.rows):
+        gram = torch.stack([t.T @ t for t in map(p.x, p.x.chunks(p.rows, d))]).sum(0)
+        u = _shifted_solve(gram, alpha, x.T)
+        return torch.einsum("dr,de,er->r", u, gram, u)
+    train = p.x(p.rows)
+    return (_shifted_solve(train @ train.T, alpha, train @ x.T) ** 2).sum(0)
+
+
+def _shifted_solve(a: Tensor, alpha: float, b: Tensor) -> Tensor:
+    """(a + alpha)^-1 b for a symmetric a."""
+    solution: Tensor = torch.linalg.solve(a + alpha * torch.eye(len(a), dtype=a.dtype, device=a.device), b)
+    return solution
+
+
+def _primal(p: Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """w [d, K], b [K] and the penalties that were chosen [T].
+
+    From moments per fold, m = [x, 1]^T [x, 1, y]; a training part is the total less its fold.
+    """
     d, k = p.x.width, sum(p.widths)
     m = torch.zeros(p.folds, d + 1, d + 1 + k, dtype=torch.float64, device=p.rows.device)
     for f in range(p.folds):
@@ -155,7 +215,8 @@ def _primal(p: Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
     def about(m: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         """sum (x - mean_x) (x - mean_x)^T [d, d] and sum (x - mean_x) (y - mean_y)^T [d, K]."""
         shifted = m - torch.outer(m[:, d], mean)
-        return (shifted - torch.outer(mean[: d + 1], shifted[d]))[:d].split([d, 1, k], 1)[::2]
+        gram, _, cross = torch.split((shifted - torch.outer(mean[: d + 1], shifted[d]))[:d], [d, 1, k], 1)
+        return gram, cross
 
     def path(m: Tensor) -> tuple[Tensor, Callable[[Tensor | float], Tensor]]:
         """Means of [x, 1, y], and alpha (one, or one per column) -> w [d, K]."""
@@ -173,13 +234,14 @@ def _primal(p: Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
             w = solution(alpha)
             errors[i] += (w * (gram @ w)).sum(0) - 2 * (w * cross).sum(0)  # and |y - mean_y|^2, the same for all alpha
     mean, solution = path(total)
-    return solution(p.per_column(m.new_tensor(alphas)[p.best(errors)[1]])), mean[d + 1 :]
+    chosen = m.new_tensor(alphas)[p.best(errors)[1]]
+    return solution(p.per_column(chosen)), mean[d + 1 :], chosen
 
 
-def _dual(p: Problem, k: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel ridge with intercept, yhat = k(x, .) a + b. From k [n, n]: CV error per factor [T], a [n, K], b [K].
+def _dual(p: Problem, k: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Kernel ridge with intercept, yhat = k(x, .) a + b. From k [n, n]: a [n, K], b [K], penalties and CV errors [T].
 
-    With H the smoother, I - H = V diag(alpha / (lam + alpha)) V^T - 1 1^T / n on the centred kernel V diag(lam) V^T;
+    With H the smoother, I - H = V diag(alpha / (lam + alpha)) V^T - 1 1^T / n on the centered kernel V diag(lam) V^T;
     the residuals of a left-out fold F are (I - H)_FF^-1 ((I - H) y)_F: exact cross-validation, one decomposition.
     """
     y = p.y(p.rows)
@@ -196,15 +258,16 @@ def _dual(p: Problem, k: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tenso
             left_out = torch.linalg.solve((vf * shrink.T) @ vf.T - 1 / n, residual[part])
             errors[i] += (left_out**2).sum(0)
     least, place = p.best(errors)
-    a = v @ (rotated / (lam + p.per_column(y.new_tensor(alphas)[place])))
-    return least, a, mean_y - mean_k @ a
+    chosen = y.new_tensor(alphas)[place]
+    a = v @ (rotated / (lam + p.per_column(chosen)))
+    return a, mean_y - mean_k @ a, chosen, least
 
 
-def _dual_ridge(p: Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The same w [d, K] and b [K] as `_primal`, from the linear kernel."""
+def _dual_ridge(p: Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_primal` gives, from the linear kernel."""
     x = p.x(p.rows)
-    _, a, b = _dual(p, x @ x.T, alphas)
-    return x.T @ a, b
+    a, b, alpha, _ = _dual(p, x @ x.T, alphas)
+    return x.T @ a, b, alpha
 
 
 def _kernel(p: Problem, alphas: Sequence[float] = (), bandwidths: Sequence[float] = ()) -> Predict:
@@ -221,11 +284,11 @@ def _kernel(p: Problem, alphas: Sequence[float] = (), bandwidths: Sequence[float
     bandwidths = bandwidths or [median * m for m in BANDWIDTHS]
     alphas = alphas or [a * len(p.rows) for a in KERNEL_ALPHAS]
     fits = [_dual(p, torch.exp(distances / (-2 * h**2)), alphas) for h in bandwidths]
-    place = p.per_column(torch.stack([least for least, _, _ in fits]).argmin(0))
+    place = p.per_column(torch.stack([least for *_, least in fits]).argmin(0))
 
     def predict(r: Tensor) -> Tensor:
         distances, out = squared(p.x(r)), train.new_empty(len(r), len(place))
-        for i, (h, (_, a, b)) in enumerate(zip(bandwidths, fits, strict=True)):
+        for i, (h, (a, b, _, _)) in enumerate(zip(bandwidths, fits, strict=True)):
             out[:, place == i] = torch.exp(distances / (-2 * h**2)) @ a[:, place == i] + b[place == i]
         return out
 
@@ -248,7 +311,7 @@ def _mlp(p: Problem) -> Predict:
         loss = F.cross_entropy if t.classes else F.mse_loss
         first = torch.randn(p.x.width, 256, generator=generator, device="cpu") / math.sqrt(p.x.width)
         net = [first.to(x), *(x.new_zeros(s) for s in ((256,), (256, t.width), (t.width,)))]
-        optimiser = torch.optim.Adam([w.requires_grad_() for w in net], lr=2e-3)
+        optimizer = torch.optim.Adam([w.requires_grad_() for w in net], lr=2e-3)
         best, kept, waited = math.inf, net, 0
         for _ in range(200):
             value = float(loss(forward(net, x[check]), y[check]))
@@ -257,60 +320,60 @@ def _mlp(p: Problem) -> Predict:
                 best, kept, waited = value, [w.detach().clone() for w in net], 0
             if waited == 20:
                 break
-            for batch in fit[torch.randperm(len(fit), generator=generator, device="cpu").to(x.device)].split(256):
-                optimiser.zero_grad()
+            shuffled = fit[torch.randperm(len(fit), generator=generator, device="cpu").to(x.device)]
+            for batch in torch.split(shuffled, 256):
+                optimizer.zero_grad()
                 with torch.enable_grad():
-                    loss(forward(net, x[batch]), y[batch]).backward()
-                optimiser.step()
+                    torch.autograd.backward(loss(forward(net, x[batch]), y[batch]))
+                optimizer.step()
         nets.append(kept)
     return lambda r: torch.cat([forward(net, p.x(r).float()) for net in nets], 1).double()
 
 
-PROBES: dict[str, Callable[[Problem], Predict]] = {"ridge": _ridge, "kernel": _kernel, "mlp": _mlp}
+SOLVERS: dict[str, Callable[[Problem], Predict]] = {"ridge": _ridge, "kernel": _kernel, "mlp": _mlp}
 
 
-def softmax_log_likelihood(x: Inputs, y: Tensor, rows: Tensor, held_out: Tensor) -> float:
-    """Mean log q(y | x) over held-out rows, q = softmax regression fitted on the training rows.
+def softmax_log_likelihood(x: Inputs, y: Tensor, rows: Tensor, held_out: Tensor) -> Tensor:
+    """log q(y | x) of every held-out row [r], q = softmax regression fitted on the training rows.
 
     The penalty on the weights is the one of seven that does best on every fifth training row; a class that the training
     rows do not have gets the probability of one half of a sample. y [n] int64.
     """
-    known = y[rows].unique()
+    known = torch.unique(y[rows])
     classes = int(max(y[rows].max(), y[held_out].max())) + 1
     fit, check = rows[torch.arange(len(rows)) % 5 > 0], rows[::5]
     floor = math.log(0.5 / (len(rows) + 0.5))
     unknown = torch.ones(classes, dtype=torch.bool, device=y.device)
     unknown[known] = False
 
-    def fitted(on: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
-        xs = torch.cat([x(r) for r in x.chunks(on)])
-        xs, target = F.pad(xs, (0, 1), value=1.0), y[on]
-        w = xs.new_zeros(xs.shape[1], classes, requires_grad=True)
-        optimiser = torch.optim.LBFGS(
-            [w], lr=1, max_iter=100, tolerance_grad=1e-7, tolerance_change=1e-10, line_search_fn="strong_wolfe"
-        )
-
-        def closure() -> Tensor:
-            optimiser.zero_grad()
-            with torch.enable_grad():
-                logits = (xs @ w).masked_fill(unknown, -math.inf)
-                loss = F.cross_entropy(logits, target) + penalty * w[:-1].square().sum()
-                loss.backward()
-            return loss
-
-        optimiser.step(closure)
-        weights = w.detach()
-
-        def log_q(r: Tensor) -> Tensor:
-            parts = []
-            for part in x.chunks(r):
-                scores = (F.pad(x(part), (0, 1), value=1.0) @ weights).masked_fill(unknown, -math.inf)
-                parts.append(scores.log_softmax(1).clamp(min=floor).gather(1, y[part][:, None])[:, 0])
-            return torch.cat(parts)
-
-        return log_q
+    def log_q(w: Tensor, r: Tensor) -> Tensor:
+        parts = []
+        for part in x.chunks(r):
+            scores = (F.pad(x(part), (0, 1), value=1.0) @ w).masked_fill(unknown, -math.inf)
+            parts.append(scores.log_softmax(1).clamp(min=floor).gather(1, y[part][:, None])[:, 0])
+        return torch.cat(parts)
 
     penalties = [10.0**e for e in range(-5, 2)]
-    likelihoods = [float(fitted(fit, p)(check).mean()) for p in penalties]
+    likelihoods = [float(log_q(_softmax(x, y, fit, unknown, p), check).mean()) for p in penalties]
     best = penalties[max(range(len(penalties)), key=likelihoods.__getitem__)]
-    return float(fitted(rows, best)(held_out).mean())
+    return log_q(_softmax(x, y, rows, unknown, best), held_out)
+
+
+def _softmax(x: Inputs, y: Tensor, on: Tensor, unknown: Tensor, penalty: float) -> Tensor:
+    """Weights [d + 1, C] of softmax regression on these rows; the intercept is last and has no penalty."""
+    xs = F.pad(torch.cat([x(r) for r in x.chunks(on)]), (0, 1), value=1.0)
+    w = xs.new_zeros(xs.shape[1], len(unknown), requires_grad=True)
+    optimizer: torch.optim.Optimizer = torch.optim.LBFGS(
+        [w], lr=1, max_iter=100, tolerance_grad=1e-7, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            logits = (xs @ w).masked_fill(unknown, -math.inf)
+            loss = F.cross_entropy(logits, y[on]) + penalty * w[:-1].square().sum()
+            torch.autograd.backward(loss)
+        return float(loss.detach())
+
+    optimizer.step(closure)
+    return w.detach()

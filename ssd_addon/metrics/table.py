@@ -53,10 +53,10 @@ class ScoreTable:
         return self.scores[cell]
 
     def to_json(self) -> dict[str, Any]:
-        """Dictionaries, lists, strings and numbers alone; NaN becomes None."""
+        """Dictionaries, lists, strings and numbers alone; what is not finite becomes None."""
 
         def number(value: float) -> float | None:
-            return None if math.isnan(value) else value
+            return value if math.isfinite(value) else None
 
         out: dict[str, Any] = {name: getattr(self, name) for name in ("probe", "n_train", "n_test", "unit")}
         out |= {name: list(getattr(self, name)) for name in ("spaces", "factors", "given")}

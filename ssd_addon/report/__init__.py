@@ -1,14 +1,15 @@
-"""A report: one page that says what each space knows, for people.
+"""A report: one page that shows what each space of a model encodes.
 
     python -m ssd_addon report RUN_OR_CHECKPOINT --data DIR --out report.html
     write("report.html", model, images, views=views, factors=factors)                    the same, in Python
 
-`data` reads images and what is known of them, `findings` measures, `page` makes HTML of it.
+`data` reads images and what is known of them, `findings` measures, `verdict` puts it in words, `page` makes HTML of it.
 """
 
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor
 from ssd_addon.metrics import Factor
 from ssd_addon.metrics.embed import Model
 from ssd_addon.report.data import Data, Say, read
-from ssd_addon.report.findings import EXPLORED, Findings, measure, verdict
+from ssd_addon.report.findings import EXPLORED, Findings, measure
 from ssd_addon.report.page import LIMIT, render
+from ssd_addon.report.verdict import verdict
 
 __all__ = ["Data", "Findings", "measure", "read", "render", "verdict", "write"]
 
@@ -34,7 +36,7 @@ def write(
     log: Sequence[Mapping[str, Any]] = (),
     title: str = "",
     about: Sequence[tuple[str, str]] = (),
-    unit: bool = False,
+    on_sphere: bool | None = None,
     explored: int = EXPLORED,
     batch_size: int = 64,
     seed: int = 0,
@@ -44,18 +46,21 @@ def write(
 
     Args:
         out: the HTML file; its folder is made where it is missing.
-        model: `StyleHeads`, or any callable [n, C, H, W] -> space -> [n, d], content first.
-        images: [n, C, H, W], uint8 or in [0, 1], not normalised (Normalize of the views' `then` is applied), or `Data`.
+        model: `StyleHeads`, or any callable [n, C, H, W] -> space -> [n, d], content first, or -> features [n, F],
+            which are called "backbone". Measuring changes nothing, see `metrics.embed`.
+        images: [n, C, H, W], uint8 or in [0, 1], not normalized (Normalize of the views' `then` is applied), or `Data`.
+            Gray images are repeated to 3 channels where the model does not take one.
         views: the `StructuredViews` of the training; without them the page has no label-free matrix.
         factors: name -> a value for each image, as in `metrics.r2_matrix`.
         names: a caption for each image.
         log: entries of the run's JSON-lines log, for the curves.
         title, about: name of the run, and (what, value) pairs for the head of the page.
-        unit: score rows of unit length, as the SimCLR family's loss sees them.
+        on_sphere: True scores L2-normalized embeddings, as the SimCLR family's loss sees them; None asks the model for
+            its attribute `on_sphere`, False where it has none.
         explored: images in the explorer, at most; fewer where there are many spaces.
         batch_size: images at a time.
         seed: of views, splits and resamples.
-        say: told what is being done; the library itself prints nothing.
+        say: called with a line on what is being done; the library itself prints nothing.
 
     Returns:
         What the page shows. What could not be measured is in `.reasons`.
@@ -77,14 +82,14 @@ def write(
         log=log,
         title=title,
         about=about,
-        unit=unit,
+        on_sphere=on_sphere,
         explored=explored,
         batch_size=batch_size,
         seed=seed,
         say=say,
     )
     page = render(found, data)
-    while len(page.encode()) > LIMIT and len(found.explored) > 50:  # many large pictures: explore fewer
+    while len(page.encode("utf-8")) > LIMIT and len(found.explored) > 50:  # many large pictures: explore fewer
         explored = len(found.explored) // 2
         found = measure_fewer(found, explored)
         page = render(found, data)
@@ -94,8 +99,6 @@ def write(
 
 def measure_fewer(found: Findings, explored: int) -> Findings:
     """The same findings with fewer images in the explorer."""
-    from dataclasses import replace
-
     similarity = {s: t[:explored, :explored] for s, t in found.similarity.items()}
     return replace(found, explored=found.explored[:explored], similarity=similarity)
 
@@ -104,7 +107,7 @@ def writable(out: str | Path) -> Path:
     """The path, with its folder made; refuses one that cannot be written before time is spent on it."""
     path = Path(out)
     if path.is_dir():
-        raise IsADirectoryError(f"--out: expected a file to write, such as {path / 'report.html'}: got a folder")
+        raise IsADirectoryError(f"out: expected a file to write, such as {path / 'report.html'}: got a folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".report")
@@ -113,5 +116,5 @@ def writable(out: str | Path) -> Path:
         if path.exists() and not os.access(path, os.W_OK):
             raise PermissionError("the file is there and may not be written")
     except OSError as error:
-        raise OSError(f"--out: expected a place that can be written: {path} cannot ({error})") from error
+        raise OSError(f"out: expected a place that can be written: {path} cannot ({error})") from error
     return path

@@ -1,9 +1,10 @@
-"""Training curves as SVG, drawn here so that the page needs no plotting library and follows its colours."""
+"""Training curves as SVG, drawn here so that the page needs no plotting library and follows its colors."""
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
-from typing import Any
+from typing import Any, TypeGuard
+
+from ssd_addon.report.text import html
 
 
 def panel(title: str, unit: str, series: Mapping[int, Sequence[tuple[float, float]]]) -> str:
@@ -23,9 +24,9 @@ def panel(title: str, unit: str, series: Mapping[int, Sequence[tuple[float, floa
         across = (x - x0) / (x1 - x0) if x1 > x0 else 0.5
         return left + across * (w - left - right), h - bottom - (y - y0) / (y1 - y0) * (h - top - bottom)
 
-    parts = [f'<text class="title" x="{left}" y="14">{escape(title)}</text>']
+    parts = [f'<text class="title" x="{left}" y="14">{html(title)}</text>']
     if unit:
-        parts.append(f'<text x="{left}" y="28">{escape(unit)}</text>')
+        parts.append(f'<text x="{left}" y="28">{html(unit)}</text>')
     for tick in ticks:
         _, y = place(x0, tick)
         parts.append(f'<path class="axis" d="M{left} {y:.1f}H{w - right}"/>')
@@ -36,14 +37,14 @@ def panel(title: str, unit: str, series: Mapping[int, Sequence[tuple[float, floa
     for k, points in series.items():
         thin = points[:: max(1, len(points) // 300)]
         thin = [*thin, points[-1]] if thin[-1] != points[-1] else thin
-        colour = f"var(--s{k if k == 6 else k % 6})"
+        color = f"var(--s{k if k == 6 else k % 6})"
         xy = [place(*p) for p in thin]
         if len(xy) == 1:
-            parts.append(f'<circle cx="{xy[0][0]:.1f}" cy="{xy[0][1]:.1f}" r="3" style="fill:{colour}"/>')
+            parts.append(f'<circle cx="{xy[0][0]:.1f}" cy="{xy[0][1]:.1f}" r="3" style="fill:{color}"/>')
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in xy)
-        parts.append(f'<polyline class="curve" style="stroke:{colour}" points="{line}"/>')
+        parts.append(f'<polyline class="curve" style="stroke:{color}" points="{line}"/>')
     label = f"{title}: from step {x0:g} to {x1:g}"
-    return f'<svg viewBox="0 0 {w} {h}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {w} {h}" role="img" aria-label="{html(label)}">{"".join(parts)}</svg>'
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -53,6 +54,6 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round(k * step, 10) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def finite(value: Any) -> bool:
-    """A number that a curve can be drawn through."""
+def finite(value: Any) -> TypeGuard[float]:
+    """A number that a curve can be drawn through: no NaN, no infinity, and none whose differences overflow."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

@@ -1,4 +1,4 @@
-"""What `--data` names: images of one size, with whatever is known of them."""
+"""Images of one size, with whatever is known of them: from a folder, a data set, or code that makes them."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ class Data:
     """Images with what is known of them.
 
     Attributes:
-        images: [n, C, H, W], uint8 or in [0, 1], not normalised.
+        images: [n, C, H, W], uint8 or in [0, 1], not normalized.
         factors: name -> a value for each image, as `r2_matrix` takes them; {} where nothing is known.
         names: [n] a caption for each image, "" where there is none.
         classes: factor -> the names of its classes, where they have names.
@@ -36,7 +36,8 @@ class Data:
 
     def __post_init__(self) -> None:
         n = len(self.images)
-        object.__setattr__(self, "names", list(self.names) or [""] * n)
+        names = ["" if name is None else str(name) for name in self.names]
+        object.__setattr__(self, "names", names or [""] * n)
         object.__setattr__(self, "total", self.total or n)
 
     def check(self) -> None:
@@ -58,9 +59,13 @@ class Data:
         for name, words in self.classes.items():
             if name in self.factors:
                 factor = self.factors[name]
-                most = 0 if isinstance(factor, Circular) else int(torch.as_tensor(factor).max())
-                if most >= len(words):
-                    raise ValueError(f"classes {name!r}: expected a word for each class up to {most}: got {len(words)}")
+                values = torch.zeros(1) if isinstance(factor, Circular) else torch.as_tensor(factor)
+                least, most = int(values.min()), int(values.max())
+                if least < 0 or most >= len(words):
+                    expected = f"classes from 0 on, and a word for each class up to {most}"
+                    raise ValueError(
+                        f"classes {name!r}: expected {expected}: got {len(words)} words, least class {least}"
+                    )
 
 
 def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say: Say | None = None) -> Data:
@@ -74,7 +79,7 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
         size: edge in pixels that images of a data set are brought to.
         samples: at most so many.
         seed: of the choice.
-        say: told how far it is.
+        say: called with a line on the progress.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
@@ -83,14 +88,14 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples: expected a whole number of images, 1 or more: got {samples!r}")
     if isinstance(spec, str) and ":" in spec and not Path(spec).exists():
-        from ssd_addon.checkpoints import find
+        from ssd_addon.runs.build import find
 
-        made = find(spec, "--data")
+        made = find(spec, "data")
         if inspect.isclass(made) or (callable(made) and not hasattr(made, "__getitem__")):
             try:
                 made = made(samples=samples) if "samples" in inspect.signature(made).parameters else made()
             except Exception as error:  # whatever the caller's own code raises
-                raise ValueError(f"--data: {spec} raised {type(error).__name__}: {error}") from error
+                raise ValueError(f"data: {spec} raised {type(error).__name__}: {error}") from error
         spec = made
     if isinstance(spec, Data):
         return _subset(spec, samples, seed)
@@ -98,9 +103,7 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
     if isinstance(spec, str | Path):
         folder = Path(spec)
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"--data: expected a folder of images, or FILE.py:NAME: got {spec}, which is neither"
-            )
+            raise FileNotFoundError(f"data: expected a folder of images, or FILE.py:NAME: got {spec}, which is neither")
         if (folder / "val").is_dir() or (folder / "train").is_dir():
             folder = folder / ("val" if (folder / "val").is_dir() else "train")
         files = ImageFiles(folder, broken="skip")
@@ -109,16 +112,16 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
         spec = files
     if isinstance(spec, tuple | list) and len(spec) == 2 and isinstance(spec[0], Tensor):
         if not isinstance(spec[1], Mapping):
-            raise TypeError(f"--data: expected factors as a mapping name -> values: got {type(spec[1]).__name__}")
+            raise TypeError(f"data: expected factors as a mapping name -> values: got {type(spec[1]).__name__}")
         return _subset(Data(spec[0], spec[1]), samples, seed)
     if not hasattr(spec, "__len__") or not hasattr(spec, "__getitem__"):
         raise TypeError(
-            "--data: expected a folder, a data set with len() and items (image, label), or a pair (images, factors): "
+            "data: expected a folder, a data set with len() and items (image, label), or a pair (images, factors): "
             f"got {type(spec).__name__}"
         )
     total = len(spec)
     if not total:
-        raise ValueError("--data: expected at least one image: got an empty data set")
+        raise ValueError("data: expected at least one image: got an empty data set")
     chosen = _chosen(total, samples, seed)
     collate = StructuredCollate(size)
     images, labels, names = [], [], []
@@ -126,7 +129,7 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
         sample = spec[k]
         if not isinstance(sample, tuple | list) or not 2 <= len(sample) <= 3:
             got = f"{len(sample)} items" if isinstance(sample, tuple | list) else type(sample).__name__
-            raise TypeError(f"--data: expected items (image, label) or (image, label, name): got {got}")
+            raise TypeError(f"data: expected items (image, label) or (image, label, name): got {got}")
         batch, _, name = collate([(sample[0], 0, *sample[2:3])])
         assert isinstance(batch, Tensor)
         images.append(batch)
@@ -139,7 +142,7 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
         images = [i.float() / 255 if i.dtype == torch.uint8 else i.float() for i in images]
     channels = sorted({i.shape[1] for i in images})
     if len(channels) > 1:
-        raise ValueError(f"--data: expected one number of channels: got {channels}")
+        raise ValueError(f"data: expected one number of channels: got {channels}")
     factors, words = _factors(labels)
     if isinstance(spec, ImageFiles) and len(spec.classes) < 2:
         factors = {}
@@ -156,20 +159,20 @@ def _subset(data: Data, samples: int, seed: int) -> Data:
     """At most so many images, with what is known of them."""
     n = len(data.images)
     if data.images.ndim != 4 or not n:
-        raise ValueError(f"--data: expected images [n, C, H, W], one or more: got {_checks.shape(data.images)}")
+        raise ValueError(f"data: expected images [n, C, H, W], one or more: got {_checks.shape(data.images)}")
     if len(data.names) != n:
-        raise ValueError(f"--data: expected {n} names, one per image: got {len(data.names)}")
+        raise ValueError(f"data: expected {n} names, one per image: got {len(data.names)}")
     rows = _chosen(n, samples, seed)
     kept: dict[str, Factor] = {}
     for name, f in data.factors.items():
         try:
             values = f.angle if isinstance(f, Circular) else torch.as_tensor(f)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"--data: factor {name!r}: expected numbers: got {type(f).__name__} ({error})") from error
+            raise TypeError(f"data: factor {name!r}: expected numbers: got {type(f).__name__} ({error})") from error
         if values.ndim < 1:
-            raise ValueError(f"--data: factor {name!r}: expected {n} values, one per image: got a single number")
+            raise ValueError(f"data: factor {name!r}: expected {n} values, one per image: got a single number")
         if len(values) != n:
-            raise ValueError(f"--data: factor {name!r}: expected {n} values, one per image: got {len(values)}")
+            raise ValueError(f"data: factor {name!r}: expected {n} values, one per image: got {len(values)}")
         if isinstance(f, Circular):
             fold = f.fold[rows] if isinstance(f.fold, Tensor) and f.fold.ndim else f.fold
             kept[name] = Circular(values[rows], fold)
@@ -183,7 +186,7 @@ def _factors(labels: list[Any]) -> tuple[dict[str, Factor], dict[str, list[str]]
     if all(isinstance(x, Mapping) for x in labels):
         names = list(labels[0])
         if any(set(x) != set(names) for x in labels):
-            raise ValueError("--data: expected the same factors for every image: some have others")
+            raise ValueError("data: expected the same factors for every image: some have others")
         columns = {name: [x[name] for x in labels] for name in names}
     else:
         columns = {"class": labels}
@@ -200,6 +203,6 @@ def _factors(labels: list[Any]) -> tuple[dict[str, Factor], dict[str, list[str]]
             if name == "class" and not isinstance(labels[0], Mapping):
                 return {}, {}  # a label that is neither a number nor a word: nothing is known
             raise ValueError(
-                f"--data: factor {name!r}: expected numbers, or words, of one kind for every image ({error})"
+                f"data: factor {name!r}: expected numbers, or words, of one kind for every image ({error})"
             ) from error
     return factors, words

@@ -6,26 +6,25 @@
   const data = JSON.parse(document.getElementById("explorer-data").textContent);
   const n = data.names.length;
   const shown = Math.min(8, n - 1);
-  // Cosines as int16, row by row: value / 32767.
-  const cosines = {};
-  for (const space of data.spaces) {
-    const bytes = Uint8Array.from(atob(data.similarity[space]), (c) => c.charCodeAt(0));
-    cosines[space] = new Int16Array(bytes.buffer);
-  }
+  // Cosines of each space as int16, row by row: value / 32767. A space is addressed by its number, never by its name.
+  const cosines = data.similarity.map((text) => {
+    const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+    return new Int16Array(bytes.buffer);
+  });
   const picker = document.getElementById("picker");
   const tiles = [...picker.querySelectorAll("button")];
   const sliders = [...home.querySelectorAll("input[type=range]")];
-  const weights = () => Object.fromEntries(sliders.map((s) => [s.dataset.space, Number(s.value)]));
+  const weights = () => sliders.map((s) => Number(s.value));
   let chosen = 0;
 
   const nearest = (mix) => {
-    const total = Object.values(mix).reduce((sum, w) => sum + Math.abs(w), 0);
+    const total = mix.reduce((sum, w) => sum + Math.abs(w), 0);
     if (!total) return [];
     const found = [];
     for (let j = 0; j < n; j++) {
       if (j === chosen) continue;
       let score = 0;
-      for (const [space, w] of Object.entries(mix)) if (w) score += w * cosines[space][chosen * n + j];
+      mix.forEach((w, k) => { if (w) score += w * cosines[k][chosen * n + j]; });
       found.push([score / 32767 / total, j]);
     }
     return found.sort((a, b) => b[0] - a[0] || a[1] - b[1]).slice(0, shown);
@@ -45,7 +44,7 @@
       const img = tiles[j].querySelector("img").cloneNode();
       img.alt = "";
       const label = document.createElement("span");
-      label.textContent = score.toFixed(2);
+      label.textContent = score.toFixed(2).replace("-0.00", "0.00");
       button.append(img, label);
       button.title = `${caption(j)}, similarity ${score.toFixed(3)} by ${by}`;
       button.setAttribute("aria-label", button.title);
@@ -55,8 +54,8 @@
   };
 
   const mixed = () => {
-    const mix = weights();
-    fill(document.getElementById("by-mix"), nearest(mix), "your mix");
+    if (!sliders.length) return; // one space alone: there is nothing to mix
+    fill(document.getElementById("by-mix"), nearest(weights()), "your mix");
     for (const s of sliders) {
       document.getElementById(`out-${s.id}`).textContent = Number(s.value).toFixed(1);
     }
@@ -79,7 +78,8 @@
     picture.alt = caption(j);
     document.getElementById("chosen-name").textContent = `Chosen: ${caption(j)} (${j + 1} of ${n})`;
     for (const row of home.querySelectorAll(".row[data-space]")) {
-      fill(row, nearest({ [row.dataset.space]: 1 }), row.dataset.space);
+      const k = Number(row.dataset.index);
+      fill(row, nearest(data.spaces.map((_, j) => Number(j === k))), data.spaces[k]);
     }
     mixed();
   };
@@ -98,7 +98,7 @@
   for (const button of home.querySelectorAll("[data-mix]")) {
     button.addEventListener("click", () => {
       const mix = JSON.parse(button.dataset.mix);
-      for (const s of sliders) s.value = mix[s.dataset.space] ?? 0;
+      sliders.forEach((s, k) => { s.value = mix[k]; });
       mixed();
     });
   }

@@ -75,7 +75,7 @@ def test_loads_in_silence_and_fits(browser, page_file, size, scheme):
     assert complaints == []
     assert all(url.startswith(("file:", "data:")) for url in requests)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert page.locator("#verdict").inner_text().startswith("Apart")
+    assert page.locator("#verdict").inner_text().startswith("Disentangled: ")
     assert page.locator("#by-mix button").count() == 8
     pictures = page.evaluate("[...document.images].every((i) => i.complete && i.naturalWidth > 0)")
     assert pictures
@@ -202,3 +202,41 @@ def test_one_image_has_no_neighbours(browser, tmp_path):
     page, complaints, _ = opened(browser, out)
     assert complaints == []
     assert "There is no other image" in page.locator("#by-mix").inner_text()
+
+
+EVIL = """</script><img src=x onerror="alert(1)">\n'"&lt; \\ \udce9 \u202etxt __proto__"""
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", [EVIL, "x" * 3000, "constructor"], ids=["markup", "long", "constructor"])
+def test_any_name_leaves_the_page_as_it_is(browser, tmp_path, name, size):
+    data, spaces = pages.squares(40), ("content", name, "spatial")
+    shown = report.Data(data.images, {name: data.factors["x"]}, [name] * 40)
+    out = tmp_path / "r.html"
+    report.write(out, lambda x: dict(zip(spaces, pages.model(x).values(), strict=True)), shown, title=name, log=LOG)
+    page, complaints, requests = opened(browser, out, size)
+    page.on("dialog", lambda dialog: pytest.fail(dialog.message))
+    page.locator("#picker button").nth(3).click()
+    page.locator(".presets button").nth(1).click()
+    assert complaints == [] and all(url.startswith(("file:", "data:")) for url in requests)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.locator("script").count() == 3 and page.locator("img[onerror]").count() == 0
+    assert "(4 of 40)" in page.locator("#chosen-name").inner_text()
+    index = StyleIndex(embed(pages.model, data.images))
+    cosines = neighbours(page, '.row[data-index="1"]')[1] if "," not in name else None
+    scores, _ = index.search(3, "color", k=8)
+    torch.testing.assert_close(torch.tensor([cosines]), scores, atol=1e-3, rtol=0)
+    assert page.locator("#out-slider2").inner_text() == "-1.0" and page.locator("#by-mix button").count() == 8
+
+
+def test_a_backbone_has_no_mix_and_its_neighbors(browser, tmp_path):
+    def features(x):
+        return torch.cat([x.amax((2, 3)), x.mean((2, 3))], 1)
+
+    out = tmp_path / "r.html"
+    report.write(out, features, pages.squares(60), views=pages.views(), log=[{"step": s, "loss": s} for s in range(9)])
+    page, complaints, _ = opened(browser, out)
+    page.locator("#picker button").nth(5).click()
+    assert complaints == [] and page.locator("#by-mix").count() == 0 and page.locator(".row button").count() == 8
+    words = page.locator("body").inner_text().lower()
+    assert "content" not in words and "style" not in words and "the features encode light" in words

@@ -1,32 +1,35 @@
-"""Nearest images by any weighting of the spaces: same content, other colour.
+"""Nearest images by any weighting of the spaces: same content, other color.
 
 The similarity of a query q and an image x is sum_s w_s cos(q_s, x_s) / sum_s |w_s|. As it is linear in q, the images
 are stored once, as unit rows side by side, and only the query is weighted: one index serves every weighting.
-Legend: n images, q queries, d_s the width of a space, D their sum, k neighbours.
+Legend: n images, q queries, d_s the width of a space, D their sum, k neighbors.
 """
 
 import importlib
 import math
+import re
 from collections.abc import Mapping
-from typing import Any
+from numbers import Real
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ssd_addon import _checks
-from ssd_addon.metrics.matrix import check_finite, check_space
-from ssd_addon.metrics.probes import CHUNK
+from ssd_addon.metrics.spaces import CHUNK, check_finite, check_space
 
 Weights = Mapping[str, float] | str
+ENDS_FAISS = re.compile(r"(?<!\d)0+(?!\d)|(HNSW|NSG)1(?!\d)")
+"""What FAISS does not refuse but ends the process by: a number 0, and graphs of one link."""
 
 
 class StyleIndex:
-    """Nearest neighbours over the embeddings of a data set.
+    """Nearest neighbors over the embeddings of a data set.
 
     >>> g = torch.Generator().manual_seed(0)
     >>> z = {"content": torch.randn(100, 8, generator=g), "color": torch.randn(100, 4, generator=g)}
     >>> index = StyleIndex(z)
-    >>> scores, rows = index.search(7, {"content": 1, "color": -1}, k=5)  # same content, other colour
+    >>> scores, rows = index.search(7, {"content": 1, "color": -1}, k=5)  # same content, other color
     >>> scores.shape, rows.shape, 7 in rows
     (torch.Size([1, 5]), torch.Size([1, 5]), False)
 
@@ -34,15 +37,23 @@ class StyleIndex:
         embeddings: space -> [n, d_s] floating point, on any device, where an exact search then runs. Rows are scaled to
             unit length; a row of length 0 has similarity 0 to all.
         backend: "exact" compares with every image, in bounded memory; "faiss" asks FAISS (`pip install faiss-cpu`).
-        factory: a FAISS factory string, such as "HNSW32,Flat" or "IVF256,Flat"; "Flat" is exact. An
+        factory: a FAISS factory string, such as "HNSW32,Flat" or "IVF256,Flat"; "Flat" is exact. FAISS finds the
+            candidates, their scores are computed here, so that they are right however coarse the index is. An
             approximate index is built for equal weights: the further the weights are from them, the lower its recall.
 
     Raises:
-        ValueError: no space, embeddings that are not [n, d], finite and of one length.
+        ValueError: no space, embeddings that are not [n, d], finite and of one length; a factory that FAISS cannot
+            parse, or cannot build from these images (too few of them for its clusters, no inner product).
         ImportError: backend="faiss" where it is not installed.
     """
 
-    def __init__(self, embeddings: Mapping[str, Tensor], *, backend: str = "exact", factory: str = "Flat") -> None:
+    def __init__(
+        self,
+        embeddings: Mapping[str, Tensor],
+        *,
+        backend: Literal["exact", "faiss"] = "exact",
+        factory: str = "Flat",
+    ) -> None:
         if not embeddings:
             raise ValueError("StyleIndex: expected at least one space: got none")
         _checks.choice(backend, ("exact", "faiss"), "backend")
@@ -63,24 +74,7 @@ class StyleIndex:
         self.rows = torch.cat(units, 1)  # [n, D]
         self._faiss: Any = None
         if backend == "faiss":
-            try:
-                faiss = importlib.import_module("faiss")
-            except ImportError as error:
-                raise ImportError(
-                    "backend='faiss' needs FAISS (pip install faiss-cpu); 'exact' needs nothing"
-                ) from error
-            try:
-                self._faiss = faiss.index_factory(self.rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-            except (RuntimeError, TypeError) as error:
-                reason = str(error).splitlines()[-1].strip() if str(error) else type(error).__name__
-                raise ValueError(
-                    f"factory: expected a description that FAISS knows, such as 'Flat' or 'HNSW32': got {factory!r} "
-                    f"({reason})"
-                ) from error
-            stored = self.rows.cpu().contiguous().numpy()
-            if not self._faiss.is_trained:
-                self._faiss.train(stored)
-            self._faiss.add(stored)
+            self._faiss = _built(factory, self.rows)
 
     def __len__(self) -> int:
         return self._length
@@ -102,7 +96,7 @@ class StyleIndex:
                 images, space -> [q, d_s], for every space of weight other than 0.
             weights: the name of a space, or space -> weight; a space that is not named counts 0, a negative weight asks
                 for images that differ in it. None: all spaces, equally.
-            k: neighbours, no more than there are images.
+            k: neighbors, no more than there are images.
 
         Returns:
             (scores [q, k] float32 in [-1, 1], rows [q, k] int64). An approximate FAISS index that finds fewer than k
@@ -121,7 +115,7 @@ class StyleIndex:
             unit = self.rows[exclude]
         most = len(self) - (exclude is not None)
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most:
-            raise ValueError(f"k: expected 1 to {most} neighbours, as the index holds {len(self)} images: got {k!r}")
+            raise ValueError(f"k: expected 1 to {most} neighbors, as the index holds {len(self)} images: got {k!r}")
         scale = torch.cat([torch.full((d,), w.get(s, 0.0)) for s, d in self.widths.items()]).to(unit)
         q = unit * (scale / sum(abs(v) for v in w.values()))
         if self._faiss is not None:
@@ -141,13 +135,19 @@ class StyleIndex:
         return torch.cat(scores), torch.cat(rows)
 
     def _ask_faiss(self, q: Tensor, exclude: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-        found, places = self._faiss.search(q.cpu().contiguous().numpy(), min(len(self), k + (exclude is not None)))
-        scores, rows = torch.from_numpy(found).to(q.device), torch.from_numpy(places).to(q.device)
-        if exclude is not None:  # its own row moves to the end, the order of the others stays
+        wanted = min(len(self), k + (exclude is not None))
+        _, places = self._faiss.search(q.cpu().contiguous().numpy(), wanted)
+        rows = torch.from_numpy(places).to(q.device)
+        step = max(1, CHUNK // (wanted * self.rows.shape[1]))
+        with torch.autocast(q.device.type, enabled=False):
+            chunks = zip(torch.split(q, step), torch.split(rows, step), strict=True)
+            scores = torch.cat([torch.einsum("qd,qkd->qk", a, self.rows[r.clamp(min=0)]) for a, r in chunks])
+        scores = scores.clamp(-1, 1).masked_fill(rows < 0, -math.inf)
+        if exclude is not None:  # its own row comes last, and is cut off or stands where nothing was found
             own = rows == exclude[:, None]
-            order = own.long().argsort(dim=1, stable=True)
-            scores, rows = scores.gather(1, order)[:, :k], rows.gather(1, order)[:, :k]
-        return scores.masked_fill(rows < 0, -math.inf), rows
+            scores, rows = scores.masked_fill(own, -math.inf), rows.masked_fill(own, -1)
+        order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+        return scores.gather(1, order), rows.gather(1, order)
 
     def _weights(self, weights: Weights | None) -> dict[str, float]:
         if weights is None:
@@ -157,8 +157,8 @@ class StyleIndex:
         for name, value in weights.items():
             if name not in self.widths:
                 raise ValueError(f"weights: expected names of spaces ({_checks.names(self.widths)}): got {name!r}")
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"weights: expected a finite number for space {name!r}: got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, Real) or not _is_finite(value):
+                raise ValueError(f"weights: expected a finite number for space {name!r}: got {_short(value)}")
         most = max((abs(float(value)) for value in weights.values()), default=0.0)
         if not most:
             raise ValueError(f"weights: expected a space of weight other than 0: got {dict(weights)!r}")
@@ -195,8 +195,81 @@ class StyleIndex:
         return torch.cat(parts, 1)
 
 
+def _built(factory: str, rows: Tensor) -> Any:
+    """A FAISS index of the rows [n, D] for inner products."""
+    try:
+        faiss = importlib.import_module("faiss")
+    except ImportError as error:
+        raise ImportError("backend='faiss' needs FAISS (pip install faiss-cpu); 'exact' needs nothing") from error
+    if not isinstance(factory, str) or ENDS_FAISS.search(factory):
+        raise ValueError(
+            "factory: expected a FAISS factory string whose numbers are 1 or more, and 2 or more for the links of a "
+            f"graph, such as 'Flat', 'IVF256,Flat' or 'HNSW32': got {factory!r}"
+        )
+    try:
+        index = faiss.index_factory(rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    except (RuntimeError, TypeError, MemoryError) as error:
+        raise ValueError(
+            f"factory: expected a description that FAISS can parse, for {rows.shape[1]} dimensions and inner products, "
+            f"such as 'Flat' or 'HNSW32': got {factory!r} ({_reason(error)})"
+        ) from error
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise ValueError(f"factory: expected an index that compares by inner products: got {factory!r}, which does not")
+    stored = rows.cpu().contiguous().numpy()
+    try:
+        _silence(faiss, index)
+        if not index.is_trained:
+            index.train(stored)
+        index.add(stored)
+        index.search(stored[:1], 1)
+    except (RuntimeError, MemoryError) as error:
+        raise ValueError(
+            f"factory: expected an index that FAISS can build from {len(rows)} images of {rows.shape[1]} dimensions: "
+            f"got {factory!r} ({_reason(error)})"
+        ) from error
+    return index
+
+
+def _silence(faiss: Any, index: Any) -> None:
+    """No warnings on standard error where a clustering has fewer images than FAISS advises."""
+    found: list[Any] = [index]
+    while found:
+        part = found.pop()
+        part = faiss.downcast_index(part) if isinstance(part, faiss.Index) else part
+        if isinstance(part, faiss.IndexPreTransform):
+            chain = [faiss.downcast_VectorTransform(part.chain.at(i)) for i in range(part.chain.size())]
+            for rotation in (c for c in chain if isinstance(c, faiss.OPQMatrix)):
+                quantizer = faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)  # what it would make by itself
+                rotation.pq = quantizer
+                found.append(quantizer)
+                index.referenced_objects = [*getattr(index, "referenced_objects", ()), quantizer]  # it keeps a pointer
+        if hasattr(part, "cp"):
+            part.cp.min_points_per_centroid = 1
+        inner = (getattr(part, name, None) for name in ("index", "base_index", "quantizer", "storage", "pq", "rq"))
+        found += [each for each in inner if each is not None]
+
+
+def _reason(error: BaseException) -> str:
+    """What FAISS says, without the place in its C++ files."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"^Error in .*\.(cpp|h):\d+: ", "", text).removeprefix("Error: ").rpartition(" failed: ")[2]
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:50]}... ({len(text)} characters)"
+
+
 def _unit(z: Tensor) -> Tensor:
     """Rows of unit length in float32; a row of zeros stays."""
     x = z.detach().double()
     x = x / x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    return (x / x.norm(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)).float()
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return (x / lengths.clamp(min=torch.finfo(x.dtype).tiny)).float()

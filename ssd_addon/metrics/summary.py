@@ -1,6 +1,6 @@
 """One number for a whole matrix: disentanglement, completeness, informativeness, SAP and MIG.
 
-All of them over *spaces* (blocks of coordinates), since within a space no axis means anything. Probes standardise every
+All of them over *spaces* (blocks of coordinates), since within a space no axis means anything. Probes standardize every
 coordinate, so a rotation of a space whose coordinates differ in scale may move a score a little.
 Legend: S spaces, K factors (or blocks of factors), n samples, d the width of a space, C classes.
 """
@@ -8,16 +8,21 @@ Legend: S spaces, K factors (or blocks of factors), n samples, d the width of a 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
 from ssd_addon import _checks
-from ssd_addon.metrics.matrix import MIN_ROWS, Circular, Factor, check_factors, r2_matrix, split_rows
+from ssd_addon.metrics.labelled import Circular, Factor, check_factors, r2_matrix
+from ssd_addon.metrics.probe import Kind, Probe, Split
 from ssd_addon.metrics.probes import Inputs, softmax_log_likelihood
-from ssd_addon.metrics.table import ScoreTable
+from ssd_addon.metrics.spaces import MIN_ROWS
+from ssd_addon.metrics.table import Cell, ScoreTable
 
 ALL = "all spaces"
+FAMILY = 0.005
+"""How often a whole table of noise may have a score that counts as above 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,15 +112,16 @@ def dci(
     factors: Mapping[str, Factor],
     *,
     blocks: Mapping[str, Sequence[str]] | None = None,
-    probe: str = "ridge",
+    probe: Kind | Probe = "ridge",
     bootstrap: int = 200,
     seed: int = 0,
 ) -> Dci:
     """Disentanglement, completeness and informativeness over spaces.
 
-    The importance of a space for a factor is its held-out score for it alone (`r2_matrix`): what the space *can* tell,
-    also where another space tells it too, as a regression on all spaces together would hide. A score whose interval
-    reaches down to 0 counts as 0, or spaces of noise, which score 0.01 here and there, would count as disentangled.
+    The importance of a space for a factor is its held-out score for it alone (`r2_matrix`): what can be decoded from
+    the space, also where another space encodes it too, which a regression on all spaces together would hide. Scores
+    that are not above 0 beyond chance (`scores_above_zero`, corrected for the number of cells) count as 0: otherwise
+    spaces of noise, one of which scores 0.01 by luck, would come out as perfectly disentangled.
 
     Args:
         embeddings, factors, probe, bootstrap, seed: as in `r2_matrix`. Leave the backbone out: it holds everything.
@@ -137,29 +143,25 @@ def dci(
     """
     if ALL in embeddings:
         raise ValueError(f"dci: a space may not be named {ALL!r}, which is the row of all of them")
-    table = r2_matrix(embeddings, factors, probe=probe, bootstrap=bootstrap, seed=seed)
-    together = r2_matrix({ALL: torch.cat(list(embeddings.values()), 1)}, factors, probe=probe, bootstrap=0, seed=seed)
-    wanted = blocks if blocks is not None else {f: [f] for f in factors}
+    wanted = {f: [f] for f in factors} if blocks is None else blocks
     for name, members in wanted.items():
         if isinstance(members, str) or not members or set(members) - set(factors):
             raise ValueError(
                 f"blocks: expected block {name!r} to list some of the factors {_checks.names(factors)}: got {members!r}"
             )
-    notes: dict[str, str] = {}
-    scored = {b: [f for f in fs if not math.isnan(together[ALL, f])] for b, fs in wanted.items()}
-    for block, members in scored.items():
-        if not members:
-            notes[block] = "; ".join(f"{f}: {together.notes.get((ALL, f), 'no score')}" for f in wanted[block])
-    used = [b for b in scored if scored[b]]
+    table = r2_matrix(embeddings, factors, probe=probe, bootstrap=bootstrap, seed=seed)
+    together = r2_matrix({ALL: torch.cat(list(embeddings.values()), 1)}, factors, probe=probe, bootstrap=0, seed=seed)
     spaces = tuple(embeddings)
-
-    def importance_of(cell: tuple[str, str]) -> float:
-        low, _ = table.intervals.get(cell, (1.0, 1.0))
-        return max(0.0, table[cell]) if low > 0 else 0.0
-
+    scored = {b: [f for f in fs if not math.isnan(together[ALL, f])] for b, fs in wanted.items()}
+    used = [b for b in scored if scored[b]]
+    notes = {
+        b: "; ".join(f"{f}: {together.notes.get((ALL, f), 'no score')}" for f in wanted[b])
+        for b in wanted
+        if b not in used
+    }
+    held = scores_above_zero(table)
     r = torch.tensor(
-        [[sum(importance_of((s, f)) for f in scored[b]) / len(scored[b]) for b in used] for s in spaces],
-        dtype=torch.float64,
+        [[sum(held[s, f] for f in scored[b]) / len(scored[b]) for b in used] for s in spaces], dtype=torch.float64
     ).view(len(spaces), len(used))
     d, by_space = disentanglement(r) if len(used) > 1 else (math.nan, r.new_full((len(spaces),), math.nan))
     c, by_factor = completeness(r) if len(spaces) > 1 and used else (math.nan, r.new_full((len(used),), math.nan))
@@ -169,33 +171,51 @@ def dci(
         notes["completeness"] = "needs two spaces: got 1"
     for name, value in (("disentanglement", d), ("completeness", c)):
         if math.isnan(value):
-            notes.setdefault(name, "no space tells anything of any factor")
-    told = {b: sum(together[ALL, f] for f in scored[b]) / len(scored[b]) for b in used}
-    if not told:
+            notes.setdefault(name, "no factor can be decoded from any space")
+    known = {b: sum(together[ALL, f] for f in scored[b]) / len(scored[b]) for b in used}
+    if not known:
         notes["informativeness"] = "needs a factor or block that can be scored: got none"
     cells = {(s, b): float(r[i, j]) for i, s in enumerate(spaces) for j, b in enumerate(used)}
     cells |= {(s, b): math.nan for s in spaces for b in wanted if b not in used}
-    cells |= {(ALL, b): told.get(b, math.nan) for b in wanted}
+    cells |= {(ALL, b): known.get(b, math.nan) for b in wanted}
     why = {(s, b): notes[b] for s in (*spaces, ALL) for b in wanted if b not in used}
     importance = ScoreTable((*spaces, ALL), tuple(wanted), cells, {}, why, table.probe, (), table.n_train, table.n_test)
     completed = dict(zip(used, by_factor.tolist(), strict=True))
     return Dci(
         d,
         c,
-        sum(told.values()) / len(told) if told else math.nan,
+        sum(known.values()) / len(known) if known else math.nan,
         dict(zip(spaces, by_space.tolist(), strict=True)),
-        {b: (completed.get(b, math.nan), told.get(b, math.nan)) for b in wanted},
+        {b: (completed.get(b, math.nan), known.get(b, math.nan)) for b in wanted},
         importance,
         notes,
     )
+
+
+def scores_above_zero(table: ScoreTable) -> dict[Cell, float]:
+    """Every cell's score where it is above 0 beyond chance, else 0; NaN counts as 0.
+
+    A score counts where its 95 % interval lies above 0, and still does when the interval is widened, as that of a
+    normal distribution, so that all cells of a table of noise stay at 0 in 199 of 200 tables (Bonferroni): of single
+    cells one in 40 lies above 0 by luck. Without intervals every score above 0 counts.
+    """
+    cells = [cell for cell, score in table.scores.items() if not math.isnan(score)]
+    stretch = NormalDist().inv_cdf(1 - FAMILY / max(1, len(cells))) / NormalDist().inv_cdf(0.975)
+    out = dict.fromkeys(table.scores, 0.0)
+    for cell in cells:
+        score = table.scores[cell]
+        low, _ = table.intervals.get(cell, (score, score))
+        if low > 0 and score - stretch * (score - low) > 0:
+            out[cell] = score
+    return out
 
 
 def sap(table: ScoreTable) -> tuple[float, dict[str, float]]:
     """How far the best space is ahead of the second best: mean over factors of score_(1) - score_(2).
 
     Args:
-        table: of `r2_matrix`, without the backbone (`table.only(spaces=...)`); two spaces or more. Scores below 0
-            count as 0.
+        table: of `r2_matrix`, without the backbone (`table.only(spaces=...)`); two spaces or more. Scores that are not
+            above 0 beyond chance count as 0 (`scores_above_zero`), so that noise has no gap.
 
     Returns:
         (the mean over factors that have scores in two spaces or more, factor -> its gap, NaN where it has not).
@@ -211,9 +231,9 @@ def sap(table: ScoreTable) -> tuple[float, dict[str, float]]:
     """
     if len(table.spaces) < 2:
         raise ValueError(f"sap: expected two spaces or more, to compare: got {_checks.names(table.spaces)}")
-    gaps = {}
+    gaps, held = {}, scores_above_zero(table)
     for f in table.factors:
-        known = sorted((max(0.0, v) for s in table.spaces if not math.isnan(v := table[s, f])), reverse=True)
+        known = sorted((held[s, f] for s in table.spaces if not math.isnan(table[s, f])), reverse=True)
         gaps[f] = known[0] - known[1] if len(known) > 1 else math.nan
     scored = [g for g in gaps.values() if not math.isnan(g)]
     return (sum(scored) / len(scored) if scored else math.nan), gaps
@@ -230,8 +250,9 @@ def mig(
     """The mutual information gap: mean over factors of (I_(1) - I_(2)) / H(v), the best space against the second.
 
     I(z_s; v) is bounded from below by H(v) - CE, with CE the held-out cross-entropy of v under softmax regression on
-    z_s (any q(v | z) gives I >= H(v) + E log q(v | z), Barber and Agakov 2003); no less than 0. The bound asks the
-    space as a whole, not its axes, but it sees linearly coded information only.
+    z_s (any q(v | z) gives I >= H(v) + E log q(v | z), Barber and Agakov 2003); 0 where that is not above 0 at the
+    one-sided level of 5 %, so that a lucky sample of a rare class is no information. The bound is on the space as a
+    whole, not on its axes, but it captures linearly coded information only.
 
     Args:
         embeddings: space -> [n, d]; two or more, without the backbone.
@@ -252,46 +273,62 @@ def mig(
         raise ValueError(f"mig: expected two spaces or more, to compare: got {_checks.names(embeddings)}")
     if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
         raise ValueError(f"bins: expected a whole number, 2 or more: got {bins!r}")
-    n, device = check_factors(embeddings, factors, train_fraction)
-    train, test = split_rows(n, train_fraction, torch.Generator("cpu").manual_seed(seed), device)
+    n, device = check_factors(embeddings, factors)
+    split = Split.draw(n, Probe(train_fraction=train_fraction), 0, seed, device)
+    train, test = split.train, split.test
     if bins > len(train):
         raise ValueError(
             f"bins: expected no more than the {len(train)} samples that the probe is fitted on: got {bins}"
         )
-    cells: dict[tuple[str, str], float] = {}
-    notes: dict[tuple[str, str], str] = {}
-    labels = {name: _labels(f, bins, device) for name, f in factors.items()}
+    cells: dict[Cell, float] = {}
+    notes: dict[Cell, str] = {}
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        for space, z in embeddings.items():
-            for name, (columns, valid, why) in labels.items():
-                rows, held_out = train[valid[train]], test[valid[test]]
-                if not why and min(len(rows), len(held_out)) < MIN_ROWS:
-                    why = (
-                        f"defined for {len(rows)} training and {len(held_out)} held-out samples, fewer than {MIN_ROWS}"
-                    )
-                told = []
-                x = Inputs([z], rows) if not why else None
-                for y in columns if x is not None else ():
-                    known, counts = y[held_out].unique(return_counts=True)
-                    entropy = float(torch.special.entr(counts.double() / len(held_out)).sum())
-                    if len(known) < 2 or len(y[rows].unique()) < 2:
-                        continue
-                    assert x is not None
-                    log_q = softmax_log_likelihood(x, y, rows, held_out)
-                    told.append(max(0.0, 1 + log_q / entropy))
-                cells[space, name] = sum(told) / len(told) if told else math.nan
-                if not told:
-                    notes[space, name] = why or "constant"
-                elif not valid.all():
-                    notes[space, name] = f"defined for {int(valid.sum())} of {n} samples"
-    spaces = tuple(embeddings)
-    table = ScoreTable(spaces, tuple(factors), cells, {}, notes, "softmax", (), len(train), len(test))
+        for name, factor in factors.items():
+            columns, valid, why = _labels(factor, bins, device)
+            rows, held_out = train[valid[train]], test[valid[test]]
+            if not why and min(len(rows), len(held_out)) < MIN_ROWS:
+                why = f"defined for {len(rows)} training and {len(held_out)} held-out samples, fewer than {MIN_ROWS}"
+            kept = [y for y in columns if min(len(torch.unique(y[r])) for r in (rows, held_out)) > 1] if not why else []
+            if not kept:
+                notes |= dict.fromkeys(
+                    ((space, name) for space in embeddings), why or _one_class(factor, columns, rows)
+                )
+            elif not valid.all():
+                notes |= {(space, name): f"defined for {int(valid.sum())} of {n} samples" for space in embeddings}
+            for space, z in embeddings.items():
+                x = Inputs([z], rows) if kept else None
+                shares = [_information(x, y, rows, held_out) for y in kept] if x is not None else []
+                cells[space, name] = sum(shares) / len(shares) if shares else math.nan
+    cells = {(space, name): cells[space, name] for space in embeddings for name in factors}
+    table = ScoreTable(tuple(embeddings), tuple(factors), cells, {}, notes, "softmax", (), len(train), len(test))
     mean, gaps = sap(table)
     return mean, gaps, table
 
 
+def _information(x: Inputs, y: Tensor, rows: Tensor, held_out: Tensor) -> float:
+    """I(z; v) / H(v) of one column of classes: the mean over held-out rows of log q(v | z) - log p(v), over H(v).
+
+    0 where it is not above 0 at the one-sided level of 5 %.
+    """
+    _, place, counts = torch.unique(y[held_out], return_inverse=True, return_counts=True)
+    surprise = -(counts.double() / len(held_out)).log()[place]
+    gained = softmax_log_likelihood(x, y, rows, held_out) + surprise
+    error = gained.std() / math.sqrt(len(gained))
+    if gained.mean() <= NormalDist().inv_cdf(0.95) * error:
+        return 0.0
+    return float(gained.mean() / surprise.mean())
+
+
+def _one_class(factor: Factor, columns: Sequence[Tensor], rows: Tensor) -> str:
+    """Why no column of a factor has two classes on both sides of the split."""
+    if isinstance(factor, Circular) or factor.is_floating_point():
+        return "constant"
+    one = len(torch.unique(columns[0][rows])) < 2
+    return "one class in the training split" if one else "one class among the held-out samples"
+
+
 def _labels(factor: Factor, bins: int, device: torch.device) -> tuple[list[Tensor], Tensor, str]:
-    """Columns of classes [n] 0..C-1, which samples count [n], and why there is nothing to tell."""
+    """Columns of classes [n] 0..C-1, which samples count [n], and why there is nothing to predict."""
     if isinstance(factor, Circular):
         (values, valid) = (t.to(device) for t in factor.target())
         values = torch.atan2(values[:, 1], values[:, 0])[:, None]
@@ -299,7 +336,7 @@ def _labels(factor: Factor, bins: int, device: torch.device) -> tuple[list[Tenso
         values = factor.to(device)
         valid = torch.ones(len(values), dtype=torch.bool, device=device)
         if not factor.is_floating_point():
-            return [values.unique(return_inverse=True)[1]], valid, ""
+            return [torch.unique(values, return_inverse=True)[1]], valid, ""
         values = values.reshape(len(values), -1).double()
     if not values[valid].isfinite().all():
         return [], valid, f"{int((~values[valid].isfinite()).sum())} of {values[valid].numel()} values are NaN or inf"
@@ -312,7 +349,7 @@ def _labels(factor: Factor, bins: int, device: torch.device) -> tuple[list[Tenso
         above = v[valid][v[valid] > low]
         if len(above):  # where many samples share the least value, it is a class of its own
             edges = torch.where(edges == low, above.min(), edges)
-        out.append(torch.bucketize(v.contiguous(), edges.unique().contiguous(), right=True))
+        out.append(torch.bucketize(v.contiguous(), torch.unique(edges).contiguous(), right=True))
     return out, valid, ""
 
 

@@ -1,0 +1,213 @@
+"""Measuring changes nothing: modes, statistics and generators are afterwards what they were.
+
+A model may be any callable, so its networks are looked for in what it refers to (`reachable`), and what was not found
+is met when it is called.
+"""
+
+import functools
+import random
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import CodeType, FunctionType, MappingProxyType, MemberDescriptorType, MethodType, ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
+
+OBJECTS = 100_000
+"""Objects that are looked at in search of networks, at most."""
+PLAIN = (Tensor, np.ndarray, str, bytes, int, float, complex, type(None), torch.dtype, torch.device, ModuleType)
+"""What refers to no network, or to whole libraries."""
+
+
+@contextmanager
+def evaluation(model: Callable[..., object], *, leave: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Evaluation mode for every network that the model runs; afterwards all is as it was, also after an error.
+
+    Every module that `reachable` finds is in evaluation mode, and so is every other one in training mode that this
+    thread calls (unless a compiled module was found, which a hook would compile anew). Afterwards each of them is in
+    the mode that it was in, their buffers hold the same bits, and torch's, numpy's and Python's global generators are
+    where they were. Not protected are statistics in tensors that are no module's buffer, such as those of
+    `torch.nn.functional.batch_norm(..., training=True)` in a function of yours.
+
+    Args:
+        model: a module, or any callable.
+        leave: modules that are not touched.
+    """
+    kept = _Kept(leave)
+    thread = threading.get_ident()
+
+    def on_call(module: nn.Module, _: object) -> None:
+        if getattr(module, "training", False) and threading.get_ident() == thread:
+            kept.evaluate(module)
+
+    with generators_kept():
+        try:
+            found = reachable(model)
+            for module in found:
+                kept.evaluate(module)
+            if any("_orig_mod" in module._modules for module in found):
+                yield  # torch compiles a module anew, and warns, where there is a hook
+                return
+            handle = register_module_forward_pre_hook(on_call)
+            try:
+                yield
+            finally:
+                handle.remove()
+        finally:
+            kept.restore()
+
+
+class _Kept:
+    """The modes and buffers of modules as they were met."""
+
+    def __init__(self, leave: Iterable[nn.Module]) -> None:
+        self.left = {id(module): module for module in leave}
+        self.modes: dict[int, tuple[nn.Module, bool]] = {}
+        self.buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+
+    def evaluate(self, module: nn.Module) -> None:
+        """Evaluation mode, by the flags alone: a module's own train() may do more, such as merge its weights."""
+        parts = [m for m in module.modules() if id(m) not in self.left and hasattr(m, "training")]  # not frozen scripts
+        for m in parts:  # before any is changed: a compiled module shows the mode of the one inside it
+            if id(m) not in self.modes:
+                self.modes[id(m)] = m, m.training
+                held = ((n, b) for n, b in m.named_buffers(recurse=False) if not (is_lazy(b) or b.is_meta))
+                self.buffers += [(m, n, b, b.detach().clone()) for n, b in held]
+        for m in parts:
+            if m.training:
+                m.training = False
+
+    def restore(self) -> None:
+        for m, mode in self.modes.values():
+            if m.training != mode:
+                m.training = mode
+        with torch.no_grad():
+            for m, name, buffer, before in self.buffers:
+                if isinstance(m._buffers, dict) and m._buffers.get(name) is not buffer:
+                    m._buffers[name] = buffer  # it was replaced by another
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """The global generators of torch, numpy and Python are afterwards as they were."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    cuda = [generator.get_state() for generator in torch.cuda.default_generators]  # none before CUDA is in use
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        random.setstate(states[2])
+        for generator, state in zip(torch.cuda.default_generators, cuda, strict=False):
+            generator.set_state(state)
+
+
+def reachable(start: object) -> list[nn.Module]:
+    """The modules that a callable can be seen to refer to.
+
+    Followed are closures, defaults, the global names that its code uses, the object of a bound method, what a partial
+    holds, attributes and containers, breadth first; not the insides of installed libraries.
+    """
+    found: list[nn.Module] = []
+    queue, seen = deque([start]), {id(start): start}  # objects are kept, so that no id is used twice
+    while queue and len(seen) < OBJECTS:
+        thing = queue.popleft()
+        try:
+            parts = list(_referred(thing))
+            if isinstance(thing, nn.Module):
+                found.append(thing)
+        except ReferenceError:  # a proxy of what is no more
+            continue
+        for part in parts:
+            if not issubclass(type(part), PLAIN) and id(part) not in seen:
+                seen[id(part)] = part
+                queue.append(part)
+    return found
+
+
+def _referred(thing: object) -> Iterable[object]:
+    """What one object refers to."""
+    if isinstance(thing, functools.partial):
+        return thing.func, *thing.args, *thing.keywords.values()
+    if isinstance(thing, MethodType):
+        return thing.__self__, thing.__func__
+    if isinstance(thing, FunctionType):
+        return _of_function(thing)
+    if isinstance(thing, weakref.ref):
+        return (thing(),)
+    if isinstance(thing, staticmethod | classmethod):
+        return (thing.__func__,)
+    if isinstance(thing, property):
+        return (thing.fget,)
+    if isinstance(thing, dict):
+        return dict.values(thing)
+    if isinstance(thing, MappingProxyType):
+        return thing.values()
+    if isinstance(thing, list | tuple | set | frozenset | deque):
+        return thing
+    if isinstance(thing, type):
+        return () if _is_library(thing) else vars(thing).values()
+    return _of_instance(thing)
+
+
+def _of_function(function: FunctionType) -> list[object]:
+    out: list[object] = [function.__defaults__, function.__kwdefaults__, function.__dict__]
+    for cell in function.__closure__ or ():
+        try:
+            out.append(cell.cell_contents)
+        except ValueError:  # not filled yet
+            continue
+    if not _is_library(function):
+        names = _names(function.__code__)
+        out += _named(function.__globals__, names)
+    return out
+
+
+def _named(scope: Mapping[str, object], names: set[str], depth: int = 0) -> list[object]:
+    """What these names stand for, in a module's globals and in the modules of the user's that they name."""
+    out = []
+    for name in names & scope.keys():
+        value = scope[name]
+        if not isinstance(value, ModuleType):
+            out.append(value)
+        elif depth < 3 and not _is_library(value):
+            out += _named(vars(value), names, depth + 1)
+    return out
+
+
+def _names(code: CodeType) -> set[str]:
+    """The global names and attributes that code uses, with the functions inside it."""
+    inner = (_names(c) for c in code.co_consts if isinstance(c, CodeType))
+    return set(code.co_names).union(*inner)
+
+
+def _of_instance(thing: object) -> list[object]:
+    kind = type(thing)
+    out = list(vars(thing).values()) if hasattr(thing, "__dict__") else []
+    for cls in kind.__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            member = cls.__dict__.get(name)
+            if isinstance(member, MemberDescriptorType):
+                try:
+                    out.append(member.__get__(thing, kind))
+                except AttributeError:  # not set
+                    continue
+    return [*out, *(cls for cls in kind.__mro__ if not _is_library(cls))]
+
+
+def _is_library(thing: object) -> bool:
+    """Whether a function, class or module belongs to Python or to an installed package."""
+    name = thing.__name__ if isinstance(thing, ModuleType) else getattr(thing, "__module__", None)
+    root = str(name).partition(".")[0]
+    file = getattr(sys.modules.get(root), "__file__", None) or ""
+    return root in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file

@@ -1,0 +1,113 @@
+"""Linear probes that are trained beside a model, one per space: what each space encodes, at every step.
+
+Legend: n images, d the width of a space, C classes, S spaces.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssd_addon import _checks
+
+
+class OnlineProbes(nn.Module):
+    """A linear classifier on the features of every space, which sends no gradient to the model.
+
+    logits_s = W_s BatchNorm(z_s) + b_s, where BatchNorm has no affine parameters; in float32, outside autocast. Under
+    DistributedDataParallel wrap the probes as any other module.
+
+    >>> probes = OnlineProbes({"backbone": 16, "color": 4}, classes=10)
+    >>> optimizer = torch.optim.Adam(probes.parameters(), lr=3e-3)
+    >>> z, labels = {"backbone": torch.randn(8, 16), "color": torch.randn(8, 4)}, torch.arange(8)
+    >>> logits = probes(z)  # in every training step; embeddings of the query, and of `features` the backbone's
+    >>> probes.loss(logits, labels).backward()
+    >>> optimizer.step()
+    >>> hits = probes.hits(logits, labels)  # add them up over batches, and over ranks by all_reduce
+    >>> dict(zip(probes.names, (hits / len(labels)).tolist())).keys()
+    dict_keys(['backbone', 'color'])
+
+    Args:
+        widths: name -> d, such as {"backbone": model.in_features, **model.spaces}.
+        classes: C; labels are 0 to C - 1.
+
+    Attributes:
+        names: of the spaces, in the order of `hits`.
+
+    Raises:
+        ValueError: no space; a width or a number of classes below 1.
+        TypeError: widths that are no mapping.
+
+    Source: online linear evaluation as in SimCLR, Chen et al., arXiv 2002.05709; BatchNorm before the classifier as in
+    the linear probes of MAE, He et al., arXiv 2111.06377.
+    """
+
+    def __init__(self, widths: Mapping[str, int], classes: int) -> None:
+        super().__init__()
+        if not isinstance(widths, Mapping):
+            raise TypeError(f"widths: expected a mapping name -> width: got {type(widths).__name__}")
+        if not widths:
+            raise ValueError("widths: expected at least one space: got none")
+        self.widths = {name: _checks.width(width, f"width of {name!r}") for name, width in widths.items()}
+        self.classes = _checks.width(classes, "classes")
+        self.names = tuple(self.widths)
+        layers = (nn.Sequential(nn.BatchNorm1d(d, affine=False), nn.Linear(d, classes)) for d in self.widths.values())
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Features name -> [n, d] to logits name -> [n, C].
+
+        Raises:
+            ValueError: other names, shapes or numbers of images than expected.
+        """
+        self._check_names(features, "features")
+        out: dict[str, Tensor] = {}
+        n = len(features[self.names[0]])
+        if self.training and n < 2:
+            raise ValueError(f"features: expected 2 images or more in training mode, for BatchNorm: got {n}")
+        for (name, width), layer in zip(self.widths.items(), self.layers, strict=True):
+            z = features[name]
+            if z.shape != (n, width):
+                raise ValueError(f"features {name!r}: expected [{n}, {width}], a row per image: got {_checks.shape(z)}")
+            with torch.autocast(z.device.type, enabled=False):
+                out[name] = layer(z.detach().float())
+        return out
+
+    def loss(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """The sum over spaces of their cross-entropies, a scalar: each probe's gradient is its own.
+
+        Args:
+            logits: what `forward` returned.
+            labels: [n] integers, 0 to C - 1.
+
+        Raises:
+            ValueError: labels outside the classes, or of another number than the images.
+        """
+        target = self._checked(logits, labels)
+        return torch.stack([F.cross_entropy(logits[name], target) for name in self.names]).sum()
+
+    @torch.no_grad()
+    def hits(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """How many images each space classifies rightly: [S] int64, in the order of `names`.
+
+        Args:
+            logits, labels: as in `loss`.
+        """
+        target = self._checked(logits, labels)
+        return torch.stack([(logits[name].argmax(1) == target).sum() for name in self.names])
+
+    def _checked(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        self._check_names(logits, "logits")
+        n = len(logits[self.names[0]])
+        if labels.shape != (n,) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            got = f"{_checks.shape(labels)} {labels.dtype}"
+            raise ValueError(f"labels: expected [{n}] integers, a class for each image: got {got}")
+        if n and not (int(labels.min()) >= 0 and int(labels.max()) < self.classes):
+            raise ValueError(
+                f"labels: expected classes 0 to {self.classes - 1}: got {int(labels.min())} to {int(labels.max())}"
+            )
+        return labels.to(logits[self.names[0]].device, torch.int64)
+
+    def _check_names(self, given: Iterable[str], what: str) -> None:
+        _checks.same_names(given, self.names, what, "probes")

@@ -1,0 +1,50 @@
+"""What comes in: embeddings [n, d] of one or more spaces, checked before anything is computed from them.
+
+Legend: n samples, d the width of a space.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ssd_addon import _checks
+
+MIN_ROWS = 5
+"""Samples that either side of a split needs."""
+CHUNK = 2**23
+"""Elements of a float64 block: 64 MiB."""
+
+
+def check_space(what: str, z: Tensor, least: int) -> None:
+    """One space: a floating-point tensor [n, d] of at least so many rows."""
+    if not isinstance(z, Tensor):
+        raise TypeError(f"{what}: expected a tensor [n, d]: got {type(z).__name__}")
+    if z.dtype not in _checks.FLOATS:
+        raise ValueError(f"{what}: expected floating-point embeddings: got {z.dtype}")
+    if z.ndim != 2 or z.shape[1] < 1:
+        hint = "; give one view, z[v]" if z.ndim == 3 else ""
+        raise ValueError(f"{what}: expected embeddings [n, d], a row per sample: got {_checks.shape(z)}{hint}")
+    if len(z) < least:
+        raise ValueError(f"{what}: expected at least {least} samples: got {len(z)}")
+
+
+def check_finite(what: str, z: Tensor) -> None:
+    """No NaN and no infinity."""
+    if not all(bool(rows.isfinite().all()) for rows in torch.split(z, max(1, CHUNK // z.shape[1]))):
+        raise ValueError(f"{what}: expected finite embeddings: got NaN or inf, so the network has diverged")
+
+
+def check_spaces(embeddings: Mapping[str, Tensor]) -> tuple[int, torch.device]:
+    """Every space [n, d] with the same samples on one device. Returns (n, device)."""
+    for space, z in embeddings.items():
+        check_space(f"space {space!r}", z, 2 * MIN_ROWS)
+    first, z = next(iter(embeddings.items()))
+    n, device = len(z), z.device
+    for space, z in embeddings.items():
+        if len(z) != n:
+            raise ValueError(f"space {space!r}: expected the {n} samples of space {first!r}: got {len(z)}")
+        if z.device != device:
+            raise ValueError(f"space {space!r}: expected the device {device} of space {first!r}: got {z.device}")
+        check_finite(f"space {space!r}", z)
+    return n, device
