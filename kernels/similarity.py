@@ -262,15 +262,7 @@ def _checked(
     shards, headers = _dist.shards(z.shape[0], torch.cat([*ends, floats]), z.device, group)
     values = [_dist.from_bits(h[2:], kind) for h in headers]
     taus = [temperature] if not isinstance(temperature, Tensor) and group is None else [v[3] for v in values]
-    if isinstance(temperature, Tensor):
-        for tau in taus:
-            _checks.positive(tau, "temperature", "it divides the cosine similarity")
-            _check_range(tau, dtype)
-    if max(taus) > 1.0001 * min(taus):
-        raise ValueError(
-            f"temperature: expected the same on every rank: got {min(taus):.6g} to {max(taus):.6g}; ranks update a "
-            "learned one alike where its gradient is averaged over them, as DistributedDataParallel does"
-        )
+    _check_temperatures(taus, dtype)
     if shards.total < 2:
         raise ValueError(
             f"negative_lse: expected the rows of at least 2 images, a row needs a negative: got {shards.total}"
@@ -291,14 +283,25 @@ def _no_ids(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.full((1,), limit.max, device=device), torch.full((1,), limit.min, device=device)
 
 
+def _check_temperatures(taus: list[float], dtype: torch.dtype) -> None:
+    for tau in taus:
+        _checks.positive(tau, "temperature", "it divides the cosine similarity")
+        _check_range(tau, dtype)
+    if max(taus) > 1.0001 * min(taus):
+        raise ValueError(
+            f"temperature: expected the same on every rank: got {min(taus):.6g} to {max(taus):.6g}; ranks update a "
+            "learned one alike where its gradient is averaged over them, as DistributedDataParallel does"
+        )
+
+
 def _check_rows(values: list[list[float]], taus: list[float], width: int, dtype: torch.dtype) -> None:
     """values: by rank the smallest and the largest entry of the rows."""
     most = torch.finfo(dtype).max
     infinite = [r for r, (low, high, *_) in enumerate(values) if not (math.isfinite(low) and math.isfinite(high))]
     if infinite:
         raise ValueError(f"negative_lse, z: expected finite values: got NaN or infinity{_on_ranks(infinite, values)}")
-    squares = [max(low * low, high * high) * width / tau for (low, high, *_), tau in zip(values, taus, strict=True)]
-    long = [r for r, square in enumerate(squares) if square > most]
+    squares = [max(low * low, high * high) * width for low, high, *_ in values]
+    long = [r for r, (square, tau) in enumerate(zip(squares, taus, strict=True)) if square / min(tau, 1.0) > most]
     if long:
         raise ValueError(
             "negative_lse, z: expected rows whose squared length over the temperature "
