@@ -302,8 +302,8 @@ def _check_rows(values: list[list[float]], taus: list[float], width: int, dtype:
     infinite = [r for r, (low, high, *_) in enumerate(values) if not (math.isfinite(low) and math.isfinite(high))]
     if infinite:
         raise ValueError(f"negative_lse, z: expected finite values: got NaN or infinity{_on_ranks(infinite, values)}")
-    squares = [max(low * low, high * high) * width / tau for (low, high, *_), tau in zip(values, taus, strict=True)]
-    long = [r for r, square in enumerate(squares) if square > most]
+    squares = [max(low * low, high * high) * width for low, high, *_ in values]
+    long = [r for r, (square, tau) in enumerate(zip(squares, taus, strict=True)) if square / min(tau, 1.0) > most]
     if long:
         raise ValueError(
             "negative_lse, z: expected rows whose squared length over the temperature "

@@ -237,6 +237,8 @@ def test_rows_too_long_for_their_type_raise_or_are_not_finite(backend, dtype, si
     kind = str(dtype).removeprefix("torch.")
     with pytest.raises(ValueError, match=f"squared length over the temperature {kind} can hold: got longer rows$"):
         negative_lse(z, torch.arange(6), 0.1, backend=backend)
+    with pytest.raises(ValueError, match="got longer rows$"):
+        negative_lse(z, torch.arange(6), 1e6, backend=backend)  # the squared length itself overflows
     lse = negative_lse(z, torch.arange(6), 0.1, backend=backend, validate=False, chunk=4)
     exact = reference.negative_lse(z.double(), torch.arange(6), torch.tensor(0.1).double())
     right = torch.isclose(lse.double(), exact, rtol=1e-5, atol=0)
