@@ -32,10 +32,11 @@ import timm
 import torch
 import torch.distributed as dist
 import torchvision
+from arguments import named_widths, names, number, whole, wholes
 from timm.optim import Lars
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ssd_addon import (
     DualAscent,
@@ -56,37 +57,6 @@ from ssd_addon.recipes import MEAN, STD
 
 BASE_LR = {"simclr": 0.5, "vicreg": 0.3, "barlow": 0.2}  # LARS, for a total batch of 256; AdamW takes 1e-3
 FREE = ("data", "out", "resume", "steps", "workers", "log_every", "save_every", "broken", "measure", "tensorboard")
-
-
-def whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more: got {text!r}")
-    return int(text)
-
-
-def wholes(text: str) -> list[int]:
-    return [whole(part) for part in text.split(",") if part]
-
-
-def number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number, 0 or more: got {text!r}")
-    return value
-
-
-def names(text: str) -> list[str]:
-    return [part for part in text.split(",") if part]
-
-
-def named_widths(text: str) -> dict[str, int]:
-    pairs = [part.partition("=") for part in names(text)]
-    if wrong := [name for name, equals, _ in pairs if not equals]:
-        raise argparse.ArgumentTypeError(f"expected NAME=WIDTH,...: got {', '.join(wrong)} without a width")
-    return {name: whole(width) for name, _, width in pairs}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -173,15 +143,6 @@ class Photographs(Dataset):
         return image, label, name
 
 
-class ResumableSampler(DistributedSampler):
-    """DistributedSampler that can begin within an epoch, `start` images in."""
-
-    start = 0
-
-    def __iter__(self):
-        return iter(list(super().__iter__())[self.start :])
-
-
 def build_model(args: argparse.Namespace, widths: dict[str, int]) -> StyleHeads:
     if args.backbone.startswith("timm:"):
         backbone = timm.create_model(args.backbone.removeprefix("timm:"), num_classes=0)
@@ -215,7 +176,7 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     # Data. The loader hands over uint8 images of one size; the views are made on the device.
     data = Photographs(args.data / "train" if (args.data / "train").is_dir() else args.data, args.broken)
     classes, targets = len(data.files.classes), torch.tensor(data.files.targets)
-    sampler = ResumableSampler(data, world, rank, shuffle=True, seed=args.seed)
+    sampler = runs.ResumableSampler(data, world, rank, shuffle=True, seed=args.seed)
     draws = torch.Generator()  # of the loaders: the global generator belongs to the model
     common = {"num_workers": args.workers, "pin_memory": gpu, "generator": draws}
     loader = DataLoader(

@@ -79,12 +79,6 @@ class After(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["views"] = self.views.state_dict()  # seed and call: a resumed run draws what comes next
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.views.load_state_dict(checkpoint["views"])
-
 
 def main(argv: list[str] | None = None) -> tuple[pl.LightningModule, dict[str, float]]:
     """Trains; returns the module and the last logged numbers."""

@@ -108,8 +108,9 @@ class Recipe:
                 return "[" + ", ".join(map(shown, value)) + "]"
             return type(value).__name__ if isinstance(value, nn.Module) else str(value)
 
-        parts = {"StructuredViews": self.views, "StyleHeads": {"spaces": self.spaces}, "JointEntropyLoss": self.fixed}
-        parts |= {"DualAscent, its weights": self.ascent or {}, "EquivarianceLoss": self.equivariance or {}}
+        loss = self.fixed | ({"weights": "DualAscent"} if self.ascent else {})
+        parts = {"StructuredViews": self.views, "StyleHeads": {"spaces": self.spaces}, "JointEntropyLoss": loss}
+        parts |= {"DualAscent": self.ascent or {}, "EquivarianceLoss": self.equivariance or {}}
         return "\n".join(
             f"{part}\n" + "\n".join(f"  {k}: {shown(v)}" for k, v in arguments.items())
             for part, arguments in parts.items()

@@ -174,10 +174,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data: Path) -> None:
     run(data, "halves", "--steps", "4", "--resume", *options)
     paths = [data.parent / out / "checkpoint.pt" for out in ("straight", "halves")]
     straight, halves = (torch.load(path, weights_only=True) for path in paths)
-    for part in ("model", "probes", "ascent"):
+    for part in ("model", "probes", "criterion", "views"):
         for name, value in straight[part].items():
             assert torch.equal(value, halves[part][name]), (part, name)
-    assert straight["views"] == halves["views"] and straight["step"] == halves["step"] == 4
+    assert straight["step"] == halves["step"] == 4
     assert torch.equal(straight["rng"][0][0], halves["rng"][0][0])
     both = [[s for s in log_of(data, out) if "loss" in s] for out in ("straight", "halves")]
     assert [s["loss"] for s in both[0]] == [s["loss"] for s in both[1]]
@@ -252,7 +252,7 @@ def test_lightly_pipeline(data: Path, tmp_path: Path, family: str, method: str) 
         assert {"entropy", "invariance/content", "invariance/spatial", "invariance/color"} <= numbers.keys()
         (saved,) = tmp_path.glob("**/*.ckpt")
         again = lightly_pipeline.After.load_from_checkpoint(saved, family=family, size=32)
-        assert again.views.state_dict() == module.views.state_dict()
+        assert torch.equal(again.views.get_extra_state(), module.views.get_extra_state()), "seed and call travel"
         for a, b in zip(again.parameters(), module.parameters(), strict=True):
             assert torch.equal(a, b)
 

@@ -190,7 +190,7 @@ def test_alignment_needs_pairs(other):
 
 def test_space_geometry_compares_the_query_with_the_key_of_the_space():
     z = {"content": randn(3, 6, 4), "color": randn(3, 6, 2, seed=1)}
-    for given in (z, Embeddings(z), Embeddings(z, ViewPlan.shared_query(("content", "color")))):
+    for given in (z, Embeddings(z, ViewPlan.shared_query(("content", "color")))):
         result = space_geometry(given)
         assert list(result) == ["content", "color"]
         for name, key in (("content", 1), ("color", 2)):

@@ -23,7 +23,7 @@ def test_quick_start():
     images = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
     names = {"backbone": backbone, "images": images}
     exec(compile(blocks[0], str(README), "exec"), names)
-    assert torch.isfinite(names["loss"])
+    assert torch.isfinite(names["terms"].loss)
     assert backbone[0].weight.grad.abs().sum() > 0
     assert list(names["terms"].invariance) == ["content", "color", "spatial"]
 

@@ -41,23 +41,20 @@ def test_a_recipe_trains(groups, family, ascending):
     criterion = JointEntropyLoss(**r.loss)
     assert criterion.family == family and tuple(r.spaces) == views.plan.spaces
     assert (r.ascent is None, r.equivariance is None) == (not ascending, ascending or not helped)
-    ascent = DualAscent(criterion, **r.ascent) if r.ascent else None
-    equivariance = (
-        EquivarianceLoss(r.spaces, views(torch.rand(8, 3, 16, 16)), **r.equivariance) if r.equivariance else None
-    )
+    assert isinstance(criterion.weights, DualAscent) == ascending
+    equivariance = EquivarianceLoss(r.spaces, views, **r.equivariance) if r.equivariance else None
     for _ in range(3):
         batch = views(torch.rand(8, 3, 16, 16))
         z = model(batch)
         terms = criterion.terms(z)
         loss = terms.loss if equivariance is None else terms.loss + equivariance(z, batch)
         loss.backward()
-        if ascent is not None:
-            ascent.step(terms)
+        weights = criterion.weights.step(terms)
     assert torch.isfinite(loss)
-    if ascent is not None:
-        assert ascent.weights[0] != 2.0, "the ascent moves content's weight after its warm-up"
+    if ascending:
+        assert weights["content"] != 2.0, "the ascent moves content's weight after its warm-up"
     if equivariance is not None:
-        assert (equivariance.temperature, equivariance.weight) == (criterion.temperature, 0.5)
+        assert (equivariance.objective.temperature, equivariance.weight) == (criterion.objective.temperature, 0.5)
 
 
 def test_what_photographs_were_measured_with():
@@ -131,8 +128,10 @@ def test_widths_and_the_size_of_views_unless_told():
 
 def test_a_tolerance_brings_an_ascent_and_more_weight_for_content():
     r = recipe(own(), tolerance=0.01)
-    assert r.loss["weights"] == {"content": 2.0, "spatial": 1.0, "color": 1.0}
-    assert r.ascent == {"tolerance": 0.01, "step_size": 0.05, "warmup_steps": 400}
+    weights = r.loss["weights"]
+    assert {n: float(w) for n, w in weights.lambdas(r.spaces).items()} == {"content": 2.0, "spatial": 1.0, "color": 1.0}
+    assert (weights.tolerance, weights.step_size, weights.warmup_steps) == ([0.01] * 3, 0.05, 400)
+    assert r.loss["weights"] is not weights, "two criteria of one recipe do not share their weights"
     assert r.equivariance is None, "both together were measured to collapse content"
     assert recipe(own(), tolerance=0.0).ascent["tolerance"] == 0.0
     with pytest.raises(ValueError, match="tolerance: expected None"):
@@ -160,7 +159,8 @@ def test_a_recipe_is_readable():
     assert (
         "StructuredViews\n  groups: {spatial: [RandomRotation], color: [ColorJitter]}\n  cross_image: [color]" in text
     )
-    assert "StyleHeads\n  spaces: {content: " in text and "DualAscent\n  tolerance: " in text
+    assert "StyleHeads\n  spaces: {content: " in text
+    assert "  weights: DualAscent\nDualAscent\n  tolerance: " in text
     assert "EquivarianceLoss" not in text
     assert str(recipe(own())).endswith("EquivarianceLoss\n  family: simclr\n  temperature: 0.15\n  weight: 0.5")
     assert not any(part in str(recipe(own(), family="vicreg")) for part in ("DualAscent", "EquivarianceLoss"))

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from ssd_addon import _checks
-from ssd_addon.augment.crop import near
-from ssd_addon.augment.stages import THEN, Stage, Step, check_order
+from ssd_addon.augment.drawing import Drawing
+from ssd_addon.augment.stages import THEN, Stage, check_order
 from ssd_addon.batch import ViewBatch, ViewParameters
 from ssd_addon.differences import parameter_differences
-from ssd_addon.operations.draws import Parameters, Seed, clone, generator, rows_from
 from ssd_addon.plan import KINDS, PlanKind, ViewPlan
 
 Groups = Mapping[str, Sequence[Any]]
@@ -105,6 +104,7 @@ class StructuredViews(nn.Module):
         if not -(2**63) <= int(seed) < 2**63:
             raise ValueError(f"seed: expected a whole number of 64 bits, so that it can be saved: got {seed!r}")
         self.seed, self.call, self._rank = int(seed), 0, rank
+        self.drawing = Drawing(self.plan, self.stages, self.cross_image, constrained_crop)
 
     # ------------------------------------------------------------------------------------------------ calling
 
@@ -119,9 +119,10 @@ class StructuredViews(nn.Module):
         b = x.shape[0]
         seed = (self.seed, self.rank, _worker_seed(), self.call)
         index = self.plan.default_space_index(b, call=self.call) if self.plan.kind == "interleaved" else None
-        sources, ids = self._sources(b, index)
+        sources, ids = self.drawing.sources(b, index)
         self.call += 1
-        parameters = self._drawn(tuple(x.shape), seed, index)
+        self._seen = tuple(x.shape[1:])
+        parameters = self.drawing.views(tuple(x.shape), seed, index)
         inputs = [x if s is None else x[s.to(x.device)] for s in sources]
         out = ViewBatch(
             self._made(inputs, parameters),
@@ -157,7 +158,7 @@ class StructuredViews(nn.Module):
         """
         x = _unit_images(images)
         own = (self.seed, INDEPENDENT, *(seed if isinstance(seed, tuple) else (seed,)))
-        drawn = [self._drawn_view(tuple(x.shape), own, view, None, None, keyed=False) for view in range(2)]
+        drawn = [self.drawing.view(tuple(x.shape), own, view, None, None, keyed=False) for view in range(2)]
         views = torch.stack([self._view(x, p) for p in drawn])
         return ViewBatch(views, ViewPlan.shared_query(("content",)), parameters=drawn)
 
@@ -178,7 +179,7 @@ class StructuredViews(nn.Module):
         """
         for shape in (*([self._seen] if self._seen else []), *TRIAL_SHAPES):
             try:
-                a, b = (self._drawn_view((2, *shape), (0, v), v, None, None, keyed=False) for v in range(2))
+                a, b = (self.drawing.view((2, *shape), (0, v), v, None, None, keyed=False) for v in range(2))
             except (ValueError, RuntimeError, TypeError, AssertionError, IndexError):
                 continue
             return {path: t.shape[1] for path, t in parameter_differences(a, b).items()}
@@ -192,108 +193,6 @@ class StructuredViews(nn.Module):
         if dist.is_available() and dist.is_initialized():
             return dist.get_rank()
         return int(os.environ.get("RANK", 0))
-
-    # ------------------------------------------------------------------------------------------------ plan
-
-    def _sources(self, b: int, index: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
-        """Which image each row of each view is made from: [B] per view or None for its own; ids [V, B] or None."""
-        v = self.plan.num_views
-        if not self.cross_image:
-            return [None] * v, None
-        own = torch.arange(b)
-        ids = own.repeat(v, 1)
-        for name in self.cross_image:
-            m = self.plan.spaces.index(name)
-            rows = own if index is None else torch.nonzero(index == m).flatten()
-            if len(rows) == 0:
-                continue
-            if len(rows) == 1:
-                raise ValueError(
-                    f"cross_image: the key of {name!r} is made from another image: got a single image that serves it "
-                    f"in a batch of {b}"
-                )
-            shift = m
-            while shift % len(rows) == 0:
-                shift += 1
-            ids[1 if index is not None else 1 + m, rows] = rows.roll(shift)
-        return [None if torch.equal(row, own) else row for row in ids], ids
-
-    def _shared_rows(self, view: int, stage: str, index: Tensor | None) -> bool | Tensor:
-        """Which rows of a view take this group's parameters from the query: all, none, or a mask [B]."""
-        if view == 0 or stage == THEN:
-            return False
-        m = self.plan.spaces.index(stage)
-        return view == 1 + m if index is None else index == m
-
-    def _near_rows(self, view: int, b: int, index: Tensor | None) -> Tensor:
-        """Which rows of a view are cropped near the query: those that serve a style whose group draws no box, [B]."""
-        free = torch.tensor([n == "content" or self.stages[n].crops for n in self.plan.spaces])
-        if index is not None:
-            return ~free[index]
-        return torch.full((b,), view >= 1 and not bool(free[view - 1]))
-
-    # ------------------------------------------------------------------------------------------------ drawing
-
-    def _drawn(self, shape: tuple[int, ...], seed: Seed, index: Tensor | None) -> list[ViewParameters]:
-        """The parameters of all views of images [B, C, H, W]."""
-        self._seen = shape[1:]
-        out: list[ViewParameters] = []
-        for view in range(self.plan.num_views):
-            out.append(self._drawn_view(shape, seed, view, out[0] if view else None, index))
-        return out
-
-    def _drawn_view(
-        self,
-        shape: tuple[int, ...],
-        seed: Seed,
-        view: int,
-        query: ViewParameters | None,
-        index: Tensor | None,
-        *,
-        keyed: bool = True,
-    ) -> ViewParameters:
-        mine = ViewParameters()
-        for i, stage in enumerate(self.stages.values()):
-            shared = False if query is None else self._shared_rows(view, stage.name, index)
-            if shared is True:
-                assert query is not None
-                mine[stage.name] = {key: clone(p) for key, p in query[stage.name].items()}
-                for step in stage.query:
-                    shape = step.shape_after(shape, mine[stage.name][step.key])
-                continue
-            from_key = keyed and view > 0 and stage.key is not None
-            drawn: dict[str, Parameters] = {}
-            for step in stage.steps(from_key):
-                place = (view, i, step.place)
-                drawn[step.key] = step.draw(shape, generator(*seed, *place, 0))
-                if self.constrained_crop is not None and query is not None and stage.name != THEN:
-                    self._keep_near(step, drawn[step.key], query[stage.name], shape, (*seed, *place, 1), view, index)
-                shape = step.shape_after(shape, drawn[step.key])
-            if isinstance(shared, Tensor):
-                assert query is not None
-                drawn = _merged(stage.name, drawn, query[stage.name], shared)
-            if from_key:
-                mine.from_key[stage.name] = ~shared if isinstance(shared, Tensor) else torch.ones(shape[0]).bool()
-            mine[stage.name] = drawn
-        return mine
-
-    def _keep_near(
-        self,
-        step: Step,
-        drawn: Parameters,
-        query: Mapping[str, Parameters],
-        shape: tuple[int, ...],
-        seed: Seed,
-        view: int,
-        index: Tensor | None,
-    ) -> None:
-        """Move the crops of some keys near the query's box."""
-        rows = self._near_rows(view, shape[0], index)
-        if not isinstance(step.module, K.RandomResizedCrop) or step.key not in query or not rows.any():
-            return
-        a = self.constrained_crop or 0.0
-        boxes = near(query[step.key]["src"], a, step.module, (shape[-2], shape[-1]), generator(*seed))
-        drawn["src"] = torch.where(rows[:, None, None], boxes.to(drawn["src"].dtype), drawn["src"])
 
     # ------------------------------------------------------------------------------------------------ making
 
@@ -384,22 +283,6 @@ def _named_groups(cross_image: Iterable[str], groups: Groups) -> tuple[str, ...]
         if name not in groups:
             raise ValueError(f"cross_image: expected names of groups ({_checks.names(groups)}): got {name!r}")
     return chosen
-
-
-def _merged(
-    stage: str, key: Mapping[str, Parameters], query: Mapping[str, Parameters], shared: Tensor
-) -> dict[str, Parameters]:
-    """Rows of `shared` hold the query's values, the others the key's own; each operation of either is there."""
-    out = {}
-    for name in dict.fromkeys((*query, *key)):
-        if name in query and name in key:
-            same = {k: t.shape for k, t in query[name].items()} == {k: t.shape for k, t in key[name].items()}
-            if not same:
-                raise ValueError(f"{stage}: {name} of query and key draw different parameters; give them other places")
-            out[name] = rows_from(key[name], query[name], shared)
-        else:
-            out[name] = clone(query.get(name) or key[name])
-    return out
 
 
 def _worker_seed() -> int:

@@ -1,0 +1,35 @@
+"""Types of command-line arguments: what was expected, and what came."""
+
+import argparse
+import math
+
+
+def whole(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more: got {text!r}")
+    return int(text)
+
+
+def wholes(text: str) -> list[int]:
+    return [whole(part) for part in text.split(",") if part]
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number, 0 or more: got {text!r}")
+    return value
+
+
+def names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def named_widths(text: str) -> dict[str, int]:
+    pairs = [part.partition("=") for part in names(text)]
+    if wrong := [name for name, equals, _ in pairs if not equals]:
+        raise argparse.ArgumentTypeError(f"expected NAME=WIDTH,...: got {', '.join(wrong)} without a width")
+    return {name: whole(width) for name, _, width in pairs}
