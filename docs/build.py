@@ -89,6 +89,13 @@ def signature(name: str, thing: object) -> str:
 
 
 def _short(annotation: str) -> str:
+    """The last names of types; a shape as [B, C, H, W]."""
+
+    def shape(found: re.Match[str]) -> str:
+        sizes = ", ".join("..." if size.startswith("*") else size for size in found[1].split())
+        return f"Tensor[{sizes}]" if sizes else "Tensor"
+
+    annotation = re.sub(r"(?:\w+\.)*Annotated\[(?:\w+\.)*Tensor, '([^']*)'\]", shape, annotation)
     return re.sub(r"'([A-Z]\w*)'", r"\1", re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", annotation))
 
 

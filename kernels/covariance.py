@@ -13,17 +13,18 @@ from torch.distributed import ProcessGroup
 
 from ssd_addon import _checks, _dist
 from ssd_addon._autocast import Context, autocast_off, backward_without_autocast, matmul
+from ssd_addon._shapes import Matrix, Scalar
 from ssd_addon.kernels.dispatch import Backend, Runnable, choose_backend, compute_dtype
 
 
 def off_diagonal_energy(
-    x: Tensor,
-    y: Tensor | None = None,
+    x: Matrix,
+    y: Matrix | None = None,
     *,
     backend: Backend = "auto",
     group: ProcessGroup | None = None,
     chunk: int = 512,
-) -> Tensor:
+) -> Scalar:
     """sum_{k != l} (sum_i x_ik y_il)^2, a scalar in max(float32, type of x), differentiable in x and y.
 
     >>> off_diagonal_energy(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))  # X^T X = [[1, 2], [2, 5]]

@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 
 from ssd_addon import _checks, _dist
 from ssd_addon._autocast import autocast_off, matmul
+from ssd_addon._shapes import Matrix, Vector
 from ssd_addon.kernels.dispatch import Backend, Runnable, checks_are_on, choose_backend, compute_dtype
 from ssd_addon.kernels.operands import longest_row, relabeled
 from ssd_addon.kernels.ranges import UNIT_ROW, constant_shift, largest_exponent, needs_two_parts
@@ -51,8 +52,8 @@ class Known:
 
 
 def negative_lse(
-    z: Tensor,
-    image_ids: Tensor,
+    z: Matrix,
+    image_ids: Vector,
     temperature: float | Tensor,
     *,
     prefix: int | None = None,
@@ -102,8 +103,8 @@ def negative_lse(
 
 
 def log_sums(
-    z: Tensor,
-    image_ids: Tensor,
+    z: Matrix,
+    image_ids: Vector,
     temperature: float | Tensor,
     *,
     prefix: int | None = None,

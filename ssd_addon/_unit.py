@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ssd_addon._autocast import Context, backward_without_autocast, outside_autocast
+from ssd_addon._shapes import Joint, Matrices, Matrix, PairRows, Vector
 
 EPS = 1e-12  # of the length, as in torch.nn.functional.normalize
 ROWS = 1024  # of a product that is made only to be summed
@@ -23,7 +24,7 @@ Pairs = tuple[tuple[int, int, int], ...]
 
 def joint_and_cosines(
     z: Sequence[Tensor], pairs: Pairs, types: Sequence[torch.dtype] | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Joint, PairRows]:
     """Joint rows [V, B, sum of d_s] of unit length, and the cosines [P, B] of the pairs (view a, view b, space s).
 
     A row whose length overflows is NaN throughout, as is its gradient. Otherwise values are those of
@@ -47,7 +48,7 @@ def _without_direction(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).smallest_normal if dtype.itemsize == 2 else -1.0
 
 
-def unit_rows(z: Tensor, came_as: torch.dtype | None = None) -> Tensor:
+def unit_rows(z: Matrices, came_as: torch.dtype | None = None) -> Matrices:
     """z [..., d] with rows of unit length; a row without a direction, and one that overflows, as above.
 
     Args:
@@ -69,7 +70,7 @@ def _plain(z: Sequence[Tensor], pairs: Pairs, smallest: Sequence[float] | None =
     return torch.cat(unit, dim=-1) / math.sqrt(len(z)), cosines
 
 
-def _row_products(a: Tensor, b: Tensor) -> Tensor:
+def _row_products(a: Matrix, b: Matrix) -> Vector:
     """<a_i, b_i> [B] of a, b [B, d], a few rows at a time."""
     rows = range(0, len(a), ROWS)
     return torch.cat([(a[r : r + ROWS] * b[r : r + ROWS]).sum(dim=-1) for r in rows]) if len(a) else a.new_zeros(0)

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssd_addon import _checks, pictures
+from ssd_addon._shapes import Picture, Resized
 from ssd_addon.batch import ViewBatch
 from ssd_addon.files import ImageFiles
 
@@ -87,7 +88,7 @@ class StructuredCollate:
         batch = torch.stack(images)
         return batch if self.views is None else self.views(batch), _labels(labels), names
 
-    def _fitted(self, image: object) -> Tensor:
+    def _fitted(self, image: object) -> Picture:
         if isinstance(image, np.ndarray):
             taken = pictures.from_array(image)
             if isinstance(taken, Tensor):
@@ -107,7 +108,7 @@ class StructuredCollate:
         levels = torch.from_numpy(np.array(picture))
         return levels[None] if levels.ndim == 2 else levels.permute(2, 0, 1).contiguous()
 
-    def _resized_tensor(self, image: Tensor) -> Tensor:
+    def _resized_tensor(self, image: Picture) -> Resized:
         if image.ndim != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
             raise TypeError(
                 f"collate: expected an image [C, H, W], uint8 or floating point: got {image.dtype} "
@@ -129,7 +130,7 @@ class StructuredCollate:
         return bound(max(1, round(height * k)), h), bound(max(1, round(width * k)), w)
 
 
-def _centered(t: Tensor, h: int, w: int) -> Tensor:
+def _centered(t: Picture, h: int, w: int) -> Resized:
     """Center crop where larger, black padding where smaller, per axis."""
     top, left = max(0, (t.shape[1] - h) // 2), max(0, (t.shape[2] - w) // 2)
     t = t[:, top : top + h, left : left + w]

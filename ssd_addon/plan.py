@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ssd_addon import _checks
+from ssd_addon._shapes import Ids, PerImage
 
 PlanKind = Literal["shared_query", "interleaved"]
 KINDS: tuple[PlanKind, ...] = ("shared_query", "interleaved")
@@ -70,7 +71,7 @@ class ViewPlan:
         """V, the views per image."""
         return 2 if self.kind == "interleaved" else len(self.spaces) + 1
 
-    def default_space_index(self, batch: int, device: torch.device | None = None, *, call: int = 0) -> Tensor:
+    def default_space_index(self, batch: int, device: torch.device | None = None, *, call: int = 0) -> PerImage:
         """The space that each row of an interleaved batch serves: (r + call) mod S, [B] int64."""
         return (torch.arange(batch, device=device) + call % len(self.spaces)) % len(self.spaces)
 
@@ -95,7 +96,7 @@ class ViewPlan:
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_ids(plan: ViewPlan, v: int, b: int, image_ids: Tensor | None, space_index: Tensor | None) -> None:
+def check_ids(plan: ViewPlan, v: int, b: int, image_ids: Ids | None, space_index: PerImage | None) -> None:
     """Ids [V, B] and index [B] of a batch: integers of the right shape, an index only where the plan has one."""
     if image_ids is not None:
         if image_ids.dtype not in _INTEGERS:

@@ -1,9 +1,10 @@
 #!/bin/sh
-# Builds the wheel, installs it alone into a fresh environment that reads the first one's packages, and imports it
-# outside the repository. No second torch is installed.
+# Builds the wheel, installs it alone into a fresh environment that reads the first one's packages, imports every module
+# of it outside the repository, and type-checks a user's script against it. No second torch is installed.
 set -eu
-py=${PY:-.venv/bin/python}
 root=$(pwd)
+py=${PY:-.venv/bin/python}
+case $py in /*) ;; *) py=$root/$py ;; esac
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 "$py" -m pip wheel --quiet --no-deps --wheel-dir "$dir/dist" .
@@ -15,7 +16,7 @@ site=$("$dir/env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("pur
 echo "$packages" > "$site/zz_first_environment.pth"
 cd "$dir"
 "$dir/env/bin/python" - "$root" <<'PYTHON'
-import pathlib, sys
+import importlib, pathlib, pkgutil, sys
 from importlib import metadata
 root = pathlib.Path(sys.argv[1]).resolve()
 import ssd_addon, torch
@@ -26,8 +27,17 @@ for module in (ssd_addon, sys.modules["ssd_addon.kernels"]):
     assert root not in where.parents, f"imported from the repository: {where}"
 names = {f.parts[0] for f in metadata.distribution("ssd-addon").files if f.parts[0] != ".." and not f.parts[0].endswith(".dist-info")}
 assert names == {"ssd_addon"}, f"the wheel should own one top-level name: got {sorted(names)}"
+sources = {p.relative_to(root / "ssd_addon").with_suffix("") for p in (root / "ssd_addon").glob("**/*.py")}
+sources |= {pathlib.Path("kernels") / p.stem for p in (root / "kernels").glob("*.py")}
+modules = {m.name for m in pkgutil.walk_packages(ssd_addon.__path__, "ssd_addon.")} - {"ssd_addon.__main__"}
+for module in modules:
+    importlib.import_module(module)
+missing = {"ssd_addon." + ".".join(p.parts) for p in sources if p.name not in ("__init__", "__main__")} - modules
+assert not missing, f"the wheel should hold every module: it lacks {sorted(missing)}"
+assert pathlib.Path(ssd_addon.__file__).with_name("py.typed").is_file(), "the wheel should say that it is typed"
 from ssd_addon.report import page
 assert page.resources.files("ssd_addon.report").joinpath("page.js").is_file(), "the wheel should hold the report's page"
 loss = JointEntropyLoss()({"content": torch.randn(2, 4, 3)})
 print(f"wheel {ssd_addon.__version__}: imported outside the repository, loss {loss:.3f}")
 PYTHON
+sh "$root/tests/typing.sh" "$dir/env/bin/python" "$py"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from ssd_addon import _checks
+from ssd_addon._shapes import Pictures, View
 from ssd_addon.augment.drawing import Drawing
 from ssd_addon.augment.stages import THEN, Stage, check_order
 from ssd_addon.batch import ViewBatch, ViewParameters
@@ -113,7 +114,7 @@ class StructuredViews(nn.Module):
         def __call__(self, images: Tensor) -> ViewBatch: ...
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> ViewBatch:
+    def forward(self, images: Pictures) -> ViewBatch:
         """Views of a batch of images [B, C, H, W], uint8 or floating point in [0, 1]."""
         x = _unit_images(images)
         b = x.shape[0]
@@ -135,7 +136,7 @@ class StructuredViews(nn.Module):
         return out
 
     @torch.no_grad()
-    def replay(self, images: Tensor, parameters: ViewParameters | Mapping[str, Any]) -> Tensor:
+    def replay(self, images: Pictures, parameters: ViewParameters | Mapping[str, Any]) -> View:
         """The pixels of one view again: `views.replay(images, batch.parameters[v])` equals `batch[v]`.
 
         Args:
@@ -146,7 +147,7 @@ class StructuredViews(nn.Module):
         return self._view(_unit_images(images), parameters)
 
     @torch.no_grad()
-    def independent(self, images: Tensor, *, seed: int | tuple[int, ...] = 0) -> ViewBatch:
+    def independent(self, images: Pictures, *, seed: int | tuple[int, ...] = 0) -> ViewBatch:
         """Two views of each image that share nothing, both by the query's operations; for probes of the parameters.
 
         The draws come from `seed` alone (and this module's): the same views at every call, on every rank, and the
@@ -163,7 +164,7 @@ class StructuredViews(nn.Module):
         return ViewBatch(views, ViewPlan.shared_query(("content",)), parameters=drawn)
 
     @torch.no_grad()
-    def plain(self, images: Tensor) -> Tensor:
+    def plain(self, images: Pictures) -> View:
         """Whole images as the model knows them: scaled to [0, 1], with the Normalize of `then` and nothing drawn."""
         x = _unit_images(images)
         for op in (step.module for step in self.stages[THEN].query):
@@ -290,7 +291,7 @@ def _worker_seed() -> int:
     return 0 if info is None else int(info.seed)
 
 
-def _unit_images(images: Tensor) -> Tensor:
+def _unit_images(images: Pictures) -> Pictures:
     """[B, C, H, W] float32 in [0, 1]."""
     if not isinstance(images, Tensor):
         raise TypeError(f"images: expected a tensor [B, C, H, W]: got {type(images).__name__}")

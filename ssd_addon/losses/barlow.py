@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ssd_addon import _checks, _dist
 from ssd_addon._dist import Shards
+from ssd_addon._shapes import Ids, Joint, Matrix, Scalar, Vector
 from ssd_addon.kernels.covariance import energy_backend, off_diagonal_energy
 from ssd_addon.losses.objective import Objective
 from ssd_addon.losses.rows import Pair, Parts, Rows, columns_of, kept_rows, masked, mean_over_keys
@@ -36,11 +37,11 @@ class BarlowTwins(Objective):
         super().__init__("barlow")
         self.redundancy = _checks.not_negative(redundancy, "redundancy", "a coefficient of the entropy")
 
-    def alignment(self, a: Tensor, b: Tensor) -> Tensor:
+    def alignment(self, a: Matrix, b: Matrix) -> Vector:
         """Mean square of standardized rows, by which trimming ranks them; the term is `diagonal_alignment`."""
         return mean_square(a, b)
 
-    def entropy(self, joint: Tensor, ids: Tensor) -> Tensor:
+    def entropy(self, joint: Joint, ids: Ids) -> Scalar:
         """redundancy * the mean over the pairs (0, v) of the squared off-diagonal entries."""
         alone = Shards(None, (joint.shape[1],), 0)
         x = [standardized(view, alone) for view in joint]
@@ -79,7 +80,7 @@ class BarlowTwins(Objective):
             ),
         )
 
-    def misalignment(self, guess: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    def misalignment(self, guess: Matrix, target: Matrix, mask: Vector | None) -> Scalar:
         if mask is not None:  # statistics are of the rows alone
             guess, target = guess[mask], target[mask]
         if len(guess) < 2:
@@ -94,14 +95,14 @@ class BarlowTwins(Objective):
         return f"redundancy={self.redundancy}"
 
 
-def standardized(x: Tensor, s: Shards) -> Tensor:
+def standardized(x: Matrix, s: Shards) -> Matrix:
     """(x - mean) / sqrt(biased variance + 1e-5) over the rows of all ranks, x [B, D]."""
     x = centered(x, s)
     var = _dist.all_sum(x.square().sum(dim=0), s.group) / s.total
     return x / torch.sqrt(var + STANDARDIZE_EPS)
 
 
-def diagonal_alignment(a: Tensor, b: Tensor, pair: Pair, trim: float, s: Shards) -> tuple[Tensor, int | Tensor]:
+def diagonal_alignment(a: Matrix, b: Matrix, pair: Pair, trim: float, s: Shards) -> tuple[Tensor, int | Tensor]:
     """sum_k (c_kk - 1)^2 with c_kk = mean over the pair's rows of a_k b_k; a, b [B, d] standardized."""
     keep, n = kept_rows(mean_square(a, b), pair.mask, trim, s)
     total = _dist.all_sum(masked(a * b, keep).sum(dim=0), s.group)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ssd_addon import _checks
+from ssd_addon._shapes import Scalar
 from ssd_addon.batch import ViewBatch
 from ssd_addon.differences import parameter_differences
 from ssd_addon.losses.families import FamilyName, resolve_family
@@ -118,11 +119,11 @@ class EquivarianceLoss(nn.Module):
 
         def __call__(self, z: Mapping[str, Tensor], batch: ViewBatch) -> Tensor: ...
 
-    def forward(self, z: Mapping[str, Tensor], batch: ViewBatch) -> Tensor:
+    def forward(self, z: Mapping[str, Tensor], batch: ViewBatch) -> Scalar:
         """The term, a scalar. z: embeddings [V, B, d] of `batch`, whose parameters it reads."""
         return self.weight * torch.stack(list(self.terms(z, batch).values())).mean()
 
-    def terms(self, z: Mapping[str, Tensor], batch: ViewBatch) -> dict[str, Tensor]:
+    def terms(self, z: Mapping[str, Tensor], batch: ViewBatch) -> dict[str, Scalar]:
         """Style -> its term before the weight, on the family's scale; 0 is perfect."""
         changes = _changes(batch)
         b = batch.views.shape[1]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ssd_addon import _checks, _dist
 from ssd_addon._dist import Shards
+from ssd_addon._shapes import Scalar
 from ssd_addon.batch import ViewBatch
 from ssd_addon.embeddings import Embeddings, as_embeddings
 from ssd_addon.kernels.dispatch import BACKENDS, Backend, checks_are_on, choose_backend, compute_dtype
@@ -111,7 +112,7 @@ class JointEntropyLoss(nn.Module):
 
         def __call__(self, z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan | None = None) -> Tensor: ...
 
-    def forward(self, z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan | None = None) -> Tensor:
+    def forward(self, z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan | None = None) -> Scalar:
         """The loss, a scalar.
 
         Args:

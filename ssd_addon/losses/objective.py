@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ssd_addon import _checks, _dist
 from ssd_addon._autocast import outside_autocast
 from ssd_addon._dist import Shards
+from ssd_addon._shapes import Ids, Joint, Matrix, Scalar, Vector
 from ssd_addon._unit import unit_rows
 from ssd_addon.losses.rows import Pair, Parts, Rows, columns_of, mean_of_rows, mean_over_keys
 
@@ -43,11 +44,11 @@ class Objective(nn.Module):
         self.weight = _checks.not_negative(weight, "weight", "of a space's invariance, where none is given")
         self.on_sphere = bool(on_sphere)
 
-    def alignment(self, a: Tensor, b: Tensor) -> Tensor:
+    def alignment(self, a: Matrix, b: Matrix) -> Vector:
         """Misalignment of each row of a, b [n, d]: [n], 0 is perfect."""
         raise NotImplementedError
 
-    def entropy(self, joint: Tensor, ids: Tensor) -> Tensor:
+    def entropy(self, joint: Joint, ids: Ids) -> Scalar:
         """What is minimized to spread out joint [V, B, D] of all ranks, ids [V, B]: a scalar."""
         raise NotImplementedError
 
@@ -91,7 +92,7 @@ class Objective(nn.Module):
             return dict(rows.z)
         return {n: unit_rows(t, rows.types.get(n)) for n, t in rows.z.items()}
 
-    def misalignment(self, guess: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    def misalignment(self, guess: Matrix, target: Matrix, mask: Vector | None) -> Scalar:
         """How far guesses [n, d] are from targets [n, d], on the scale of the family's loss: `EquivarianceLoss`.
 
         Of the rows of this process alone; 0 where the mask leaves no row.
@@ -186,10 +187,10 @@ class Family(Objective):
                 raise TypeError(f"Family {name!r}, {what}: expected a function of two tensors: got {type(f).__name__}")
         self.align, self.spread_out = alignment, entropy
 
-    def alignment(self, a: Tensor, b: Tensor) -> Tensor:
+    def alignment(self, a: Matrix, b: Matrix) -> Tensor:
         return self.align(a, b)
 
-    def entropy(self, joint: Tensor, ids: Tensor) -> Tensor:
+    def entropy(self, joint: Joint, ids: Ids) -> Tensor:
         return self.spread_out(joint, ids)
 
     def extra_repr(self) -> str:

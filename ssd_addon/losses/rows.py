@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssd_addon import _dist
 from ssd_addon._dist import Shards
+from ssd_addon._shapes import Scalar, Vector
 from ssd_addon.embeddings import Embeddings
 from ssd_addon.kernels.dispatch import Backend
 from ssd_addon.plan import ViewPlan
@@ -107,7 +108,7 @@ def pairs_of(z: Embeddings, plan: ViewPlan, batch: int, device: torch.device, co
     return out
 
 
-def kept_rows(badness: Tensor, mask: Tensor | None, trim: float, s: Shards) -> tuple[Tensor | None, int | Tensor]:
+def kept_rows(badness: Vector, mask: Vector | None, trim: float, s: Shards) -> tuple[Vector | None, int | Scalar]:
     """Which local rows a pair keeps once its floor(trim * n + 1e-9) worst rows over all ranks are left out.
 
     Args:
@@ -137,13 +138,13 @@ def masked(t: Tensor, mask: Tensor | None) -> Tensor:
     return t if mask is None else torch.where(mask.view(-1, *[1] * (t.ndim - 1)), t, 0)
 
 
-def mean_of_rows(values: Tensor, badness: Tensor, pair: Pair, trim: float, s: Shards) -> tuple[Tensor, int | Tensor]:
+def mean_of_rows(values: Vector, badness: Vector, pair: Pair, trim: float, s: Shards) -> tuple[Scalar, int | Scalar]:
     """Mean of values [B] over the rows that the pair keeps, on all ranks; and their number."""
     keep, n = kept_rows(badness, pair.mask, trim, s)
     return s.mean(masked(values, keep).sum(), n), n
 
 
-def mean_over_keys(found: Sequence[tuple[Tensor, int | Tensor]], s: Shards) -> tuple[Tensor, int | Tensor]:
+def mean_over_keys(found: Sequence[tuple[Tensor, int | Tensor]], s: Shards) -> tuple[Scalar, int | Scalar]:
     """The mean over the pairs of a space that have a row; the number of rows behind it. One pair: the pair."""
     if len(found) == 1:
         return found[0]

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ssd_addon._shapes import Ids, Joint, Matrix, Scalar, Vector
 from ssd_addon._unit import joint_and_cosines
 from ssd_addon.kernels.similarity import (
     Known,
@@ -47,11 +48,11 @@ class SimCLR(Objective):
     def scalar(self) -> float | Tensor:
         return self.temperature
 
-    def alignment(self, a: Tensor, b: Tensor) -> Tensor:
+    def alignment(self, a: Matrix, b: Matrix) -> Vector:
         """1 - cosine of rows of unit length, [n]."""
         return 1 - (a * b).sum(dim=-1)
 
-    def entropy(self, joint: Tensor, ids: Tensor) -> Tensor:
+    def entropy(self, joint: Joint, ids: Ids) -> Scalar:
         """Mean over all rows of the log-sum over the rows of other images."""
         return negative_lse(joint.flatten(0, 1), ids.flatten(), self.temperature).mean()
 
@@ -108,7 +109,7 @@ class SimCLR(Objective):
             )
         return Known(1.0, min(known.numbers), known.id_low, known.id_high)
 
-    def misalignment(self, guess: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    def misalignment(self, guess: Matrix, target: Matrix, mask: Vector | None) -> Scalar:
         return super().misalignment(guess, target, mask) / self.temperature
 
     def refuse_backend(self, backend: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssd_addon import _checks, _dist
 from ssd_addon._dist import Shards
+from ssd_addon._shapes import Embedded, Ids, Joint, Matrix, Scalar, Vector
 from ssd_addon.losses.objective import Objective
 from ssd_addon.losses.rows import Rows
 from ssd_addon.losses.vicreg import mean_square
@@ -37,10 +38,10 @@ class SIGReg(Objective):
         super().__init__("sigreg", weight=4.75)
         self.directions = _checks.width(directions, "directions")
 
-    def alignment(self, a: Tensor, b: Tensor) -> Tensor:
+    def alignment(self, a: Matrix, b: Matrix) -> Vector:
         return mean_square(a, b)
 
-    def entropy(self, joint: Tensor, ids: Tensor) -> Tensor:
+    def entropy(self, joint: Joint, ids: Ids) -> Scalar:
         a = torch.randn(joint.shape[-1], self.directions, device=joint.device, dtype=joint.dtype)
         if (group := _dist.default_group()) is not None:
             dist.broadcast(a, src=0, group=group)
@@ -80,17 +81,17 @@ class FroSSL(Objective):
     def prepared(self, rows: Rows) -> dict[str, Tensor]:
         return {n: unit_columns(t, rows.shards) for n, t in rows.z.items()}
 
-    def alignment(self, a: Tensor, b: Tensor) -> Tensor:
+    def alignment(self, a: Matrix, b: Matrix) -> Vector:
         return (a - b).square().sum(dim=-1)
 
-    def entropy(self, joint: Tensor, ids: Tensor) -> Tensor:
+    def entropy(self, joint: Joint, ids: Ids) -> Scalar:
         _, n, d = joint.shape
         gram = joint.mT @ joint if n > d else joint @ joint.mT  # the same eigenvalues
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         return 2 * (gram.square().sum((-2, -1)).log() - 2 * trace.detach().log()).mean()
 
 
-def unit_columns(t: Tensor, s: Shards) -> Tensor:
+def unit_columns(t: Embedded, s: Shards) -> Embedded:
     """[V, B, d] with columns of unit length over the rows of all ranks, view by view."""
     square = _dist.all_sum(t.square().sum(dim=1), s.group)
     return t / square.clamp(min=1e-24).sqrt().unsqueeze(1)
@@ -113,9 +114,9 @@ class MMCR(Objective):
     def __init__(self) -> None:
         super().__init__("mmcr", weight=30.0, on_sphere=True)
 
-    def alignment(self, a: Tensor, b: Tensor) -> Tensor:
+    def alignment(self, a: Matrix, b: Matrix) -> Vector:
         return 1 - (a * b).sum(dim=-1)
 
-    def entropy(self, joint: Tensor, ids: Tensor) -> Tensor:
+    def entropy(self, joint: Joint, ids: Ids) -> Scalar:
         singular: Tensor = torch.linalg.svdvals(joint)
         return -singular.sum(-1).mean()

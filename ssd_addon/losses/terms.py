@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 
 from ssd_addon import _dist
 from ssd_addon._dist import Shards
+from ssd_addon._shapes import Matrix, Scalar
 from ssd_addon.kernels.covariance import off_diagonal_energy
 from ssd_addon.losses.rows import Parts
 
@@ -93,7 +94,7 @@ def _means(values: list[Tensor], weight: Tensor, group: ProcessGroup | None) -> 
     return [x.clone() for x in v.unbind(0)]
 
 
-def _effective_rank(x: Tensor, group: ProcessGroup | None) -> Tensor:
+def _effective_rank(x: Matrix, group: ProcessGroup | None) -> Scalar:
     """(tr C)^2 / tr(C^2), the participation ratio of the covariance of x [B, d] over all ranks."""
     with torch.no_grad():
         x = x.detach()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ssd_addon import _checks, _dist
 from ssd_addon._dist import Shards
+from ssd_addon._shapes import Ids, Joint, Matrix, Scalar, Vector
 from ssd_addon.kernels.covariance import energy_backend, off_diagonal_energy
 from ssd_addon.kernels.dispatch import Backend
 from ssd_addon.losses.objective import Objective
@@ -40,10 +41,10 @@ class VICReg(Objective):
         self.variance = _checks.not_negative(variance, "variance", "a coefficient of the entropy")
         self.covariance = _checks.not_negative(covariance, "covariance", "a coefficient of the entropy")
 
-    def alignment(self, a: Tensor, b: Tensor) -> Tensor:
+    def alignment(self, a: Matrix, b: Matrix) -> Vector:
         return mean_square(a, b)
 
-    def entropy(self, joint: Tensor, ids: Tensor) -> Tensor:
+    def entropy(self, joint: Joint, ids: Ids) -> Scalar:
         alone = Shards(None, (joint.shape[1],), 0)
         return torch.stack([self._of_view(centered(view, alone), "auto", alone) for view in joint]).mean()
 
@@ -62,7 +63,7 @@ class VICReg(Objective):
         s, d = rows.shards, joint.shape[-1]
         out.backend = energy_backend(rows.backend, s.size, d, dtype=joint.dtype, device=joint.device, group=s.group)
 
-    def _of_view(self, x: Tensor, backend: Backend, s: Shards) -> Tensor:
+    def _of_view(self, x: Matrix, backend: Backend, s: Shards) -> Scalar:
         """variance * mean_k relu(1 - sqrt(var_k + 1e-4)) + covariance * sum_{k != l} C_kl^2 / D, x [B, D] centered."""
         n, d = s.total, x.shape[1]
         var = _dist.all_sum(x.square().sum(dim=0), s.group) / (n - 1)
@@ -81,11 +82,11 @@ class VICReg(Objective):
         return f"variance={self.variance}, covariance={self.covariance}"
 
 
-def mean_square(a: Tensor, b: Tensor) -> Tensor:
+def mean_square(a: Matrix, b: Matrix) -> Vector:
     """Mean over the coordinates of (a_i - b_i)^2, [n]."""
     return (a - b).square().mean(dim=-1)
 
 
-def centered(x: Tensor, s: Shards) -> Tensor:
+def centered(x: Matrix, s: Shards) -> Matrix:
     """x - mean over the rows of all ranks, x [B, D]."""
     return x - _dist.all_sum(x.sum(dim=0), s.group) / s.total

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ssd_addon import _checks
+from ssd_addon._shapes import Matrix
 from ssd_addon.embeddings import Embeddings, as_embeddings
 from ssd_addon.metrics.probe import Kind, Probe, Split, at_least, score_cells
 from ssd_addon.metrics.probes import Target
@@ -17,7 +18,7 @@ from ssd_addon.metrics.spaces import CHUNK, check_finite, check_space, check_spa
 from ssd_addon.metrics.table import ScoreTable
 
 
-def effective_rank(z: Tensor) -> float:
+def effective_rank(z: Matrix) -> float:
     """How many directions the embeddings use: exp(-sum_i p_i log p_i), p_i = sigma_i / sum_j sigma_j.
 
     sigma are the singular values of the centered embeddings: the rank is d for white noise, 1 on a line and 0 where all
@@ -47,7 +48,7 @@ def effective_rank(z: Tensor) -> float:
         return float(torch.special.entr(sigma / sigma.sum()).sum().exp()) if len(sigma) else 0.0
 
 
-def uniformity(z: Tensor, *, t: float = 2.0) -> float:
+def uniformity(z: Matrix, *, t: float = 2.0) -> float:
     """How evenly unit-length embeddings cover the sphere: log mean_{i<j} exp(-t |z_i - z_j|^2).
 
     0 where all rows agree, lower is more even; for white noise in many dimensions it tends to -2t, and its least value
@@ -81,7 +82,7 @@ def uniformity(z: Tensor, *, t: float = 2.0) -> float:
     return float(torch.stack(parts).logsumexp(0)) - math.log(n * (n - 1) / 2)
 
 
-def alignment(a: Tensor, b: Tensor, *, alpha: float = 2.0) -> float:
+def alignment(a: Matrix, b: Matrix, *, alpha: float = 2.0) -> float:
     """How far apart positive pairs are on the unit sphere: mean_i |a_i - b_i|^alpha; 0 is perfect.
 
     With alpha = 2 it is 2 - 2 times the mean cosine.

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssd_addon import _checks
+from ssd_addon._shapes import Matrix, Scalar, Vector
 
 
 class OnlineProbes(nn.Module):
@@ -74,7 +75,7 @@ class OnlineProbes(nn.Module):
                 out[name] = layer(z.detach().float())
         return out
 
-    def loss(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    def loss(self, logits: Mapping[str, Matrix], labels: Vector) -> Scalar:
         """The sum over spaces of their cross-entropies, a scalar: each probe's gradient is its own.
 
         Args:
@@ -88,7 +89,7 @@ class OnlineProbes(nn.Module):
         return torch.stack([F.cross_entropy(logits[name], target) for name in self.names]).sum()
 
     @torch.no_grad()
-    def hits(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    def hits(self, logits: Mapping[str, Matrix], labels: Vector) -> Tensor:
         """How many images each space classifies rightly: [S] int64, in the order of `names`.
 
         Args:

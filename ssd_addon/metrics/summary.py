@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ssd_addon import _checks
+from ssd_addon._shapes import Columns, Matrix, Vector
 from ssd_addon.metrics.labelled import Circular, Factor, check_factors, r2_matrix
 from ssd_addon.metrics.probe import Kind, Probe, Split
 from ssd_addon.metrics.probes import Inputs, softmax_log_likelihood
@@ -60,7 +61,7 @@ class Dci:
         return "\n".join([*lines, *(f"{name}: {note}" for name, note in self.notes.items())])
 
 
-def disentanglement(importance: Tensor) -> tuple[float, Tensor]:
+def disentanglement(importance: Matrix) -> tuple[float, Vector]:
     """Does each space hold one factor alone? D_s = 1 - H(P_s), P_sk = R_sk / sum_k R_sk, entropy to the base K.
 
     Args:
@@ -85,7 +86,7 @@ def disentanglement(importance: Tensor) -> tuple[float, Tensor]:
     return float((each.nan_to_num() * r.sum(1)).sum() / r.sum()), each
 
 
-def completeness(importance: Tensor) -> tuple[float, Tensor]:
+def completeness(importance: Matrix) -> tuple[float, Columns]:
     """Is each factor held by one space alone? C_k = 1 - H(R_sk / sum_s R_sk), entropy to the base S.
 
     Args:

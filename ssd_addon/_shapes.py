@@ -1,0 +1,24 @@
+"""Tensors by their shape, for annotations: to a type checker and at run time each is a plain Tensor.
+
+The tests check every annotated function with jaxtyping (tests/shapes.py); in one call, a letter stands for one size.
+n rows, d width of a space, D of the joint embedding, V views, B images of size [C, H, W], P pairs.
+"""
+
+from typing import Annotated
+
+from torch import Tensor
+
+Scalar = Annotated[Tensor, ""]
+Vector = Annotated[Tensor, "n"]
+Matrix = Annotated[Tensor, "n d"]
+Matrices = Annotated[Tensor, "*n d"]
+Columns = Annotated[Tensor, "d"]
+PerImage = Annotated[Tensor, "B"]
+Embedded = Annotated[Tensor, "V B d"]
+Joint = Annotated[Tensor, "V B D"]
+Ids = Annotated[Tensor, "V B"]
+PairRows = Annotated[Tensor, "P B"]
+Picture = Annotated[Tensor, "C H W"]
+Pictures = Annotated[Tensor, "B C H W"]
+Resized = Annotated[Tensor, "C H2 W2"]
+View = Annotated[Tensor, "B C H2 W2"]
