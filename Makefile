@@ -1,12 +1,14 @@
 # make demo           environment, install, the sprites example, a report to open
-# make test           environment, install with what the tests need, lint, types, tests
+# make test           environment, install with what the tests need, lint, types, tests: about seven minutes on two cores
+#                     beside the install
+# make test-fast      the tests that need milliseconds: neither slow nor distributed, about three minutes
 # make test-browser   the report in a real browser; needs Chromium (apt-get install chromium, or its path in CHROMIUM)
 
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: demo test test-browser lint types unit wheel benchmark clean
+.PHONY: demo test test-fast test-browser lint types unit wheel benchmark clean
 
 demo: $(STAMP)
 	$(PY) examples/synthetic.py --dataset sprites --minutes 3 --out runs/demo
@@ -24,7 +26,10 @@ types: $(STAMP)
 	$(PY) -m mypy
 
 unit: $(STAMP)
-	$(PY) -m pytest tests ssd_addon
+	$(PY) -m pytest
+
+test-fast: $(STAMP)
+	$(PY) -m pytest -m "not slow and not distributed"
 
 test-browser: $(STAMP)
 	$(PY) -m pytest tests/browser

@@ -1,6 +1,6 @@
 """Tensors by their shape, for annotations: to a type checker and at run time each is a plain Tensor.
 
-The tests check every annotated function with jaxtyping (tests/shapes.py); in one call, a letter stands for one size.
+The tests check every annotated function with jaxtyping (tests/support/shapes.py): a letter is one size in one call.
 n rows, d width of a space, D of the joint embedding, V views, B images of size [C, H, W], P pairs.
 """
 

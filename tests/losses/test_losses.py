@@ -1,4 +1,4 @@
-"""JointEntropyLoss against the oracle (tests/reference.py), against lightly, and against bad input."""
+"""JointEntropyLoss against the oracle (tests/support/reference.py), against lightly, and against bad input."""
 
 import copy
 import itertools

@@ -1,14 +1,10 @@
 """The baselines of docs/results.md against loops written from their papers' equations."""
 
 import math
-import sys
-from pathlib import Path
 
 import kornia.augmentation as K
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from study.augself import AugSelf
 from study.looc import LooCLoss
 

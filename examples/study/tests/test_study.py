@@ -2,13 +2,10 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch.nn.functional as F
 from latents import CausalLatents
 from study import grid, methods, pictures, report, runner, worlds

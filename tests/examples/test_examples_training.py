@@ -16,13 +16,14 @@ from examples import imagenet, lightly_pipeline
 from ssd_addon import StructuredViews, recipe
 
 pytestmark = [
+    pytest.mark.slow,
     # Lightning's advice on hardware and loaders, and its use of a deprecated pytree name.
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*"),
     pytest.mark.filterwarnings("ignore:.*GPU available but not used.*"),
 ]
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = "--backbone timm:test_resnet --size 32 --hidden 16 --widths content=16,spatial=8,color=8 --batch-size 4"
 SMALL += " --epochs 3 --warmup-epochs 1 --workers 0 --log-every 1"
 
@@ -226,6 +227,7 @@ def test_without_train_and_val_the_folder_itself(data: Path, capsys: pytest.Capt
         run(data, "run", "--batch-size", "16")
 
 
+@pytest.mark.distributed
 def test_two_processes(data: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "examples/imagenet.py", *SMALL.split()]

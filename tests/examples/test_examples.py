@@ -1,17 +1,15 @@
 """The examples run: two steps of each, and what they write."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import sprites
 import synthetic
+import torch
 
 from ssd_addon.metrics import Circular
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("dataset", ["sprites", "latents"])

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ssd_addon import JointEntropyLoss
 from ssd_addon.kernels import BACKENDS, choose_backend, dispatch, negative_lse, off_diagonal_energy
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RUN = ("eager", "streaming")
 RTOL, ATOL = 1e-9, 1e-11  # float64 against float64 loops
 

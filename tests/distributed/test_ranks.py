@@ -26,6 +26,8 @@ from ssd_addon._dist import Shards, shards, world_size
 from ssd_addon.kernels import dispatch, negative_lse, off_diagonal_energy, streaming, table
 from ssd_addon.kernels.similarity import Known, log_sums
 
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
 FAMILIES = ("simclr", "vicreg", "barlow")
 BACKENDS = ("eager", "streaming", "triton")
 PLANS = ("shared_query", "interleaved")

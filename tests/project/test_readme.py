@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def small_backbone() -> nn.Module:

@@ -20,7 +20,7 @@ from ssd_addon.kernels import dispatch, launch, negative_lse, off_diagonal_energ
 from ssd_addon.kernels.operands import scaled_rows
 
 # The interpreter computes with numpy, which warns of what is masked afterwards (a row's similarity to its own image).
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 RESOLUTION = 2e-3
 """Named constant of the error budget: lse of fp16 rows at temperature 0.15; the worst is 2^-11 / 0.15 = 3.3e-3."""
