@@ -4,8 +4,11 @@ import importlib.util
 import re
 from pathlib import Path
 
+import kornia.augmentation as K
 import torch
 from torch import nn
+
+from ssd_addon import StructuredViews, StyleHeads
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -35,6 +38,21 @@ def test_the_recipe_as_it_is_written_down():
     names = {"backbone": small_backbone(), "images": images, "torch": torch}
     exec(compile(block, str(page), "exec"), names)
     assert torch.isfinite(names["loss"]) and names["views"].cross_image == ("blur",)
+
+
+def test_extending_it_as_it_is_written_down():
+    page = README.parent / "docs" / "extend.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    views = StructuredViews({"color": [K.ColorJitter(hue=0.1)]}, seed=0)
+    names = {"model": StyleHeads(small_backbone(), {"content": 4, "color": 3}, hidden=(8,))}
+    names |= {"images": torch.rand(6, 3, 8, 8), "batch": views(torch.rand(6, 3, 8, 8))}
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
+    assert torch.isfinite(names["terms"].loss) and names["ascent"].steps == 1
+    for part in ("std", "field"):
+        query, _, _, noise = (p["noise"]["0.Noise"][part] for p in names["batch"].parameters)
+        assert torch.equal(query, noise)
 
 
 def test_links_lead_somewhere():
