@@ -6,12 +6,15 @@ parameters, which stay shared and are trained). Legend: F backbone width.
 
 import copy
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from ssd_addon.backbone_trial import trial
+from ssd_addon import _checks
+from ssd_addon.backbone_trial import Trial, patched, trial
 
 CLASSIFIERS = ("fc", "heads", "head", "classifier")
 """What torchvision's models and most others call their classifier."""
@@ -38,6 +41,7 @@ class Prepared:
         name: of the caller's backbone, for messages.
         changes: what was done to it, in words.
         dropped: the parts that were taken off, by their names in the module.
+        class_token: whether a result [N, F] is the class token.
     """
 
     module: nn.Module
@@ -45,9 +49,16 @@ class Prepared:
     name: str
     changes: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    class_token: bool = False
 
     def drop(self, path: str, new: nn.Module, why: str) -> None:
         """Put something without parameters in the place of a part, on a copy."""
+        if patched(self.module):
+            raise ValueError(
+                f"backbone {self.name}: expected a module whose forward is its class's, as {path!r} has to be taken "
+                "off: got one whose forward was replaced on the instance; put nn.Identity() there yourself and give "
+                "in_features, or pass the module before it was changed"
+            )
         self.module = _replaced(self.module, path, new)
         self.dropped.append(path)
         self.changes.append(f"{path!r} taken off, {why}")
@@ -63,6 +74,11 @@ def prepared(backbone: nn.Module, in_features: int | None, pool: str, sample_ndi
     _unwrap(made)
     net = made.module
     made.name = type(net).__name__
+    if lazy := [n for n, t in (*net.named_parameters(), *net.named_buffers()) if is_lazy(t)]:
+        raise ValueError(
+            f"backbone {made.name}: expected parameters that have a size: got lazy ones, {_checks.names(lazy)}; run "
+            "the backbone on one batch first"
+        )
     if isinstance(net, torch.jit.ScriptModule):
         if in_features is None:
             raise ValueError(
@@ -71,7 +87,7 @@ def prepared(backbone: nn.Module, in_features: int | None, pool: str, sample_ndi
             )
     elif callable(getattr(net, "forward_features", None)) and callable(getattr(net, "forward_head", None)):
         _timm(made, pool, in_features)
-    elif not _torchvision(made, in_features):
+    elif not _torchvision(made, in_features, pool):
         _other(made, in_features, sample_ndim)
     return made
 
@@ -87,8 +103,8 @@ def _unwrap(made: Prepared) -> None:
                 "backbone: expected a module before it is sharded: got one inside FSDP; build StyleHeads around the "
                 "bare backbone and shard the StyleHeads, fully_shard(model)"
             )
-        kind = type(made.module).__name__
-        inner = made.module._modules.get(WRAPPERS[kind]) if kind in WRAPPERS else None
+        kind = next((c.__name__ for c in type(made.module).__mro__ if c.__name__ in WRAPPERS), "")
+        inner = made.module._modules.get(WRAPPERS[kind]) if kind else None
         if inner is None:
             return
         made.changes.append(f"taken out of {kind}; wrap the StyleHeads instead")
@@ -103,15 +119,25 @@ def _replaced(module: nn.Module, path: str, new: nn.Module | None) -> nn.Module:
     head, _, rest = path.partition(".")
     outer = copy.copy(module)
     outer._modules = dict(module._modules)
+    for attribute, value in vars(module).items():  # a method that was bound anew, as accelerate does with forward
+        if isinstance(value, MethodType) and value.__self__ is module:
+            vars(outer)[attribute] = MethodType(value.__func__, outer)
     inner = module._modules[head]
     outer._modules[head] = _replaced(inner, rest, new) if rest and inner is not None else new
     return outer
 
 
-def _torchvision(made: Prepared, in_features: int | None) -> bool:
+def _torchvision(made: Prepared, in_features: int | None, pool: str) -> bool:
     """Take off the classifier of one of torchvision's models, auxiliary ones too. False: it is none of these."""
-    if not any(c.__module__.startswith("torchvision.models") for c in type(made.module).__mro__):
+    if not type(made.module).forward.__module__.startswith("torchvision.models"):
         return False
+    if type(made.module).__name__ == "VisionTransformer":
+        made.class_token = True
+        if pool == "mean":
+            raise ValueError(
+                "pool: expected 'auto' or 'cls' for torchvision's VisionTransformer, which returns its class token "
+                "alone: got 'mean'; timm's transformers can be averaged"
+            )
     for name in CLASSIFIERS:
         part = made.module._modules.get(name)
         layers = [] if part is None else [m for m in part.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -135,9 +161,14 @@ def _torchvision(made: Prepared, in_features: int | None) -> bool:
 def _other(made: Prepared, in_features: int | None, sample_ndim: int) -> None:
     """A module of the user's own: a part that is called like a classifier is one only where it comes last.
 
-    With in_features the module is kept as it is, unless its last part turns features of that width into something else.
+    Where the module says how wide its features are (in_features, or its num_features) and returns as many, nothing is
+    taken off, unless its last part takes as many too.
     """
-    net, seen = made.module, None
+    net: Any = made.module
+    own = getattr(net, "num_features", None)
+    own = own if isinstance(own, int) and own > 0 else None
+    declared = in_features or own
+    seen: Trial | None = None
     for name in CLASSIFIERS:
         part = net._modules.get(name)
         layers = [] if part is None else [m for m in part.modules() if isinstance(m, nn.Linear)]
@@ -146,20 +177,27 @@ def _other(made: Prepared, in_features: int | None, sample_ndim: int) -> None:
         before, after = layers[0].in_features, layers[-1].out_features
         if in_features is not None and (after == in_features or before != in_features):
             continue
+        if declared == after != before:
+            continue
         seen = seen or trial(net, sample_ndim)
-        if seen.is_last(net, name):
+        if not seen.ran and in_features is None:
+            raise ValueError(
+                f"backbone {made.name}: expected a module that runs on images of a usual size, to see whether its part "
+                f"{name!r} is a classifier at its end: got one that does not; give in_features, the width of what it "
+                f"returns, with nn.Identity() in the place of {name!r} if that is a classifier"
+            )
+        if seen.is_last(name):
             made.drop(name, nn.Identity(), f"a classifier ({before} to {after}), as it comes last")
             made.in_features = before
             return
     if in_features is not None:
         return
-    width = getattr(net, "num_features", None)
-    if not isinstance(width, int) or width < 1:
+    if own is None:
         raise ValueError(
             f"backbone {made.name}: expected num_features, or a classifier fc, heads, head or classifier at its end, "
             "to read the width of its features from: got none of them; give in_features"
         )
-    made.in_features = width
+    made.in_features = own
 
 
 # ------------------------------------------------------------------------------------------------ timm
@@ -239,6 +277,6 @@ def _drop_idle_parts(made: Prepared) -> None:
     for name, part in net.model.named_children():
         inside = [f"model.{name}.{n}" for n, _ in part.named_children()] if name in ("head", "head_dist") else []
         for path in inside or [f"model.{name}"]:
-            runs = any(c == path or c.startswith(f"{path}.") for c in seen.called)
+            runs = any(c == path or c.startswith(f"{path}.") for c in seen.calls)
             if not runs and any(True for _ in net.get_submodule(path).parameters()):
                 made.drop(path, nn.Identity(), "as this pooling does not run it")

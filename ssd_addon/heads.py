@@ -3,7 +3,8 @@
 Legend: V views, B images, F backbone width, S spaces, h hidden width, d_s width of space s.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -20,6 +21,7 @@ from ssd_addon.stack import HeadStack
 
 Pool = Literal["auto", "mean", "cls", "flatten"]
 POOLS: tuple[Pool, ...] = ("auto", "mean", "cls", "flatten")
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Hidden = Sequence[int] | Mapping[str, Sequence[int]]
 
 
@@ -93,6 +95,7 @@ class StyleHeads(nn.Module):
         self.backbone, self.in_features = made.module, made.in_features
         self.backbone_name, self.changes = made.name, tuple(made.changes)
         self._dropped = tuple(f"backbone.{path}." for path in made.dropped)
+        self._class_token = made.class_token
         self.on_sphere = False
         if isinstance(hidden, Mapping):
             _checks.same_names(hidden, names, "hidden", "heads")
@@ -140,16 +143,18 @@ class StyleHeads(nn.Module):
     def features(self, x: ViewBatch | Tensor) -> Tensor:
         """Pooled backbone features, [B, F] or [V, B, F]. Train mode and gradient are the caller's business."""
         views = x.views if isinstance(x, ViewBatch) else x
-        if self._is_plain(views, batch_only=isinstance(x, ViewBatch)):
-            return self._pooled(views)
-        return self._pooled(views.flatten(0, 1)).view(*views.shape[:2], -1)
+        with _outside_forward("features"):
+            if self._is_plain(views, batch_only=isinstance(x, ViewBatch)):
+                return self._pooled(views)
+            return self._pooled(views.flatten(0, 1)).view(*views.shape[:2], -1)
 
     def project(self, features: Tensor) -> dict[str, Tensor]:
         """What the heads make of pooled features of a plain batch, `features(x)`: [N, F] to name -> [N, d]."""
-        features = _as_weights(features, self.stacks)
         found: dict[str, Tensor] = {}
-        for stack in self.stacks:
-            found |= stack(features)
+        with _outside_forward("project"):
+            features = _as_weights(features, self.stacks)
+            for stack in self.stacks:
+                found |= stack(features)
         return {n: found[n] for n in self.spaces}
 
     def head(self, name: str) -> nn.Sequential:
@@ -173,7 +178,8 @@ class StyleHeads(nn.Module):
         }
 
     def save(self, path: str | Path, *, card: Mapping[str, Any] | None = None) -> None:
-        """Weights of backbone and heads, with the configuration.
+        """Weights of backbone and heads, with the configuration. A model that FSDP2 has sharded is gathered: call it on
+        every rank; rank 0 writes.
 
         Args:
             path: where to write.
@@ -225,8 +231,8 @@ class StyleHeads(nn.Module):
             raise ValueError(f"the checkpoint belongs to another configuration of StyleHeads: {'; '.join(differ)}")
         own = self.state_dict()
         try:
-            state = storage.matched(state_dict, own)
-            self.load_state_dict({k: v for k, v in state.items() if k in own or not k.startswith(self._dropped)})
+            state = storage.matched(state_dict, own, self._dropped)
+            self.load_state_dict({k: storage.sharded_as(v, own.get(k)) for k, v in state.items()})
         except RuntimeError as error:
             raise ValueError(
                 f"the checkpoint belongs to another backbone than {self.backbone_name}: {error}"
@@ -259,6 +265,11 @@ class StyleHeads(nn.Module):
                 "wrap it in a module that returns the features"
             )
         f = self.in_features
+        if self.pool == "cls" and y.ndim != 3 and not self._class_token:
+            raise ValueError(
+                f"pool: expected a backbone that returns tokens [N, T, F] for 'cls': got {_checks.shape(y)} from "
+                f"{self.backbone_name}; 'auto' takes what it returns"
+            )
         channels_last = y.ndim == 4 and y.shape[1] != f and y.shape[-1] == f
         if self.pool == "flatten":
             y = y.flatten(1)
@@ -283,7 +294,22 @@ def _as_weights(x: Tensor, module: nn.Module) -> Tensor:
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return x
-    for p in module.parameters():
+    layers = (m.weight for m in module.modules() if isinstance(m, _LAYERS))
+    first = next(layers, None)
+    for p in module.parameters() if first is None else (first,):  # a position may have another type than the layers
         if p.is_floating_point():
             return x.to(p.dtype)
     return x
+
+
+@contextmanager
+def _outside_forward(name: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "DTensor" not in str(error):
+            raise
+        raise ValueError(
+            f"{name}: expected whole parameters: got those of a model that FSDP2 has sharded, which gathers them in "
+            f"forward alone; call torch.distributed.fsdp.register_fsdp_forward_method(model, {name!r}) first"
+        ) from error

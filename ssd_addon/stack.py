@@ -33,10 +33,10 @@ class HeadStack(nn.Module):
         if self.first is None:
             return {n: layer(x) for n, layer in zip(self.widths, self.last, strict=True)}
         s, n = len(self.widths), x.shape[0]
-        y = torch.relu(self.norms[0](self.first(x)))  # [N, S*h]
+        y = torch.relu(_normed(self.norms[0], self.first(x)))  # [N, S*h]
         for weight, norm in zip(self.products, self.norms[1:], strict=True):
             per_head = torch.einsum("nsi,soi->nso", y.view(n, s, -1), weight)
-            y = torch.relu(norm(per_head.reshape(n, -1)))
+            y = torch.relu(_normed(norm, per_head.reshape(n, -1)))
         each = y.view(n, s, -1).unbind(1)
         return {name: layer(h) for name, layer, h in zip(self.widths, self.last, each, strict=True)}
 
@@ -63,3 +63,15 @@ class HeadStack(nn.Module):
             layers += [linear, single, nn.ReLU()]
         layers.append(copy.deepcopy(self.last[k]))
         return nn.Sequential(*layers).train(self.training)
+
+
+def _normed(norm: nn.Module, y: Tensor) -> Tensor:
+    """Batch norm in the type of its statistics, which FSDP2's mixed precision leaves as they are."""
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    kind = y.dtype if norm.running_mean is None else norm.running_mean.dtype
+    if norm.weight.dtype == kind:
+        out: Tensor = norm(y)
+        return out
+    parameters = {"weight": norm.weight.to(kind), "bias": norm.bias.to(kind)}
+    wide: Tensor = torch.func.functional_call(norm, parameters, (y.to(kind),))
+    return wide.to(y.dtype)

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from ssd_addon import _checks
 
-WRAPPERS = ("module", "_orig_mod", "_forward_module")
-"""What DDP, EMA, torch.compile and Fabric put into the keys of the modules that they wrap."""
+WRAPPERS = ("module", "_orig_mod", "_forward_module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""What DDP, EMA, torch.compile, Fabric, activation checkpointing and FSDP put into the keys of what they wrap."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +41,46 @@ class Stored:
 def write(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write a file whole or not at all: beside its place first, then renamed.
 
+    Tensors that are sharded over ranks are gathered: every rank has to call it then, and rank 0 writes.
+
     Raises:
         OSError: it cannot be written; what was there before is left.
     """
     path = Path(path)
+    parts: list[Any] = []
+    content = _whole(content, parts)
+    if parts:
+        try:
+            if dist.get_rank() == 0:
+                _write(path, content)
+        finally:
+            dist.barrier()
+        return
+    _write(path, content)
+
+
+def _whole(value: Any, parts: list[Any]) -> Any:
+    """The same with every sharded tensor whole, on the CPU; these are noted in `parts`."""
+    if isinstance(value, Mapping):
+        return {k: _whole(v, parts) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_whole(v, parts) for v in value)
+    if isinstance(value, Tensor) and hasattr(value, "full_tensor"):
+        parts.append(value)
+        return value.full_tensor().detach().cpu()
+    return value
+
+
+def sharded_as(value: Any, like: Any) -> Any:
+    """A whole tensor laid over ranks as another one is; what is not sharded stays as it is."""
+    if not hasattr(like, "full_tensor") or not isinstance(value, Tensor) or hasattr(value, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device, like.dtype), like.device_mesh, like.placements)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         torch.save(dict(content), beside)
@@ -88,28 +126,41 @@ def read(path: str | Path, *, expected: str, with_parts: str | None = None, map_
     return Stored(config, state, content.get("card") or {}, content)
 
 
-def matched(state: Mapping[str, Any], wanted: Iterable[str]) -> Mapping[str, Any]:
+def matched(state: Mapping[str, Any], wanted: Iterable[str], dropped: tuple[str, ...] = ()) -> Mapping[str, Any]:
     """A state dict under the keys that a module wants, whatever wrapped the module when it was saved.
 
     Recognized are the segments of `WRAPPERS`, wherever they stand, and a prefix that all weights of the module share
     ("model." in Lightning's files), where only one does; keys outside the prefix are other modules' and left out. A
     state that does not match is returned as it is, for `load_state_dict` to say what is missing.
+
+    Args:
+        dropped: prefixes of keys that older files may hold and the module no longer has; they are left out.
+
+    Raises:
+        ValueError: weights for the module under several prefixes, as in a file that holds an average beside them.
     """
     own = list(wanted)
-    if set(own) <= state.keys():
-        return state
     bare = {_bare(k): k for k in state}
     targets = {_bare(k): k for k in own}
+    if set(own) <= state.keys():
+        return {k: v for k, v in state.items() if k in targets.values() or not k.startswith(dropped)}
     if len(bare) < len(state) or len(targets) < len(own):  # two keys differ by a wrapper's name alone
         return state
     first = next(iter(targets), "")
     prefixes = [b.removesuffix(first) for b in bare if b == first or b.endswith("." + first)]
     fitting = [p for p in prefixes if all(p + t in bare for t in targets)]
-    if len(fitting) != 1:
+    if len(fitting) > 1:
+        raise ValueError(
+            f"expected the weights of one model: got them under several prefixes, {_checks.names(fitting)}; keep the "
+            "keys of the one that you want: {k.removeprefix(prefix): v for k, v in state.items() if "
+            "k.startswith(prefix)}"
+        )
+    if not fitting:
         return state
     prefix = fitting[0]
     found = {targets[t]: state[bare[prefix + t]] for t in targets}
-    rest = {k: state[k] for b, k in bare.items() if b.startswith(prefix) and b[len(prefix) :] not in targets}
+    beside = {b[len(prefix) :]: k for b, k in bare.items() if b.startswith(prefix)}
+    rest = {k: state[k] for name, k in beside.items() if name not in targets and not name.startswith(dropped)}
     wrapped = any(k != b for b, k in bare.items())
     if wrapped:
         rest.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel counts its updates there

@@ -226,6 +226,200 @@ def test_a_subclass_of_torchvisions_is_torchvisions():
     assert StyleHeads(net, SPACES, hidden=()).in_features == 512 and isinstance(net.fc, nn.Linear)
 
 
+class Reused(nn.Module):
+    """Modules under two names, a cache and a counter: what a run leaves behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        self.again = self.conv2 = nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16))
+        self.head = self.fc = nn.Linear(16, 10)
+        self.cache, self.count = None, 0
+
+    def forward(self, x):
+        self.count += 1
+        x = self.again(self.conv2(self.norm(self.conv(x)))).flatten(2)
+        if self.cache is None or len(self.cache) != x.shape[-1]:
+            self.cache = torch.linspace(0, 1, x.shape[-1], device=x.device)
+        return self.fc((x * self.cache).mean(2))
+
+
+def test_a_trial_run_leaves_nothing_behind():
+    net = Reused()
+    before = fingerprint(net)
+    model = StyleHeads(net, SPACES, hidden=())
+    assert fingerprint(net) == before and net.cache is None and net.count == 0
+    assert model.in_features == 16 and "'fc' taken off" in model.changes[0]
+    assert model(torch.rand(3, 2, 3, 12, 12))["content"].shape == (3, 2, 8)
+    assert net(torch.rand(2, 3, 9, 9)).shape == (2, 10)
+
+
+def test_models_whose_blocks_are_shared_stay_whole():
+    net = timm.create_model("coat_tiny")
+    before = fingerprint(net)
+    StyleHeads(net, SPACES, hidden=())
+    assert fingerprint(net) == before and not any(t.is_meta for t in net.parameters())
+
+
+class Middle(Encoder):
+    """fc in the middle, and as wide as what comes out."""
+
+    num_features = 16
+
+    def __init__(self):
+        super().__init__(16)
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.out(super().forward(x).relu())
+
+
+def hooked(net):
+    net.conv.register_forward_hook(lambda module, args, out: out)
+
+
+def normed(net):
+    net.conv = nn.utils.spectral_norm(net.conv)
+
+
+def weighed(net):
+    net.conv = nn.utils.parametrizations.weight_norm(net.conv)
+
+
+class NeedsData(Middle):
+    def forward(self, x):
+        return super().forward(x) * (1 if x.sum().item() > 0 else 2)
+
+
+class Digits(Middle):
+    """28 x 28 pixels and no others."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16 * 26 * 26, 16), nn.Unflatten(1, (16, 1, 1))
+        )
+
+
+@pytest.mark.parametrize(
+    "make,change",
+    [(Middle, None), (Middle, hooked), (Middle, normed), (Middle, weighed), (NeedsData, None), (Digits, None)],
+)
+def test_a_layer_called_fc_in_the_middle_is_kept_whatever_stands_in_the_way_of_a_trial(make, change):
+    net = make().eval()
+    if change:
+        change(net)
+    model = StyleHeads(net, SPACES, hidden=()).eval()
+    x = torch.rand(2, 3, 28, 28)
+    assert model.changes == () and torch.equal(model.features(x), net(x))
+
+
+def test_what_cannot_be_tried_is_not_guessed():
+    class Odd(Encoder):
+        def forward(self, x):
+            assert x.shape[-1] == 37
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match="whether its part 'fc' is a classifier at its end.*give in_features"):
+        StyleHeads(Odd(10), SPACES)
+    model = StyleHeads(Odd(10), SPACES, in_features=10, hidden=())
+    assert model.features(torch.rand(2, 3, 37, 37)).shape == (2, 10)
+
+
+class Last(nn.Module):
+    """What comes last, in several ways."""
+
+    def __init__(self, how, width=16, num_features=None):
+        super().__init__()
+        self.conv, self.fc, self.how = nn.Conv2d(3, 16, 3), nn.Linear(16, width), how
+        self.relu = nn.ReLU(inplace=True)
+        if num_features:
+            self.num_features = num_features
+
+    def forward(self, x):
+        x = self.fc(self.conv(x).mean((2, 3)))
+        return {"last": lambda: x, "twice": lambda: self.fc(x), "in place": lambda: self.relu(x)}[self.how]()
+
+
+@pytest.mark.parametrize("how", ["twice", "in place"])
+def test_a_layer_that_runs_twice_or_whose_output_is_changed_is_no_classifier(how):
+    net = Last(how, num_features=16).eval()
+    model, x = StyleHeads(net, SPACES, hidden=()).eval(), torch.rand(2, 3, 8, 8)
+    assert model.changes == () and torch.equal(model.features(x), net(x))
+
+
+def test_a_module_that_says_how_wide_its_output_is_keeps_it():
+    net = Last("last", 8, num_features=8).eval()
+    model, x = StyleHeads(net, SPACES, hidden=()).eval(), torch.rand(2, 3, 8, 8)
+    assert model.in_features == 8 and torch.equal(model.features(x), net(x))
+    assert StyleHeads(Last("last", 10, num_features=16), SPACES, hidden=()).in_features == 16
+
+
+def test_a_forward_that_was_bound_anew_moves_to_the_copy_and_any_other_is_refused():
+    import types
+
+    net = Encoder(16).eval()
+    net.forward = types.MethodType(lambda self, x: Encoder.forward(self, x) + 0, net)
+    model, x = StyleHeads(net, SPACES, in_features=16, hidden=()).eval(), torch.rand(2, 3, 8, 8)
+    assert torch.equal(model.features(x), net(x))
+    resnet = torchvision.models.resnet18().eval()
+    resnet.forward = types.MethodType(type(resnet).forward, resnet)
+    assert StyleHeads(resnet, SPACES, hidden=()).eval().features(torch.rand(2, 3, 32, 32)).shape == (2, 512)
+    plain = torchvision.models.resnet18()
+    plain.forward = lambda x, inner=plain.forward: inner(x)
+    with pytest.raises(ValueError, match="forward was replaced on the instance"):
+        StyleHeads(plain, SPACES)
+
+
+def test_a_network_that_accelerate_has_prepared():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    net = Accelerator(mixed_precision="bf16", cpu=True).prepare(torchvision.models.resnet18())
+    model = StyleHeads(net, SPACES, hidden=())
+    assert model(torch.rand(3, 2, 3, 32, 32))["content"].shape == (3, 2, 8)
+    AcceleratorState._reset_state(True)
+
+
+def test_subclasses_of_wrappers_are_taken_off():
+    class Mine(DataParallel):
+        pass
+
+    assert StyleHeads(Mine(torchvision.models.resnet18()), SPACES, hidden=()).in_features == 512
+
+
+def test_lazy_parameters_are_refused():
+    net = nn.Sequential(nn.LazyConv2d(16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ValueError, match=r"lazy ones, 0\.weight, 0\.bias; run the backbone on one batch first"):
+        StyleHeads(net, SPACES, in_features=16)
+
+
+def test_a_subclass_of_torchvisions_with_a_forward_of_its_own_is_the_users():
+    class Mine(torchvision.models.ResNet):
+        def __init__(self):
+            super().__init__(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+            self.head = nn.Linear(1000, 7)
+
+        def forward(self, x):
+            return self.head(super().forward(x))
+
+    model = StyleHeads(Mine(), SPACES, hidden=())
+    assert model.in_features == 1000 and "'head' taken off" in model.changes[0]
+    assert model(torch.rand(3, 2, 3, 32, 32))["content"].shape == (3, 2, 8)
+
+
+def test_a_pooling_that_the_backbone_does_not_have_is_refused():
+    vit = torchvision.models.vit_b_16(image_size=32)
+    x = torch.rand(2, 3, 32, 32)
+    cls = StyleHeads(vit, SPACES, hidden=(), pool="cls").eval()
+    assert torch.equal(cls.features(x), StyleHeads(vit, SPACES, hidden=()).eval().features(x))
+    with pytest.raises(ValueError, match="VisionTransformer, which returns its class token alone: got 'mean'"):
+        StyleHeads(vit, SPACES, pool="mean")
+    with pytest.raises(ValueError, match=r"returns tokens \[N, T, F\] for 'cls': got \[2, 512\] from ResNet"):
+        StyleHeads(torchvision.models.resnet18(), SPACES, pool="cls").features(x)
+
+
 # ---- types
 
 
@@ -251,6 +445,18 @@ def test_views_are_cast_to_the_type_of_the_weights(weights, views):
     assert model.features(x).dtype == weights
     with torch.autocast("cpu", torch.bfloat16):
         assert StyleHeads(Small(), SPACES, hidden=(4,))(x.float())["content"].dtype == torch.bfloat16
+
+
+def test_a_position_of_another_type_than_the_layers():
+    class Positioned(Small):
+        def __init__(self):
+            super().__init__()
+            self.bfloat16()
+            self.position = nn.Parameter(torch.zeros(()))
+
+    net = Positioned()
+    assert next(net.parameters()).dtype == torch.float32
+    assert StyleHeads(net, SPACES, hidden=()).features(torch.rand(2, 3, 8, 8)).dtype == torch.bfloat16
 
 
 def test_heads_of_another_type_than_the_backbone():
@@ -295,8 +501,29 @@ def test_weights_are_found_under_the_names_of_wrappers(kind):
 def test_weights_of_two_models_in_one_file_are_not_guessed():
     model = StyleHeads(Small(), SPACES, hidden=())
     both = {f"{who}.{k}": t for who in ("student", "teacher") for k, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match="belongs to another backbone than Small"):
+    with pytest.raises(ValueError, match=r"under several prefixes, student\., teacher\.; keep the keys of the one"):
         model.restore(model.config(), both)
+
+
+def test_a_classifier_in_an_older_file_is_left_out_under_any_prefix():
+    net = timm.create_model("resnet10t")
+    model = StyleHeads(net, SPACES, hidden=())
+    old = model.state_dict() | {"backbone.model.fc.weight": net.fc.weight, "backbone.model.fc.bias": net.fc.bias}
+    for prefix in ("", "module.", "model."):
+        model.restore(model.config(), {prefix + k: t for k, t in old.items()})
+
+
+def test_weights_under_activation_checkpointing():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = StyleHeads(nn.Sequential(Small()), SPACES, in_features=8, hidden=())
+    state = {
+        k.replace("backbone.0.", "backbone.0._checkpoint_wrapped_module."): t for k, t in model.state_dict().items()
+    }
+    assert "_checkpoint_wrapped_module" in str(checkpoint_wrapper(Small()))  # what it is called
+    other = StyleHeads(nn.Sequential(Small()), SPACES, in_features=8, hidden=())
+    other.restore(model.config(), state)
+    assert torch.equal(other.state_dict()["backbone.0.conv.weight"], model.state_dict()["backbone.0.conv.weight"])
 
 
 def test_weights_that_are_missing_are_named():

@@ -11,7 +11,7 @@ import torch
 from lightly.loss import BarlowTwinsLoss, DCLLoss, VICRegLoss
 from torch import nn
 
-from ssd_addon import Embeddings, JointEntropyLoss, ViewPlan, _unit
+from ssd_addon import Embeddings, JointEntropyLoss, ViewPlan
 
 FAMILIES = ("simclr", "vicreg", "barlow")
 WIDTHS = {"content": 4, "color": 3, "spatial": 2}
@@ -355,25 +355,3 @@ def test_embeddings_pickle_whole():
     again = pickle.loads(pickle.dumps(z))
     assert again.plan == plan and torch.equal(again.image_ids, ids) and torch.equal(again.space_index, index)
     assert torch.equal(again["color"], z["color"])
-
-
-def test_unit_rows_and_cosines_have_both_derivatives():
-    g = torch.Generator().manual_seed(0)
-    z = [torch.randn(3, 5, d, generator=g, dtype=torch.float64).requires_grad_() for d in (4, 2)]
-    pairs = ((0, 1, 0), (0, 2, 1), (1, 2, 0))
-    assert torch.autograd.gradcheck(lambda *z: _unit.joint_and_cosines(z, pairs), z)
-    assert torch.autograd.gradgradcheck(lambda *z: _unit.joint_and_cosines(z, pairs), z)
-
-
-def test_a_row_of_zeros_has_the_gradient_of_normalize():
-    z = [torch.randn(2, 1500, 3, dtype=torch.float64), torch.randn(2, 1500, 2, dtype=torch.float64)]
-    z[0][0, 3] = 0
-    z[1][1, 7] = 1e-13
-    pairs, results = ((0, 1, 0), (0, 1, 1)), []
-    for f in (_unit.joint_and_cosines, _unit._plain):
-        leaves = [t.clone().requires_grad_() for t in z]
-        joint, cosines = f(leaves, pairs)
-        loss = (joint * torch.arange(joint.numel(), dtype=joint.dtype).view_as(joint).sin()).sum() + cosines.cos().sum()
-        results.append([joint.detach(), cosines.detach(), *torch.autograd.grad(loss, leaves)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
