@@ -1,0 +1,30 @@
+"""Runs: what a training leaves in its folder, and opening it again without the script that trained it.
+
+    model.save("runs/mine/model.pt", card={"backbone": "torchvision:resnet18", "views": {...}, "family": "simclr"})
+    opened = load("runs/mine")                            .model, .views, .card, .log
+
+A file of your own is opened too if it holds {"config": model.config(), "state_dict": model.state_dict(), "card": ...};
+a training run's checkpoint (`save_run`, `restore_run`) holds the same as "heads", "model" and "card" beside the rest of
+its state.
+"""
+
+from ssd_addon.card import check_card
+from ssd_addon.runs.build import build_backbone, build_views, find
+from ssd_addon.runs.checkpoint import restore_run, save_run
+from ssd_addon.runs.log import cut_log, read_log
+from ssd_addon.runs.open import Opened, load
+from ssd_addon.runs.sampler import ResumableSampler
+
+__all__ = [
+    "Opened",
+    "ResumableSampler",
+    "build_backbone",
+    "build_views",
+    "check_card",
+    "cut_log",
+    "find",
+    "load",
+    "read_log",
+    "restore_run",
+    "save_run",
+]

@@ -1,0 +1,168 @@
+"""Backbones and views from plain data, such as a card holds, and from the caller's own code."""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ssd_addon import _checks
+from ssd_addon.augment import StructuredViews
+from ssd_addon.recipes import presets
+
+PRESET_KEYS = ("preset", "size", "normalize", "plan", "cross_image", "constrained_crop")
+
+
+def build_backbone(spec: str, *, code: bool = False) -> nn.Module:
+    """ "torchvision:resnet18", "timm:vit_tiny_patch16_224" (without weights); with `code`, "FILE.py:NAME" too.
+
+    Raises:
+        ValueError: another form, an unknown model, or something that makes no module.
+        ImportError: torchvision or timm is missing.
+    """
+    home, _, name = spec.partition(":")
+    if not name:
+        raise ValueError(f"backbone: expected torchvision:NAME, timm:NAME or FILE.py:NAME: got {spec!r}")
+    if home == "torchvision":
+        models = importlib.import_module("torchvision.models")
+        if name not in models.list_models(module=models):  # classification; the others load weights of their own
+            raise ValueError(f"backbone: torchvision has no classification model {name!r} (see torchvision.models)")
+        model: nn.Module = models.get_model(name, weights=None)
+        return model
+    if home == "timm":
+        timm = importlib.import_module("timm")
+        if ":" in name or "/" in name or not timm.is_model(name):  # names of hubs and folders are no architectures
+            raise ValueError(f"backbone: timm has no model {name!r}")
+        try:
+            made: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
+            return made
+        except RuntimeError as error:  # a tag that it does not have
+            raise ValueError(f"backbone: timm has no model {name!r} ({error})") from error
+    if not code:
+        raise ValueError(f"backbone: expected torchvision:NAME or timm:NAME: got {spec!r}")
+    maker = find(spec, "backbone")
+    found = maker() if callable(maker) else maker
+    if not isinstance(found, nn.Module):
+        raise ValueError(f"backbone: expected {spec} to make an nn.Module: got {type(found).__name__}")
+    return found
+
+
+def build_views(spec: Any, *, code: bool = False, seed: int | None = 0) -> StructuredViews:
+    """`StructuredViews` from plain data.
+
+    Args:
+        spec: {"preset": name, "size": pixels}, with "plan", "cross_image" and "constrained_crop" beside it if need be;
+            or {"groups": {"color": [["ColorJitter", {"hue": 0.1}], ...]}, "then": [...], ...} with the arguments of
+            `StructuredViews`, each operation as Kornia's name and its arguments; or a `StructuredViews`. With `code`
+            also a preset's name, a JSON file of such a mapping, or "FILE.py:NAME", where NAME() makes the views.
+        seed: of the draws.
+
+    Raises:
+        ValueError: another form, an unknown operation, arguments that it does not take.
+    """
+    if isinstance(spec, StructuredViews):
+        return spec
+    if isinstance(spec, Path):
+        spec = str(spec)
+    if isinstance(spec, str) and code:
+        if spec.endswith(".json"):
+            spec = read_json(spec)
+        elif ":" in spec:
+            maker = find(spec, "views")
+            made = maker() if callable(maker) and not isinstance(maker, StructuredViews) else maker
+            if not isinstance(made, StructuredViews):
+                raise ValueError(f"views: expected {spec} to make StructuredViews: got {type(made).__name__}")
+            return made
+        else:
+            spec = {"preset": spec}
+    if not isinstance(spec, Mapping) or ("preset" in spec) == ("groups" in spec):
+        raise ValueError(f"views: expected a mapping with either 'preset' or 'groups': got {spec!r}")
+    if "preset" in spec:
+        if extra := [k for k in spec if k not in PRESET_KEYS]:
+            raise ValueError(f"views: expected {_checks.names(PRESET_KEYS)}: got {_checks.names(extra)} too")
+        options = {k: spec[k] for k in ("size", "normalize") if k in spec}
+        size = spec.get("size", 1)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"views: expected the preset's size in whole pixels, 1 or more: got {size!r}")
+        drawn = {k: spec[k] for k in ("plan", "cross_image", "constrained_crop") if k in spec}
+        try:
+            return StructuredViews(**presets(spec["preset"], **options), **drawn, seed=seed)
+        except TypeError as error:
+            raise ValueError(f"views: {error}") from error
+    allowed = set(inspect.signature(StructuredViews).parameters) - {"seed", "rank"}
+    if unknown := spec.keys() - allowed:
+        raise ValueError(f"views: expected {_checks.names(sorted(allowed))}: got {_checks.names(sorted(unknown))}")
+    arguments = dict(spec)
+    for name in ("groups", "key_groups"):
+        groups = arguments.get(name)
+        if groups is not None:
+            if not isinstance(groups, Mapping):
+                raise ValueError(f"views: expected {name} as a mapping name -> operations: got {groups!r}")
+            arguments[name] = {g: _operations(ops, f"{name}[{g!r}]") for g, ops in groups.items()}
+    for name in ("then", "key_then"):
+        if arguments.get(name) is not None:
+            arguments[name] = _operations(arguments[name], name)
+    return StructuredViews(**arguments, seed=seed)
+
+
+def read_json(file: str) -> Any:
+    try:
+        return json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"views: expected a JSON file: {file} could not be read ({error})") from error
+
+
+def _operations(specs: Any, where: str) -> list[nn.Module]:
+    import kornia.augmentation as K
+
+    if not isinstance(specs, list | tuple):
+        raise ValueError(f"views: expected {where} as a list of operations [name, arguments]: got {specs!r}")
+    made: list[nn.Module] = []
+    for spec in specs:
+        if not isinstance(spec, list | tuple) or len(spec) not in (1, 2) or not isinstance(spec[-1], str | Mapping):
+            raise ValueError(f"views: expected an operation of {where} as [name, arguments]: got {spec!r}")
+        name, arguments = spec[0], spec[1] if len(spec) == 2 else {}
+        kind: Any = getattr(K, str(name), None)
+        made_for_images = inspect.isclass(kind) and issubclass(kind, K.AugmentationBase2D)
+        if not made_for_images:
+            raise ValueError(f"views: expected the name of a 2-D operation of kornia.augmentation: got {name!r}")
+        if not isinstance(arguments, Mapping):
+            raise ValueError(f"views: expected the arguments of {name} as a mapping: got {arguments!r}")
+        try:
+            made.append(kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}))
+        except Exception as error:  # Kornia checks by assertions and type errors alike
+            raise ValueError(f"views: {name} does not take {dict(arguments)!r} ({error})") from error
+    return made
+
+
+def find(spec: str, what: str) -> Any:
+    """The thing called NAME in "FILE.py:NAME" or "MODULE:NAME"; runs that file or module."""
+    home, _, name = spec.rpartition(":")
+    if not home or not name or home.startswith("."):
+        raise ValueError(f"{what}: expected FILE.py:NAME or MODULE:NAME: got {spec!r}")
+    if home.endswith(".py"):
+        file = Path(home).resolve()
+        if not file.is_file():
+            raise ValueError(f"{what}: expected a Python file: got {home}, which is no file")
+        loader = importlib.util.spec_from_file_location(f"_ssd_addon_{file.stem}", file)
+        assert loader is not None and loader.loader is not None
+        module = importlib.util.module_from_spec(loader)
+        sys.modules[loader.name] = module  # dataclasses and pickle look there
+        sys.path.insert(0, str(file.parent))  # what lies beside a script, as when it is run
+        try:
+            loader.loader.exec_module(module)
+        finally:
+            sys.path.remove(str(file.parent))
+    else:
+        try:
+            module = importlib.import_module(home)
+        except ImportError as error:
+            raise ValueError(f"{what}: expected a module that can be imported: {home!r} can not ({error})") from error
+    if not hasattr(module, name):
+        raise ValueError(f"{what}: {home} has no {name!r}")
+    return getattr(module, name)
