@@ -254,7 +254,12 @@ def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _check_range(temperature: float, dtype: torch.dtype) -> None:
-    smallest = 4 / torch.finfo(dtype).max
+    largest = torch.finfo(dtype).max
+    smallest = 4 / largest
+    if temperature > largest:
+        raise ValueError(
+            f"temperature: expected at most {largest:.1e}, the largest number of {dtype}: got {temperature}"
+        )
     if temperature < smallest:
         raise ValueError(
             f"temperature: expected at least {smallest:.1e}, below it the inverse overflows {dtype}: got {temperature}"

@@ -16,18 +16,36 @@ def register(
     _pytree.register_pytree_node(kind, flatten, unflatten, serialized_type_name=f"{kind.__module__}.{kind.__name__}")
 
 
-def integers_again(ids: Any, what: str) -> Any:
-    """Ids that went through a cast of all tensors (`tree_map(lambda t: t.float(), ...)`) as integers again.
+CHANGED = -(2**62)
+"""In the place of ids that a function of every tensor has changed: the loss finds it where it reads the ids."""
 
-    Raises:
-        TypeError: the floating-point type does not hold every id exactly, so that two images might have become one.
+
+class Beside:
+    """What a container held beside its leaves when it was taken apart; no matter for comparisons of structure."""
+
+    def __init__(self, *items: Any) -> None:
+        self.items = items
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Beside)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def restored(leaf: Any, kept: Tensor | None) -> Any:
+    """Ids that went through a function of every tensor, as `tree_map` and frameworks apply them.
+
+    Moves, casts (`t.half()`), permutations and selections give the ids that they should. After arithmetic (`t / 2`)
+    they are all `CHANGED`, which the loss refuses. Nothing is read from the device.
     """
-    if not isinstance(ids, Tensor) or not ids.is_floating_point():
-        return ids
-    exact = 2 / torch.finfo(ids.dtype).eps  # every integer below is a number of the type
-    if ids.numel() and not bool(ids.abs().max() < exact):
-        raise TypeError(
-            f"{what}: expected integers: got {ids.dtype}, a cast of all tensors that does not hold every id exactly; "
-            "cast the embeddings alone, and give the loss the batch: criterion(z, batch)"
-        )
-    return ids.long()
+    if leaf is kept or not isinstance(leaf, Tensor) or kept is None:
+        return leaf
+    whole = kept.to(leaf.device)
+    numbers = leaf.to(whole.dtype)
+    exact = (leaf == numbers).all()
+    if leaf.shape != whole.shape:
+        return torch.where(exact & torch.isin(numbers, whole).all(), numbers, CHANGED)
+    same = (leaf == whole.to(leaf.dtype)).all()  # a cast may round: compared as it would be cast
+    moved = exact & (numbers.flatten().sort().values == whole.flatten().sort().values).all()
+    return torch.where(same, whole, torch.where(moved, numbers, CHANGED))

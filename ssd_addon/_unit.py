@@ -36,14 +36,14 @@ def joint_and_cosines(
         z: spaces [V, B, d_s], all of one type.
         types: the type in which each space came, before it was promoted for the loss; None: its type in z.
     """
-    smallest = tuple(map(_without_direction, (t.dtype for t in z) if types is None else types))
+    smallest = tuple(map(without_direction, (t.dtype for t in z) if types is None else types))
     if torch.compiler.is_compiling():  # the compiler makes its own plan for memory
         return _plain(z, pairs, smallest)
     joint, cosines = _JointAndCosines.apply(pairs, smallest, *z)
     return joint, cosines
 
 
-def _without_direction(dtype: torch.dtype) -> float:
+def without_direction(dtype: torch.dtype) -> float:
     """Up to this length a row has no direction; below 0 where every row has one."""
     return torch.finfo(dtype).smallest_normal if dtype.itemsize == 2 else -1.0
 
@@ -54,7 +54,7 @@ def unit_rows(z: Matrices, came_as: torch.dtype | None = None) -> Matrices:
     Args:
         came_as: the type in which z came, before it was promoted for the loss; None: its own.
     """
-    return _unit(z, _without_direction(came_as or z.dtype))
+    return _unit(z, without_direction(came_as or z.dtype))
 
 
 def _unit(z: Tensor, smallest: float) -> Tensor:
@@ -64,7 +64,7 @@ def _unit(z: Tensor, smallest: float) -> Tensor:
 
 
 def _plain(z: Sequence[Tensor], pairs: Pairs, smallest: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
-    """The definition, in torch's own functions. smallest: by space as `_without_direction`; None: as for float32."""
+    """The definition, in torch's own functions. smallest: by space as `without_direction`; None: as for float32."""
     unit = [_unit(t, least) for t, least in zip(z, smallest or [-1.0] * len(z), strict=True)]
     cosines = torch.stack([(unit[s][a] * unit[s][b]).sum(dim=-1) for a, b, s in pairs])
     return torch.cat(unit, dim=-1) / math.sqrt(len(z)), cosines

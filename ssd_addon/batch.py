@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssd_addon import _checks
-from ssd_addon._pytree import integers_again, register
+from ssd_addon._pytree import Beside, register, restored
 from ssd_addon.plan import ViewPlan, check_ids
 
 Rows = Tensor | slice | Sequence[int]
@@ -231,33 +231,22 @@ def _side_by_side(values: Sequence[Any]) -> Any:
     return ViewParameters(joined, from_key={k: _side_by_side([v.from_key[k] for v in values]) for k in first.from_key})
 
 
-# ---- frameworks walk a batch as a pytree: the plan is static, every tensor is a leaf
-
-
-def _flatten_parameters(p: ViewParameters) -> tuple[list[Any], Any]:
-    return [dict(p), p.from_key], None
-
-
-def _unflatten_parameters(children: Any, _: Any) -> ViewParameters:
-    items, from_key = children
-    return ViewParameters(items, from_key=from_key)
+# ---- frameworks walk a batch as a pytree: views, ids and index are leaves. Parameters are not: a function of every
+# tensor, such as x * 2 - 1, is meant for pixels.
 
 
 def _flatten_batch(b: ViewBatch) -> tuple[list[Any], Any]:
     ids = [t for t in (b.image_ids, b.space_index) if t is not None]
-    static = (b.plan, b.local_ids, b.image_ids is not None, b.space_index is not None)
-    return [b.views, list(b.parameters), *ids], static
+    return [b.views, *ids], (b.plan, b.local_ids, Beside(b.image_ids, b.space_index), Beside(*b.parameters))
 
 
 def _unflatten_batch(children: Any, static: Any) -> ViewBatch:
-    views, parameters, *ids = children
+    views, *ids = children
     out = object.__new__(ViewBatch)
-    out.plan, out.local_ids, has_ids, has_index = static
-    out.views, out.parameters, out.origin = views, tuple(parameters), None
-    out.image_ids = integers_again(ids.pop(0), "image_ids") if has_ids else None
-    out.space_index = integers_again(ids.pop(0), "space_index") if has_index else None
+    out.plan, out.local_ids, kept, parameters = static
+    out.views, out.parameters, out.origin = views, parameters.items, None
+    out.image_ids, out.space_index = (None if k is None else restored(ids.pop(0), k) for k in kept.items)
     return out
 
 
-register(ViewParameters, _flatten_parameters, _unflatten_parameters)
 register(ViewBatch, _flatten_batch, _unflatten_batch)

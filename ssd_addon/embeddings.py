@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssd_addon import _checks
-from ssd_addon._pytree import integers_again, register
+from ssd_addon._pytree import CHANGED, Beside, register, restored
 from ssd_addon.batch import ViewBatch
 from ssd_addon.plan import ViewPlan, check_ids
 
@@ -68,8 +68,9 @@ class Embeddings(dict[str, Tensor]):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A framework that casts every tensor of a copy (Lightning) casts ids too: they stay integers."""
-        if name in ("image_ids", "space_index") and self.__dict__.get(name) is not None:
-            value = integers_again(value, name)
+        before = self.__dict__.get(name) if name in ("image_ids", "space_index") else None
+        if before is not None and isinstance(value, Tensor) and value.is_floating_point():
+            value = restored(value, before)
         super().__setattr__(name, value)
 
     def _describe(self, other: "Embeddings") -> "Embeddings":
@@ -113,7 +114,7 @@ class Embeddings(dict[str, Tensor]):
             raise ValueError(
                 f"embeddings: expected Embeddings with a plan: got one of the spaces {_checks.names(self)} without, "
                 "as a framework that rebuilds a model's output (mixed precision in Fabric, accelerate, Lightning, "
-                "FSDP) makes them; give the batch too, criterion(z, batch), or the plan, Embeddings(tensors, plan)"
+                "FSDP) makes them; give the batch too, criterion(z, batch)"
             )
         _checks.same_names(self, plan.spaces, "embeddings", "plan")
         if next(iter(self)) != "content":
@@ -194,9 +195,9 @@ def as_embeddings(z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan | None = 
 
 
 def _with_batch(z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan) -> Embeddings:
-    plan = batch if isinstance(batch, ViewPlan) else getattr(batch, "plan", None)
-    if not isinstance(plan, ViewPlan):
+    if not isinstance(batch, ViewBatch | ViewPlan):
         raise TypeError(f"batch: expected a ViewBatch or its ViewPlan: got {type(batch).__name__}")
+    plan = batch if isinstance(batch, ViewPlan) else batch.plan
     if isinstance(z, Embeddings) and z.plan is not None and not z.assumed and z.plan != plan:
         raise ValueError(f"batch: expected the embeddings' own plan, {z.plan}: got {plan}")
     _checks.same_names(z, plan.spaces, "embeddings", "plan of the batch")
@@ -216,7 +217,22 @@ def _with_batch(z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan) -> Embeddi
     for name, t in shaped.items():
         if isinstance(t, Tensor) and t.ndim == 3 and t.shape[1] != images:
             raise ValueError(f"space {name!r}: expected the {images} images of the batch: got {_checks.shape(t)}")
-    return of_batch(shaped, batch)
+    out = of_batch(shaped, batch)
+    if isinstance(z, Embeddings) and not z.assumed:
+        out.image_ids = _agreed(z.image_ids, batch.image_ids, "image_ids")
+        out.space_index = _agreed(z.space_index, batch.space_index, "space_index")
+    return out
+
+
+def _agreed(mine: Tensor | None, batchs: Tensor | None, what: str) -> Tensor | None:
+    """The batch's ids; all `CHANGED`, which the loss refuses, where the embeddings carry others."""
+    if mine is None or batchs is None or mine is batchs:
+        return batchs
+    if mine.shape != batchs.shape:
+        raise ValueError(
+            f"{what}: expected those of the embeddings, {_checks.shape(mine)}: got a batch with {_checks.shape(batchs)}"
+        )
+    return torch.where((mine.to(batchs.device) == batchs).all(), batchs, CHANGED)
 
 
 def _by_view(name: str, t: Tensor, views: int) -> Tensor:
@@ -233,15 +249,14 @@ def _by_view(name: str, t: Tensor, views: int) -> Tensor:
 
 def _flatten(z: Embeddings) -> tuple[list[Any], Any]:
     ids = [t for t in (z.image_ids, z.space_index) if t is not None]
-    static = (tuple(z), z.plan, z.image_ids is not None, z.space_index is not None, z.local_ids, z.assumed)
+    static = (tuple(z), z.plan, Beside(z.image_ids, z.space_index), z.local_ids, z.assumed)
     return [*z.values(), *ids], static
 
 
 def _unflatten(children: Any, static: Any) -> Embeddings:
-    names, plan, has_ids, has_index, local_ids, assumed = static
+    names, plan, kept, local_ids, assumed = static
     values, ids = list(children)[: len(names)], list(children)[len(names) :]
-    image_ids = integers_again(ids.pop(0), "image_ids") if has_ids else None
-    space_index = integers_again(ids.pop(0), "space_index") if has_index else None
+    image_ids, space_index = (None if k is None else restored(ids.pop(0), k) for k in kept.items)
     return _rebuilt(dict(zip(names, values, strict=True)), plan, image_ids, space_index, local_ids, assumed)
 
 

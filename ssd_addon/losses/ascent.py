@@ -1,18 +1,19 @@
 """Dual ascent on the weights of the invariance terms: lambda_s <- relu(lambda_s + step_size * (c_s - tolerance))."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssd_addon import _checks
+from ssd_addon._types import KeepsType
 from ssd_addon.losses.terms import Terms
 from ssd_addon.losses.weights import Weights
 
 
-class DualAscent(Weights):
+class DualAscent(KeepsType, Weights):
     """Weights that adapt: lambda_s <- relu(lambda_s + step_size * (c_s - tolerance)).
 
     Treats every invariance as a constraint c_s <= tolerance, c_s = `terms.constraint[s]`. Given to the loss as its
@@ -66,7 +67,7 @@ class DualAscent(Weights):
         self.warmup_steps = _checks.count(warmup_steps, "warmup_steps")
         self.started = start is not None
         first = [0.0] * len(self.spaces) if start is None else self._by_space(start, "start", "lambda at first")
-        self.register_buffer("values", torch.tensor(first, dtype=torch.float64))
+        self.register_buffer("values", torch.tensor(first, dtype=torch.float64))  # a step of 0.001 is lost in 16 bits
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def start_at(self, weight: float) -> None:
@@ -102,14 +103,6 @@ class DualAscent(Weights):
 
     # ------------------------------------------------------------------------------------------------ state
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DualAscent":
-        """Moves with the module, but keeps its type and so its digits: a step of 0.001 is lost in bfloat16."""
-        kept = self.values
-        nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
-        if self.values.dtype != kept.dtype:
-            self.values = kept.to(self.values.device)
-        return self
-
     def get_extra_state(self) -> Tensor:
         """Digests of the names, a tensor, so that any format may hold it: lambda is never read under other names."""
         return torch.tensor([_digest(n) for n in self.spaces], dtype=torch.int64)
@@ -118,13 +111,16 @@ class DualAscent(Weights):
         if not isinstance(state, Tensor) or state.tolist() != [_digest(n) for n in self.spaces]:
             raise ValueError(
                 f"DualAscent: expected the state of an ascent over the spaces {_checks.names(self.spaces)}, in this "
-                "order: got that of others"
+                f"order: got {'one without names' if state is None else 'that of others'}"
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "values" in state_dict:
+        values, names = prefix + "values", prefix + "_extra_state"
+        if values in state_dict:
+            self.set_extra_state(state_dict.get(names))  # before anything is taken from it
+            state_dict[values] = state_dict[values].to(torch.float64)  # as load_state_dict(assign=True) takes it
             self.started = True
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"spaces={_checks.names(self.spaces)}, tolerance={self.tolerance}, step_size={self.step_size}"

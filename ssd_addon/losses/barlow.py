@@ -8,6 +8,7 @@ the root). Source: Zbontar et al., arXiv 2103.03230; the joint form is ours (doc
 views it equals lightly's BarlowTwinsLoss(lambda_param=0.0051).
 """
 
+import math
 from typing import ClassVar
 
 import torch
@@ -96,10 +97,10 @@ class BarlowTwins(Objective):
 
 
 def standardized(x: Matrix, s: Shards) -> Matrix:
-    """(x - mean) / sqrt(biased variance + 1e-5) over the rows of all ranks, x [B, D]."""
+    """(x - mean) / sqrt(biased variance + 1e-5) over the rows of all ranks, x [B, D]; NaN where that overflows."""
     x = centered(x, s)
     var = _dist.all_sum(x.square().sum(dim=0), s.group) / s.total
-    return x / torch.sqrt(var + STANDARDIZE_EPS)
+    return x / torch.sqrt(torch.where(var.isinf(), math.nan, var) + STANDARDIZE_EPS)
 
 
 def diagonal_alignment(a: Matrix, b: Matrix, pair: Pair, trim: float, s: Shards) -> tuple[Tensor, int | Tensor]:

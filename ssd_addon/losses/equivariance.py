@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ssd_addon import _checks
 from ssd_addon._shapes import Scalar
+from ssd_addon._types import KeepsType
 from ssd_addon.batch import ViewBatch
 from ssd_addon.differences import parameter_differences
 from ssd_addon.losses.families import FamilyName, resolve_family
@@ -35,7 +36,7 @@ class DrawsParameters(Protocol):
     def parameter_sizes(self) -> Mapping[str, int]: ...
 
 
-class EquivarianceLoss(nn.Module):
+class EquivarianceLoss(KeepsType):
     """A term to add: `loss = criterion(z) + equivariance(z, batch)`.
 
     The misalignment is that of the criterion's family, on the same scale: (1 - mean cosine) / temperature, 25 * mean

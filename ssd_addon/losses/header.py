@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 
 from ssd_addon import _checks, _dist
 from ssd_addon._dist import Shards
+from ssd_addon._pytree import CHANGED
 from ssd_addon.embeddings import Embeddings
 from ssd_addon.losses.rows import Known
 from ssd_addon.plan import ViewPlan
@@ -25,11 +26,13 @@ class Header:
         shards: rows of every rank.
         ids: [V, B] image of each row, unique over ranks.
         known: what the checks found over all ranks, where values were checked.
+        valid: scalar bool on the device where values were not checked: ids and index are usable.
     """
 
     shards: Shards
     ids: Tensor
     known: Known | None
+    valid: Tensor | None = None
 
 
 def checked(
@@ -49,14 +52,15 @@ def checked(
 
     Raises:
         ValueError: NaN, infinity or too large an entry (names the space and the rank), an index outside the spaces,
-            fewer than two images.
+            ids or an index that are not the batch's, fewer than two images.
     """
     first = next(iter(z.values()))
     (v, b), device = first.shape[:2], first.device
     if largest is None and group is None:
         shards = Shards(None, (b,), 0)
         _check_total(shards)
-        return Header(shards, _row_numbers(v, b, device) if z.image_ids is None else z.image_ids, None)
+        valid = _valid(z, plan, device)
+        return Header(shards, _row_numbers(v, b, device) if z.image_ids is None else z.image_ids, None, valid)
     numbered = z.image_ids is None or z.local_ids
     values = [] if largest is None else [_state(t, largest[n]) for n, t in z.items()]
     ids, index = _range(z.image_ids), _range(z.space_index)
@@ -69,6 +73,7 @@ def checked(
         states = [row[len(row) - len(values) :] for row in every]
         _check_states(tuple(z), states, largest, shards.world)
         lowest, highest = min(row[4] for row in every), max(row[5] for row in every)
+        _check_unchanged({"image_ids": min(row[2] for row in every), "space_index": lowest})
         if z.space_index is not None and not (lowest >= 0 and highest < len(plan.spaces)):
             raise ValueError(
                 f"space_index: expected 0 to {len(plan.spaces) - 1}, one of the {plan}: got a number outside"
@@ -88,7 +93,25 @@ def checked(
         present = [(low + s, high + s) for (low, high), s, row in zip(ranges, starts, every, strict=True) if row[0]]
         numbers = [_float_of(row[6]) for row in every] if isinstance(scalar, Tensor) else [scalar]
         known = Known(min(low for low, _ in present), max(high for _, high in present), tuple(numbers))
-    return Header(shards, own, known)
+    return Header(shards, own, known, _valid(z, plan, device) if largest is None else None)
+
+
+def _valid(z: Embeddings, plan: ViewPlan, device: torch.device) -> Tensor | None:
+    """Whether ids and index can be used, on the device; None where there are none."""
+    found = [] if z.image_ids is None else [(z.image_ids != CHANGED).all()]
+    if z.space_index is not None:
+        found.append(((z.space_index >= 0) & (z.space_index < len(plan.spaces))).all())
+    return torch.stack([f.to(device) for f in found]).all() if found else None
+
+
+def _check_unchanged(lowest: Mapping[str, int]) -> None:
+    for what, value in lowest.items():
+        if value == CHANGED:
+            raise ValueError(
+                f"{what}: expected those of the batch that the embeddings are of: got others. Either the batch given "
+                "is not theirs, or a function of every tensor (tree_map) changed them; map over the embeddings alone, "
+                "{name: f(t) for name, t in z.items()}, and give the loss the batch: criterion(z, batch)"
+            )
 
 
 def _row_numbers(v: int, b: int, device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ Source: Eastwood et al., arXiv 2311.08815. Over ranks row terms come back as loc
 global value, so that the mean over ranks is the one-process value and DDP's averaged gradient is its gradient.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -175,6 +176,8 @@ class JointEntropyLoss(nn.Module):
             loss = torch.stack(terms).sum() / len(plan.spaces) + parts.entropy
             if parts.content_entropy is not None:
                 loss = loss + parts.content_entropy
+            if header.valid is not None:
+                loss = loss * torch.where(header.valid, 1.0, math.nan)
         return loss, parts, header.shards
 
     def _largest(self, z: Embeddings, dtype: torch.dtype, batch: int, group: Any) -> dict[str, float]:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssd_addon import _checks, _dist
 from ssd_addon._autocast import outside_autocast
 from ssd_addon._dist import Shards
 from ssd_addon._shapes import Ids, Joint, Matrix, Scalar, Vector
+from ssd_addon._types import KeepsType
 from ssd_addon._unit import unit_rows
 from ssd_addon.losses.rows import Pair, Parts, Rows, columns_of, mean_of_rows, mean_over_keys
 
@@ -24,7 +25,7 @@ Alignment = Callable[[Tensor, Tensor], Tensor]
 Entropy = Callable[[Tensor, Tensor], Tensor]
 
 
-class Objective(nn.Module):
+class Objective(KeepsType):
     """What a family is: how far apart the two embeddings of a pair are, and how spread out all embeddings are.
 
     Attributes:

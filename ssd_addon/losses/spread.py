@@ -5,6 +5,8 @@ they would pull every view of an image together, and the style spaces would lose
 Legend: V views, N rows of a view over all ranks, D joint columns.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from ssd_addon import _checks, _dist
 from ssd_addon._dist import Shards
 from ssd_addon._shapes import Embedded, Ids, Joint, Matrix, Scalar, Vector
+from ssd_addon._unit import EPS, without_direction
 from ssd_addon.losses.objective import Objective
 from ssd_addon.losses.rows import Rows
 from ssd_addon.losses.vicreg import mean_square
@@ -79,7 +82,7 @@ class FroSSL(Objective):
         super().__init__("frossl")
 
     def prepared(self, rows: Rows) -> dict[str, Tensor]:
-        return {n: unit_columns(t, rows.shards) for n, t in rows.z.items()}
+        return {n: unit_columns(t, rows.shards, rows.types.get(n)) for n, t in rows.z.items()}
 
     def alignment(self, a: Matrix, b: Matrix) -> Vector:
         return (a - b).square().sum(dim=-1)
@@ -87,14 +90,21 @@ class FroSSL(Objective):
     def entropy(self, joint: Joint, ids: Ids) -> Scalar:
         _, n, d = joint.shape
         gram = joint.mT @ joint if n > d else joint @ joint.mT  # the same eigenvalues
-        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        return 2 * (gram.square().sum((-2, -1)).log() - 2 * trace.detach().log()).mean()
+        trace, square = gram.diagonal(dim1=-2, dim2=-1).sum(-1), gram.square().sum((-2, -1))
+        nothing = square == 0  # a view of zeros: as one direction, the most concentrated covariance that there is
+        square, trace = (t.masked_fill(nothing, 1) for t in (square, trace))
+        return 2 * (square.log() - 2 * trace.detach().log()).mean()
 
 
-def unit_columns(t: Embedded, s: Shards) -> Embedded:
-    """[V, B, d] with columns of unit length over the rows of all ranks, view by view."""
-    square = _dist.all_sum(t.square().sum(dim=1), s.group)
-    return t / square.clamp(min=1e-24).sqrt().unsqueeze(1)
+def unit_columns(t: Embedded, s: Shards, came_as: torch.dtype | None = None) -> Embedded:
+    """[V, B, d] with columns of unit length over the rows of all ranks, view by view; NaN where that overflows.
+
+    As of rows (`unit_rows`), a column without a direction has the gradient 0 where the embeddings came in 16 bits.
+    """
+    square = _dist.all_sum(t.square().sum(dim=1, keepdim=True), s.group)
+    u = t / torch.where(square.isinf(), math.nan, square).clamp(min=EPS**2).sqrt()
+    smallest = without_direction(came_as or t.dtype)
+    return u if smallest < 0 else torch.where(square.sqrt() <= smallest, u.detach(), u)
 
 
 class MMCR(Objective):
@@ -118,5 +128,6 @@ class MMCR(Objective):
         return 1 - (a * b).sum(dim=-1)
 
     def entropy(self, joint: Joint, ids: Ids) -> Scalar:
-        singular: Tensor = torch.linalg.svdvals(joint)
-        return -singular.sum(-1).mean()
+        finite = joint.isfinite().all()
+        singular: Tensor = torch.linalg.svdvals(torch.where(finite, joint, 0))  # which raises on NaN
+        return -singular.sum(-1).mean() * torch.where(finite, 1.0, math.nan)

@@ -1,5 +1,6 @@
 """The parts of the loss, for logging and for dual ascent."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +80,7 @@ def terms_of(loss: Tensor, parts: Parts, s: Shards) -> Terms:
         content_entropy=alone[0] if alone else None,
         constraint=dict(zip(names, constraint, strict=True)),
         rows=dict(zip(names, rows.long(), strict=True)),
-        effective_rank={n: _effective_rank(x, group) for n, x in parts.seen.items()},
+        effective_rank=_effective_ranks(parts.seen, group),
         backend=parts.backend,
     )
 
@@ -94,10 +95,17 @@ def _means(values: list[Tensor], weight: Tensor, group: ProcessGroup | None) -> 
     return [x.clone() for x in v.unbind(0)]
 
 
+def _effective_ranks(seen: Mapping[str, Tensor], group: ProcessGroup | None) -> dict[str, Tensor]:
+    """(tr C)^2 / tr(C^2) of every space over all ranks; fourth powers of entries, which are scaled to about 1 first."""
+    tops = [x.detach().abs().amax() if x.numel() else x.new_zeros(()) for x in seen.values()]
+    exponents = torch.frexp(_dist.maximum(torch.stack([t.double() for t in tops]), group))[1]
+    pairs = zip(seen.items(), exponents, strict=True)
+    return {n: _effective_rank(torch.ldexp(x.detach(), -e).to(x.dtype), group) for (n, x), e in pairs}
+
+
 def _effective_rank(x: Matrix, group: ProcessGroup | None) -> Scalar:
     """(tr C)^2 / tr(C^2), the participation ratio of the covariance of x [B, d] over all ranks."""
     with torch.no_grad():
-        x = x.detach()
         total = torch.full((), float(x.shape[0]), device=x.device, dtype=x.dtype)
         x = x - _dist.all_sum(x.sum(dim=0), group) / _dist.all_sum(total, group)
         diagonal = _dist.all_sum(x.square().sum(dim=0), group)

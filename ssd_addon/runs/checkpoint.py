@@ -40,7 +40,8 @@ def save_run(
         OSError: the file cannot be written.
     """
     check_card(card)
-    content = {"config": dict(config), "heads": model.config(), "model": model.state_dict(), "card": dict(card), **state}
+    own = {"config": dict(config), "heads": model.config(), "model": model.state_dict(), "card": dict(card)}
+    content = {**own, **state}
     if taken := [name for name in parts if name in content]:
         raise ValueError(f"parts: expected names beside {_checks.names(content)}: got {_checks.names(taken)}")
     storage.write(path, content | {name: part.state_dict() for name, part in parts.items()})

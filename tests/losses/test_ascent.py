@@ -109,6 +109,24 @@ def test_it_is_never_read_under_other_names():
             rising(spaces=spaces).load_state_dict(state)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_cannot_be_read_changes_nothing(strict):
+    moved = rising(start=9.0).state_dict()
+    nameless = {k: v for k, v in moved.items() if not k.endswith("_extra_state")}
+    for state in (nameless, rising(spaces=("content", "spatial", "color"), start=9.0).state_dict()):
+        criterion = rising(start=2.0)
+        with pytest.raises(ValueError, match=r"got (one without names|that of others)"):
+            criterion.load_state_dict(state, strict=strict)
+        assert lambdas(criterion).tolist() == [2.0] * 3
+
+
+def test_a_state_that_was_cast_is_read_in_full_precision():
+    state = {k: t.bfloat16() if t.is_floating_point() else t for k, t in rising(start=9.0).state_dict().items()}
+    criterion = rising()
+    criterion.load_state_dict(state, assign=True)
+    assert lambdas(criterion).dtype == torch.float64 and lambdas(criterion).tolist() == [9.0] * 3
+
+
 @pytest.mark.parametrize(
     "cast", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.float()]
 )

@@ -116,13 +116,56 @@ def test_a_plain_dict_needs_the_batch_where_it_is_no_shared_query(kind):
             criterion(dict(z))
 
 
-def test_ids_that_were_cast_are_integers_again_or_refused():
+def test_ids_that_every_tensor_was_cast_with_are_the_same_integers():
     z = model()(batch("cross-image"))
-    half = apply_to_collection(z, torch.Tensor, lambda t: t.bfloat16())
-    assert half.image_ids.dtype == torch.int64 and torch.equal(half.image_ids, z.image_ids)
-    z.image_ids = z.image_ids * 10_000
-    with pytest.raises(TypeError, match=r"image_ids: expected integers: got torch.bfloat16"):
-        apply_to_collection(z, torch.Tensor, lambda t: t.bfloat16())
+    for large in (1, 10_000):  # 16-bit types hold no such numbers exactly
+        z.image_ids = z.image_ids * large
+        half = apply_to_collection(z, torch.Tensor, lambda t: t.bfloat16())
+        assert half.image_ids.dtype == torch.int64 and torch.equal(half.image_ids, z.image_ids)
+
+
+@pytest.mark.parametrize("kind", ["cross-image", "interleaved"])
+@pytest.mark.parametrize("f", [lambda t: t / 2, lambda t: t * 2, lambda t: t + 1, lambda t: t.float().normal_()])
+def test_ids_that_arithmetic_on_every_tensor_has_changed_are_refused(kind, f):
+    given = batch(kind)
+    z = model()(given)
+    changed, criterion = _pytree.tree_map(f, z), JointEntropyLoss()
+    with pytest.raises(
+        ValueError, match=r"(image_ids|space_index): expected those of the batch .* criterion\(z, batch"
+    ):
+        criterion(changed)
+    assert math.isnan(JointEntropyLoss(validate=False)(changed).item())
+    alone = {n: f(t) for n, t in z.items()}
+    assert math.isfinite(criterion(alone, given).item())
+
+
+def test_ids_and_rows_may_be_moved_and_selected_together():
+    z = model()(batch("interleaved"))
+    order = torch.tensor([3, 1, 0, 4, 2])
+    turned = _pytree.tree_map(lambda t: t[..., order, :] if t.ndim == 3 else t[..., order], z)
+    assert torch.equal(turned.space_index, z.space_index[order])
+    assert JointEntropyLoss()(turned).item() == pytest.approx(JointEntropyLoss()(z).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cross-image", "interleaved"])
+def test_the_batch_of_another_step_is_refused(kind):
+    first, second = batch(kind), batch(kind)
+    z = model()(first)
+    for name in ("image_ids", "space_index"):
+        if getattr(second, name) is not None:
+            setattr(second, name, getattr(second, name).roll(1, -1))
+    with pytest.raises(ValueError, match=r"expected those of the batch that the embeddings are of"):
+        JointEntropyLoss()(z, second)
+    assert math.isnan(JointEntropyLoss(validate=False)(z, second).item())
+
+
+def test_parameters_are_no_leaves_of_a_batch():
+    given = batch("cross-image")
+    scaled = _pytree.tree_map(lambda t: t.float() * 2 - 1 if t.is_floating_point() else t, given)
+    assert torch.equal(scaled.views, given.views * 2 - 1) and torch.equal(scaled.image_ids, given.image_ids)
+    for a, b in zip(scaled.parameters, given.parameters, strict=True):
+        for name, t in a["color"]["0.ColorJitter"].items():
+            assert torch.equal(t, b["color"]["0.ColorJitter"][name])
 
 
 def test_what_is_no_tensor_may_pass_through_a_pytree():

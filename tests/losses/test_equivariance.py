@@ -282,3 +282,16 @@ def test_embeddings_and_batches_that_do_not_fit_are_refused():
     del z["spatial"]
     with pytest.raises(ValueError, match="embeddings: expected the style space 'spatial': got content, color"):
         loss(z, batch)
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to(torch.bfloat16)])
+def test_its_numbers_keep_their_type_in_a_module_that_is_cast(cast):
+    """Statistics of hue changes in 16 bits would be wrong by percents."""
+    parent = nn.ModuleDict({"model": nn.Linear(2, 2), "term": EquivarianceLoss(WIDTHS, views())})
+    before = {k: t.clone() for k, t in parent["term"].state_dict().items()}
+    cast(parent)
+    assert parent["model"].weight.dtype.itemsize == 2
+    for k, t in parent["term"].state_dict().items():
+        assert t.dtype == before[k].dtype and torch.equal(t, before[k])
+    parent.double()
+    assert next(parent["term"].networks.parameters()).dtype == torch.float64

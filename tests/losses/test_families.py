@@ -307,3 +307,53 @@ def test_embeddings_that_diverge_are_refused_before_the_loss_is_wrong(family, sc
         torch.testing.assert_close(loss.double(), want, rtol=1e-4, atol=0)
         for got, exact in zip(grads(loss, z), grads(want, wide), strict=True):
             torch.testing.assert_close(got.double(), exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("family,scale", list(itertools.product(FAMILIES, (1e20, 1e30, 3e38))))
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_overflows_unchecked_is_no_finite_number(family, scale, compiled):
+    z = embeddings(dtype=torch.float32)
+    z = Embeddings({n: t.detach() * scale for n, t in z.items()}, z.plan)
+    criterion = JointEntropyLoss(family, validate=False)
+    assert not (torch.compile(criterion, backend="eager") if compiled else criterion)(z).isfinite()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("wrong", [-1, 3, 7])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_index_outside_the_spaces_unchecked_is_nan(family, wrong, compiled):
+    z = embeddings("interleaved", dtype=torch.float32)
+    z.space_index = ViewPlan.interleaved(tuple(z)).default_space_index(8)
+    criterion = JointEntropyLoss(family, validate=False)
+    criterion = torch.compile(criterion, backend="eager") if compiled else criterion
+    assert criterion(z).isfinite()
+    z.space_index[2] = wrong
+    assert criterion(z).isnan()
+    with pytest.raises(ValueError, match="space_index: expected 0 to 2"):
+        JointEntropyLoss(family)(z)
+
+
+@pytest.mark.parametrize("family", ["vicreg", "sigreg"])  # the others scale rows or columns themselves
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_the_effective_rank_does_not_depend_on_the_scale(family, scale):
+    z = embeddings(dtype=torch.float32)
+    torch.manual_seed(0)
+    want = JointEntropyLoss(family).terms(z).effective_rank
+    torch.manual_seed(0)
+    got = JointEntropyLoss(family, validate=False).terms({n: t * scale for n, t in z.items()}).effective_rank
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
+
+
+def test_a_view_of_zeros_has_a_finite_frossl_loss_and_gradient():
+    z = {n: torch.zeros(4, 8, d, requires_grad=True) for n, d in WIDTHS.items()}
+    loss = JointEntropyLoss("frossl")(z)
+    assert loss.isfinite() and all(g.isfinite().all() for g in grads(loss, z))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_columns_without_a_direction_have_no_gradient_in_16_bits(dtype):
+    z = {n: torch.randn(4, 8, d).to(dtype) for n, d in WIDTHS.items()}
+    z["color"][:, :, 0] = 0
+    z = {n: t.requires_grad_() for n, t in z.items()}
+    z_grad = torch.autograd.grad(JointEntropyLoss("frossl")(z), z["color"])[0]
+    assert z_grad.isfinite().all() and not z_grad[:, :, 0].any() and z_grad[:, :, 1].any()

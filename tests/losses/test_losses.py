@@ -283,6 +283,21 @@ def test_nan_names_the_space_or_comes_out_as_nan(family, value, backend):
     assert JointEntropyLoss(family, backend=backend, validate=False)(z).isnan()
 
 
+@pytest.mark.parametrize("temperature", [1e39, 1e300, torch.tensor(1e300, dtype=torch.float64)])
+def test_a_temperature_that_the_type_cannot_hold(temperature):
+    criterion = JointEntropyLoss("simclr", temperature=temperature)
+    with pytest.raises(ValueError, match=r"expected at most 3.4e\+38, the largest number of torch"):
+        criterion({"content": t(2, 5, 3).float()})
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.bfloat16(), lambda m: m.half()])
+@pytest.mark.parametrize("kind", [torch.tensor, lambda v: nn.Parameter(torch.tensor(v))])
+def test_a_temperature_keeps_its_digits_in_a_module_that_is_cast(cast, kind):
+    criterion = JointEntropyLoss("simclr", temperature=kind(0.07))
+    cast(nn.ModuleDict({"criterion": criterion}))
+    assert criterion.objective.temperature.item() == torch.tensor(0.07).item()
+
+
 def test_plan_and_spaces_must_agree():
     plan = ViewPlan.shared_query(("content", "color"))
     with pytest.raises(ValueError, match="missing: color; not named by the plan: colour"):

@@ -39,7 +39,7 @@ def both(f, z):
 
 def plain(types=None):
     """What a compiler traces."""
-    smallest = None if types is None else tuple(map(_unit._without_direction, types))
+    smallest = None if types is None else tuple(map(_unit.without_direction, types))
     return lambda z, pairs: _unit._plain(z, pairs, smallest)
 
 

@@ -110,9 +110,9 @@ def test_a_batch_is_a_node_of_pytrees(options):
         assert mine is theirs is None or torch.equal(mine, theirs)
 
 
-def test_ids_that_a_cast_would_confuse_are_refused():
+def test_ids_keep_every_digit_through_a_cast_of_all_tensors():
     ids = torch.tensor([[0, 1], [0, 2**24 + 1], [0, 1]])
     batch = ViewBatch(torch.zeros(3, 2, 4), ViewPlan.shared_query(("content", "color")), image_ids=ids)
-    with pytest.raises(TypeError, match=r"image_ids: expected integers: got torch.float32, a cast of all tensors"):
-        _pytree.tree_map(lambda t: t.float(), batch)
-    assert torch.equal(_pytree.tree_map(lambda t: t.double(), batch).image_ids, ids)
+    for cast in (lambda t: t.float(), lambda t: t.bfloat16(), lambda t: t.double(), lambda t: t.to("cpu")):
+        assert torch.equal(_pytree.tree_map(cast, batch).image_ids, ids)
+    assert not torch.isin(_pytree.tree_map(lambda t: t.float() + 2, batch).image_ids, ids).any()
