@@ -194,6 +194,8 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
     "sprites: kernel": sprites("kernel", "sprites/methods"),
     "sprites: label-free": label_free("sprites/methods"),
     "sprites: collapse": sprites("kernel", "sprites/collapse"),
+    "sprites: families": sprites("linear", "sprites/families"),
+    "sprites: families, label-free": label_free("sprites/families"),
     "sprites: ablations": sprites("linear", "sprites/ablations", "sprites/cross"),
     "sprites: ablations, label-free": label_free("sprites/ablations", "sprites/cross"),
     "cifar: accuracy": accuracy("cifar/methods", "cifar/weights", "cifar/crop"),

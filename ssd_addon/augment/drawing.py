@@ -10,7 +10,7 @@ from torch import Tensor
 from ssd_addon.augment.crop import near
 from ssd_addon.augment.stages import THEN, Stage, Step
 from ssd_addon.batch import ViewParameters
-from ssd_addon.operations.draws import Parameters, Seed, clone, generator, rows_from
+from ssd_addon.operations.draws import Parameters, Seed, clone, generator, in_float32, rows_from
 from ssd_addon.plan import ViewPlan
 
 
@@ -84,6 +84,18 @@ class Drawing:
         *,
         keyed: bool = True,
     ) -> ViewParameters:
+        with in_float32():
+            return self._view(shape, seed, view, query, index, keyed)
+
+    def _view(
+        self,
+        shape: tuple[int, ...],
+        seed: Seed,
+        view: int,
+        query: ViewParameters | None,
+        index: Tensor | None,
+        keyed: bool,
+    ) -> ViewParameters:
         mine = ViewParameters()
         for i, stage in enumerate(self.stages.values()):
             shared = False if query is None else self._shared_rows(view, stage.name, index)
@@ -97,10 +109,11 @@ class Drawing:
             drawn: dict[str, Parameters] = {}
             for step in stage.steps(from_key):
                 place = (view, i, step.place)
-                drawn[step.key] = step.draw(shape, generator(*seed, *place, 0))
+                drawn[step.key] = step.draw(shape, (*seed, *place, 0))
                 if self.constrained_crop is not None and query is not None and stage.name != THEN:
                     self._keep_near(step, drawn[step.key], query[stage.name], shape, (*seed, *place, 1), view, index)
                 shape = step.shape_after(shape, drawn[step.key])
+            stage.check_varies()
             if isinstance(shared, Tensor):
                 assert query is not None
                 drawn = _merged(stage.name, drawn, query[stage.name], shared)

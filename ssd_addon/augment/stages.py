@@ -4,16 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from kornia.augmentation import RandomResizedCrop
+from kornia.augmentation import Denormalize, Normalize, RandomResizedCrop
 from torch import Tensor, nn
 
 from ssd_addon import _checks
 from ssd_addon.augment.crop import is_crop
-from ssd_addon.operations.draws import Parameters, Watch, pick
-from ssd_addon.operations.trial import ERRORS, Traits, draws_late, tried
+from ssd_addon.operations.draws import Parameters, Seed, Watch, generator, pick
+from ssd_addon.operations.trial import ERRORS, Traits, draws_beside, draws_late, no_batch, same, tried
 from ssd_addon.operations.wrap import GATE, KorniaOperation, wrapped
 
 THEN = "then"
+EXONERATIONS = 3
 
 
 class Step:
@@ -24,6 +25,8 @@ class Step:
         place: its number in the stage.
         operation: what draws and applies.
         traits: what the trial found; None until it has seen images that suit it.
+        watched, draws_watched: applying or drawing is watched for other random numbers, which other threads may draw
+            too, until it was found to be innocent so many times.
     """
 
     def __init__(self, stage: str, place: int, operation: Any, where: str) -> None:
@@ -31,16 +34,29 @@ class Step:
         self.stage, self.place, self.key = stage, place, f"{place}.{name}"
         self.shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
         self.traits: Traits | None = tried(f"{where}: {self.key}", self.operation)
+        self.watched = self.draws_watched = EXONERATIONS
 
     @property
     def module(self) -> nn.Module | None:
-        """The Kornia operation inside, if it is one."""
-        return self.operation.op if isinstance(self.operation, KorniaOperation) else None
+        """The Kornia operation inside, or the operation, if it is a module."""
+        if isinstance(self.operation, KorniaOperation):
+            op: nn.Module = self.operation.op
+            return op
+        return self.operation if isinstance(self.operation, nn.Module) else None
 
-    def draw(self, shape: tuple[int, ...], g: torch.Generator) -> Parameters:
+    def draw(self, shape: tuple[int, ...], seed: Seed) -> Parameters:
         if self.traits is None:
             self.traits = tried(f"{self.stage}: {self.key}", self.operation, [shape[1:]])
-        return self.operation.draw(shape, g)
+        if self.draws_watched == 0:
+            return self.operation.draw(shape, generator(*seed))
+        watch = Watch(torch.device("cpu"))
+        drawn = self.operation.draw(shape, generator(*seed))
+        if moved := watch.moved():
+            if not same(drawn, self.operation.draw(shape, generator(*seed))):
+                watch.restore()
+                raise ValueError(f"{self.stage}: {self.key} {draws_beside(moved)}")
+            self.draws_watched -= 1
+        return drawn
 
     def shape_after(self, shape: tuple[int, ...], parameters: Parameters) -> tuple[int, ...]:
         """[B, ...] of what it makes of images [B, ...]; found on an empty image of each size, once."""
@@ -55,7 +71,16 @@ class Step:
                 raise ValueError(
                     f"{self.stage}: {self.key}: expected parameters of {len(x)} images: got {len(t)} of {k!r}"
                 )
-        watch = Watch(x.device)
+        watch = Watch(x.device) if self.watched else None
+        y = self._applied(x, parameters)
+        if watch is not None and (moved := watch.moved()):
+            if not torch.equal(y, self._applied(x, parameters)):
+                watch.restore()
+                raise ValueError(f"{self.stage}: {self.key} {draws_late(moved)}")
+            self.watched -= 1  # another thread drew: a prefetcher, a logger
+        return y
+
+    def _applied(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         try:
             y = self.operation.apply(x, parameters)
         except ERRORS as error:
@@ -64,10 +89,9 @@ class Step:
             raise ValueError(
                 f"{self.stage}: {self.key} could not be applied to images {_checks.shape(x)}{hint}: {error}"
             ) from error
-        if moved := watch.moved():
-            watch.restore()
-            raise ValueError(f"{self.stage}: {self.key} {draws_late(moved)}")
-        return y
+        if wrong := no_batch(y, len(x)):
+            raise ValueError(f"{self.stage}: {self.key} {wrong}")
+        return y.float()
 
 
 class Stage:
@@ -83,12 +107,16 @@ class Stage:
         self.name = name
         self.query = _steps(name, query, "then" if name == THEN else f"group {name!r}")
         self.key = None if key is None else _steps(name, key, "key_then" if name == THEN else f"key_groups[{name!r}]")
-        if name != THEN and self.query and all(s.traits is not None and not s.traits.varies for s in self.query):
+        self.check_varies()
+
+    def check_varies(self) -> None:
+        """Refuse a group that makes no pixel differ; as soon as all its operations were tried."""
+        if self.name != THEN and self.query and all(s.traits is not None and not s.traits.varies for s in self.query):
             operations = _checks.names(s.key for s in self.query)
             raise ValueError(
-                f"group {name!r}: expected an operation that draws something for every image: got {operations}, which "
-                "do the same to all views, so there is no style to keep; operations that always do the same belong "
-                "into `then`"
+                f"group {self.name!r}: expected an operation that draws something for every image: got {operations}, "
+                "which do the same to all views, or nothing, so there is no style to keep; operations that always do "
+                "the same belong into `then`"
             )
 
     def steps(self, from_key: bool) -> list[Step]:
@@ -136,7 +164,9 @@ class Stage:
 
 def _steps(name: str, operations: Sequence[Any], where: str) -> list[Step]:
     if isinstance(operations, nn.Module) or not isinstance(operations, Sequence):
-        raise TypeError(f"{where}: expected a sequence of operations: got {type(operations).__name__}")
+        made = isinstance(operations, nn.Sequential | nn.ModuleList)
+        hint = "; its operations are list(...) of it" if made else f"; [{type(operations).__name__}(...)] is one"
+        raise TypeError(f"{where}: expected a sequence of operations: got {type(operations).__name__}{hint}")
     if not operations and name != THEN:
         raise ValueError(f"{where}: expected at least one operation: got none, so there is no style to keep")
     return [Step(name, i, op, where) for i, op in enumerate(operations)]
@@ -144,7 +174,7 @@ def _steps(name: str, operations: Sequence[Any], where: str) -> list[Step]:
 
 def check_order(stages: Sequence[Stage]) -> None:
     """Refuse an operation that clamps to [0, 1] behind one that takes pixels out of that range, such as Normalize."""
-    outside = ""
+    outside: tuple[str, Step] | None = None
     for stage in stages:
         found = outside
         for from_key in (False, True):
@@ -155,11 +185,18 @@ def check_order(stages: Sequence[Stage]) -> None:
                 if before and step.traits.clamps:
                     raise ValueError(
                         f"{stage.name}: {step.key} expects pixels in [0, 1] and cuts off what lies outside: got it "
-                        f"behind {before}, which takes them out of that range; put that last, into `then`"
+                        f"behind {before[0]}, which takes them out of that range; put that last, into `then`"
                     )
-                if step.traits.restores_range:
-                    before = ""
+                if before and _undoes(step, before[1]):
+                    before = None
                 elif step.traits.leaves_range:
-                    before = f"{stage.name}: {step.key}"
+                    before = (f"{stage.name}: {step.key}", step)
             found = before or found
         outside = found
+
+
+def _undoes(step: Step, earlier: Step) -> bool:
+    a, b = earlier.module, step.module
+    if not isinstance(a, Normalize) or not isinstance(b, Denormalize):
+        return False
+    return all(torch.equal(torch.as_tensor(a.flags[k]), torch.as_tensor(b.flags[k])) for k in ("mean", "std"))

@@ -10,9 +10,10 @@ augmentations; cross-image keys are this project's own (docs/method.md).
 """
 
 import math
+import operator
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import kornia.augmentation as K
@@ -27,6 +28,7 @@ from ssd_addon.augment.drawing import Drawing
 from ssd_addon.augment.stages import THEN, Stage, check_order
 from ssd_addon.batch import ViewBatch, ViewParameters
 from ssd_addon.differences import parameter_differences
+from ssd_addon.operations.draws import in_float32
 from ssd_addon.plan import KINDS, PlanKind, ViewPlan
 
 Groups = Mapping[str, Sequence[Any]]
@@ -100,11 +102,8 @@ class StructuredViews(nn.Module):
                 raise ValueError(f"constrained_crop: expected a from 0 to below 1: got {constrained_crop!r}")
             if not any(stage.resizes_a_crop for stage in made):
                 raise ValueError("constrained_crop: expected a RandomResizedCrop in some group: got none to constrain")
-        if seed is None:
-            seed = int(torch.randint(2**62, ()))
-        if not -(2**63) <= int(seed) < 2**63:
-            raise ValueError(f"seed: expected a whole number of 64 bits, so that it can be saved: got {seed!r}")
-        self.seed, self.call, self._rank = int(seed), 0, rank
+        self.seed = int(torch.randint(2**62, ())) if seed is None else _checked_seed(seed)
+        self.call, self._rank = 0, rank
         self.drawing = Drawing(self.plan, self.stages, self.cross_image, constrained_crop)
 
     # ------------------------------------------------------------------------------------------------ calling
@@ -222,12 +221,17 @@ class StructuredViews(nn.Module):
 
     def _view(self, x: Tensor, parameters: ViewParameters | Mapping[str, Any]) -> Tensor:
         from_key: Mapping[str, Tensor] = parameters.from_key if isinstance(parameters, ViewParameters) else {}
-        with torch.autocast(x.device.type, enabled=False):
+        with in_float32(), torch.autocast(x.device.type, enabled=False):
             for stage in self.stages.values():
                 x = stage.apply(x, parameters[stage.name], from_key.get(stage.name))
         return x
 
     # ------------------------------------------------------------------------------------------------ state
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves with a surrounding module; operations stay in float32 where that is cast."""
+        kept: Callable[[Tensor], Tensor] = lambda t: t.to(fn(t).device) if t.is_floating_point() else fn(t)  # noqa: E731
+        return super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
 
     _seen: tuple[int, ...] = ()  # the sample shape of the last images
 
@@ -286,6 +290,16 @@ def _named_groups(cross_image: Iterable[str], groups: Groups) -> tuple[str, ...]
     return chosen
 
 
+def _checked_seed(seed: Any) -> int:
+    try:
+        whole = operator.index(seed)
+    except TypeError:
+        whole = None
+    if whole is None or not -(2**63) <= whole < 2**63:
+        raise ValueError(f"seed: expected a whole number of 64 bits, so that it can be saved: got {seed!r}")
+    return whole
+
+
 def _worker_seed() -> int:
     info = get_worker_info()
     return 0 if info is None else int(info.seed)
@@ -305,7 +319,7 @@ def _unit_images(images: Pictures) -> Pictures:
         raise TypeError(f"images: expected uint8, or floating point in [0, 1]: got {images.dtype}")
     low, high = (float(v) for v in torch.aminmax(images.detach()))
     if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
-        what = "NaN among them" if math.isnan(low) else f"values from {low:.4g} to {high:.4g}"
+        what = "NaN among them" if math.isnan(low) else f"values from {low:.9g} to {high:.9g}"
         raise ValueError(
             f"images: expected values in [0, 1], as the operations clamp to that range: got {what}; scale them "
             "(uint8 images are scaled for you) and put Normalize into `then`"

@@ -37,6 +37,20 @@ def in_place_of_the_global(g: torch.Generator) -> Iterator[None]:
         default.set_state(state)
 
 
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """Draws and pixels do not depend on the type that torch makes tensors of."""
+    default = torch.get_default_dtype()
+    if default == torch.float32:
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
 class Watch:
     """The states of torch's, numpy's and Python's global generators; `moved` names those that were drawn from since."""
 

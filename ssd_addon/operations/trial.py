@@ -2,10 +2,11 @@
 
 It is drawn and applied a few times on small images. What cannot be shared exactly is refused by name, before any
 training: parameters whose size changes from draw to draw, rows that depend on other images of the batch, randomness
-while it is applied. An operation that no trial image fits (a crop larger than all of them, an unusual number of
-channels) is tried on the first images that come.
+that its parameters do not hold. Whether an operation makes images differ is read from pixels. An operation that no
+trial image fits (a crop larger than all of them, an unusual number of channels) is tried on the first images that come.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from kornia.augmentation import Denormalize, GeometricAugmentationBase2D
 from torch import Tensor
 
-from ssd_addon.operations.draws import Parameters, Watch, generator, pick
+from ssd_addon import _checks
+from ssd_addon.operations.draws import Parameters, Watch, generator, in_float32, pick
 from ssd_addon.operations.wrap import GATE, KorniaOperation, Operation, changes_size
 
 SHAPES = ((3, 32, 32), (3, 256, 256), (1, 32, 32), (4, 32, 32))
@@ -22,8 +24,10 @@ SHAPES = ((3, 32, 32), (3, 256, 256), (1, 32, 32), (4, 32, 32))
 SLACK = 1e-5
 """How far outside [0, 1] rounding may take a pixel."""
 ROWS = 3
-UNSHARED = ("forward_input_shape", "input_size", "output_size", "padding_size")
-"""What Kornia adds to the parameters that is not drawn."""
+MANY, PIXELS = 256, 2_000_000
+"""Rows, and numbers in them at most, by which it is judged whether an operation changes any pixel."""
+VISIBLE = 1e-4
+"""A difference of pixels above the rounding of an interpolation."""
 ERRORS = (RuntimeError, TypeError, ValueError, AssertionError, IndexError, KeyError, NotImplementedError)
 """What operations raise where images do not suit them."""
 
@@ -32,21 +36,23 @@ class Refused(ValueError):
     """An operation that views cannot share exactly."""
 
 
+class ChangesSize(Refused):
+    """It does so only where it fires, on images of the size that it was tried on."""
+
+
 @dataclass(frozen=True)
 class Traits:
     """What a trial found.
 
     Attributes:
-        varies: anything it draws differs from image to image.
+        varies: two draws make different pixels of an image.
         leaves_range: it takes pixels of [0, 1] to values outside.
         clamps: it forces values outside [0, 1] back, or cannot take them.
-        restores_range: it undoes a Normalize.
     """
 
     varies: bool
     leaves_range: bool = False
     clamps: bool = False
-    restores_range: bool = False
 
 
 def tried(where: str, operation: Operation, shapes: Iterable[tuple[int, ...]] = SHAPES) -> Traits | None:
@@ -56,17 +62,37 @@ def tried(where: str, operation: Operation, shapes: Iterable[tuple[int, ...]] = 
         Refused: it cannot be shared exactly; says why.
     """
     watch = Watch(torch.device("cpu"))
+    found: Traits | None = None
+    size: ChangesSize | None = None
     try:
-        for shape in shapes:
-            try:
-                return _examined(operation, shape)
-            except Refused as error:
-                raise Refused(f"{where} {error}") from None
-            except ERRORS:
-                continue
-        return None
+        with in_float32():
+            for shape in (*shapes, *own_size(operation)):
+                try:
+                    traits = _examined(operation, shape)
+                except ChangesSize as error:
+                    size = size or error  # a crop may keep the size of images as large as it makes them
+                    continue
+                except Refused as error:
+                    raise Refused(f"{where} {error}") from None
+                except ERRORS:
+                    continue
+                if traits.varies:
+                    return traits
+                found = found or traits  # a crop of 32 pixels changes nothing of an image of 32: another size
+        if size is not None:
+            raise Refused(f"{where} {size}")
+        return found
     finally:
         watch.restore()
+
+
+def own_size(operation: Operation) -> list[tuple[int, ...]]:
+    """Images [C, H, W] of the size that a Kornia operation makes, if it has one."""
+    op: Any = operation.op if isinstance(operation, KorniaOperation) else None
+    size = getattr(op, "flags", {}).get("size")
+    if isinstance(size, Sequence) and len(size) == 2 and all(isinstance(n, int) for n in size):
+        return [(3, *size), (1, *size), (4, *size)]
+    return []
 
 
 def _examined(operation: Operation, shape: tuple[int, ...]) -> Traits:
@@ -75,19 +101,19 @@ def _examined(operation: Operation, shape: tuple[int, ...]) -> Traits:
     fired = _firing(drawn[0])
     y = _settled(operation, x, fired)
     if isinstance(operation, KorniaOperation) and y.shape[1:] != x.shape[1:] and not operation.always:
-        raise Refused(changes_size(x, y))
+        raise ChangesSize(changes_size(x, y))
     if not _by_rows(operation, x, fired, y):
         if not isinstance(operation, KorniaOperation) or operation.one_by_one:
             raise Refused("gives an image another result when other images are beside it, so no view can be shared")
         operation.one_by_one = True  # its parameters name places in the batch: image by image there is one place
         return _examined(operation, shape)
-    return Traits(_varies(operation, drawn), *_range_traits(operation, shape, fired))
+    return Traits(_varies(operation, shape), *_range_traits(operation, shape, fired))
 
 
 def _sharable_draws(operation: Operation, shape: tuple[int, ...]) -> list[Parameters]:
     """Draws of `ROWS` images, every value a row of an image."""
-    drawn = [operation.draw((ROWS, *shape), generator(1, k)) for k in range(8)]
-    other = operation.draw((ROWS + 2, *shape), generator(2))
+    drawn = [_drawn(operation, (ROWS, *shape), 1, k) for k in range(8)]
+    other = _drawn(operation, (ROWS + 2, *shape), 2)
     if not _rows_of(drawn[0], ROWS) or not _rows_of(other, ROWS + 2):
         if not isinstance(operation, KorniaOperation) or operation.one_by_one:
             raise Refused(
@@ -105,6 +131,32 @@ def _sharable_draws(operation: Operation, shape: tuple[int, ...]) -> list[Parame
     return drawn
 
 
+def _drawn(operation: Operation, shape: tuple[int, ...], *seed: int) -> Parameters:
+    """Its draws for a seed, the same each time; no generator but the given one is drawn from."""
+    watch = Watch(torch.device("cpu"))
+    first, again = (operation.draw(shape, generator(*seed)) for _ in range(2))
+    if moved := watch.moved():
+        raise Refused(draws_beside(moved))
+    for d in (first, again):
+        if not isinstance(d, Mapping):
+            raise Refused(f"draws no parameters: expected a dict name -> tensor [B, ...]: got {type(d).__name__}")
+    if not same(first, again):
+        raise Refused(draws_beside("its own"))
+    return first
+
+
+def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Are two draws equal, NaN included?"""
+    if a.keys() != b.keys():
+        return False
+    for k in a:
+        if not isinstance(a[k], Tensor) or not isinstance(b[k], Tensor):
+            return not isinstance(a[k], Tensor) and not isinstance(b[k], Tensor)  # what it is, is said elsewhere
+        if a[k].shape != b[k].shape or not torch.allclose(a[k], b[k], rtol=0, atol=0, equal_nan=True):
+            return False
+    return True
+
+
 def _settled(operation: Operation, x: Tensor, parameters: Parameters) -> Tensor:
     """What it makes of the images, three times the same."""
     watch = Watch(x.device)
@@ -114,17 +166,35 @@ def _settled(operation: Operation, x: Tensor, parameters: Parameters) -> Tensor:
         raise Refused(draws_late(moved))
     if not all(torch.equal(each, x) for each in given):
         raise Refused("changes the images that it is given; expected a new tensor, as other views start from the same")
+    if wrong := no_batch(results[0], len(x)):
+        raise Refused(wrong)
     if not all(torch.equal(results[0], y) for y in results[1:]):
         raise Refused(draws_late("its own"))
-    if len(results[0]) != len(x):
-        raise Refused(f"makes {len(results[0])} images of {len(x)}; expected one for each")
     return results[0]
+
+
+def no_batch(y: Any, b: int) -> str:
+    """What is wrong with the result for B images; "" where it is a batch of as many, floating-point."""
+    if not isinstance(y, Tensor):
+        return f"makes no images: expected a tensor of {b}: got {type(y).__name__}"
+    if y.ndim == 0 or len(y) != b:
+        return f"makes {_checks.shape(y)} of {b} images; expected one for each"
+    if not y.is_floating_point():
+        return f"makes images of whole numbers: expected floating point, as it is given: got {y.dtype}"
+    return ""
 
 
 def draws_late(whose: str) -> str:
     return (
         f"draws random numbers while it is applied, beside its parameters (from {whose} generator), so no two views "
         "can share them; leave it out, or put another operation in its place"
+    )
+
+
+def draws_beside(whose: str) -> str:
+    return (
+        f"draws its parameters from {whose} generator instead of the one that it is given, so the same seed makes "
+        "other views every time; expected every random number from `draw`'s generator"
     )
 
 
@@ -145,33 +215,47 @@ def _firing(parameters: Parameters) -> Parameters:
     return {k: torch.ones_like(t) if k == GATE else t for k, t in parameters.items()}
 
 
-def _varies(operation: Operation, drawn: Sequence[Parameters]) -> bool:
-    if isinstance(operation, KorniaOperation):
-        if operation.never:
-            return False
-        if not operation.always:
+def _varies(operation: Operation, shape: tuple[int, ...]) -> bool:
+    """Do two draws make different pixels of one image?"""
+    image = 0.2 + 0.5 * torch.rand(1, *shape, generator=generator(3))
+    for k, most in enumerate((8, MANY, MANY, MANY)):  # more, where it does something to few images only
+        rows = max(8, min(most, PIXELS // math.prod(shape)))
+        parameters = _some_firing(operation, operation.draw((rows, *shape), generator(4, k)))
+        if all(bool((t == t[:1]).all()) for t in parameters.values()):
+            continue
+        y = operation.apply(image.expand(rows, *shape).contiguous(), parameters)
+        if bool((y - y[:1]).abs().amax() > VISIBLE):
             return True
-    every = {k: torch.cat([d[k] for d in drawn]) for k in drawn[0] if k not in (*UNSHARED, GATE)}
-    return any(bool((t != t[:1]).any()) for t in every.values())
+    return False
 
 
-def _range_traits(operation: Operation, shape: tuple[int, ...], parameters: Parameters) -> tuple[bool, bool, bool]:
-    """(leaves_range, clamps, restores_range). Geometry interpolates: it neither leaves the range much nor cares."""
-    op: Any = operation.op if isinstance(operation, KorniaOperation) else None
-    if isinstance(op, GeometricAugmentationBase2D | Denormalize):
-        return False, False, isinstance(op, Denormalize)
+def _some_firing(operation: Operation, parameters: Parameters) -> Parameters:
+    """The same draws, every other gate open, unless all are open or closed."""
+    if not isinstance(operation, KorniaOperation) or operation.always or operation.never:
+        return parameters
+    return {k: torch.arange(len(t)).to(t) % 2 if k == GATE else t for k, t in parameters.items()}
 
-    def outside(value: float) -> float:
-        """Share of the pixels outside [0, 1] that a constant image comes out with."""
-        y = operation.apply(torch.full((ROWS, *shape), value), parameters)
+
+def _range_traits(operation: Operation, shape: tuple[int, ...], parameters: Parameters) -> tuple[bool, bool]:
+    """(leaves_range, clamps). Geometry interpolates: it neither leaves the range much nor cares."""
+    if isinstance(operation, KorniaOperation) and isinstance(operation.op, GeometricAugmentationBase2D):
+        return False, False
+
+    def outside(x: Tensor) -> float:
+        """Share of the pixels that come out outside [0, 1]."""
+        y = operation.apply(x, parameters)
         return float(((y < -SLACK) | (y > 1 + SLACK)).float().mean())
 
-    leaves = any(outside(v) > 0.05 for v in (0.0, 0.5, 1.0))
+    noise = torch.rand(ROWS, *shape, generator=generator(5))
+    full = torch.ones_like(noise)
+    leaves = any(outside(x) > 0.05 for x in (0.0 * full, 0.5 * full, full, noise, noise.round()))
+    if isinstance(operation, KorniaOperation) and isinstance(operation.op, Denormalize):
+        return leaves, False  # brings values outside back by its nature, and loses none
     try:
-        clamps = any(outside(v) < 0.05 for v in (1.7, -0.6))
+        clamps = any(outside(v * full) < 0.05 for v in (1.7, -0.6))
     except ERRORS:
         clamps = True
-    return leaves, clamps, False
+    return leaves, clamps
 
 
 def _rows_of(parameters: Mapping[str, Any], b: int) -> bool:
