@@ -1,6 +1,5 @@
 """Heads of equal depth as one batched product. Legend: N rows, F backbone width, S spaces, h hidden, d_s width."""
 
-import copy
 import itertools
 from collections.abc import Mapping
 
@@ -41,16 +40,17 @@ class HeadStack(nn.Module):
         return {name: layer(h) for name, layer, h in zip(self.widths, self.last, each, strict=True)}
 
     def head(self, name: str) -> nn.Sequential:
-        """The head of one space as Linear, BatchNorm1d, ReLU, ..., Linear; a copy."""
+        """The head of one space as Linear, BatchNorm1d, ReLU, ..., Linear; a copy. Sharded weights are gathered: it is
+        called on every rank then."""
         k = list(self.widths).index(name)
         layers: list[nn.Module] = []
         for i, (h, norm) in enumerate(zip(self.hidden, self.norms, strict=True)):
             part = slice(k * h, (k + 1) * h)
             if i == 0:
                 assert self.first is not None
-                weight = self.first.weight[part]
+                weight = whole(self.first.weight)[part]
             else:
-                weight = self.products[i - 1][k]
+                weight = whole(self.products[i - 1])[k]
             linear = nn.Linear(weight.shape[1], h, bias=False, device=weight.device, dtype=weight.dtype)
             assert isinstance(norm, nn.modules.batchnorm._BatchNorm)  # SyncBatchNorm too
             single = nn.BatchNorm1d(h, norm.eps, norm.momentum, device=weight.device, dtype=weight.dtype)
@@ -58,11 +58,24 @@ class HeadStack(nn.Module):
             with torch.no_grad():
                 linear.weight.copy_(weight)
                 for attribute in ("weight", "bias", "running_mean", "running_var"):
-                    getattr(single, attribute).copy_(getattr(norm, attribute)[part])
+                    getattr(single, attribute).copy_(whole(getattr(norm, attribute))[part])
                 single.num_batches_tracked.copy_(norm.num_batches_tracked)
             layers += [linear, single, nn.ReLU()]
-        layers.append(copy.deepcopy(self.last[k]))
+        last = self.last[k]
+        assert isinstance(last, nn.Linear)
+        weight, bias = whole(last.weight), whole(last.bias)
+        linear = nn.Linear(weight.shape[1], len(weight), device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            linear.weight.copy_(weight)
+            linear.bias.copy_(bias)
+        layers.append(linear)
         return nn.Sequential(*layers).train(self.training)
+
+
+def whole(t: Tensor) -> Tensor:
+    """A tensor, gathered from all ranks where it is sharded over them (FSDP2)."""
+    gathered: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
+    return gathered.detach()
 
 
 def _normed(norm: nn.Module, y: Tensor) -> Tensor:

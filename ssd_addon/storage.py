@@ -63,7 +63,7 @@ def _whole(value: Any, parts: list[Any]) -> Any:
     """The same with every sharded tensor whole, on the CPU; these are noted in `parts`."""
     if isinstance(value, Mapping):
         return {k: _whole(v, parts) for k, v in value.items()}
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):
         return type(value)(_whole(v, parts) for v in value)
     if isinstance(value, Tensor) and hasattr(value, "full_tensor"):
         parts.append(value)

@@ -8,6 +8,7 @@ import datetime
 import itertools
 import traceback
 import warnings
+from pathlib import Path
 
 import kornia.augmentation as K
 import pytest
@@ -16,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from ssd_addon import DualAscent, Embeddings, JointEntropyLoss, StructuredViews, StyleHeads, ViewBatch
@@ -200,16 +201,61 @@ def job_own_family(rank, failures):
             failures.append(f"own family, {kind}: {lam}, {mine.entropy} wanted {want}, {theirs.entropy}")
 
 
+def job_sharded_files(rank, failures):
+    """A sharded model writes a whole file, takes one back, gives its heads and, where registered, its features."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+
+    def build(seed):
+        torch.manual_seed(seed)
+        return StyleHeads(Backbone(), SPACES, hidden=(8, 6))
+
+    plain, other = build(0), build(1)
+    for n, t in plain.named_buffers():
+        t.fill_(3) if "tracked" in n else t.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(n)))
+    want = {k: t.clone() for k, t in plain.state_dict().items() if isinstance(t, torch.Tensor)}
+    folder = Path(FOLDER[0])
+    model = fully_shard(plain, mesh=mesh)
+    model.save(folder / "sharded.pt")
+    opened = StyleHeads.load(folder / "sharded.pt", Backbone())
+    for k, t in opened.state_dict().items():
+        if isinstance(t, torch.Tensor) and not torch.equal(t, want[k]):
+            failures.append(f"saved: {k} differs")
+    other = fully_shard(other, mesh=mesh)
+    other.restore(opened.config(), opened.state_dict())
+    for k, t in other.state_dict().items():
+        if isinstance(t, torch.Tensor) and not torch.equal(
+            t.full_tensor() if hasattr(t, "full_tensor") else t, want[k]
+        ):
+            failures.append(f"restored: {k} differs")
+    x = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(rank))
+    other.eval(), opened.eval()
+    head = other.head("color").eval()
+    if not torch.allclose(head(opened.features(x)), opened(x)["color"], atol=1e-6):
+        failures.append("the head is not the model's")
+    try:
+        fully_shard(build(2), mesh=mesh).features(x)
+        failures.append("features of a sharded model: no error")
+    except ValueError as error:
+        if "register_fsdp_forward_method" not in str(error):
+            failures.append(f"features of a sharded model: {error}")
+    register_fsdp_forward_method(other, "features")
+    if not torch.allclose(other.features(x), opened.features(x), atol=1e-6):
+        failures.append("features differ")
+
+
+FOLDER = [""]
 JOBS = {
     "wrappers": job_wrappers,
     "plain dicts": job_plain_dict,
     "half precision": job_half,
     "own family": job_own_family,
+    "sharded files": job_sharded_files,
 }
 
 
 def _worker(rank, folder):
     torch.set_num_threads(1)
+    FOLDER[0] = folder
     warnings.simplefilter("ignore")
     dist.init_process_group(
         "gloo",
