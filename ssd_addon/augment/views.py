@@ -25,6 +25,7 @@ from torch.utils.data import get_worker_info
 from ssd_addon import _checks
 from ssd_addon._shapes import Pictures, View
 from ssd_addon.augment.drawing import Drawing
+from ssd_addon.augment.fast.work import Fast
 from ssd_addon.augment.stages import THEN, Stage, check_order
 from ssd_addon.batch import ViewBatch, ViewParameters
 from ssd_addon.differences import parameter_differences
@@ -87,6 +88,7 @@ class StructuredViews(nn.Module):
         constrained_crop: float | None = None,
         seed: int | None = None,
         rank: int | None = None,
+        fast: bool = True,
     ) -> None:
         super().__init__()
         _check_groups(groups, key_groups)
@@ -105,6 +107,7 @@ class StructuredViews(nn.Module):
         self.seed = int(torch.randint(2**62, ())) if seed is None else _checked_seed(seed)
         self.call, self._rank = 0, rank
         self.drawing = Drawing(self.plan, self.stages, self.cross_image, constrained_crop)
+        self.fast, self._fast = fast, Fast(self.stages)
 
     # ------------------------------------------------------------------------------------------------ calling
 
@@ -115,7 +118,7 @@ class StructuredViews(nn.Module):
     @torch.no_grad()
     def forward(self, images: Pictures) -> ViewBatch:
         """Views of a batch of images [B, C, H, W], uint8 or floating point in [0, 1]."""
-        x = _unit_images(images)
+        x = self._taken(images)
         b = x.shape[0]
         seed = (self.seed, self.rank, _worker_seed(), self.call)
         index = self.plan.default_space_index(b, call=self.call) if self.plan.kind == "interleaved" else None
@@ -123,9 +126,8 @@ class StructuredViews(nn.Module):
         self.call += 1
         self._seen = tuple(x.shape[1:])
         parameters = self.drawing.views(tuple(x.shape), seed, index)
-        inputs = [x if s is None else x[s.to(x.device)] for s in sources]
         out = ViewBatch(
-            self._made(inputs, parameters),
+            self._made(x, sources, parameters),
             self.plan,
             image_ids=None if ids is None else ids.to(x.device),
             space_index=None if index is None else index.to(x.device),
@@ -143,7 +145,9 @@ class StructuredViews(nn.Module):
             parameters: one entry of `ViewBatch.parameters`.
         """
         _checks.same_names(parameters, tuple(self.stages), "parameters", "views")
-        return self._view(_unit_images(images), parameters)
+        if not isinstance(parameters, ViewParameters):
+            parameters = ViewParameters(parameters)
+        return self._made(self._taken(images), [None], [parameters])[0]
 
     @torch.no_grad()
     def independent(self, images: Pictures, *, seed: int | tuple[int, ...] = 0) -> ViewBatch:
@@ -156,11 +160,10 @@ class StructuredViews(nn.Module):
             images: [B, C, H, W], uint8 or floating point in [0, 1].
             seed: a number, or several.
         """
-        x = _unit_images(images)
+        x = self._taken(images)
         own = (self.seed, INDEPENDENT, *(seed if isinstance(seed, tuple) else (seed,)))
         drawn = [self.drawing.view(tuple(x.shape), own, view, None, None, keyed=False) for view in range(2)]
-        views = torch.stack([self._view(x, p) for p in drawn])
-        return ViewBatch(views, ViewPlan.shared_query(("content",)), parameters=drawn)
+        return ViewBatch(self._made(x, [None] * 2, drawn), ViewPlan.shared_query(("content",)), parameters=drawn)
 
     @torch.no_grad()
     def plain(self, images: Pictures) -> View:
@@ -194,11 +197,32 @@ class StructuredViews(nn.Module):
             return dist.get_rank()
         return int(os.environ.get("RANK", 0))
 
+    def plan_of_work(self, channels: int = 3) -> str:
+        """What the fast path does at once for images of so many channels, and which operations run as they are.
+
+        >>> print(StructuredViews({"color": [K.ColorJitter(0.4), K.RandomGamma((0.5, 2.0))]}, seed=0).plan_of_work())
+        query: colors: color/0.ColorJitter; as it is: color/1.RandomGamma
+        """
+        return "\n".join(self._fast.plan(channels)) if self.fast else "every operation as it is (fast=False)"
+
     # ------------------------------------------------------------------------------------------------ making
 
-    def _made(self, inputs: Sequence[Tensor], parameters: Sequence[ViewParameters]) -> Tensor:
-        """The pixels of all views [V, B, C, H, W]."""
-        if inputs[0].device.type == "cpu" or any(p.from_key for p in parameters):
+    def _taken(self, images: Pictures) -> Tensor:
+        """What was given, checked: uint8 as it is on the fast path, else float32 in [0, 1]."""
+        x = _checked(images)
+        return x if self.fast and x.dtype == torch.uint8 else _unit_images(x)
+
+    def _made(self, x: Tensor, sources: Sequence[Tensor | None], parameters: Sequence[ViewParameters]) -> Tensor:
+        """The pixels of all views [V, B, C, H, W], from images as `_taken` returns them.
+
+        Args:
+            sources: of each view the image of each row, None for its own.
+        """
+        if self.fast:
+            with in_float32(), torch.autocast(x.device.type, enabled=False):
+                return self._fast.make(x, sources, parameters)
+        inputs = [x if s is None else x[s.to(x.device)] for s in sources]
+        if x.device.type == "cpu" or len(inputs) == 1 or any(p.from_key for p in parameters):
             out = [self._view(x, p) for x, p in zip(inputs, parameters, strict=True)]
         else:
             out = self._in_one_pass(inputs, parameters)
@@ -305,8 +329,8 @@ def _worker_seed() -> int:
     return 0 if info is None else int(info.seed)
 
 
-def _unit_images(images: Pictures) -> Pictures:
-    """[B, C, H, W] float32 in [0, 1]."""
+def _checked(images: Pictures) -> Pictures:
+    """Images [B, C, H, W], uint8 or floating point in [0, 1]."""
     if not isinstance(images, Tensor):
         raise TypeError(f"images: expected a tensor [B, C, H, W]: got {type(images).__name__}")
     if images.ndim != 4:
@@ -314,7 +338,7 @@ def _unit_images(images: Pictures) -> Pictures:
     if 0 in images.shape:
         raise ValueError(f"images: expected at least one image with pixels: got {_checks.shape(images)}")
     if images.dtype == torch.uint8:
-        return images.float() / 255
+        return images
     if not images.is_floating_point():
         raise TypeError(f"images: expected uint8, or floating point in [0, 1]: got {images.dtype}")
     low, high = (float(v) for v in torch.aminmax(images.detach()))
@@ -324,4 +348,10 @@ def _unit_images(images: Pictures) -> Pictures:
             f"images: expected values in [0, 1], as the operations clamp to that range: got {what}; scale them "
             "(uint8 images are scaled for you) and put Normalize into `then`"
         )
-    return images.float()
+    return images
+
+
+def _unit_images(images: Pictures) -> Pictures:
+    """The same as float32 in [0, 1]."""
+    x = _checked(images)
+    return x.float() / 255 if x.dtype == torch.uint8 else x.float()

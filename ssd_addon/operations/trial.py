@@ -6,6 +6,7 @@ that its parameters do not hold. Whether an operation makes images differ is rea
 trial image fits (a crop larger than all of them, an unusual number of channels) is tried on the first images that come.
 """
 
+import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,11 @@ MANY, PIXELS = 256, 2_000_000
 """Rows, and numbers in them at most, by which it is judged whether an operation changes any pixel."""
 VISIBLE = 1e-4
 """A difference of pixels above the rounding of an interpolation."""
-ERRORS = (RuntimeError, TypeError, ValueError, AssertionError, IndexError, KeyError, NotImplementedError)
+_CHECKS: Any = getattr(importlib.import_module("kornia.core"), "exceptions", None)  # since Kornia 0.8
+ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError, TypeError, ValueError, AssertionError, IndexError, KeyError, NotImplementedError,
+    *([_CHECKS.BaseError] if hasattr(_CHECKS, "BaseError") else []),
+)  # fmt: skip
 """What operations raise where images do not suit them."""
 
 

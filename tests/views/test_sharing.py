@@ -72,7 +72,7 @@ def test_content_key_and_repeated_calls_redraw_and_a_seed_repeats():
 
 
 def test_one_pass_makes_what_view_by_view_makes():
-    views = StructuredViews(groups(), seed=5, cross_image=("color",))
+    views = StructuredViews(groups(), seed=5, cross_image=("color",), fast=False)
     batch = views(images())
     inputs = [images()[ids] for ids in batch.image_ids]
     together = torch.stack(views._in_one_pass(inputs, batch.parameters))

@@ -1,0 +1,93 @@
+"""Gaussian blurs of a width that differs from image to image, as one weighted sum along each axis.
+
+Legend: n images, C channels, [H, W] size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssd_addon.augment.fast.chain import put
+
+TAIL = 2e-4
+"""Share of a kernel that may be cut off at its ends, of which it is divided among the others."""
+TOGETHER = 2**18
+"""Pixels of images that are blurred at once, about what a core's own cache holds."""
+
+
+def kernels(sigma: Tensor, size: int) -> Tensor:
+    """[n, size] weights of a Gaussian at whole pixels around the middle one; sigma [n], 0 is no blur."""
+    at = torch.arange(size, dtype=torch.float64) - size // 2
+    weight = torch.exp(-at.square() / (2 * sigma.double().square()[:, None]).clamp(min=1e-30))
+    outer = 2 * weight.cumsum(1)[:, : size // 2] < TAIL * weight.sum(dim=1, keepdim=True)  # from one end inwards
+    weight[:, : size // 2].masked_fill_(outer, 0)
+    weight[:, size // 2 + 1 :].masked_fill_(outer.flip(1), 0)
+    return (weight / weight.sum(dim=1, keepdim=True)).float()
+
+
+def blur(x: Tensor, rows: Tensor, sigma: Tensor, size: tuple[int, int], border: str) -> None:
+    """Blur some of the images [N, C, H, W], in place.
+
+    Args:
+        rows: [n] which.
+        sigma: [n] widths in pixels.
+        size: (height, width) of the window in pixels, both odd.
+        border: "reflect" or "replicate".
+    """
+    vertical, horizontal = kernels(sigma, size[0]), kernels(sigma, size[1])
+    if x.device.type != "cpu":
+        at = rows.to(x.device)
+        x[at] = _convolved(x[at], vertical, horizontal, border)
+        return
+    order = sigma.argsort()  # images of about one width lie together, as their kernels are cut to the widest
+    for some in order.split(max(1, TOGETHER // x[0].numel())):
+        y = _along_rows(x.index_select(0, rows[some]), _cut(vertical[some]), border)
+        put(x, rows[some], _along_columns(y, _cut(horizontal[some]), border))
+
+
+def _cut(weight: Tensor) -> Tensor:
+    """The same kernels without the ends at which all of them are 0."""
+    middle = weight.shape[1] // 2
+    ends = int((weight[:, :middle] == 0).all(dim=0).sum())
+    return weight[:, ends : weight.shape[1] - ends]
+
+
+def _along_rows(x: Tensor, weight: Tensor, border: str) -> Tensor:
+    n, c, h, w = x.shape
+    r = weight.shape[1] // 2
+    if r == 0:
+        return x
+    padded = F.pad(x, (0, 0, r, r), mode=border).view(n, c, -1)
+    return _sum(padded, weight, torch.empty(n, c, h * w), w).view(n, c, h, w)
+
+
+def _along_columns(x: Tensor, weight: Tensor, border: str) -> Tensor:
+    n, c, h, w = x.shape
+    r = weight.shape[1] // 2
+    if r == 0:
+        return x
+    padded = F.pad(x, (r, r, 0, 0), mode=border).view(n, 1, -1)
+    out = torch.empty_like(padded)
+    _sum(padded, weight, out[:, :, : padded.shape[2] - 2 * r], 1)  # sums that cross an edge are cut off here:
+    return out.view(n, c, h, w + 2 * r)[..., :w]
+
+
+def _sum(padded: Tensor, weight: Tensor, out: Tensor, step: int) -> Tensor:
+    """sum_k weight_k * padded[..., k * step : k * step + length]: long contiguous runs."""
+    taps, length = weight[:, :, None, None].unbind(1), out.shape[2]
+    torch.mul(padded[:, :, :length], taps[0], out=out)
+    for k, tap in enumerate(taps[1:], 1):
+        out.addcmul_(padded[:, :, k * step : k * step + length], tap)
+    return out
+
+
+def _convolved(x: Tensor, vertical: Tensor, horizontal: Tensor, border: str) -> Tensor:
+    """One grouped convolution along each axis, all images at once."""
+    n, c, h, w = x.shape
+    flat = x.reshape(1, n * c, h, w)
+    for weight, down in ((vertical, True), (horizontal, False)):
+        r = weight.shape[1] // 2
+        each = weight.to(x.device).repeat_interleave(c, 0)[:, None]
+        padding, kernel = ((0, 0, r, r), each[..., None]) if down else ((r, r, 0, 0), each[:, :, None])
+        flat = F.conv2d(F.pad(flat, padding, mode=border), kernel, groups=n * c)
+    return flat.view(n, c, h, w)

@@ -1,0 +1,229 @@
+"""All views of a batch on the fast path.
+
+Rows with the same steps form a lane: all views, or, where keys have operations of their own, those that run the query's
+and those that run the key's. A lane is a list of segments, each of which takes pixels through several steps at once;
+what no segment knows runs as it is. Rows go through the segments in parts that stay in the cache.
+Legend: V views, B images, N rows of a lane.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssd_addon import _checks
+from ssd_addon.augment.fast import blur, chain, geometry
+from ssd_addon.augment.fast.chain import Chain
+from ssd_addon.augment.fast.geometry import Placement
+from ssd_addon.augment.fast.segments import Blur, Colors, Geometry, fires, segments
+from ssd_addon.augment.fast.threads import for_each
+from ssd_addon.augment.stages import Stage, Step
+from ssd_addon.batch import ViewParameters
+from ssd_addon.operations.draws import Parameters, pick
+
+PART = 2**20
+"""Numbers in a part of the rows, for each thread."""
+
+
+class Lane:
+    """Rows with the same steps.
+
+    Args:
+        stages: name -> its steps for these rows, in order.
+        channels: of the images.
+    """
+
+    def __init__(self, stages: Mapping[str, Sequence[Step]], channels: int) -> None:
+        self.steps = [(name, step) for name, steps in stages.items() for step in steps]
+        self.segments = segments([step for _, step in self.steps], channels)
+
+    def __str__(self) -> str:
+        parts = []
+        for s in self.segments:
+            names = ", ".join(f"{self.steps[i][0]}/{self.steps[i][1].key}" for i in s.steps)
+            parts.append(f"{type(s).__name__.lower() if s.fast else 'as it is'}: {names}")
+        return "; ".join(parts) or "nothing"
+
+    def run(
+        self,
+        source: Tensor,
+        index: Tensor,
+        parameters: Sequence[Parameters],
+        out: "Views",
+        rows: Tensor,
+        views: list[int],
+    ) -> None:
+        """Make the rows of the views.
+
+        Args:
+            source: [S, C, H, W] uint8, or float32 in [0, 1].
+            index: [N] source image of each row.
+            parameters: of each step, N rows.
+            out: where they go.
+            rows: [N] their places there.
+            views: how many of the rows belong to the first view, to the second, ...
+        """
+        n, begins = len(index), self.segments
+        place, moved = Placement.whole(n, (source.shape[-2], source.shape[-1])), 0
+        if begins and isinstance(begins[0], Geometry):
+            place, moved = self._placed(begins[0], place, parameters), 1
+        tables = {
+            k: Chain.of([c for i, f in zip(s.steps, s.columns, strict=False) for c in f(parameters[i])])
+            for k, s in enumerate(begins)
+            if isinstance(s, Colors) and s.columns
+        }
+        cpu = source.device.type == "cpu"
+        most = max(1, PART * (1 if cpu else 512) // (source.shape[1] * place.size[0] * place.size[1]))
+
+        def make(part: Tensor) -> None:
+            x = geometry.pixels(place.rows(part), source, index[part])
+            for k in range(moved, len(begins)):
+                x = self._through(k, x, part, parameters, tables.get(k))
+            out.put(x, rows[part])
+
+        if all(s.fast for s in begins):
+            order = torch.arange(n) if not tables else next(iter(tables.values())).alike()
+            first, *others = order.split(most)
+            make(first)  # by which the size of the views is known
+            if cpu:
+                for_each(make, others)
+            else:
+                for part in others:
+                    make(part)
+        else:  # somebody else's operation: always the rows of one view, so that a replay is equal to the last bit
+            for part in torch.arange(n).split(views):
+                make(part)
+
+    def _placed(
+        self, segment: Geometry, place: Placement, parameters: Sequence[Parameters] | Mapping[int, Parameters]
+    ) -> Placement:
+        for i, move in zip(segment.steps, segment.moves, strict=True):
+            try:
+                place = move(place, parameters[i])
+            except ValueError as error:
+                raise self._named(i, error) from error
+        return place
+
+    def _through(
+        self, k: int, x: Tensor, part: Tensor, parameters: Sequence[Parameters], table: Chain | None
+    ) -> Tensor:
+        segment = self.segments[k]
+        if isinstance(segment, Geometry):
+            drawn = {i: pick(parameters[i], part) for i in segment.steps}
+            place = self._placed(segment, Placement.whole(len(part), (x.shape[-2], x.shape[-1])), drawn)
+            return geometry.pixels(place, x, torch.arange(len(part)))
+        if isinstance(segment, Colors):
+            if table is not None:
+                some = table.rows(part)
+                if segment.clamped:
+                    changed = torch.nonzero(some.fires()).flatten().to(x.device)
+                    x[changed] = x[changed].clamp(0, 1)
+                x = chain.run(some, x)
+            if segment.ends is not None:
+                mean, std = (t.to(x.device) for t in segment.ends)
+                x.sub_(mean).div_(std)
+            return x
+        p = pick(parameters[segment.steps[0]], part)
+        step = self.steps[segment.steps[0]][1]
+        if isinstance(segment, Blur):
+            rows = torch.nonzero(fires(p)).flatten()
+            if len(rows):
+                least = (segment.size[0] // 2, segment.size[1] // 2)
+                if segment.border == "reflect" and not (x.shape[-2] > least[0] and x.shape[-1] > least[1]):
+                    return step.apply(x, p)  # whose error says what it expects
+                blur.blur(x, rows, p["sigma"][rows], segment.size, segment.border)
+            return x
+        return step.apply(x, p).contiguous()
+
+    def _named(self, i: int, error: Exception) -> ValueError:
+        name, step = self.steps[i]
+        return ValueError(f"{name}: {step.key} could not be applied: {error}")
+
+
+class Views:
+    """The pixels of all views, [V * B, ...], filled in any order."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.pixels = rows, None
+
+    pixels: Tensor | None
+
+    def put(self, x: Tensor, rows: Tensor) -> None:
+        if self.pixels is None:
+            self.pixels = x.new_empty((self.rows, *x.shape[1:]))
+        if self.pixels.shape[1:] != x.shape[1:]:
+            raise ValueError(
+                f"all views must have one size: got {_checks.shape(self.pixels[0])} and {_checks.shape(x[0])}"
+            )
+        if x.device.type == "cpu":
+            chain.put(self.pixels, rows, x)
+        else:
+            self.pixels[rows.to(x.device)] = x
+
+
+class Fast:
+    """The fast path of some stages."""
+
+    def __init__(self, stages: Mapping[str, Stage]) -> None:
+        self.stages = stages
+        self.lanes: dict[tuple[tuple[bool, ...], int], Lane] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"lanes": {}}
+
+    def lane(self, from_key: tuple[bool, ...], channels: int) -> Lane:
+        """The lane of rows that run the key's operations in these stages."""
+        if (from_key, channels) not in self.lanes:
+            steps = {s.name: s.steps(k) for s, k in zip(self.stages.values(), from_key, strict=True)}
+            self.lanes[from_key, channels] = Lane(steps, channels)
+        return self.lanes[from_key, channels]
+
+    def plan(self, channels: int) -> list[str]:
+        """A line for each lane: what is done at once, and what as it is."""
+        none = (False,) * len(self.stages)
+        keyed = tuple(s.key is not None for s in self.stages.values())
+        lines = [f"query: {self.lane(none, channels)}"]
+        return lines + ([f"keys: {self.lane(keyed, channels)}"] if any(keyed) else [])
+
+    def make(self, images: Tensor, sources: Sequence[Tensor | None], parameters: Sequence[ViewParameters]) -> Tensor:
+        """All views [V, B, C, H, W] of images [B, C, H, W], uint8 or float32 in [0, 1].
+
+        Args:
+            sources: of each view the image of each row, None for its own.
+            parameters: of each view.
+        """
+        v, b = len(parameters), len(images)
+        if images.device.type == "cpu" and images.dtype == torch.uint8:
+            images = images.contiguous(memory_format=torch.channels_last)
+        own = torch.arange(b)
+        out = Views(v * b)
+        for from_key, views in self._rows(parameters, b).items():
+            lane = self.lane(from_key, images.shape[1])
+            index = torch.cat([own[r] if s is None else s[r] for r, s in zip(views, sources, strict=True)])
+            used = [(p, r) for p, r in zip(parameters, views, strict=True) if len(r)]
+            drawn = [_joined([(p[name][step.key], r) for p, r in used], b) for name, step in lane.steps]
+            places = torch.cat([k * b + r for k, r in enumerate(views)])
+            lane.run(images, index, drawn, out, places, [len(r) for r in views if len(r)])
+        assert out.pixels is not None
+        return out.pixels.view(v, b, *out.pixels.shape[1:])
+
+    def _rows(self, parameters: Sequence[ViewParameters], b: int) -> dict[tuple[bool, ...], list[Tensor]]:
+        """By the stages in which they run the key's operations: the rows of each view."""
+        out: dict[tuple[bool, ...], list[Tensor]] = {}
+        for v, p in enumerate(parameters):
+            flags = torch.zeros(b, len(self.stages), dtype=torch.bool)
+            for k, stage in enumerate(self.stages.values()):
+                if stage.key is not None and stage.name in p.from_key:
+                    flags[:, k] = p.from_key[stage.name]
+            for kind in flags.unique(dim=0):
+                rows = torch.nonzero((flags == kind).all(dim=1)).flatten()
+                empty = [torch.empty(0, dtype=torch.int64) for _ in parameters]
+                out.setdefault(tuple(kind.tolist()), empty)[v] = rows
+        return out
+
+
+def _joined(values: Sequence[tuple[Parameters, Tensor]], b: int) -> Parameters:
+    """Those rows of each view's parameters, one below the other."""
+    first = values[0][0]
+    return {k: torch.cat([p[k] if len(r) == b else p[k][r] for p, r in values]) for k in first}
