@@ -18,7 +18,9 @@ PERIODS = {"hue_factor": 1.0, "angle": 360.0, "degrees": 360.0, "times": 4.0}
 """After how much an angle or a hue is the same again."""
 THEN = "then"
 """The stage that is drawn anew for every view and belongs to no group."""
-NOT_DRAWN = ("order", "forward_input_shape", "input_size", "output_size", "padding_size")
+SEED = "seed"
+"""The parameter of an operation that is shared by seed: it says nothing of what was done."""
+NOT_DRAWN = ("order", "fn_idx", "forward_input_shape", "input_size", "output_size", "padding_size")
 """What operations store beside their parameters: it is not drawn, or it is no number."""
 
 
@@ -84,6 +86,9 @@ def group_differences(
         for name in parameters:
             path = f"{group}/{op}/{name}"
             if name in NOT_DRAWN or name == "batch_prob" or (name == "dst" and "output_size" in parameters):
+                continue
+            if name == SEED and len(parameters) == 1:
+                skipped.append(f"{path}, a seed, which does not say what was drawn")
                 continue
             sizes = {view[group][op][name].shape[1:] for view in (*a, *b)}
             if len(sizes) > 1 or next(iter(sizes)).numel() > LARGEST:

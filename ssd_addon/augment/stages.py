@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ssd_addon import _checks
 from ssd_addon.augment.crop import is_crop
-from ssd_addon.operations.draws import Parameters, Seed, Watch, generator, pick
+from ssd_addon.operations.draws import Parameters, Refused, Seed, Watch, generator, pick
 from ssd_addon.operations.trial import ERRORS, Traits, draws_beside, draws_late, no_batch, same, tried
-from ssd_addon.operations.wrap import GATE, KorniaOperation, wrapped
+from ssd_addon.operations.wrap import GATE, WrappedOperation, wrapped
 
 THEN = "then"
 EXONERATIONS = 3
@@ -38,8 +38,8 @@ class Step:
 
     @property
     def module(self) -> nn.Module | None:
-        """The Kornia operation inside, or the operation, if it is a module."""
-        if isinstance(self.operation, KorniaOperation):
+        """The library's operation inside, or the operation, if it is a module."""
+        if isinstance(self.operation, WrappedOperation):
             op: nn.Module = self.operation.op
             return op
         return self.operation if isinstance(self.operation, nn.Module) else None
@@ -47,6 +47,16 @@ class Step:
     def draw(self, shape: tuple[int, ...], seed: Seed) -> Parameters:
         if self.traits is None:
             self.traits = tried(f"{self.stage}: {self.key}", self.operation, [shape[1:]])
+        try:
+            return self._drawn(shape, seed)
+        except Refused as error:
+            raise ValueError(f"{self.stage}: {self.key} {error}") from error
+        except ERRORS as error:
+            raise ValueError(
+                f"{self.stage}: {self.key} could not be drawn for images {list(shape)}: {error}"
+            ) from error
+
+    def _drawn(self, shape: tuple[int, ...], seed: Seed) -> Parameters:
         if self.draws_watched == 0:
             return self.operation.draw(shape, generator(*seed))
         watch = Watch(torch.device("cpu"))
@@ -54,7 +64,7 @@ class Step:
         if moved := watch.moved():
             if not same(drawn, self.operation.draw(shape, generator(*seed))):
                 watch.restore()
-                raise ValueError(f"{self.stage}: {self.key} {draws_beside(moved)}")
+                raise Refused(draws_beside(moved))
             self.draws_watched -= 1
         return drawn
 
@@ -84,7 +94,7 @@ class Step:
         try:
             y = self.operation.apply(x, parameters)
         except ERRORS as error:
-            rgb = isinstance(self.operation, KorniaOperation) and x.ndim == 4 and x.shape[1] != 3
+            rgb = isinstance(self.operation, WrappedOperation) and x.ndim == 4 and x.shape[1] != 3
             hint = f" (most operations need RGB, 3 channels: the images have {x.shape[1]})" if rgb else ""
             raise ValueError(
                 f"{self.stage}: {self.key} could not be applied to images {_checks.shape(x)}{hint}: {error}"

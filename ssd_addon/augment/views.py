@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import kornia.augmentation as K
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -170,7 +169,7 @@ class StructuredViews(nn.Module):
         """Whole images as the model knows them: scaled to [0, 1], with the Normalize of `then` and nothing drawn."""
         x = _unit_images(images)
         for op in (step.module for step in self.stages[THEN].query):
-            if isinstance(op, K.Normalize):
+            if op is not None and type(op).__name__ == "Normalize":  # Kornia's or torchvision's
                 x = op(x)
         return x
 

@@ -105,7 +105,8 @@ class EquivarianceLoss(KeepsType):
             if not own:
                 drawn = _checks.names(dict.fromkeys(map(_group, sizes)))
                 raise ValueError(
-                    f"style space {name!r}: expected a group of that name that draws parameters: got those of {drawn}"
+                    f"style space {name!r}: expected a group of that name that draws parameters: got those of {drawn}; "
+                    "what is shared by seed (operations.seeded) has none to predict"
                 )
             self.groups[name] = own
             numbers = sum(own.values())

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 Parameters = dict[str, Tensor]
+SEED = "seed"
+"""The one parameter of an operation that is shared by seed."""
 Seed = tuple[int, ...]
+
+
+class Refused(ValueError):
+    """An operation that views cannot share exactly."""
 
 
 def generator(*seed: int) -> torch.Generator:

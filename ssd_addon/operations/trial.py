@@ -17,8 +17,8 @@ from kornia.augmentation import Denormalize, GeometricAugmentationBase2D
 from torch import Tensor
 
 from ssd_addon import _checks
-from ssd_addon.operations.draws import Parameters, Watch, generator, in_float32, pick
-from ssd_addon.operations.wrap import GATE, KorniaOperation, Operation, changes_size
+from ssd_addon.operations.draws import Parameters, Refused, Watch, generator, in_float32, pick
+from ssd_addon.operations.wrap import GATE, KorniaOperation, Operation, WrappedOperation, changes_size
 
 SHAPES = ((3, 32, 32), (3, 256, 256), (1, 32, 32), (4, 32, 32))
 """Sizes of trial images, [C, H, W], in this order."""
@@ -32,13 +32,10 @@ VISIBLE = 1e-4
 _CHECKS: Any = getattr(importlib.import_module("kornia.core"), "exceptions", None)  # since Kornia 0.8
 ERRORS: tuple[type[Exception], ...] = (
     RuntimeError, TypeError, ValueError, AssertionError, IndexError, KeyError, NotImplementedError,
+    StopIteration,
     *([_CHECKS.BaseError] if hasattr(_CHECKS, "BaseError") else []),
 )  # fmt: skip
 """What operations raise where images do not suit them."""
-
-
-class Refused(ValueError):
-    """An operation that views cannot share exactly."""
 
 
 class ChangesSize(Refused):
@@ -105,7 +102,7 @@ def _examined(operation: Operation, shape: tuple[int, ...]) -> Traits:
     x = torch.rand(ROWS, *shape, generator=generator(0))
     fired = _firing(drawn[0])
     y = _settled(operation, x, fired)
-    if isinstance(operation, KorniaOperation) and y.shape[1:] != x.shape[1:] and not operation.always:
+    if isinstance(operation, WrappedOperation) and y.shape[1:] != x.shape[1:] and not operation.always:
         raise ChangesSize(changes_size(x, y))
     if not _by_rows(operation, x, fired, y):
         if not isinstance(operation, KorniaOperation) or operation.one_by_one:
@@ -217,7 +214,7 @@ def _by_rows(operation: Operation, x: Tensor, parameters: Parameters, y: Tensor)
 
 def _firing(parameters: Parameters) -> Parameters:
     """The same draws with every gate open."""
-    return {k: torch.ones_like(t) if k == GATE else t for k, t in parameters.items()}
+    return {k: torch.ones_like(t) if k.endswith(GATE) else t for k, t in parameters.items()}
 
 
 def _varies(operation: Operation, shape: tuple[int, ...]) -> bool:
@@ -236,9 +233,9 @@ def _varies(operation: Operation, shape: tuple[int, ...]) -> bool:
 
 def _some_firing(operation: Operation, parameters: Parameters) -> Parameters:
     """The same draws, every other gate open, unless all are open or closed."""
-    if not isinstance(operation, KorniaOperation) or operation.always or operation.never:
+    if not isinstance(operation, WrappedOperation) or operation.always or operation.never:
         return parameters
-    return {k: torch.arange(len(t)).to(t) % 2 if k == GATE else t for k, t in parameters.items()}
+    return {k: torch.arange(len(t)).to(t) % 2 if k.endswith(GATE) else t for k, t in parameters.items()}
 
 
 def _range_traits(operation: Operation, shape: tuple[int, ...], parameters: Parameters) -> tuple[bool, bool]:

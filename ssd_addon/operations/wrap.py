@@ -38,7 +38,31 @@ class Operation(Protocol):
     def apply(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor: ...
 
 
-class KorniaOperation:
+class WrappedOperation:
+    """What a library's operation is made into.
+
+    Attributes:
+        op: the operation.
+        name: of its class.
+        one_by_one: is it drawn and applied image by image?
+    """
+
+    op: Any
+    name: str
+    one_by_one: bool = False
+
+    @property
+    def always(self) -> bool:
+        """Does it fire on every image?"""
+        raise NotImplementedError
+
+    @property
+    def never(self) -> bool:
+        """Does it fire on no image?"""
+        raise NotImplementedError
+
+
+class KorniaOperation(WrappedOperation):
     """One of Kornia's 2-D operations, on a copy.
 
     Every draw is per image: the order of ColorJitter and ColorJiggle and on/off gates of whole batches are drawn for
@@ -53,10 +77,7 @@ class KorniaOperation:
     def __init__(self, op: nn.Module, where: str) -> None:
         name = type(op).__name__
         if not isinstance(op, AugmentationBase2D):
-            raise TypeError(
-                f"{where}: expected Kornia 2-D operations on single images (kornia.augmentation, no container, no "
-                f"mixing of images), or objects with draw and apply: got {name}"
-            )
+            raise TypeError(f"{where}: expected a 2-D operation of kornia.augmentation on single images: got {name}")
         self.name = name
         self.op: Any = _copied(op)
         self.one_by_one = False
@@ -176,10 +197,23 @@ def changes_size(x: Tensor, y: Tensor) -> str:
 
 def wrapped(operation: Any, where: str) -> tuple[str, Operation]:
     """(name, operation) of what a user put into a group."""
-    if isinstance(operation, AugmentationBase2D) or not isinstance(operation, Operation):
+    from ssd_addon.operations.torchvision import TorchvisionOperation, is_transform
+
+    if isinstance(operation, AugmentationBase2D):
         made = KorniaOperation(operation, where)
         return made.name, made
-    return type(operation).__name__, operation
+    if is_transform(operation):
+        transform = TorchvisionOperation(operation, where)
+        return transform.name, transform
+    if isinstance(operation, Operation) and not inspect.isclass(operation):
+        return str(getattr(operation, "name", type(operation).__name__)), operation
+    name = operation.__name__ if inspect.isclass(operation) else type(operation).__name__
+    what = f"the class {name}; make one: {name}(...)" if inspect.isclass(operation) else name
+    raise TypeError(
+        f"{where}: expected Kornia's 2-D operations on single images (no container, no mixing of images), v2 "
+        "transforms of torchvision, objects with draw and apply, or operations.seeded(function) of anything else: got "
+        + what
+    )
 
 
 def _copied(op: AugmentationBase2D) -> AugmentationBase2D:
