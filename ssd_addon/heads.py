@@ -4,7 +4,7 @@ Legend: V views, B images, F backbone width, S spaces, h hidden width, d_s width
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -221,7 +221,8 @@ class StyleHeads(nn.Module):
         return model
 
     def restore(self, config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
-        """Load weights; refuses those of another configuration and says where the two differ.
+        """Load weights; refuses those of another configuration or backbone, says where the two differ, and is left as
+        it was.
 
         Keys may carry the names of what wrapped the model when it was saved ("module.", "_orig_mod.", "model.").
         """
@@ -232,7 +233,9 @@ class StyleHeads(nn.Module):
         own = self.state_dict()
         try:
             state = storage.matched(state_dict, own, self._dropped)
-            self.load_state_dict({k: storage.sharded_as(v, own.get(k)) for k, v in state.items()})
+            sizes = [{k: getattr(v, "shape", None) for k, v in each.items()} for each in (state, own)]
+            with nullcontext() if sizes[0] == sizes[1] else storage.unchanged_on_error(self):
+                self.load_state_dict({k: storage.sharded_as(v, own.get(k)) for k, v in state.items()})
         except RuntimeError as error:
             raise ValueError(
                 f"the checkpoint belongs to another backbone than {self.backbone_name}: {error}"
