@@ -33,8 +33,9 @@ def embed(
 
     Measuring changes nothing. Every network that the model runs is in evaluation mode, also inside a function or an
     object, and afterwards its parts are in the modes that they were in; its buffers, the images and the global
-    generators of torch, numpy and Python are as they were. Only statistics that a function of yours keeps in tensors
-    outside any module cannot be protected.
+    generators of torch, numpy and Python are as they were. Not protected are statistics that a function of yours keeps
+    in tensors outside any module, and networks that compiled code runs where a search of closures, attributes and
+    globals does not find them.
 
     Args:
         model: `StyleHeads`, also compiled or inside DistributedDataParallel, or any callable [b, C, H, W] -> name ->
