@@ -25,9 +25,9 @@ class ImageFiles(Dataset[tuple[Image.Image, int, str]]):
     Files are recognized by their extension, in upper or lower case (.jpg, .jpeg, .png, .bmp, .webp, .ppm, .pgm, .tif,
     .tiff, and .gif, of which the first frame is taken), and opened when they are asked for.
 
-    Images are rotated as their EXIF orientation says, and transparency is put over black. 16-bit gray levels are
-    divided by 65535, or, where no pixel exceeds 4095, 1023 or 255, as 12, 10 or 8 bits stored in 16, because a file
-    does not say how many of its bits are used. Floating-point levels in [0, 1] are taken as they are; other
+    Images are rotated as their EXIF orientation says, and transparency is put over black. 16-bit levels are divided by
+    65535, or, where no pixel exceeds 4095, 1023 or 255, as 12, 10 or 8 bits stored in 16, because a file does not say
+    how many of its bits are used. Floating-point levels in [0, 1] are taken as they are; other
     floating-point and 32-bit levels are scaled from the minimum to the maximum of the image.
 
     What is left out is counted in `.left_out` and shown by repr: hidden files and folders (.DS_Store, ._x.jpg,
