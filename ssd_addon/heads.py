@@ -187,7 +187,8 @@ class StyleHeads(nn.Module):
                 strings, lists and dictionaries.
 
         Raises:
-            ValueError: a card that could not be read rightly.
+            ValueError: a card that could not be read rightly, or a state that holds more than tensors and plain data.
+            OSError: the file cannot be written.
         """
         content: dict[str, Any] = {"config": self.config(), "state_dict": self.state_dict()}
         if card is not None:
@@ -199,8 +200,12 @@ class StyleHeads(nn.Module):
     def load(cls, path: str | Path, backbone: nn.Module, *, map_location: Any = "cpu") -> "StyleHeads":
         """The model that `save` wrote, around a backbone of the same architecture (whose weights are overwritten).
 
+        Every entry of the file is compared with its checksum. Files without checksums, such as those of torch.save's
+        format before 1.6, open unverified.
+
         Raises:
-            ValueError: not such a file, or a backbone of another architecture.
+            FileNotFoundError: no such file.
+            ValueError: not such a file, a damaged one, or a backbone of another architecture.
         """
         stored = storage.read(path, expected="a file of StyleHeads.save", map_location=map_location)
         return cls.from_stored(stored, backbone)
