@@ -93,7 +93,7 @@ class Listing:
         self.root = root
         self.classes: list[str] = []
         self.labels: list[int] = []
-        self._folders: list[tuple[str, str]] = []
+        self.folders: list[tuple[str, str]] = []
         self._odd: dict[int, str] = {}  # printable names that `printable` alone would not make unique
         starts, names, lengths = [], bytearray(), array("H")
         for name, folders in groups:
@@ -101,7 +101,7 @@ class Listing:
             label = max(0, len(self.classes) - 1)
             for folder in folders:
                 starts.append(len(lengths))
-                self._folders.append((folder.path, folder.shown))
+                self.folders.append((folder.path, folder.shown))
                 for file, shown in zip(folder.names, _printables(folder.names), strict=True):
                     if shown != printable(file):
                         self._odd[len(lengths)] = shown
@@ -118,7 +118,7 @@ class Listing:
 
     def _parts(self, i: int) -> tuple[str, str, str]:
         """The folder's path, the same printable, and the file's name."""
-        path, shown = self._folders[int(np.searchsorted(self._starts, i, side="right")) - 1]
+        path, shown = self.folders[int(np.searchsorted(self._starts, i, side="right")) - 1]
         return path, shown, os.fsdecode(self._names[int(self._ends[i - 1]) if i else 0 : int(self._ends[i])])
 
     def path(self, i: int) -> Path:
@@ -134,27 +134,49 @@ class Listing:
         return self.path(i), self.labels[i]
 
 
-def scan(root: Path) -> tuple[Listing, Counter[str], list[str]]:
-    """The images below a folder, what was left out and how often, and the class folders that hold no image.
+class Scan(NamedTuple):
+    """The images below a folder, and what is odd about it."""
+
+    listing: Listing
+    left_out: Counter[str]  # what was left out and how often
+    empty: list[str]  # class folders that hold no image
+    repeated: dict[str, str]  # folders that links list again: where -> where they are listed first
+
+
+def scan(root: Path) -> Scan:
+    """List the images below a folder.
 
     Raises:
         OSError: a folder that cannot be listed.
     """
     left_out: Counter[str] = Counter()
     empty: list[str] = []
-    listing = Listing(root, _groups(root, left_out, empty))
-    return listing, left_out, empty
+    linked: dict[str, str] = {}
+    listing = Listing(root, _groups(root, left_out, empty, linked))
+    repeated: dict[str, str] = {}
+    if linked:
+        base = os.path.realpath(root)
+        first = {os.path.join(base, path): shown for path, shown in listing.folders}  # the real paths, without links
+        for real, shown in ((linked[shown], shown) for _, shown in listing.folders if shown in linked):
+            if first.setdefault(real, shown) != shown:
+                repeated[shown] = first[real]
+    return Scan(listing, left_out, empty, repeated)
 
 
-def _groups(root: Path, left_out: Counter[str], empty: list[str]) -> Iterator[tuple[str | None, list[_Folder]]]:
-    """The folders of each class, one class at a time so that few names are in memory as strings."""
+def _groups(
+    root: Path, left_out: Counter[str], empty: list[str], linked: dict[str, str]
+) -> Iterator[tuple[str | None, list[_Folder]]]:
+    """The folders of each class, one class at a time so that few names are in memory as strings.
+
+    The real paths of those that a link led to are noted in `linked`, by their printable ones.
+    """
     images, folders = _entries(str(root), left_out)
     real, any_class = os.path.realpath(root), False
     for entry, shown in zip(folders, _printables([f.name for f in folders]), strict=True):
         target = _entered(entry, (real,), left_out)
         if target is None:
             continue
-        below = _walk(entry, shown, target, left_out)
+        below = _walk(entry, shown, target, left_out, linked)
         if below:
             any_class = True
             yield shown, below
@@ -168,7 +190,11 @@ def _groups(root: Path, left_out: Counter[str], empty: list[str]) -> Iterator[tu
 
 
 def _walk(
-    top: os.DirEntry[str], shown: str, target: tuple[str, tuple[str, ...]], left_out: Counter[str]
+    top: os.DirEntry[str],
+    shown: str,
+    target: tuple[str, tuple[str, ...]],
+    left_out: Counter[str],
+    linked: dict[str, str],
 ) -> list[_Folder]:
     """The folders from `top` down that hold images, in the order of torchvision's ImageFolder."""
     found: list[_Folder] = []
@@ -179,6 +205,8 @@ def _walk(
         images, folders = _entries(path, left_out)
         if images:
             found.append(_Folder(below, shown, images))
+            if links:
+                linked[shown] = real
         for entry, name in zip(folders, _printables([f.name for f in folders]), strict=True):
             entered = _entered(entry, (*links, real), left_out)
             if entered is not None:

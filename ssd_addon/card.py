@@ -11,9 +11,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from ssd_addon import _checks
+from ssd_addon import _checks, storage
 from ssd_addon.losses.families import FAMILIES, resolve_family
 
 KEYS = ("backbone", "views", "family", "on_sphere", "size", "name")
@@ -40,10 +38,10 @@ def check_card(card: Any, where: str = "card") -> None:
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"{where}: expected the card's size in whole pixels, 1 or more: got {size!r}")
     for key, value in card.items():
-        if odd := _not_plain(value):
+        if odd := storage.not_plain(value):
             raise ValueError(
                 f"{where}: expected plain data (numbers, strings, lists, mappings), as a file with more in it is not "
-                f"opened again: got {odd} in {key!r}"
+                f"opened again: got {odd[0]} in {key!r}"
             )
         if key not in KEYS and (meant := difflib.get_close_matches(str(key).lower(), KEYS, 1, 0.85)):
             raise ValueError(f"{where}: expected the card's key {meant[0]!r}: got {key!r}, which nothing reads")
@@ -54,14 +52,3 @@ def compares_on_sphere(card: Mapping[str, Any]) -> bool:
     if card.get("on_sphere") is not None:
         return bool(card["on_sphere"])
     return card.get("family") is None or resolve_family(card["family"]).on_sphere
-
-
-def _not_plain(value: Any) -> str:
-    """The type of the first thing in it that is no plain data, "" where all is."""
-    if value is None or type(value) in (bool, int, float, str, torch.Tensor):
-        return ""
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    elif type(value) not in (list, tuple):
-        return type(value).__name__
-    return next(filter(None, map(_not_plain, value)), "")

@@ -25,16 +25,17 @@ class ImageFiles(Dataset[tuple[Image.Image, int, str]]):
     Files are recognized by their extension, in upper or lower case (.jpg, .jpeg, .png, .bmp, .webp, .ppm, .pgm, .tif,
     .tiff, and .gif, of which the first frame is taken), and opened when they are asked for.
 
-    Images are rotated as their EXIF orientation says, and transparency is put over black. 16-bit gray levels are
-    divided by 65535, or, where no pixel exceeds 4095, 1023 or 255, as 12, 10 or 8 bits stored in 16, because a file
-    does not say how many of its bits are used. Floating-point levels in [0, 1] are taken as they are; other
+    Images are rotated as their EXIF orientation says, and transparency is put over black. 16-bit levels are divided by
+    65535, or, where no pixel exceeds 4095, 1023 or 255, as 12, 10 or 8 bits stored in 16, because a file does not say
+    how many of its bits are used. Floating-point levels in [0, 1] are taken as they are; other
     floating-point and 32-bit levels are scaled from the minimum to the maximum of the image.
 
     What is left out is counted in `.left_out` and shown by repr: hidden files and folders (.DS_Store, ._x.jpg,
     .ipynb_checkpoints), those of operating systems and file servers (__MACOSX, @eaDir, Thumbs.db), files with another
     extension, and links back to a folder that contains them. Other links are followed. A RuntimeWarning reports
     sub-folders without images, which are not classes, so that labels may differ from those of another split (compare
-    `.classes`); images outside the class folders; and broken links without an image's extension.
+    `.classes`); images outside the class folders; broken links without an image's extension; and folders that links
+    list more than once, whose images then have a label for each.
 
     Args:
         root: the folder.
@@ -51,6 +52,8 @@ class ImageFiles(Dataset[tuple[Image.Image, int, str]]):
         names: path of every file relative to the folder, as the items have it. Names and classes are printable and
             unique: a byte that is not UTF-8 is written as a backslash, x and two digits.
         left_out: reason -> number of files and folders.
+        repeated: folder that is listed again through a link -> where it is listed first. Links to single files are not
+            compared.
         skipped: number of broken files that this process has read.
 
     Raises:
@@ -65,7 +68,7 @@ class ImageFiles(Dataset[tuple[Image.Image, int, str]]):
         self._shown_root = _listing.printable(str(self.root))
         if not self.root.is_dir():
             raise FileNotFoundError(f"expected a folder of images: got {self._shown_root}, which is not a folder")
-        self._listing, left_out, empty = _listing.scan(self.root)
+        self._listing, left_out, empty, self.repeated = _listing.scan(self.root)
         self.left_out: dict[str, int] = dict(left_out)
         self._bad: set[int] = set()
         if not len(self):
@@ -76,6 +79,14 @@ class ImageFiles(Dataset[tuple[Image.Image, int, str]]):
         surprises = _surprises(self.left_out, empty if self.classes else [])
         if surprises:
             warnings.warn(f"{self._shown_root}: left out {'; '.join(surprises)}", RuntimeWarning, stacklevel=2)
+        if self.repeated:
+            again, first = next(iter(self.repeated.items()))
+            warnings.warn(
+                f"{self._shown_root}: {len(self.repeated)} folders are listed again through links ({again}, which is "
+                f"{first}, ...), so that their images are in the data more than once, with the label of each place",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @property
     def classes(self) -> list[str]:
@@ -102,7 +113,8 @@ class ImageFiles(Dataset[tuple[Image.Image, int, str]]):
 
     def __repr__(self) -> str:
         found = f"{len(self)} images, {len(self.classes)} class folders"
-        return f"ImageFiles({str(self.root)!r}: {found}{self._without()})"
+        again = f"; listed again through links: {len(self.repeated)} folders" if self.repeated else ""
+        return f"ImageFiles({str(self.root)!r}: {found}{self._without()}{again})"
 
     def _without(self) -> str:
         listed = ", ".join(f"{n} {reason}" for reason, n in sorted(self.left_out.items()))

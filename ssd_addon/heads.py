@@ -4,7 +4,7 @@ Legend: V views, B images, F backbone width, S spaces, h hidden width, d_s width
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -187,7 +187,8 @@ class StyleHeads(nn.Module):
                 strings, lists and dictionaries.
 
         Raises:
-            ValueError: a card that could not be read rightly.
+            ValueError: a card that could not be read rightly, or a state that holds more than tensors and plain data.
+            OSError: the file cannot be written.
         """
         content: dict[str, Any] = {"config": self.config(), "state_dict": self.state_dict()}
         if card is not None:
@@ -199,8 +200,12 @@ class StyleHeads(nn.Module):
     def load(cls, path: str | Path, backbone: nn.Module, *, map_location: Any = "cpu") -> "StyleHeads":
         """The model that `save` wrote, around a backbone of the same architecture (whose weights are overwritten).
 
+        Every entry of the file is compared with its checksum. Files without checksums, such as those of torch.save's
+        format before 1.6, open unverified.
+
         Raises:
-            ValueError: not such a file, or a backbone of another architecture.
+            FileNotFoundError: no such file.
+            ValueError: not such a file, a damaged one, or a backbone of another architecture.
         """
         stored = storage.read(path, expected="a file of StyleHeads.save", map_location=map_location)
         return cls.from_stored(stored, backbone)
@@ -221,7 +226,8 @@ class StyleHeads(nn.Module):
         return model
 
     def restore(self, config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
-        """Load weights; refuses those of another configuration and says where the two differ.
+        """Load weights; refuses those of another configuration or backbone, says where the two differ, and is left as
+        it was.
 
         Keys may carry the names of what wrapped the model when it was saved ("module.", "_orig_mod.", "model.").
         """
@@ -232,7 +238,9 @@ class StyleHeads(nn.Module):
         own = self.state_dict()
         try:
             state = storage.matched(state_dict, own, self._dropped)
-            self.load_state_dict({k: storage.sharded_as(v, own.get(k)) for k, v in state.items()})
+            sizes = [{k: getattr(v, "shape", None) for k, v in each.items()} for each in (state, own)]
+            with nullcontext() if sizes[0] == sizes[1] else storage.unchanged_on_error(self):
+                self.load_state_dict({k: storage.sharded_as(v, own.get(k)) for k, v in state.items()})
         except RuntimeError as error:
             raise ValueError(
                 f"the checkpoint belongs to another backbone than {self.backbone_name}: {error}"

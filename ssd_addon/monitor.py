@@ -295,16 +295,15 @@ def _ready(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"log: expected a file to write, such as {path / 'log.jsonl'}: got a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with path.open("ab+") as file:
         file.seek(0)
-        text = file.read()
-        whole, _, last = text.rpartition("\n")
+        whole, end, last = file.read().rpartition(b"\n")
         if last:
             try:
-                json.loads(last)
-                file.write("\n")
+                json.loads(last.decode("utf-8-sig", errors="replace"))
+                file.write(b"\n")
             except ValueError:
-                file.truncate(len(whole.encode()) + bool(whole))
+                file.truncate(len(whole + end))
 
 
 def _plain(value: Any) -> Any:

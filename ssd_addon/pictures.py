@@ -1,13 +1,16 @@
 """Image files, PIL images and arrays of every mode as upright 8-bit RGB, before anything is resized."""
 
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 Levels = npt.NDArray[np.uint8]
@@ -23,6 +26,12 @@ _TURNS = {
 }
 _ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # entries of info that hold an orientation
 _DEPTHS = (8, 10, 12, 16)  # bits that cameras store in 16
+_BITS, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 258, 262, 284, 339  # tags of TIFF
+# Of 16 bits per channel Pillow takes the upper 8; read in the other order of bytes, it takes the lower 8. What it reads
+# as gray with alpha are four bytes, as in RGBA of 8 bits.
+_LOWER = {f"{mode};16{a}": f"{mode};16{b}" for mode in ("RGB", "RGBX", "RGBA") for a, b in ("BL", "LB")}
+_LOWER |= {f"{mode};16N": f"{mode};16{'B' if sys.byteorder == 'little' else 'L'}" for mode in ("RGB", "RGBX", "RGBA")}
+_LOWER["LA;16B"] = "RGBA"
 
 
 def read(path: str | Path) -> Image.Image:
@@ -53,21 +62,25 @@ def _read(path: str | Path) -> Image.Image:
 def rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as 8-bit RGB, rotated as its EXIF orientation says; itself where there is nothing to do.
 
-    Transparency is put over black. Gray levels of more than 8 bits are scaled to 0-255:
+    Transparency is put over black. Levels of more than 8 bits are scaled to 0-255:
 
     - 16 bits are divided by 65535. Where no pixel exceeds 4095, 1023 or 255, they are taken as 12, 10 or 8 bits stored
-      in 16: a file does not say how many of its bits are used, and the image would be nearly black.
+      in 16: a file does not say how many of its bits are used, and the image would be nearly black. In color this holds
+      for images that come straight from a file and are not loaded yet, as Pillow keeps the upper 8 bits alone.
     - Floating-point levels in [0, 1] are multiplied by 255. Other floating-point levels, and integers of 32 bits, are
       scaled from the minimum to the maximum of the image; where these are equal and not 0, the image is mid-gray.
+    - TIFF files whose 0 is white are inverted.
 
     Raises:
-        ValueError: no pixels; NaN or infinite levels.
+        ValueError: no pixels; NaN or infinite levels; a TIFF file of 16-bit planes that Pillow misreads.
     """
     if not (image.width and image.height):
         raise ValueError(f"image: expected at least one pixel: got width {image.width} and height {image.height}")
+    lower = _lower_bytes(image)
     image.load()
     turn = _TURNS.get(_orientation(image))
-    picture = _colored(image)
+    dark = lower is not None and np.asarray(image)[..., :3].max() < 16  # no level above 4095 of 65535
+    picture = _colored(_of_16_bits(image, lower()) if lower is not None and dark else image)
     return picture if turn is None else picture.transpose(turn)
 
 
@@ -84,9 +97,60 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
+def _lower_bytes(image: Image.Image) -> Callable[[], Levels] | None:
+    """What reads the lower bytes of color channels of 16 bits [H, W, C], for an image that is not loaded yet."""
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile:
+        return None
+    source, frame = image.filename or image.fp, image.tell()
+    arguments = image.tile[0][3]
+    rawmode = arguments[0] if isinstance(arguments, tuple) else arguments
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(_PLANES) == 2:
+        if rawmode in ("R", "G", "B", "A") and 16 in image.tag_v2[_BITS]:
+            raise ValueError("image: expected interleaved channels: got 16-bit planes, whose bytes Pillow mixes up")
+        return (lambda: _refused_planes(image)) if rawmode in _LOWER else None
+    if source is None or rawmode not in _LOWER:
+        return None
+
+    def read() -> Levels:
+        if not isinstance(source, str | bytes):
+            source.seek(0)
+        with Image.open(source) as again:
+            again.seek(frame)
+            for k, (codec, box, offset, given) in enumerate(again.tile):
+                lower = (_LOWER[rawmode], *given[1:]) if isinstance(given, tuple) else _LOWER[rawmode]
+                again.tile[k] = type(again.tile[k])(codec, box, offset, lower)
+            again.load()
+            levels = np.asarray(again)
+        return levels[..., [1, 1, 1, 3]] if rawmode == "LA;16B" else levels
+
+    return read
+
+
+def _refused_planes(image: Image.Image) -> Levels:
+    levels = np.asarray(image)
+    if levels[..., :3].any():
+        raise ValueError("image: expected interleaved channels: got 16-bit planes of 12 bits, of which Pillow reads 4")
+    return np.zeros_like(levels)
+
+
+def _of_16_bits(image: Image.Image, lower: Levels) -> Image.Image:
+    """An image of the upper bytes of its channels, with their lower bytes, as 8 bits; see `rgb`."""
+    values = np.asarray(image).astype(np.int64) * 256 + lower
+    parts = [_scaled_16_bits(part) for part in np.split(values, [3], axis=2) if part.size]  # color, alpha
+    return Image.fromarray(np.concatenate(parts, axis=2))
+
+
+def _scaled_16_bits(values: npt.NDArray[Any]) -> Levels:
+    high = int(values.max())
+    return _integer_levels(values, 0, next(2**bits - 1 for bits in _DEPTHS if high < 2**bits))
+
+
 def _colored(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return Image.fromarray(_levels(image)).convert("RGB")
+        levels = _levels(image)
+        if isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0:
+            levels = 255 - levels  # which Pillow does for 8 bits and fewer alone
+        return Image.fromarray(levels).convert("RGB")
     if image.mode == "La":  # which Pillow converts to LA alone
         image = image.convert("LA")
     # A palette that a loader has converted to RGB keeps its transparent color in `info`, though the loader chose to
@@ -107,10 +171,11 @@ def _levels(image: Image.Image) -> Levels:
     if image.mode == "I" and image.format == "PPM":  # Pillow has scaled these to 16 bits by the file's own maximum
         return _integer_levels(values, 0, 65535)
     if image.mode == "I" and image.format != "PNG":  # PNG has 16 bits at most
+        if isinstance(image, TiffImageFile) and image.tag_v2.get(_SAMPLE_FORMAT, (1,))[0] == 1:
+            values = values.view(np.uint32)  # unsigned, which Pillow does not have
         low, high = int(values.min()), int(values.max())
         return _integer_levels(values, low, high)
-    high = int(values.max())
-    return _integer_levels(values, 0, next(2**bits - 1 for bits in _DEPTHS if high < 2**bits))
+    return _scaled_16_bits(values)
 
 
 def _integer_levels(values: npt.NDArray[Any], low: int, high: int) -> Levels:

@@ -4,21 +4,36 @@ A file holds a mapping of tensors and plain data. `StyleHeads.save` writes {"con
 run writes {"heads", "model", "card", ...} with the rest of its state. Both are opened here, and nothing else is.
 """
 
+import collections
+import copy
 import os
-import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssd_addon import _checks
+from ssd_addon import _archive, _checks
 
 WRAPPERS = ("module", "_orig_mod", "_forward_module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """What DDP, EMA, torch.compile, Fabric, activation checkpointing and FSDP put into the keys of what they wrap."""
+
+PLAIN = (bool, int, float, str, Tensor)
+LOADABLE = (complex, bytes, bytearray, torch.nn.Parameter, torch.dtype, torch.device, torch.layout)
+"""What torch.load reads beside `PLAIN` with weights_only=True."""
+CONTAINERS = (dict, collections.OrderedDict, list, tuple)
+LOADABLE_CONTAINERS = (collections.Counter, set, torch.Size)
+
+
+class HasState(Protocol):
+    """Anything whose state is saved: modules, optimizers, gradient scalers."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Any) -> Any: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +56,17 @@ class Stored:
 def write(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write a file whole or not at all: beside its place first, then renamed.
 
-    Tensors that are sharded over ranks are gathered: every rank has to call it then, and rank 0 writes.
+    A folder that is missing is made; a symbolic link stays one, and what it leads to is replaced. Tensors that are
+    sharded over ranks are gathered: every rank has to call it then, and rank 0 writes.
 
     Raises:
+        ValueError: something in it that `read` would refuse.
         OSError: it cannot be written; what was there before is left.
     """
     path = Path(path)
     parts: list[Any] = []
     content = _whole(content, parts)
+    check_loadable(content, str(path))
     if parts:
         try:
             if dist.get_rank() == 0:
@@ -57,6 +75,52 @@ def write(path: str | Path, content: Mapping[str, Any]) -> None:
             dist.barrier()
         return
     _write(path, content)
+
+
+def not_plain(value: Any, also: Collection[Any] = (), containers: tuple[type, ...] = ()) -> tuple[Any, ...]:
+    """The type of the first thing that is no plain data, then the keys that lead to it from inside out; () for none.
+
+    Args:
+        value: what is looked through.
+        also: types that count as plain data beside `PLAIN`.
+        containers: types that are looked into beside `CONTAINERS`.
+    """
+    kind = type(value)
+    if value is None or kind in PLAIN or kind in also:
+        return ()
+    if kind not in CONTAINERS and kind not in containers:
+        return (kind.__name__,)
+    for key, part in value.items() if isinstance(value, dict) else ((None, part) for part in value):
+        if odd := not_plain(key, also, containers) or not_plain(part, also, containers):
+            return odd if key is None else (*odd, key)
+    return ()
+
+
+def check_loadable(content: Any, what: str) -> None:
+    """Refuse what `read` would refuse.
+
+    Raises:
+        ValueError: something that torch.load does not read with weights_only=True; says where.
+    """
+    safe = {g[0] if isinstance(g, tuple) else g for g in torch.serialization.get_safe_globals()}
+    if odd := not_plain(content, (*LOADABLE, *safe), LOADABLE_CONTAINERS):
+        kind, *keys = odd
+        raise ValueError(
+            f"{what}: expected tensors and plain data (numbers, strings, lists, mappings), as a file with more in it "
+            f"is not opened again: got {kind} in {' of '.join(map(repr, keys)) or 'it'}"
+        )
+
+
+@contextmanager
+def unchanged_on_error(*parts: HasState) -> Iterator[None]:
+    """Where the block fails, these hold afterwards what they held before."""
+    before = [copy.deepcopy(part.state_dict()) for part in parts]
+    try:
+        yield
+    except BaseException:
+        for part, state in zip(parts, before, strict=True):
+            part.load_state_dict(state)
+        raise
 
 
 def _whole(value: Any, parts: list[Any]) -> Any:
@@ -81,16 +145,28 @@ def sharded_as(value: Any, like: Any) -> Any:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = Path(os.path.realpath(path))
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         torch.save(dict(content), beside)
-        os.replace(beside, path)
+        os.replace(beside, target)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # out of memory, no data on a meta device
+            raise
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"{path}: expected a place where a file can be written whole: got {reason!r}") from error
     finally:
         beside.unlink(missing_ok=True)
 
 
 def read(path: str | Path, *, expected: str, with_parts: str | None = None, map_location: Any = "cpu") -> Stored:
     """Read what `write` wrote; nothing in the file is run.
+
+    torch.save keeps a checksum of every entry of its archive, which torch.load ignores. Here every entry is compared
+    with its checksum, as it is read, so that a damaged file is no other model. Not verified are files without
+    checksums: those of torch.save's format before 1.6, which is no archive, and those written after
+    `torch.serialization.set_crc32_options(False)`.
 
     Args:
         path: of the file.
@@ -100,16 +176,15 @@ def read(path: str | Path, *, expected: str, with_parts: str | None = None, map_
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that cannot be read, or that holds no `StyleHeads`: says what is missing.
+        ValueError: a file that is damaged or cannot be read, or that holds no `StyleHeads`: says what is missing.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: expected {expected}: got no such file")
+        got = "a folder" if Path(path).is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: expected {expected}: got {got}")
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        content = _archive.load(path, map_location)
     except Exception as error:  # whatever a file's bytes make the reader say
-        unsafe = isinstance(error, pickle.UnpicklingError)
-        why = "it holds more than tensors and plain data, which loading would run" if unsafe else type(error).__name__
-        raise ValueError(f"{path}: expected {expected}: could not be read ({why})") from error
+        raise ValueError(f"{path}: expected {expected}: could not be read ({_archive.reason(error)})") from error
     what = f"{path}: expected {with_parts or expected}, with its configuration and its weights"
     if not isinstance(content, Mapping):
         raise ValueError(f"{what}: got {type(content).__name__}")
@@ -160,10 +235,9 @@ def matched(state: Mapping[str, Any], wanted: Iterable[str], dropped: tuple[str,
     prefix = fitting[0]
     found = {targets[t]: state[bare[prefix + t]] for t in targets}
     beside = {b[len(prefix) :]: k for b, k in bare.items() if b.startswith(prefix)}
+    if any(k != b for b, k in bare.items()):  # something wrapped it
+        beside.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel counts its updates there
     rest = {k: state[k] for name, k in beside.items() if name not in targets and not name.startswith(dropped)}
-    wrapped = any(k != b for b, k in bare.items())
-    if wrapped:
-        rest.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel counts its updates there
     return found | rest
 
 

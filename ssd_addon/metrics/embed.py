@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ssd_addon import _checks
 from ssd_addon.metrics.evaluation import evaluation
+from ssd_addon.metrics.spaces import unit_rows
 
 Model = Callable[[Tensor], Mapping[str, Tensor] | Tensor]
 """Images [b, C, H, W] -> name -> [b, d], or features [b, F] of a plain backbone."""
@@ -33,8 +33,9 @@ def embed(
 
     Measuring changes nothing. Every network that the model runs is in evaluation mode, also inside a function or an
     object, and afterwards its parts are in the modes that they were in; its buffers, the images and the global
-    generators of torch, numpy and Python are as they were. Only statistics that a function of yours keeps in tensors
-    outside any module cannot be protected.
+    generators of torch, numpy and Python are as they were. Not protected are statistics that a function of yours keeps
+    in tensors outside any module, and networks that compiled code runs where a search of closures, attributes and
+    globals does not find them.
 
     Args:
         model: `StyleHeads`, also compiled or inside DistributedDataParallel, or any callable [b, C, H, W] -> name ->
@@ -126,7 +127,9 @@ def _rows(z: Mapping[str, Tensor], n: int, on_sphere: bool) -> dict[str, Tensor]
         if not isinstance(t, Tensor) or t.ndim != 2 or len(t) != n:
             got = _checks.shape(t) if isinstance(t, Tensor) else type(t).__name__
             raise ValueError(f"model: expected space {name!r} as [{n}, d], a row per image: got {got}")
-    return {name: F.normalize(t.float(), dim=1) if on_sphere else t.float() for name, t in z.items()}
+    if on_sphere:  # float64 beyond the range of float32 has a direction as well
+        return {name: unit_rows(t if t.dtype == torch.float64 else t.float()).float() for name, t in z.items()}
+    return {name: t.float() for name, t in z.items()}
 
 
 def unwrapped(model: Model) -> list[Model]:

@@ -8,10 +8,11 @@ import functools
 import random
 import sys
 import threading
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import CodeType, FunctionType, MappingProxyType, MemberDescriptorType, MethodType, ModuleType
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 OBJECTS = 100_000
 """Objects that are looked at in search of networks, at most."""
@@ -31,37 +33,68 @@ def evaluation(model: Callable[..., object], *, leave: Iterable[nn.Module] = ())
     """Evaluation mode for every network that the model runs; afterwards all is as it was, also after an error.
 
     Every module that `reachable` finds is in evaluation mode, and so is every other one in training mode that this
-    thread calls (unless a compiled module was found, which a hook would compile anew). Afterwards each of them is in
-    the mode that it was in, their buffers hold the same bits, and torch's, numpy's and Python's global generators are
-    where they were. Not protected are statistics in tensors that are no module's buffer, such as those of
-    `torch.nn.functional.batch_norm(..., training=True)` in a function of yours.
+    thread calls. Afterwards each of them is in the mode that it was in, their buffers hold the same bits, and torch's,
+    numpy's and Python's global generators are where they were. Not protected are statistics in tensors that are no
+    module's buffer, such as those of `torch.nn.functional.batch_norm(..., training=True)` in a function of yours, and
+    modules that compiled code calls and that are not found.
 
     Args:
         model: a module, or any callable.
         leave: modules that are not touched.
     """
     kept = _Kept(leave)
-    thread = threading.get_ident()
-
-    def on_call(module: nn.Module, _: object) -> None:
-        if getattr(module, "training", False) and threading.get_ident() == thread:
-            kept.evaluate(module)
-
     with generators_kept():
         try:
             found = reachable(model)
             for module in found:
                 kept.evaluate(module)
-            if any("_orig_mod" in module._modules for module in found):
-                yield  # torch compiles a module anew, and warns, where there is a hook
-                return
-            handle = register_module_forward_pre_hook(on_call)
-            try:
+            quiet = _no_warning_of_hooks() if any(map(_is_compiled, found)) else nullcontext()
+            with quiet, _on_calls(kept.evaluate):
                 yield
-            finally:
-                handle.remove()
         finally:
             kept.restore()
+
+
+@contextmanager
+def _on_calls(meet: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Show every module in training mode that this thread calls, before it runs.
+
+    The hook is taken off while a compiled module runs, as torch would compile it anew with the hook.
+    """
+    thread = threading.get_ident()
+    hooks: dict[object, RemovableHandle] = {}
+
+    def on_call(module: nn.Module, _: object) -> None:
+        if torch.compiler.is_compiling() or threading.get_ident() != thread:
+            return
+        if getattr(module, "training", False):
+            meet(module)
+        if _is_compiled(module):
+            hooks.pop(None).remove()
+            if module not in hooks:
+                hooks[module] = module.register_forward_hook(again, always_call=True)
+
+    def again(*_: object) -> None:
+        if None not in hooks:
+            hooks[None] = register_module_forward_pre_hook(on_call)
+
+    again()
+    try:
+        yield
+    finally:
+        for handle in hooks.values():
+            handle.remove()
+
+
+@contextmanager
+def _no_warning_of_hooks() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
+        yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in getattr(module, "_modules", ())
 
 
 class _Kept:

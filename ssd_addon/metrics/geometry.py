@@ -14,7 +14,7 @@ from ssd_addon._shapes import Matrix
 from ssd_addon.embeddings import Embeddings, as_embeddings
 from ssd_addon.metrics.probe import Kind, Probe, Split, at_least, score_cells
 from ssd_addon.metrics.probes import Target
-from ssd_addon.metrics.spaces import CHUNK, check_finite, check_space, check_spaces
+from ssd_addon.metrics.spaces import CHUNK, binary_scale, check_finite, check_space, check_spaces, unit_rows
 from ssd_addon.metrics.table import ScoreTable
 
 
@@ -43,6 +43,7 @@ def effective_rank(z: Matrix) -> float:
     check_finite("effective_rank", z)
     with torch.no_grad():
         x = z.double()
+        x = x / binary_scale(x.abs().amax())
         sigma = torch.linalg.svdvals(x - x.mean(0))
         sigma = sigma[sigma > torch.finfo(z.dtype).eps * x.norm()]
         return float(torch.special.entr(sigma / sigma.sum()).sum().exp()) if len(sigma) else 0.0
@@ -185,10 +186,11 @@ def redundancy(
 def _whole_space(z: Tensor, train: Tensor, test: Tensor) -> Target | str:
     """A space to be predicted: centered, all coordinates on one scale."""
     x = z.detach().double()
+    x = whole = x / binary_scale(x.abs().amax())
     x = x - x[train].mean(0)
     scale = (x[train] ** 2).sum(1).mean().sqrt()
     spread = min(float((x[rows] - x[rows].mean(0)).square().sum(1).mean().sqrt()) for rows in (train, test))
-    if not spread > torch.finfo(z.dtype).eps * float(z.detach().double().norm(dim=1).amax()):
+    if not spread > torch.finfo(z.dtype).eps * float(whole.norm(dim=1).amax()):
         return "constant"
     return Target(x / scale, torch.ones(len(z), dtype=torch.bool, device=z.device), pooled=True)
 
@@ -197,10 +199,7 @@ def _unit(what: str, z: Tensor, least: int) -> Tensor:
     """Rows of unit length, float64."""
     check_space(what, z, least)
     check_finite(what, z)
-    x = z.detach().double()
-    largest = x.abs().amax(dim=1, keepdim=True)
-    if not (largest > 0).all():
-        raise ValueError(f"{what}: expected rows with a direction: got {int((largest == 0).sum())} rows of length 0")
-    x = x / largest
-    lengths: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return x / lengths
+    x = unit_rows(z.detach().double())
+    if zero := int((x == 0).all(1).sum()):
+        raise ValueError(f"{what}: expected rows with a direction: got {zero} rows of length 0")
+    return x

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ssd_addon import _checks
-from ssd_addon.metrics.spaces import CHUNK, check_finite, check_space
+from ssd_addon.metrics.spaces import CHUNK, check_finite, check_space, unit_rows
 
 Weights = Mapping[str, float] | str
 ENDS_FAISS = re.compile(r"(?<!\d)0+(?!\d)|(HNSW|NSG)1(?!\d)")
@@ -70,7 +70,7 @@ class StyleIndex:
                 raise ValueError(f"space {name!r}: expected the {self._length} images of space {first!r}: got {len(z)}")
             check_finite(f"space {name!r}", z)
             self._length, self.widths[name] = len(z), z.shape[1]
-            units.append(_unit(z))
+            units.append(unit_rows(z.detach().double()).float())
         self.rows = torch.cat(units, 1)  # [n, D]
         self._faiss: Any = None
         if backend == "faiss":
@@ -170,10 +170,11 @@ class StyleIndex:
             raise TypeError(
                 f"query: expected rows of the index, integers, or a mapping of embeddings: got {rows.dtype}"
             )
+        rows = rows.long()
         if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(self)):
             got = f"{int(rows.min())} to {int(rows.max())}"
             raise ValueError(f"query: expected rows 0 to {len(self) - 1}: got {got}")
-        return rows.long()
+        return rows
 
     def _queries(self, query: Mapping[str, Tensor], w: Mapping[str, float]) -> Tensor:
         missing = [name for name in w if name not in query]
@@ -191,7 +192,7 @@ class StyleIndex:
             if query[name].shape != (count, d):
                 got = _checks.shape(query[name])
                 raise ValueError(f"query: expected space {name!r} as [{count}, {d}], the width of the index: got {got}")
-            parts.append(_unit(query[name]).to(self.rows.device))
+            parts.append(unit_rows(query[name].detach().double()).float().to(self.rows.device))
         return torch.cat(parts, 1)
 
 
@@ -265,11 +266,3 @@ def _is_finite(value: Real) -> bool:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) < 60 else f"{text[:50]}... ({len(text)} characters)"
-
-
-def _unit(z: Tensor) -> Tensor:
-    """Rows of unit length in float32; a row of zeros stays."""
-    x = z.detach().double()
-    x = x / x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    lengths: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return (x / lengths.clamp(min=torch.finfo(x.dtype).tiny)).float()

@@ -19,7 +19,7 @@ from ssd_addon.metrics.embed import Images, Model, batches, is_on_sphere, joined
 from ssd_addon.metrics.evaluation import evaluation, generators_kept
 from ssd_addon.metrics.probe import Kind, Probe, Split, at_least, score_cells
 from ssd_addon.metrics.probes import Target
-from ssd_addon.metrics.spaces import MIN_ROWS, check_spaces
+from ssd_addon.metrics.spaces import MIN_ROWS, check_spaces, standardized
 from ssd_addon.metrics.table import ScoreTable
 from ssd_addon.plan import ViewPlan
 
@@ -123,6 +123,9 @@ def parameter_matrix(
             empty[group] = "no parameter of this group varies between views"
             if skipped[group]:
                 empty[group] = f"left out: {', '.join(skipped[group])}; nothing else in this group varies"
+    for s in za:  # so that no sum overflows
+        large = torch.maximum(za[s].abs().amax(), zb[s].abs().amax()) > torch.finfo(za[s].dtype).max / 4
+        za[s], zb[s] = (z / torch.where(large, 4, 1) for z in (za[s], zb[s]))
     inputs = {s: [zb[s] - za[s], za[s] + zb[s]] for s in za}
     scores, intervals, notes = score_cells(inputs, parts | empty, split, chosen, seed=seed, means=members)
     notes |= {(s, g): f"left out: {', '.join(skipped[g])}" for g in members if skipped[g] for s in za}
@@ -160,5 +163,4 @@ def _target(value: Tensor, train: Tensor, test: Tensor) -> Target | None:
     value = value[:, spread > 1e-6 * value.abs().amax(0)]
     if not value.shape[1]:
         return None
-    standard = (value - value[train].mean(0)) / value[train].std(0)
-    return Target(standard, torch.ones(len(value), dtype=torch.bool, device=value.device))
+    return Target(standardized(value, train), torch.ones(len(value), dtype=torch.bool, device=value.device))

@@ -20,7 +20,7 @@ from torch import Tensor
 from ssd_addon import _checks
 from ssd_addon.metrics.probe import Kind, Probe, Split, at_least, score_cells
 from ssd_addon.metrics.probes import Target
-from ssd_addon.metrics.spaces import MIN_ROWS, check_spaces
+from ssd_addon.metrics.spaces import MIN_ROWS, check_spaces, standardized
 from ssd_addon.metrics.table import ScoreTable
 
 
@@ -54,14 +54,14 @@ class Circular:
             raise ValueError(
                 f"Circular: expected radians [n], floating point: got {_checks.shape(angle)} {angle.dtype}"
             )
-        if k.is_floating_point() or k.is_complex() or k.dtype == torch.bool or (k < 0).any():
+        if k.is_floating_point() or k.is_complex() or k.dtype == torch.bool or (k.long() < 0).any():
             raise ValueError(f"Circular: expected fold as an integer of 0 (no angle) or more: got {self.fold!r}")
         if k.ndim and k.shape != angle.shape:
             raise ValueError(f"Circular: expected a fold per angle {_checks.shape(angle)}: got {_checks.shape(k)}")
 
     def target(self) -> tuple[Tensor, Tensor]:
         """(cos k*theta, sin k*theta) [n, 2] float64, zero where k = 0; and [n] bool, where k > 0."""
-        k = torch.as_tensor(self.fold, device=self.angle.device).expand_as(self.angle)
+        k = torch.as_tensor(self.fold, device=self.angle.device).long().expand_as(self.angle)
         phase = k * self.angle.double()
         valid = k > 0
         return torch.where(valid[:, None], torch.stack((phase.cos(), phase.sin()), 1), 0.0), valid
@@ -224,6 +224,4 @@ def target_of(factor: Factor, train: Tensor, test: Tensor) -> Target | str:
         return "constant"
     if not varies.all():
         note = "; ".join(filter(None, [note, f"columns {torch.nonzero(~varies).flatten().tolist()} are constant"]))
-    values = values[:, varies]
-    values = (values - values[rows].mean(0)) / values[rows].std(0)
-    return Target(values, valid, note=note)
+    return Target(standardized(values[:, varies], rows), valid, note=note)

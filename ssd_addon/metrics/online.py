@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ssd_addon import _checks
 from ssd_addon._shapes import Matrix, Scalar, Vector
+from ssd_addon.kernels.dispatch import checks_are_on
 
 
 class OnlineProbes(nn.Module):
@@ -18,6 +19,9 @@ class OnlineProbes(nn.Module):
 
     logits_s = W_s BatchNorm(z_s) + b_s, where BatchNorm has no affine parameters; in float32, outside autocast. Under
     DistributedDataParallel wrap the probes as any other module.
+
+    In training, features that are NaN, infinite or too large for BatchNorm raise an error, before they enter its
+    statistics, which would never recover (not under torch.compile and CUDA-graph capture, where the logits are NaN).
 
     >>> probes = OnlineProbes({"backbone": 16, "color": 4}, classes=10)
     >>> optimizer = torch.optim.Adam(probes.parameters(), lr=3e-3)
@@ -60,20 +64,39 @@ class OnlineProbes(nn.Module):
         """Features name -> [n, d] to logits name -> [n, C].
 
         Raises:
-            ValueError: other names, shapes or numbers of images than expected.
+            ValueError: other names, shapes or numbers of images than expected; in training, features from which
+                BatchNorm can make no statistics.
         """
         self._check_names(features, "features")
-        out: dict[str, Tensor] = {}
+        rows: dict[str, Tensor] = {}
         n = len(features[self.names[0]])
         if self.training and n < 2:
             raise ValueError(f"features: expected 2 images or more in training mode, for BatchNorm: got {n}")
-        for (name, width), layer in zip(self.widths.items(), self.layers, strict=True):
+        for name, width in self.widths.items():
             z = features[name]
             if z.shape != (n, width):
                 raise ValueError(f"features {name!r}: expected [{n}, {width}], a row per image: got {_checks.shape(z)}")
-            with torch.autocast(z.device.type, enabled=False):
-                out[name] = layer(z.detach().float())
+            rows[name] = z.detach().float()
+        if self.training:
+            rows = self._bounded(rows)
+        out: dict[str, Tensor] = {}
+        for (name, x), layer in zip(rows.items(), self.layers, strict=True):
+            with torch.autocast(x.device.type, enabled=False):
+                out[name] = layer(x)
         return out
+
+    def _bounded(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Refuse what BatchNorm can make no variance of; NaN where nothing may be read from the device."""
+        fine = torch.stack([x.square().sum().isfinite() for x in rows.values()])
+        if not checks_are_on("auto"):
+            return {name: torch.where(ok, x, torch.nan) for (name, x), ok in zip(rows.items(), fine, strict=True)}
+        if bad := [name for name, ok in zip(rows, fine.tolist(), strict=True) if not ok]:
+            raise ValueError(
+                f"features {bad[0]!r}: expected finite numbers whose squares float32 holds: got "
+                + ("too large ones" if bool(rows[bad[0]].isfinite().all()) else "NaN or infinity")
+                + ", so the network has diverged"
+            )
+        return rows
 
     def loss(self, logits: Mapping[str, Matrix], labels: Vector) -> Scalar:
         """The sum over spaces of their cross-entropies, a scalar: each probe's gradient is its own.
@@ -90,13 +113,15 @@ class OnlineProbes(nn.Module):
 
     @torch.no_grad()
     def hits(self, logits: Mapping[str, Matrix], labels: Vector) -> Tensor:
-        """How many images each space classifies rightly: [S] int64, in the order of `names`.
+        """How many images each space classifies rightly: [S] int64, in the order of `names`; none where logits are NaN
+        or infinite.
 
         Args:
             logits, labels: as in `loss`.
         """
         target = self._checked(logits, labels)
-        return torch.stack([(logits[name].argmax(1) == target).sum() for name in self.names])
+        given = [logits[name] for name in self.names]
+        return torch.stack([((t.argmax(1) == target) & t.isfinite().all(1)).sum() for t in given])
 
     def _checked(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         self._check_names(logits, "logits")
@@ -104,11 +129,12 @@ class OnlineProbes(nn.Module):
         if labels.shape != (n,) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             got = f"{_checks.shape(labels)} {labels.dtype}"
             raise ValueError(f"labels: expected [{n}] integers, a class for each image: got {got}")
+        labels = labels.long()
         if n and not (int(labels.min()) >= 0 and int(labels.max()) < self.classes):
             raise ValueError(
                 f"labels: expected classes 0 to {self.classes - 1}: got {int(labels.min())} to {int(labels.max())}"
             )
-        return labels.to(logits[self.names[0]].device, torch.int64)
+        return labels.to(logits[self.names[0]].device)
 
     def _check_names(self, given: Iterable[str], what: str) -> None:
         _checks.same_names(given, self.names, what, "probes")

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssd_addon.metrics.spaces import CHUNK
+from ssd_addon.metrics.spaces import CHUNK, binary_scale
 
 RIDGE_ALPHAS = tuple(10.0**e for e in range(-6, 4))  # times the training rows; inputs are standardized
 KERNEL_ALPHAS = tuple(10.0**e for e in range(-8, 1))  # times the training rows; k(x, x) = 1
 BANDWIDTHS = (0.5, 1.0, 2.0)  # times the median distance
+LARGE = 1e300
 FAR = 9.0  # leverage beyond which ridge does not extrapolate
 
 Predict = Callable[[Tensor], Tensor]
@@ -88,9 +89,11 @@ class Inputs:
     def __init__(self, blocks: Sequence[Tensor], train: Tensor, *, balance: bool = False) -> None:
         self.blocks, self.sizes = blocks, [b.shape[1] for b in blocks]
         self.width = sum(self.sizes)
+        self.unit: Tensor | float = 1.0
         self.mean: Tensor | float = 0.0
         self.scale: Tensor | float = 1.0
         self.low, self.high = (train.new_full((1,), v, dtype=torch.float64) for v in (-math.inf, math.inf))
+        self.unit = binary_scale(torch.stack([self(r).abs().amax(0) for r in self.chunks(train)]).amax(0))
         self.mean = mean = sum((self(r).sum(0) for r in self.chunks(train)), train.new_zeros(1)) / len(train)
         std = (sum(((self(r) ** 2).sum(0) for r in self.chunks(train)), train.new_zeros(1)) / len(train)).sqrt()
         used = std > 1e-12 * mean.abs()
@@ -106,7 +109,8 @@ class Inputs:
         return torch.split(rows, max(1, CHUNK // max(self.width, width)))
 
     def __call__(self, rows: Tensor) -> Tensor:
-        x = (torch.cat([b[rows].double() for b in self.blocks], 1) - self.mean) * self.scale
+        x = torch.cat([b[rows].double() for b in self.blocks], 1) / self.unit
+        x = (x.clamp(-LARGE, LARGE) - self.mean) * self.scale  # an infinite value times 0 would be NaN
         return x.clamp(self.low, self.high)
 
 

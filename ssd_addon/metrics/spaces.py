@@ -35,6 +35,30 @@ def check_finite(what: str, z: Tensor) -> None:
         raise ValueError(f"{what}: expected finite embeddings: got NaN or inf, so the network has diverged")
 
 
+def unit_rows(z: Tensor) -> Tensor:
+    """Rows of unit length at any scale, in z's type; a row of zeros stays, and one with NaN or infinity is NaN."""
+    largest = z.abs().amax(1, keepdim=True)
+    x = z / torch.where(largest > 0, largest, 1)
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / torch.where(lengths > 0, lengths, 1)
+
+
+def binary_scale(largest: Tensor) -> Tensor:
+    """The largest power of 2 that is not above each of these absolute values, float64; one half for 0.
+
+    What is divided by it has the same digits, and its squares neither overflow nor vanish.
+    """
+    exponent = torch.frexp(largest.double()).exponent.long().clamp(-1000, 1000)
+    return ((exponent + 1022) << 52).view(torch.float64)
+
+
+def standardized(values: Tensor, rows: Tensor) -> Tensor:
+    """Columns [n, k] of mean 0 and standard deviation 1 on these rows, float64, at any scale."""
+    values = values.double()
+    values = values / binary_scale(values.abs().amax(0))
+    return (values - values[rows].mean(0)) / values[rows].std(0)
+
+
 def check_spaces(embeddings: Mapping[str, Tensor]) -> tuple[int, torch.device]:
     """Every space [n, d] with the same samples on one device. Returns (n, device)."""
     for space, z in embeddings.items():

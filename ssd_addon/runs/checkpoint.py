@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from torch import Tensor
 
 from ssd_addon import _checks, storage
 from ssd_addon.card import check_card
 from ssd_addon.heads import StyleHeads
 
+Part = storage.HasState
 
-class Part(Protocol):
-    """Anything whose state is saved: modules, optimizers, gradient scalers."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: Any) -> Any: ...
+RESERVED = ("config", "heads", "model", "card", "state_dict")
+"""Keys by which a file is opened; see `storage.read`."""
 
 
 def save_run(
@@ -32,19 +32,23 @@ def save_run(
         model: saved as "heads" (configuration) and "model" (weights), where `load` looks for them.
         parts: name -> optimizer, views, criterion, ...: their state_dict.
         card: what `load` needs to open the model without the training script.
-        config: settings that a run must have to be continued; see `restore_run`.
+        config: settings that a run must have to be continued, plain data; see `restore_run`.
         state: plain data and tensors beside: step, epoch, generator states.
 
     Raises:
-        ValueError: a card that could not be read rightly, or a part whose name is taken.
+        ValueError: a card that could not be read rightly, a part or a state whose name is taken, or something that is
+            neither plain data nor a tensor (a file that holds it would not open again).
         OSError: the file cannot be written.
     """
     check_card(card)
+    taken = [f"the state {name!r}" for name in state if name in RESERVED]
+    taken += [f"the part {name!r}" for name in parts if name in RESERVED or name in state]
+    if taken:
+        raise ValueError(
+            f"parts and state: expected names of their own beside {_checks.names(RESERVED)}: got {_checks.names(taken)}"
+        )
     own = {"config": dict(config), "heads": model.config(), "model": model.state_dict(), "card": dict(card)}
-    content = {**own, **state}
-    if taken := [name for name in parts if name in content]:
-        raise ValueError(f"parts: expected names beside {_checks.names(content)}: got {_checks.names(taken)}")
-    storage.write(path, content | {name: part.state_dict() for name, part in parts.items()})
+    storage.write(path, {**own, **state, **{name: part.state_dict() for name, part in parts.items()}})
 
 
 def restore_run(
@@ -52,21 +56,47 @@ def restore_run(
 ) -> Mapping[str, Any]:
     """Continue from a run's checkpoint: load model and parts; returns everything in the file.
 
+    Where one of them does not fit, all are left as they were.
+
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no checkpoint of a run, one of other settings, or without a part: says which.
+        ValueError: no checkpoint of a run, one of other settings, without a part, or of another model or part than
+            these: says which.
     """
+    storage.check_loadable(dict(config), "config")
     stored = storage.read(path, expected="the checkpoint of a run").content
     there = stored.get("config")
-    if not isinstance(there, Mapping):
+    if not isinstance(there, Mapping) or "heads" not in stored or "model" not in stored:
         raise ValueError(f"{path}: expected the checkpoint of a run, with its settings: got none")
     keys = sorted(config.keys() | there.keys())
-    differ = [f"{k}: {there.get(k)} there, {config.get(k)} here" for k in keys if there.get(k) != config.get(k)]
+    differ = [
+        f"{k}: {there.get(k)} there, {config.get(k)} here" for k in keys if not _same(there.get(k), config.get(k))
+    ]
     if differ:
         raise ValueError(f"{path} belongs to another configuration: {'; '.join(differ)}")
     if missing := [name for name in parts if name not in stored]:
         raise ValueError(f"{path}: expected the state of {_checks.names(missing)}: got none in it")
-    model.restore(stored["heads"], stored["model"])
-    for name, part in parts.items():
-        part.load_state_dict(stored[name])
+    with storage.unchanged_on_error(*parts.values()):
+        for name, part in parts.items():
+            try:
+                part.load_state_dict(stored[name])
+            except Exception as error:  # whatever a part says of a state that is not its own
+                raise ValueError(f"{path}: expected a state that fits {name!r} ({error})") from error
+        try:
+            model.restore(stored["heads"], stored["model"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     return stored
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two settings are equal, where NaN equals NaN."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and _same(a.tolist(), b.tolist())
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple) and type(a) is type(b):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return False
+    return bool(a == b or (a != a and b != b))

@@ -14,7 +14,7 @@ def cut_log(path: str | Path, step: int) -> None:
     A killed run may leave a line that was cut off, empty lines, or zero bytes after a loss of power. The log is written
     anew beside the old one and then renamed; a log that is not there is begun.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a symbolic link stays one
     kept = []
     for line in path.read_text(encoding="utf-8-sig", errors="replace").split("\n") if path.is_file() else []:
         try:
@@ -24,17 +24,19 @@ def cut_log(path: str | Path, step: int) -> None:
         if isinstance(entry, dict) and isinstance(entry.get("step"), int) and entry["step"] <= step:
             kept.append(line + "\n")
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside.write_text("".join(kept), encoding="utf-8")
     os.replace(beside, path)
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """Entries of a JSON-lines log. A last line that was cut off (the run was stopped) is left out.
+    """Entries of a JSON-lines log. A last line that was cut off (the run was stopped) is left out; bytes that are not
+    UTF-8 become U+FFFD.
 
     Raises:
         ValueError: a line that is no JSON object, with its number.
     """
-    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     entries: list[dict[str, Any]] = []

@@ -50,7 +50,8 @@ def load(path: str | Path, *, backbone: str | nn.Module | None = None, views: An
 
     Raises:
         FileNotFoundError: no such folder or file, or a folder without a checkpoint.
-        ValueError: a file that is no checkpoint of `StyleHeads`, or one that says too little: what is missing is named.
+        ValueError: a file that is no checkpoint of `StyleHeads`, is damaged (see `StyleHeads.load`), or says too
+            little: what is missing is named.
     """
     folder, file = _found(Path(path))
     stored = storage.read(

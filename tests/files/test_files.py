@@ -9,6 +9,7 @@ import tracemalloc
 import warnings
 import zlib
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -200,9 +201,11 @@ def test_links_are_followed_as_by_image_folder(tmp_path):
     (data / "dog" / "again").symlink_to(disk / "shared")
     (data / "horse").symlink_to(disk / "horse")
     (data / "dog" / "link.png").symlink_to(disk / "file.png")
-    files = ImageFiles(data)
+    with pytest.warns(RuntimeWarning, match=r"2 folders are listed again .* \(dog/again, which is cat/shared"):
+        files = ImageFiles(data)
     agrees_with_image_folder(files)
     assert len(files) == 9 and files[2][2] == "cat/external/deep/5.png" and files.left_out == {}
+    assert files.repeated == {"dog/again": "cat/shared", "dog/shared": "cat/shared"}
 
 
 @pytest.mark.parametrize("target", [".", "..", "../..", "../../..", "/", "../cat", "../dog/on"])
@@ -213,7 +216,9 @@ def test_a_link_that_leads_back_is_not_entered(tmp_path, target):
     (root / "all").symlink_to(".")  # nor is it a class without images, which would be warned of
     if target == "../dog/on":  # two links that lead to each other's folder
         (root / "dog" / "on").symlink_to("../cat")
-    files = ImageFiles(root)
+    twice = pytest.warns(RuntimeWarning, match="dog/on, which is cat") if target == "../dog/on" else nullcontext()
+    with twice:
+        files = ImageFiles(root)
     expected = ["cat/1.png", "dog/2.png"] if target != "../dog/on" else ["cat/1.png", "dog/2.png", "dog/on/1.png"]
     assert sorted(listed(files)) == expected
     assert files.left_out == {"links back to a folder that contains them": 2 if target != "../dog/on" else 3}
@@ -226,10 +231,35 @@ def test_loops_through_other_folders_end(tmp_path):
     (tmp_path / "data/dog/a").symlink_to(tmp_path / "disk/a")
     (tmp_path / "disk/a/b").symlink_to(tmp_path / "disk/b")
     (tmp_path / "disk/b/up").symlink_to(tmp_path / "disk")
-    files = ImageFiles(tmp_path / "data")
+    with pytest.warns(RuntimeWarning, match="4 folders are listed again through links"):
+        files = ImageFiles(tmp_path / "data")
     dog = ["2.png", "a/3.png", "a/b/4.png"]
     expected = ["cat/1.png", *(f"cat/to_dog/{f}" for f in dog), *(f"dog/{f}" for f in dog), "dog/to_cat/1.png"]
     assert listed(files) == expected and files.left_out == {"links back to a folder that contains them": 4}
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("linked_root", [False, True])
+def test_a_folder_that_a_link_lists_again_is_said(tmp_path, absolute, linked_root):
+    """Its images have two labels, as for torchvision's ImageFolder."""
+    root = tree(tmp_path / "data", "cat/1.png", "cat/deep/3.png", "dog/2.png", "bird/4.png")
+    (root / "dog" / "more").symlink_to(root / "cat" if absolute else "../cat")
+    if linked_root:
+        (tmp_path / "link").symlink_to("data")
+        root = tmp_path / "link"
+    with pytest.warns(RuntimeWarning, match=r"2 folders .* \(dog/more, which is cat, .* with the label of each place"):
+        files = ImageFiles(root)
+    agrees_with_image_folder(files)
+    assert files.repeated == {"dog/more": "cat", "dog/more/deep": "cat/deep"} and files.left_out == {}
+    assert repr(files).endswith(": 6 images, 3 class folders; listed again through links: 2 folders)")
+    assert pickle.loads(pickle.dumps(files)).repeated == files.repeated
+
+
+def test_a_link_to_a_folder_elsewhere_is_no_surprise(tmp_path):
+    root = tree(tmp_path, "data/dog/2.png", "disk/cat/1.png", "disk/cat/deep/3.png") / "data"
+    (root / "cat").symlink_to("../disk/cat")
+    files = ImageFiles(root)
+    assert files.repeated == {} and len(files) == 3 and "again" not in repr(files)
 
 
 def test_a_link_that_leads_nowhere_is_missed_when_it_is_read_or_said(tmp_path):

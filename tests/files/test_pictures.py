@@ -1,6 +1,9 @@
 """Pictures of every orientation, mode and depth, from files and given to StructuredCollate."""
 
+import functools
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -356,3 +359,115 @@ def test_other_arrays_are_refused(array, message):
 def test_an_image_without_pixels_is_refused(image, fit):
     with pytest.raises(ValueError, match=r"at least one pixel: got"):
         StructuredCollate(8, fit=fit)([(image, 0)])
+
+
+# Files that Pillow reads differently, written here as it writes none of them
+
+
+def tiff_file(a, white, kind=1, order="<", planes=False, packed=False):
+    """A TIFF of levels [H, W, C]. white: tag 262, 0 where 0 is white; kind: of samples, tag 339; packed: compressed."""
+    height, width, channels = a.shape
+    parts = [a[..., c] for c in range(channels)] if planes else [a]
+    data = [p.astype(a.dtype.newbyteorder(order)).tobytes() for p in parts]
+    data = [zlib.compress(d) for d in data] if packed else data
+    tags = {256: [width], 257: [height], 258: [8 * a.itemsize] * channels, 259: [8 if packed else 1], 262: [white]}
+    tags |= {273: [0] * len(data), 277: [channels], 278: [height], 279: [len(d) for d in data], 284: [1 + planes]}
+    tags |= {338: [2]} if channels == 4 else {}
+    tags |= {339: [kind] * channels}
+    after = 14 + 12 * len(tags)
+    start = after + sum(4 * len(v) for v in tags.values() if len(v) > 1)
+    tags[273] = [start + k * len(data[0]) for k in range(len(data))]
+    head, values = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(tags)), b""
+    for tag, v in tags.items():
+        head += struct.pack(order + "HHI", tag, 4, len(v))
+        head += struct.pack(order + "I", v[0] if len(v) == 1 else after + len(values))
+        values += struct.pack(f"{order}{len(v)}I", *v) if len(v) > 1 else b""
+    return head + bytes(4) + values + b"".join(data)
+
+
+def png16(a):
+    """A 16-bit PNG of levels [H, W, C], each row stored as its difference to the pixel on the left."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width, channels = a.shape
+    rows = a.astype(">u2").view(np.uint8).reshape(height, width, 2 * channels)
+    rows = np.concatenate([rows[:, :1], rows[:, 1:] - rows[:, :-1]], 1).reshape(height, -1)
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    body = zlib.compress(b"".join(b"\1" + row.tobytes() for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def levels(*values, dtype):
+    return np.array(values, dtype)[None, :, None]
+
+
+WIDE = levels(0, 2**29, 2**30, 2**31, 3 * 2**30, 2**32 - 1, dtype=np.uint32)
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        (tiff_file(WIDE, 1), [0, 31, 63, 127, 191, 255]),
+        (tiff_file(WIDE.astype(np.int32), 1, kind=2), [170, 212, 255, 0, 85, 169]),
+        (tiff_file(levels(0, 16384, 65535, dtype=np.uint16), 0), [255, 192, 0]),
+        (tiff_file(levels(0, 16384, 65535, dtype=np.uint16), 1), [0, 63, 255]),
+        (tiff_file(levels(0, 64, 255, dtype=np.uint8), 0), [255, 191, 0]),
+        (tiff_file(levels(0, 0.25, 1, dtype=np.float32), 0, kind=3), [255, 191, 0]),
+    ],
+    ids=["unsigned 32", "signed 32", "0 is white, 16", "0 is black, 16", "0 is white, 8", "0 is white, float"],
+)
+def test_tiff_levels_as_their_tags_say(tmp_path, file, expected):
+    for pixels in (from_file(tmp_path, file)[0], collated(opened(file), 1, len(expected))):
+        assert pixels[0].tolist() == [[v] * 3 for v in expected]
+
+
+@pytest.mark.parametrize("top", [65535, 4095, 1023, 255])
+@pytest.mark.parametrize(
+    ("channels", "encode"),
+    [(c, png16) for c in (2, 3, 4)]
+    + [
+        (c, functools.partial(tiff_file, white=2, order=order, packed=packed))
+        for c in (3, 4)
+        for order in "<>"
+        for packed in (False, True)
+    ],
+)
+def test_16_bits_of_color_are_scaled_by_the_bits_that_are_used(tmp_path, channels, encode, top):
+    a = np.random.default_rng(0).integers(0, top + 1, (4, 5, channels)).astype(np.uint16)
+    a[0, 0] = top
+    if channels != 3:
+        a[..., -1] = 65535
+    data = encode(a)
+    color = a[..., :3] if channels > 2 else a[..., [0, 0, 0]]
+    expected = color.astype(int) * 255 // top
+    (tmp_path / "y.png").write_bytes(data)
+    for pixels in (from_file(tmp_path, data)[0], collated(opened(data), 4, 5), np.asarray(pictures.rgb(opened(data)))):
+        assert np.abs(pixels.astype(int) - expected).max() <= (top == 65535)  # where Pillow cuts the lower bits off
+
+
+def test_dark_16_bit_files_stay_what_they_are(tmp_path):
+    black = np.zeros((4, 5, 3), np.uint16)
+    assert not from_file(tmp_path, png16(black))[0].any()
+    transparent = np.full((4, 5, 4), 1000, np.uint16) * np.array([1, 1, 1, 0], np.uint16)
+    assert not from_file(tmp_path, png16(transparent))[0].any()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    opened(png16(black + np.arange(5, dtype=np.uint16)[None, :, None] * 1000)).save(stream, "PNG", exif=exif)
+    assert from_file(tmp_path, stream.getvalue())[0].shape == (5, 4, 3)
+
+
+def test_16_bit_planes_are_refused(tmp_path):
+    (tmp_path / "x.tif").write_bytes(tiff_file(np.zeros((4, 5, 3), np.uint16), 2, planes=True))
+    with pytest.raises(OSError, match="expected interleaved channels: got 16-bit planes"):
+        ImageFiles(tmp_path)[0]
+    ramp = np.repeat(np.arange(20, dtype=np.uint16).reshape(4, 5, 1), 3, 2)  # planes of one size when compressed
+    for levels in (0 * ramp, 3000 * ramp):
+        pixels, _ = from_file(tmp_path, tiff_file(levels, 2, planes=True, packed=True))
+        assert np.array_equal(pixels, levels >> 8)
+    with pytest.raises(ValueError, match="got 16-bit planes of 12 bits, of which Pillow reads 4"):
+        pictures.rgb(opened(tiff_file(200 * ramp, 2, planes=True, packed=True)))
+    planes = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    assert np.array_equal(from_file(tmp_path, tiff_file(planes, 2, planes=True))[0], planes)

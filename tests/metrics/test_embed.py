@@ -118,6 +118,17 @@ def test_unit_rows_have_the_direction_and_length_one(backbone):
     assert embed(lambda x: {"content": x.flatten(1) * 0}, images(), on_sphere=True)["content"].abs().max() == 0
 
 
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [(s, torch.float32) for s in (1e30, 1e-13, 1e-30, 3e38)] + [(s, torch.float64) for s in (1e300, 1e-300)],
+)
+def test_unit_rows_have_length_one_at_any_scale(scale, dtype):
+    rows = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tanh()
+    got = embed(lambda x: {"color": (rows * scale).to(dtype)}, images(), on_sphere=True)["color"]
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, (rows / rows.norm(dim=1, keepdim=True)).float())
+
+
 @pytest.mark.parametrize("said", [False, True, None])
 def test_the_model_says_whether_its_embeddings_lie_on_the_sphere(said):
     """None asks the model, or what is inside its wrappers; an answer of the caller's goes before the model's."""

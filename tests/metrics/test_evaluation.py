@@ -1,5 +1,6 @@
 """Measuring changes nothing, whatever a network hides in: modes, buffers, images, generators and draws stay."""
 
+import contextlib
 import functools
 import random
 import threading
@@ -368,3 +369,66 @@ def test_distributed_and_compiled_models_are_measured_as_what_is_inside():
             assert same(state(net), before)
     finally:
         dist.destroy_process_group()
+
+
+class Counting:
+    """A backend of torch.compile that counts what it compiles."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, _):
+        self.graphs += 1
+        return graph.forward
+
+
+def fails(x):
+    raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("order", ["after", "before", "after an error"])
+def test_networks_beside_a_compiled_one_are_protected(order):
+    """The second is made inside a cache, where no search finds it."""
+    teacher = functools.lru_cache(network)
+    net, backend = network(), Counting()
+    student = torch.compile(net, backend=backend)
+    with evaluation(student), torch.no_grad():
+        student(X)
+    graphs, before = backend.graphs, (state(net), state(teacher()))
+    broken = torch.compile(Lambda(fails), backend=backend)
+
+    def model(x):
+        if order == "after an error":
+            with contextlib.suppress(Exception):
+                broken(x)
+        return teacher()(x) + student(x) if order == "before" else student(x) + teacher()(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = embed(model, X)["backbone"]
+    torch.testing.assert_close(got, 2 * embed(network(), X)["backbone"])
+    assert same(state(net), before[0]) and same(state(teacher()), before[1])
+    assert teacher().training and not student._forward_hooks and not nn.modules.module._global_forward_pre_hooks
+    assert backend.graphs == graphs, "measuring has compiled anew"
+
+
+class Lambda(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize("compiled", ["function", "in place"])
+def test_other_compiled_code_is_measured(compiled):
+    net = network()
+    expected, before = embed(network(), X)["backbone"], state(net)
+    if compiled == "function":
+        model = torch.compile(lambda x: net(x), backend="eager")
+    else:
+        net.compile(backend="eager")
+        model = net
+    torch.testing.assert_close(embed(model, X)["backbone"], expected)
+    assert same(state(net), before) and net.training

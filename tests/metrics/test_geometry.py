@@ -482,3 +482,17 @@ def test_a_space_that_is_constant_on_either_side_of_the_split_is_not_predicted()
         flat[rows] = 0.1
         table = redundancy({"a": flat, "b": w})
         assert math.isnan(table["b", "a"]) and table.notes["b", "a"] == "constant"
+
+
+# ---- scale
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200, 1e307, 1e-307])
+def test_no_measure_depends_on_the_unit(scale):
+    z, other = randn(30, 3).tanh(), randn(30, 2, seed=1).tanh()
+    assert effective_rank(z * scale) == pytest.approx(effective_rank(z))
+    assert uniformity(z * scale) == pytest.approx(uniformity(z))
+    assert alignment(z * scale, z.roll(1, 0)) == pytest.approx(alignment(z, z.roll(1, 0)))
+    a, b = ({"a": z * s, "b": torch.cat([other, z[:, :1]], 1) * s} for s in (1, scale))
+    expected, got = redundancy(a, bootstrap=0), redundancy(b, bootstrap=0)
+    assert got["b", "a"] == pytest.approx(expected["b", "a"], abs=1e-6) and got["b", "a"] > 0.1

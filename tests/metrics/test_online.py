@@ -1,5 +1,8 @@
 """Online probes: what they compute, that the model is left alone, and what they refuse."""
 
+import copy
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -147,3 +150,46 @@ def test_logits_of_other_spaces_and_bad_sizes():
             OnlineProbes(widths, classes)
     with pytest.raises(TypeError, match="widths: expected a mapping name -> width: got list"):
         OnlineProbes([3], 2)
+
+
+# ---- a network that has diverged
+
+
+@pytest.mark.parametrize(
+    ("value", "got"), [(math.nan, "NaN or infinity"), (math.inf, "NaN or infinity"), (1e20, "too large ones")]
+)
+def test_features_that_would_spoil_the_statistics_are_refused(value, got):
+    model = probes()
+    model(Z)
+    before = copy.deepcopy(model.state_dict())
+    z = {name: t.clone() for name, t in Z.items()}
+    z["color.jitter"][0, 1] = value
+    with pytest.raises(ValueError, match=f"features 'color.jitter': expected finite numbers .*: got {got}"):
+        model(z)
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+    logits = model.eval()(z)  # which reads the statistics only
+    assert logits["backbone"].isfinite().all() and logits["color.jitter"][1:].isfinite().all()
+
+
+def test_logits_that_are_not_finite_are_no_hits():
+    model, labels = probes(), torch.zeros(12, dtype=torch.long)
+    logits = {name: torch.eye(4)[labels] for name in WIDTHS}
+    logits["backbone"] = torch.full((12, 4), math.nan)
+    logits["keys"] = torch.where(torch.arange(12)[:, None] < 5, logits["keys"], torch.inf)
+    assert model.hits(logits, labels).tolist() == [0, 12, 5]
+
+
+def test_where_nothing_can_be_read_from_the_device_logits_are_nan():
+    compiled = torch.compile(probes(), backend="eager", fullgraph=True)
+    assert compiled(Z)["keys"].isfinite().all()
+    logits = compiled(Z | {"keys": torch.full_like(Z["keys"], 1e20)})
+    assert logits["keys"].isnan().all() and logits["backbone"].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_labels_of_every_integer_type(dtype):
+    model = probes().eval()
+    logits = model(Z)
+    assert torch.equal(model.hits(logits, LABELS.to(dtype)), model.hits(logits, LABELS))
+    with pytest.raises(ValueError, match="labels: expected classes 0 to 3: got 0 to 9"):
+        model.hits(logits, torch.tensor([0] * 11 + [9]).to(dtype))

@@ -901,3 +901,17 @@ def test_a_space_may_not_hide_the_backbone():
     with pytest.raises(ValueError, match="collide"):
         embed(model, images())
     assert list(embed(model, images(), backbone=False)) == ["content", "backbone"]
+
+
+@pytest.mark.parametrize("on_sphere", [False, True])
+def test_large_embeddings_are_no_unknown_ones(on_sphere):
+    """Sums of two views overflow float32 from 2e38 on, lengths from 2e19 on."""
+    views, x = two_groups(), squares(30)
+    expected, got = (
+        parameter_matrix(
+            lambda x, s=s: {"a": (0.7 + 0.3 * x.mean((2, 3))) * s}, views, x, draws=2, on_sphere=on_sphere, **QUICK
+        )
+        for s in (1, 3e38)
+    )
+    for cell, score in expected.scores.items():
+        assert got.scores[cell] == pytest.approx(score, abs=1e-3)

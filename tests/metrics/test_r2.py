@@ -893,3 +893,36 @@ def test_collapse_has_no_rank(dtype):
 def test_effective_rank_of_bad_input(z, message):
     with pytest.raises(ValueError, match=f"effective_rank: .*{message}"):
         effective_rank(z)
+
+
+# ---- scale
+
+
+@pytest.mark.parametrize("scale", [2.0**530, 2.0**-560, 2.0**1020])
+@pytest.mark.parametrize("probe", PROBES)
+def test_no_score_depends_on_the_unit(probe, scale):
+    """Squares of float64 values beyond 1e154 overflow, and those below 1e-154 vanish."""
+    g = generator()
+    hue = torch.rand(60, generator=g, dtype=torch.float64)
+    z = torch.stack([hue.cos(), hue.sin(), torch.randn(60, generator=g, dtype=torch.float64)], 1)
+    expected = r2_matrix({"a": z}, {"hue": hue, "both": z}, probe=probe, bootstrap=0)
+    got = r2_matrix({"a": z * scale}, {"hue": hue * scale, "both": z * scale}, probe=probe, bootstrap=0)
+    assert expected["a", "hue"] > 0.9
+    for cell, score in expected.scores.items():
+        assert got.scores[cell] == pytest.approx(score, abs=1e-6)
+
+
+def test_a_held_out_value_of_another_scale_is_clipped():
+    z = torch.cat([1e-170 * torch.linspace(-1, 1, 60, dtype=torch.float64)[:, None], torch.zeros(60, 1).double()], 1)
+    train, rows = torch.arange(40), torch.arange(60)
+    x = _probes.Inputs([z.clone()], train)(train)
+    z[50] = 1e308
+    y = _probes.Inputs([z], train)(rows)
+    assert y.isfinite().all() and torch.equal(y[:40], x) and x.abs().max() > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_integers_are_integers(dtype):
+    angle, fold = torch.rand(4), torch.tensor([0, 1, 2, 4])
+    got, expected = (Circular(angle, fold=k).target() for k in (fold.to(dtype), fold))
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])

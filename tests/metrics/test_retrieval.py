@@ -503,3 +503,12 @@ def test_scores_are_right_however_coarse_the_index_is_and_nothing_is_printed(cap
     for i in range(20):
         assert scores[i].tolist() == pytest.approx([expected[i][j] for j in found[i].tolist()], abs=ROUNDING)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32])
+def test_rows_of_every_integer_type(dtype):
+    z = spaces()
+    built, query = StyleIndex(z), torch.tensor([3, 7])
+    assert torch.equal(built.search(query.to(dtype), k=3)[1], built.search(query, k=3)[1])
+    with pytest.raises(ValueError, match="expected rows 0 to 24: got 3 to 99"):
+        built.search(torch.tensor([3, 99], dtype=dtype), k=3)

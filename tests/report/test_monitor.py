@@ -589,3 +589,21 @@ def test_step_and_terms_of_another_type():
         monitor.step("0", {"loss": 1.0})
     with pytest.raises(TypeError, match=r"terms: expected criterion.terms\(z\), or a mapping name -> number: got 3.0"):
         monitor.step(0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("there", "kept"),
+    [
+        (b'{"step": 1}\r\n{"step": 2}\r\n{"step": 3}\r\n{"st', [1, 2, 3]),
+        (b'{"step": 1}\r\n{"step": 2}\r', [1, 2]),
+        (b'\xef\xbb\xbf{"step": 1}', [1]),
+        ('{"step": 1}\n{"step": 2, "note": "\u00e4\u00f6\u00fc"}\n{"st'.encode(), [1, 2]),
+        (b'{"step": 1, "note": "\xe4"}\n{"step": 2, "note": "\xff"}', [1, 2]),
+        (b'{"step": 1}\n\x00\x00\x00', [1]),
+    ],
+    ids=["CRLF", "CR at the end", "byte-order mark", "UTF-8", "Latin-1", "zeros"],
+)
+def test_whole_lines_of_a_log_stay_whatever_wrote_them(tmp_path, there, kept):
+    (tmp_path / "l.jsonl").write_bytes(there)
+    Monitor(tmp_path / "l.jsonl").write({"step": 4})
+    assert [entry["step"] for entry in read_log(tmp_path / "l.jsonl")] == [*kept, 4]

@@ -1,0 +1,118 @@
+"""Files of torch.save, read with their checksums; what cannot be read says why."""
+
+import io
+import os
+import pickle
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_OLD_FORMAT = b"l\xfc\x9cF\xf9 j\xa8P\x19"
+"""The number that torch.save wrote first before 1.6, and writes with _use_new_zipfile_serialization=False."""
+
+
+def load(path: str | Path, map_location: Any) -> Any:
+    """What torch.load reads with weights_only=True, if the checksums match; see `storage.read`."""
+    with open(path, "rb") as file:
+        return _loaded(file, map_location)
+
+
+def reason(error: Exception) -> str:
+    """Why `load` failed, in one line."""
+    if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in str(error):
+        return "it holds more than tensors and plain data, which loading would run"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is damaged, or pickled by another protocol than torch.save's own"
+    text = str(error).partition("\n")[0]
+    return text if isinstance(error, _Unreadable) else f"{type(error).__name__}: {text[:200]}".removesuffix(": ")
+
+
+def _loaded(file: io.BufferedReader, map_location: Any) -> Any:
+    start = file.read(64)
+    file.seek(0)
+    if not start.startswith(b"PK\x03\x04"):
+        if _OLD_FORMAT not in start:
+            raise _Unreadable(f"it is no file of torch.save: {_kind(start)}")
+        return torch.load(file, map_location=map_location, weights_only=True, mmap=False)
+    try:
+        checked = _Checked(file)
+    except zipfile.BadZipFile as error:
+        raise _Unreadable("the end of its archive is missing or damaged, as in a file that was cut off") from error
+    try:
+        return torch.load(checked, map_location=map_location, weights_only=True, mmap=False)  # type: ignore[arg-type]
+    finally:
+        checked.verify()  # also where it could not be loaded, as damage explains it best
+
+
+class _Unreadable(Exception):
+    """Says why a file cannot be read."""
+
+
+class _Checked(io.RawIOBase):
+    """An archive that is open for reading, whose entries are compared with their checksums as they are read.
+
+    torch.load reads an entry of weights in one piece or more, in order; what it reads otherwise or leaves out is read
+    by `verify`.
+    """
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self.file = file
+        self.damaged = ""  # an entry whose checksum does not match
+        self.todo: dict[int, tuple[zipfile.ZipInfo, int, int]] = {}  # where to go on: the entry, bytes left, checksum
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                if entry.CRC and entry.compress_type == zipfile.ZIP_STORED:  # 0: written without checksums
+                    file.seek(entry.header_offset + 26)  # of the lengths of name and extra field before the data
+                    name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+                    begin = entry.header_offset + 30 + name + extra
+                    self.todo[begin] = entry, entry.file_size, 0
+        file.seek(0)
+
+    def readinto(self, buffer: Any) -> int:
+        at = self.file.tell()
+        count = self.file.readinto(buffer)
+        if at in self.todo and count <= self.todo[at][1]:
+            entry, left, crc = self.todo.pop(at)
+            crc = zlib.crc32(memoryview(buffer)[:count], crc)
+            if count < left:
+                self.todo[at + count] = entry, left - count, crc
+            elif crc != entry.CRC:
+                self.damaged = entry.filename
+        return count
+
+    def verify(self) -> None:
+        """Read what was not read, and compare it."""
+        buffer = bytearray(2**20)
+        while self.todo:
+            at, (_, left, _) = next(iter(self.todo.items()))
+            self.file.seek(at)
+            if not self.readinto(memoryview(buffer)[:left]):
+                raise _Unreadable("it is damaged: an entry of its archive ends before its length")
+        if self.damaged:
+            raise _Unreadable(f"it is damaged: the checksum of its entry {self.damaged!r} does not match")
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _kind(start: bytes) -> str:
+    """What a file is by its first bytes."""
+    if start.startswith(b"version https://git-lfs"):
+        return "it is the pointer of a file that Git LFS has not downloaded (git lfs pull)"
+    if start.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+        return "it is an HTML page"
+    if start[8:10] == b'{"':
+        return "it is a safetensors file, which has no place for the heads' configuration"
+    return f"it begins with {start[:16]!r}" if start else "it is empty"
