@@ -40,6 +40,33 @@ class ViewParameters(dict[str, dict[str, dict[str, Tensor]]]):
         return ViewParameters(_mapped(dict(self), f), from_key=moved)
 
 
+def stacked(views: Any) -> tuple[Any, tuple[int, int]]:
+    """Views as one tensor [V, B, ...], or, where they differ in size, a list of V tensors [B, ...]; and (V, B)."""
+    if isinstance(views, Tensor):
+        if views.ndim < 3:
+            raise ValueError(f"ViewBatch: expected views [V, B, ...]: got {_checks.shape(views)}")
+        return views, (views.shape[0], views.shape[1])
+    if not isinstance(views, Sequence) or not views or not all(isinstance(t, Tensor) and t.ndim > 1 for t in views):
+        raise TypeError(
+            f"views: expected a tensor [V, B, ...] or a list of V tensors [B, ...]: got {type(views).__name__}"
+        )
+    sizes = [len(t) for t in views]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"views: expected as many images in every view: got {_checks.names(sizes)}")
+    for t in views[1:]:
+        if t.ndim != views[0].ndim or t.device != views[0].device:
+            raise ValueError(
+                f"views: expected one number of dimensions, on one device: got {_checks.shape(views[0])} on "
+                f"{views[0].device}, and {_checks.shape(t)} on {t.device}"
+            )
+    alike = all(t.shape == views[0].shape and t.dtype == views[0].dtype for t in views)
+    return (torch.stack(list(views)) if alike else list(views)), (len(views), sizes[0])
+
+
+def _each(views: Any, f: _Map) -> Any:
+    return f(views) if isinstance(views, Tensor) else [f(t) for t in views]
+
+
 def _view_parameters(items: dict[str, Any], from_key: dict[str, Tensor]) -> ViewParameters:
     return ViewParameters(items, from_key=from_key)
 
@@ -54,7 +81,8 @@ class ViewBatch:
     """Structured views of a batch of images.
 
     Attributes:
-        views: [V, B, C, H, W] float (any sample shape: latents are [V, B, n]).
+        views: [V, B, C, H, W] float (any sample shape: latents are [V, B, n]); a list of V tensors [B, ...] where
+            views differ in size, as in multi-crop.
         plan: the `ViewPlan` that says which views are a pair.
         image_ids: [V, B] int64, the image that each view was made from, or None where it is the row. Row numbers of
             the local batch; over ranks the loss adds the sizes of the shards before.
@@ -66,32 +94,44 @@ class ViewBatch:
         TypeError: ids or index that are not integers.
     """
 
+    views: Any
+
     def __init__(
         self,
-        views: Tensor,
+        views: Tensor | Sequence[Tensor],
         plan: ViewPlan,
         *,
         image_ids: Tensor | None = None,
         space_index: Tensor | None = None,
         parameters: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        if views.ndim < 3:
-            raise ValueError(f"ViewBatch: expected views [V, B, ...]: got {_checks.shape(views)}")
-        if views.shape[0] != plan.num_views:
-            raise ValueError(f"{plan} need {plan.num_views} views: got {views.shape[0]} {_checks.shape(views)}")
-        v, b = views.shape[:2]
+        self.views, (v, b) = stacked(views)
+        if v != plan.num_views:
+            raise ValueError(f"{plan} need {plan.num_views} views: got {v} of {b} images")
         check_ids(plan, v, b, image_ids, space_index)
-        self.views, self.plan = views, plan
+        self.plan = plan
         self.image_ids, self.space_index = image_ids, space_index
         self.parameters: tuple[Any, ...] = tuple(parameters)
         self.origin: tuple[int, ...] | None = None  # the call of StructuredViews that drew it
         self.local_ids = False  # the ids are known to be row numbers of that call, so they are numbered by rank
 
     def __len__(self) -> int:
-        return self.views.shape[0]
+        return len(self.views)
 
     def __getitem__(self, view: int) -> Tensor:
-        return self.views[view]
+        out: Tensor = self.views[view]
+        return out
+
+    @property
+    def images(self) -> int:
+        """B, the images in the batch."""
+        return len(self.views[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the views are."""
+        out: torch.device = self.views[0].device
+        return out
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.views)
@@ -109,10 +149,11 @@ class ViewBatch:
     ) -> "ViewBatch":
         """Move every tensor; a dtype changes the views alone, never ids or parameters."""
         if isinstance(device, torch.dtype):
-            views = self.views.to(device, non_blocking=non_blocking)
+            views = _each(self.views, lambda t: t.to(device, non_blocking=non_blocking))
         else:
-            views = self.views.to(device, dtype, non_blocking=non_blocking)
-        moved = self.map(lambda t: t if t is self.views else t.to(views.device, non_blocking=non_blocking))
+            views = _each(self.views, lambda t: t.to(device, dtype, non_blocking=non_blocking))
+        there, mine = views[0].device, {id(t) for t in (self.views, *self.views)}
+        moved = self.map(lambda t: t if id(t) in mine else t.to(there, non_blocking=non_blocking))
         moved.views = views
         return moved
 
@@ -125,7 +166,7 @@ class ViewBatch:
         parameters = tuple(p.map(f) if isinstance(p, ViewParameters) else _mapped(p, f) for p in self.parameters)
         ids = None if self.image_ids is None else f(self.image_ids)
         index = None if self.space_index is None else f(self.space_index)
-        return self._with(f(self.views), ids, index, parameters)
+        return self._with(_each(self.views, f), ids, index, parameters)
 
     def rows(self, index: Rows) -> "ViewBatch":
         """The views of some images of the batch: plan, ids, index and parameters go along.
@@ -137,7 +178,7 @@ class ViewBatch:
         Args:
             index: positions [n], a mask [B], or a slice. An image that is named twice keeps one id.
         """
-        b, device = self.views.shape[1], self.views.device
+        b, device = self.images, self.device
         if isinstance(index, Tensor) and (index.ndim != 1 or (index.dtype == torch.bool and len(index) != b)):
             raise ValueError(f"rows: expected positions [n] or a mask [{b}]: got {_checks.shape(index)}")
         chosen = torch.arange(b)[index.cpu() if isinstance(index, Tensor) else index]
@@ -150,7 +191,7 @@ class ViewBatch:
             ids = torch.arange(b, device=device).expand(self.plan.num_views, b)
         parameters = tuple(p.map(take) if isinstance(p, ViewParameters) else _mapped(p, take) for p in self.parameters)
         return self._with(
-            take(self.views, 1),
+            take(self.views, 1) if isinstance(self.views, Tensor) else _each(self.views, take),
             None if ids is None else take(ids, 1),
             None if self.space_index is None else take(self.space_index),
             parameters,
@@ -179,7 +220,7 @@ class ViewBatch:
                 raise ValueError("ViewBatch.cat: expected every batch to have an index and parameters, or none of them")
         together = all(p.origin is not None and p.origin == first.origin for p in parts)
         out = first._with(
-            torch.cat([p.views for p in parts], dim=1),
+            _views_side_by_side(parts),
             _ids_side_by_side(parts, together),
             None
             if first.space_index is None
@@ -191,7 +232,7 @@ class ViewBatch:
         return out
 
     def _with(
-        self, views: Tensor, image_ids: Tensor | None, space_index: Tensor | None, parameters: tuple[Any, ...]
+        self, views: Any, image_ids: Tensor | None, space_index: Tensor | None, parameters: tuple[Any, ...]
     ) -> "ViewBatch":
         """The same plan and origin around other tensors, which are not checked again."""
         out = object.__new__(ViewBatch)
@@ -200,12 +241,16 @@ class ViewBatch:
         out.origin, out.local_ids = self.origin, self.local_ids
         return out
 
-    @property
-    def device(self) -> torch.device:
-        return self.views.device
-
     def __repr__(self) -> str:
-        return f"ViewBatch(views={_checks.shape(self.views)} {self.views.dtype}, {self.plan})"
+        whole = isinstance(self.views, Tensor)
+        shapes = _checks.shape(self.views) if whole else _checks.names(_checks.shape(t) for t in self.views)
+        return f"ViewBatch(views={shapes} {self.views[0].dtype}, {self.plan})"
+
+
+def _views_side_by_side(parts: Sequence[ViewBatch]) -> Any:
+    if all(isinstance(p.views, Tensor) for p in parts):
+        return torch.cat([p.views for p in parts], dim=1)
+    return [torch.cat(list(each)) for each in zip(*(p.views for p in parts), strict=True)]
 
 
 def _ids_side_by_side(parts: Sequence[ViewBatch], together: bool) -> Tensor | None:
@@ -213,7 +258,7 @@ def _ids_side_by_side(parts: Sequence[ViewBatch], together: bool) -> Tensor | No
         return None
     out, first = [], 0
     for p in parts:
-        v, b = p.views.shape[:2]
+        v, b = len(p), p.images
         ids = torch.arange(b, device=p.device).expand(v, b) if p.image_ids is None else p.image_ids
         out.append(ids if together else ids + first)
         first += max(b, int(ids.max()) + 1) if b else 0

@@ -213,7 +213,7 @@ def _with_batch(z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan) -> Embeddi
                 "rotates from call to call"
             )
         return out
-    images = batch.views.shape[1]
+    images = batch.images
     for name, t in shaped.items():
         if isinstance(t, Tensor) and t.ndim == 3 and t.shape[1] != images:
             raise ValueError(f"space {name!r}: expected the {images} images of the batch: got {_checks.shape(t)}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssd_addon import _checks, storage
 from ssd_addon.backbones import prepared
-from ssd_addon.batch import ViewBatch
+from ssd_addon.batch import ViewBatch, stacked
 from ssd_addon.card import check_card
 from ssd_addon.embeddings import Embeddings, of_batch
 from ssd_addon.plan import ViewPlan
@@ -112,41 +112,41 @@ class StyleHeads(nn.Module):
     if TYPE_CHECKING:
 
         @overload
-        def __call__(self, x: ViewBatch, *, view_by_view: bool = False) -> Embeddings: ...
+        def __call__(self, x: ViewBatch | Sequence[Tensor], *, view_by_view: bool = False) -> Embeddings: ...
         @overload
         def __call__(self, x: Tensor, *, view_by_view: bool = False) -> Embeddings | dict[str, Tensor]: ...
         def __call__(self, x: Any, *, view_by_view: bool = False) -> Any: ...
 
-    def forward(self, x: ViewBatch | Tensor, *, view_by_view: bool = False) -> Embeddings | dict[str, Tensor]:
+    def forward(
+        self, x: ViewBatch | Tensor | Sequence[Tensor], *, view_by_view: bool = False
+    ) -> Embeddings | dict[str, Tensor]:
         """`Embeddings` name -> [V, B, d] for views; for a plain batch a dict name -> [B, d].
 
         Args:
-            x: `ViewBatch`, views [V, B, ...] (read as shared query), or a plain batch [B, ...].
+            x: `ViewBatch`, views [V, B, ...] or a list of V batches [B, ...] as lightly's transforms give them (both
+                read as shared query in the order of the spaces, unless the loss is given a batch or a plan), or a plain
+                batch [B, ...]. Views of several sizes go through the backbone size by size.
             view_by_view: one backbone pass per view, with batch statistics per view.
         """
-        views = x.views if isinstance(x, ViewBatch) else x
-        plain = self._is_plain(views, batch_only=isinstance(x, ViewBatch))
-        if plain or not view_by_view:
-            z = self.project(self._pooled(views if plain else views.flatten(0, 1)))
-            if plain:
-                return z
-            v, b = views.shape[:2]
-            out = {n: t.view(v, b, -1) for n, t in z.items()}
-        else:
-            each = [self.project(self._pooled(view)) for view in views.unbind(0)]
+        views = self._views(x)
+        if self._is_plain(views, x):
+            return self.project(self._pooled(views))
+        v, b = len(views), len(views[0])
+        if view_by_view:
+            each = [self.project(self._pooled(view)) for view in views]
             out = {n: torch.stack([z[n] for z in each]) for n in self.spaces}
+        else:
+            out = {n: t.view(v, b, -1) for n, t in self.project(self._features(views).flatten(0, 1)).items()}
         if isinstance(x, ViewBatch):
             _checks.same_names(self.spaces, x.plan.spaces, "heads", "view plan")
             return of_batch(out, x)
         return Embeddings(out, ViewPlan.shared_query(tuple(self.spaces)), assumed=True)
 
-    def features(self, x: ViewBatch | Tensor) -> Tensor:
+    def features(self, x: ViewBatch | Tensor | Sequence[Tensor]) -> Tensor:
         """Pooled backbone features, [B, F] or [V, B, F]. Train mode and gradient are the caller's business."""
-        views = x.views if isinstance(x, ViewBatch) else x
+        views = self._views(x)
         with _outside_forward("features"):
-            if self._is_plain(views, batch_only=isinstance(x, ViewBatch)):
-                return self._pooled(views)
-            return self._pooled(views.flatten(0, 1)).view(*views.shape[:2], -1)
+            return self._pooled(views) if self._is_plain(views, x) else self._features(views)
 
     def project(self, features: Tensor) -> dict[str, Tensor]:
         """What the heads make of pooled features of a plain batch, `features(x)`: [N, F] to name -> [N, d]."""
@@ -248,21 +248,44 @@ class StyleHeads(nn.Module):
 
     # ------------------------------------------------------------------------------------ inside
 
-    def _is_plain(self, x: Tensor, *, batch_only: bool) -> bool:
+    def _views(self, x: Any) -> Any:
+        """Views as one tensor, or as a list where their sizes differ; a plain batch as it is."""
+        if isinstance(x, ViewBatch):
+            return x.views
+        if isinstance(x, list | tuple):
+            return stacked(x)[0]
         if not isinstance(x, Tensor):
-            raise TypeError(f"expected a ViewBatch or a tensor of images: got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(
-                f"expected floating-point images: got {x.dtype}; StructuredViews scales uint8 images, otherwise divide "
-                "by 255"
-            )
+            raise TypeError(f"expected a ViewBatch, a tensor of images or a list of views: got {type(x).__name__}")
+        return x
+
+    def _is_plain(self, views: Tensor | Sequence[Tensor], given: Any) -> bool:
         n = self.sample_ndim
-        if x.ndim not in (n + 1, n + 2) or (batch_only and x.ndim != n + 2):
-            raise ValueError(
-                f"expected views with {n + 2} dimensions [V, B, ...] or a batch with {n + 1}, as samples have {n} "
-                f"(sample_ndim): got {x.ndim} dimensions {_checks.shape(x)}"
-            )
-        return x.ndim == n + 1
+        for t in (views,) if isinstance(views, Tensor) else views:
+            if not t.is_floating_point():
+                raise TypeError(
+                    f"expected floating-point images: got {t.dtype}; StructuredViews scales uint8 images, otherwise "
+                    "divide by 255"
+                )
+            dimensions = t.ndim if isinstance(views, Tensor) else t.ndim + 1
+            if dimensions != n + 2 and (dimensions != n + 1 or not isinstance(given, Tensor)):
+                raise ValueError(
+                    f"expected views with {n + 2} dimensions [V, B, ...] or a batch with {n + 1}, as samples have {n} "
+                    f"(sample_ndim): got {t.ndim} dimensions {_checks.shape(t)}"
+                )
+        return isinstance(views, Tensor) and views.ndim == n + 1
+
+    def _features(self, views: Tensor | Sequence[Tensor]) -> Tensor:
+        """Pooled features [V, B, F] of all views: one pass for each size."""
+        if isinstance(views, Tensor):
+            return self._pooled(views.flatten(0, 1)).view(*views.shape[:2], -1)
+        sizes: dict[Any, list[int]] = {}
+        for v, view in enumerate(views):
+            sizes.setdefault(view.shape[1:], []).append(v)
+        out: dict[int, Tensor] = {}
+        for members in sizes.values():
+            together = self._pooled(torch.cat([views[v] for v in members]))
+            out |= dict(zip(members, together.chunk(len(members)), strict=True))
+        return torch.stack([out[v] for v in range(len(views))])
 
     def _pooled(self, x: Tensor) -> Tensor:
         y = self.backbone(_as_weights(x, self.backbone))

@@ -1,7 +1,7 @@
 """Which views of an image form the positive pair of which space."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from ssd_addon._shapes import Ids, PerImage
 
 PlanKind = Literal["shared_query", "interleaved"]
 KINDS: tuple[PlanKind, ...] = ("shared_query", "interleaved")
+ViewPairs = dict[str, tuple[tuple[int, int], ...]]
 
 
 class ViewPlan:
@@ -21,6 +22,10 @@ class ViewPlan:
     *Interleaved* (V = 2): one query and one key per image; row r of the local batch serves space (r + call) mod S,
     where `call` counts the calls of `StructuredViews`.
 
+    *Explicit pairs*: each space's own, for multi-crop, and for views that data collection gives. The invariance of a
+    space is the mean over its pairs; V is one more than the largest view that is named, and every view counts for the
+    entropy.
+
     Source: Eastwood et al., arXiv 2311.08815, structured views; the interleaved form is its two-view variant.
 
     >>> ViewPlan.shared_query(("content", "color")).num_views
@@ -29,31 +34,63 @@ class ViewPlan:
     {'content': (0, 1), 'color': (0, 2)}
     >>> ViewPlan.interleaved(("content", "color")).pairs(5)["color"]
     (0, 1, tensor([1, 3]))
+    >>> ViewPlan(pairs={"content": [(0, 1), (0, 3)], "color": [(0, 2)]}).num_views
+    4
+
+    Args:
+        kind: "shared_query" or "interleaved", with `spaces`.
+        spaces: names, content first.
+        pairs: instead of both: name -> positive pairs (view a, view b), content first.
+
+    Raises:
+        ValueError: another kind, no content first, a space without a pair, a pair of a view with itself or twice.
     """
 
     # No dataclass: frameworks take those apart, and a plan travels through them whole.
-    __slots__ = ("kind", "spaces")
+    __slots__ = ("_pairs", "kind", "spaces")
 
-    kind: PlanKind
+    kind: Literal["shared_query", "interleaved", "pairs"]
     spaces: tuple[str, ...]
+    _pairs: ViewPairs
 
-    def __init__(self, kind: PlanKind, spaces: Sequence[str]) -> None:
-        object.__setattr__(self, "kind", _checks.choice(kind, KINDS, "ViewPlan"))
-        object.__setattr__(self, "spaces", _checks.spaces(spaces, "ViewPlan"))
+    def __init__(
+        self,
+        kind: PlanKind | None = None,
+        spaces: Sequence[str] | None = None,
+        *,
+        pairs: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+    ) -> None:
+        if pairs is not None:
+            if kind is not None or spaces is not None:
+                raise ValueError("ViewPlan: expected pairs alone, or a kind and spaces: got both")
+            found = _checked_pairs(pairs)
+            object.__setattr__(self, "kind", "pairs")
+            object.__setattr__(self, "spaces", tuple(found))
+        else:
+            object.__setattr__(self, "kind", _checks.choice(kind, KINDS, "ViewPlan"))
+            object.__setattr__(self, "spaces", _checks.spaces(() if spaces is None else spaces, "ViewPlan"))
+            keys = range(1, len(self.spaces) + 1) if kind == "shared_query" else [1] * len(self.spaces)
+            found = {name: ((0, key),) for name, key in zip(self.spaces, keys, strict=True)}
+        object.__setattr__(self, "_pairs", found)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"ViewPlan: expected it to stay as it was made: got a new {name}")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ViewPlan) and (self.kind, self.spaces) == (other.kind, other.spaces)
+        return isinstance(other, ViewPlan) and self._key() == other._key()
 
     def __hash__(self) -> int:
-        return hash((self.kind, self.spaces))
+        return hash(self._key())
 
-    def __reduce__(self) -> tuple[type["ViewPlan"], tuple[PlanKind, tuple[str, ...]]]:
-        return ViewPlan, (self.kind, self.spaces)
+    def _key(self) -> tuple[Any, ...]:
+        return self.kind, self.spaces, tuple(self._pairs.items())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _plan, (self.kind, self.spaces, self._pairs)
 
     def __repr__(self) -> str:
+        if self.kind == "pairs":
+            return f"ViewPlan(pairs={ {name: list(each) for name, each in self._pairs.items()} })"
         return f"ViewPlan({self.kind!r}, {self.spaces!r})"
 
     @classmethod
@@ -69,7 +106,12 @@ class ViewPlan:
     @property
     def num_views(self) -> int:
         """V, the views per image."""
-        return 2 if self.kind == "interleaved" else len(self.spaces) + 1
+        return 1 + max(view for each in self._pairs.values() for pair in each for view in pair)
+
+    @property
+    def view_pairs(self) -> ViewPairs:
+        """Name -> the positive pairs (view a, view b) of each space; interleaved, of the rows that serve it."""
+        return dict(self._pairs)
 
     def default_space_index(self, batch: int, device: torch.device | None = None, *, call: int = 0) -> PerImage:
         """The space that each row of an interleaved batch serves: (r + call) mod S, [B] int64."""
@@ -82,15 +124,52 @@ class ViewPlan:
             batch: B, the images in the batch.
             space_index: [B] integers, interleaved only: the space of each row. None means r mod S.
         """
-        if self.kind == "shared_query":
+        if self.kind != "interleaved":
             rows = torch.arange(batch)
-            return {name: (0, 1 + s, rows) for s, name in enumerate(self.spaces)}
+            if several := [name for name, each in self._pairs.items() if len(each) > 1]:
+                raise ValueError(
+                    f"pairs: expected one pair of views for each space: got several for {_checks.names(several)}; "
+                    "view_pairs has them all"
+                )
+            return {name: (*each[0], rows) for name, each in self._pairs.items()}
         index = self.default_space_index(batch) if space_index is None else space_index
         return {name: (0, 1, torch.nonzero(index == s).flatten()) for s, name in enumerate(self.spaces)}
 
     def __str__(self) -> str:
-        kind = "a shared-query plan" if self.kind == "shared_query" else "an interleaved plan"
-        return f"{len(self.spaces)} spaces ({', '.join(self.spaces)}) in {kind}"
+        kinds = {
+            "shared_query": "a shared-query plan",
+            "interleaved": "an interleaved plan",
+            "pairs": "a plan of pairs",
+        }
+        return f"{len(self.spaces)} spaces ({', '.join(self.spaces)}) in {kinds[self.kind]}"
+
+
+def _plan(kind: Any, spaces: tuple[str, ...], pairs: ViewPairs) -> ViewPlan:
+    return ViewPlan(pairs=pairs) if kind == "pairs" else ViewPlan(kind, spaces)
+
+
+def _checked_pairs(pairs: Mapping[str, Sequence[tuple[int, int]]]) -> ViewPairs:
+    if not isinstance(pairs, Mapping):
+        raise TypeError(
+            f"ViewPlan: expected pairs as a mapping space -> [(view, view), ...]: got {type(pairs).__name__}"
+        )
+    out: ViewPairs = {}
+    for name in _checks.spaces(tuple(pairs), "ViewPlan"):
+        each = []
+        for pair in pairs[name]:
+            views = tuple(pair) if isinstance(pair, tuple | list) else ()
+            whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in views)
+            if len(views) != 2 or not whole or views[0] == views[1]:
+                raise ValueError(
+                    f"ViewPlan: expected pairs (view, view) of two views from 0 on: got {pair!r} for {name!r}"
+                )
+            if views in each or views[::-1] in each:
+                raise ValueError(f"ViewPlan: expected each pair once: got {pair!r} twice for {name!r}")
+            each.append((views[0], views[1]))
+        if not each:
+            raise ValueError(f"ViewPlan: expected a pair or more for every space: got none for {name!r}")
+        out[name] = tuple(each)
+    return out
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -105,7 +184,7 @@ def check_ids(plan: ViewPlan, v: int, b: int, image_ids: Ids | None, space_index
             raise ValueError(f"image_ids: expected [V, B] = [{v}, {b}]: got {_checks.shape(image_ids)}")
     if space_index is not None:
         if plan.kind != "interleaved":
-            raise ValueError("space_index: only an interleaved plan gives each row a space; this plan is shared query")
+            raise ValueError(f"space_index: only an interleaved plan gives each row a space: got one with {plan}")
         if space_index.dtype not in _INTEGERS:
             raise TypeError(f"space_index: expected integers, the space of each row: got {space_index.dtype}")
         if tuple(space_index.shape) != (b,):

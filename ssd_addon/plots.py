@@ -8,7 +8,6 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ssd_addon import _checks
 from ssd_addon.batch import ViewBatch
 from ssd_addon.metrics import ScoreTable
 from ssd_addon.report.curves import finite
@@ -126,9 +125,9 @@ def views_strip(
         images: rows to show.
         mean, std: of a Normalize that the views ended with, to undo it.
     """
-    v, b, c = batch.views.shape[:3]
-    if batch.views.ndim != 5 or c not in (1, 3):
-        raise ValueError(f"views_strip: expected views [V, B, 1 or 3, H, W]: got {_checks.shape(batch.views)}")
+    if not isinstance(batch.views, torch.Tensor) or batch.views.ndim != 5 or batch.views.shape[2] not in (1, 3):
+        raise ValueError(f"views_strip: expected views [V, B, 1 or 3, H, W], of one size: got {batch}")
+    v, b = batch.views.shape[:2]
     n = min(images, b)
     x = batch.views[:, :n].detach().float().cpu()
     if mean is not None and std is not None:
@@ -137,6 +136,8 @@ def views_strip(
     spaces = batch.plan.spaces
     if batch.plan.kind == "interleaved":
         titles = ["query", "key"]
+    elif batch.plan.kind == "pairs":
+        titles = [f"view {k}\npairs of {served}" if (served := _served(batch, k)) else f"view {k}" for k in range(v)]
     else:
         titles = [
             "query",
@@ -157,6 +158,12 @@ def views_strip(
                 index = i % len(spaces) if batch.space_index is None else int(batch.space_index[i])
                 ax.set_title(f"serves {_text(spaces)[index]}", fontsize=8)
     _write(fig, path)
+
+
+def _served(batch: ViewBatch, view: int) -> str:
+    """The spaces that compare a view with another one."""
+    pairs = batch.plan.view_pairs
+    return ", ".join(_text(name for name, each in pairs.items() if any(view in pair for pair in each)))
 
 
 def _text(names: Iterable[str]) -> list[str]:

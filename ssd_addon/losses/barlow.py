@@ -1,7 +1,7 @@
 """Barlow Twins: the cross-correlation of two views, its diagonal for pairs and its rest for the entropy.
 
     invariance_s = sum over the d_s coordinates of (c_kk - 1)^2
-    entropy      = redundancy * mean over the pairs (0, v) of sum_{k != l} c_kl^2, over all joint columns
+    entropy      = redundancy * mean over the pairs (a, b) of views of sum_{k != l} c_kl^2, over all joint columns
 
 c is the cross-correlation of views that are standardized over the rows of all ranks (biased variance plus 1e-5 inside
 the root). Source: Zbontar et al., arXiv 2103.03230; the joint form is ours (docs/method.md). With one space and two
@@ -60,12 +60,12 @@ class BarlowTwins(Objective):
             found = [diagonal_alignment(own[p.a], own[p.b], p, rows.trim, s) for p in pairs]
             invariance[name], count[name] = mean_over_keys(found, s)
             constraint[name] = invariance[name] / own[0].shape[-1]
-        keys = range(1, 2 if len(x) == 2 else len(z) + 1)
+        views = dict.fromkeys((p.a, p.b) for pairs in rows.pairs.values() for p in pairs)
 
         def energy(part: slice) -> Tensor:
             found = [
-                off_diagonal_energy(x[0][:, part], x[key][:, part], backend=rows.backend, group=s.group) / s.total**2
-                for key in keys
+                off_diagonal_energy(x[a][:, part], x[b][:, part], backend=rows.backend, group=s.group) / s.total**2
+                for a, b in views
             ]
             return self.redundancy * torch.stack(found).mean()
 

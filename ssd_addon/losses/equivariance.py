@@ -128,7 +128,7 @@ class EquivarianceLoss(KeepsType):
     def terms(self, z: Mapping[str, Tensor], batch: ViewBatch) -> dict[str, Scalar]:
         """Style -> its term before the weight, on the family's scale; 0 is perfect."""
         changes = _changes(batch)
-        b = batch.views.shape[1]
+        b = batch.images
         out = {}
         for name, sizes in self.groups.items():
             t = z.get(name)
@@ -190,7 +190,7 @@ def _redrawn_rows(name: str, batch: ViewBatch, device: torch.device) -> Tensor |
     same = None if batch.image_ids is None else (batch.image_ids[1] == batch.image_ids[0]).to(device)
     if batch.plan.kind != "interleaved":
         return same
-    b, index = batch.views.shape[1], batch.space_index
+    b, index = batch.images, batch.space_index
     index = (batch.plan.default_space_index(b) if index is None else index).to(device)
     redrawn = index != batch.plan.spaces.index(name)
     return redrawn if same is None else redrawn & same

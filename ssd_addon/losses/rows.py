@@ -102,7 +102,9 @@ def pairs_of(z: Embeddings, plan: ViewPlan, batch: int, device: torch.device, co
         if content_keys == "all":
             out["content"] = [Pair(0, 1, same[1])]
         return out
-    out = {name: [Pair(0, 1 + s)] for s, name in enumerate(plan.spaces)}
+    out = {name: [Pair(a, b) for a, b in each] for name, each in plan.view_pairs.items()}
+    if content_keys == "all" and plan.kind == "pairs":
+        raise ValueError(f"content_keys: {plan} names content's pairs itself, so expected 'first': got 'all'")
     if content_keys == "all":
         out["content"] = [Pair(0, v, same[v]) for v in range(1, plan.num_views)]
     return out

@@ -231,6 +231,7 @@ def test_what_a_function_must_return(fn, error, message):
         operations.seeded(3)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # ToTensor is deprecated
 def test_every_v2_transform_is_taken_or_refused_by_name():
     """Those that can be made without arguments; nothing fails with an error that does not name it."""
     for name, kind in vars(v2).items():
