@@ -118,6 +118,8 @@ def measure(
     n, about = len(images), list(about)
     if images is not data.images:
         about.append(("note", "gray images, repeated to the 3 channels that the model takes"))
+    if data.broken:
+        about.append(("broken files", f"{data.broken}, which are left out"))
     sphere = is_on_sphere(model) if on_sphere is None else on_sphere
     ready = views.plain(images) if views is not None else _scaled(images)
     tell(f"embedding {n} images")

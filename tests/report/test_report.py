@@ -260,6 +260,14 @@ def test_what_cannot_be_measured_has_its_reason(tmp_path, images, views, reasons
     assert "n/a" in out.read_text()
 
 
+def test_the_page_says_how_many_files_are_broken(tmp_path):
+    x = torch.rand(20, 3, 8, 8)
+    for broken, said in ((0, None), (3, "3, which are left out")):
+        data = report.Data(x, total=30, broken=broken)
+        found = report.write(tmp_path / "r.html", lambda x: {"content": x.mean((2, 3))}, data)
+        assert dict(found.about).get("broken files") == said
+
+
 def test_constant_factors_are_not_scored(tmp_path):
     data = pages.squares(30)
     factors = {"same": torch.ones(30), "one": torch.zeros(30, dtype=torch.long), "bad": torch.full((30,), math.nan)}
