@@ -29,6 +29,7 @@ from ssd_addon.metrics import (
     uniformity,
 )
 from ssd_addon.metrics.embed import BACKBONE, Model, is_on_sphere
+from ssd_addon.metrics.images import for_model, scaled
 from ssd_addon.metrics.labelled import check_factors
 from ssd_addon.metrics.spaces import MIN_ROWS, check_finite
 from ssd_addon.report.data import Data, Say
@@ -114,14 +115,14 @@ def measure(
         ValueError: embeddings that are not finite: there is nothing to be said of such a model.
     """
     tell = say or (lambda _: None)
-    images = _for_model(data.images, model)
+    images, changed = for_model(data.images, model)
     n, about = len(images), list(about)
-    if images is not data.images:
-        about.append(("note", "gray images, repeated to the 3 channels that the model takes"))
+    if changed:
+        about.append(("note", changed))
     if data.broken:
         about.append(("broken files", f"{data.broken}, which are left out"))
     sphere = is_on_sphere(model) if on_sphere is None else on_sphere
-    ready = views.plain(images) if views is not None else _scaled(images)
+    ready = views.plain(images) if views is not None else scaled(images)
     tell(f"embedding {n} images")
     z = _embedded(model, ready, batch_size, sphere)
     spaces = tuple(s for s in z if s != BACKBONE)
@@ -206,28 +207,6 @@ class _Attempts:
         return None
 
 
-def _for_model(images: Tensor, model: Model) -> Tensor:
-    """The images, gray ones repeated to 3 channels where the model does not take one."""
-    if images.shape[1] == 1:
-        try:
-            embed(model, _scaled(images[:2]))
-        except (RuntimeError, ValueError, AssertionError, IndexError):
-            return images.expand(-1, 3, -1, -1)
-    return images
-
-
-def _scaled(images: Tensor) -> Tensor:
-    """Images in [0, 1]."""
-    if images.dtype == torch.uint8:
-        return images.float() / 255
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):
-        raise ValueError(
-            f"images: expected uint8, or floating point in [0, 1]: got values from {low:.4g} to {high:.4g}"
-        )
-    return images.float()
-
-
 def _embedded(model: Model, images: Tensor, batch_size: int, on_sphere: bool) -> dict[str, Tensor]:
     """Embeddings of whole images, finite; what the model itself raises becomes an error about the images."""
     try:
@@ -235,7 +214,8 @@ def _embedded(model: Model, images: Tensor, batch_size: int, on_sphere: bool) ->
     except (RuntimeError, AssertionError, IndexError) as error:
         got = f"{_checks.shape(images)} ({type(error).__name__}: {first_line(error)})"
         raise ValueError(
-            f"images: expected images that the model takes, such as those of the size that it was trained on: got {got}"
+            "images: expected images that the model takes, of the size and the number of channels that it was trained "
+            f"on: got {got}"
         ) from error
     for space, rows in z.items():
         check_finite(f"space {space!r}", rows)
