@@ -78,7 +78,9 @@ class Findings:
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    dci: Dci
+    """Numbers for the whole labeled matrix: None or NaN where one could not be made, with the reason in `reasons`."""
+
+    dci: Dci | None
     sap: float
     mig: float
 
@@ -149,13 +151,13 @@ def measure(
             labelled |= {} if table is None else {probe: table}
         if "ridge" in labelled and len(spaces) > 1:
             ridge = labelled["ridge"].only(spaces=spaces)
-            summary = attempt("summary numbers", lambda: _summary(styles, factors, ridge, seed))
+            summary = _summary(styles, factors, ridge, seed, attempt)
     elif data.factors:
         attempt.reasons["known factors"] = "none of them can be scored, see the head of the page"
     else:
         attempt.reasons["known factors"] = "the data set names none"
 
-    label_free = shared = pictures = None
+    label_free = shared = pictures = geometry = None
     if views is None:
         attempt.reasons["label-free matrix"] = "the views of the training are not known; name them with views"
     else:
@@ -164,13 +166,12 @@ def measure(
     if len(spaces) > 1:
         shared = attempt("redundancy", lambda: redundancy(styles, seed=seed))
     if not spaces:
-        geometry = attempt("geometry", lambda: _of_whole_images(styles))
+        geometry = attempt("geometry", lambda: _of_whole_images(styles, attempt))
     elif views is not None:
         drawn = attempt("views", lambda: _drawn(views, images[: min(n, 256)]))
-        geometry = None if drawn is None else attempt("geometry", partial(_geometry, model, drawn, batch_size, sphere))
+        if drawn is not None:
+            geometry = attempt("geometry", partial(_geometry, model, drawn, batch_size, sphere, attempt))
         pictures = None if drawn is None else _pictures(drawn, views)
-    else:
-        geometry = None
     rows, similarity = _neighbors(z, min(explored, n))
     return Findings(
         title,
@@ -222,15 +223,28 @@ def _embedded(model: Model, images: Tensor, batch_size: int, on_sphere: bool) ->
     return z
 
 
-def _summary(styles: Mapping[str, Tensor], factors: Mapping[str, Factor], ridge: ScoreTable, seed: int) -> Summary:
-    return Summary(dci(styles, factors, seed=seed), sap(ridge)[0], mig(styles, factors, seed=seed)[0])
+def _summary(
+    styles: Mapping[str, Tensor], factors: Mapping[str, Factor], ridge: ScoreTable, seed: int, attempt: "_Attempts"
+) -> Summary | None:
+    """Each number by itself; None where none of them can be made."""
+    d = attempt("DCI", lambda: dci(styles, factors, seed=seed))
+    ahead, gap = attempt("SAP gap", lambda: sap(ridge)), attempt("MIG", lambda: mig(styles, factors, seed=seed))
+    if d is None and ahead is None and gap is None:
+        return None
+    return Summary(d, math.nan if ahead is None else ahead[0], math.nan if gap is None else gap[0])
 
 
-def _of_whole_images(z: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    return {
-        s: {"effective_rank": effective_rank(t), "uniformity": uniformity(t), "alignment": math.nan}
-        for s, t in z.items()
-    }
+def _row(attempt: "_Attempts", space: str, z: Tensor, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The geometry of a space with the queries z; one that has no direction costs neither its rank nor the others."""
+    row = attempt(f"geometry of {space}", make)
+    return row or {"effective_rank": effective_rank(z), "uniformity": math.nan, "alignment": math.nan}
+
+
+def _of_whole_images(z: Mapping[str, Tensor], attempt: "_Attempts") -> dict[str, dict[str, float]]:
+    def made(t: Tensor) -> dict[str, float]:
+        return {"effective_rank": effective_rank(t), "uniformity": uniformity(t), "alignment": math.nan}
+
+    return {s: _row(attempt, s, t, partial(made, t)) for s, t in z.items()}
 
 
 def _neighbors(z: Mapping[str, Tensor], most: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -251,7 +265,9 @@ def _drawn(views: Any, images: Tensor) -> ViewBatch:
     return made
 
 
-def _geometry(model: Model, batch: ViewBatch, batch_size: int, on_sphere: bool) -> dict[str, dict[str, float]]:
+def _geometry(
+    model: Model, batch: ViewBatch, batch_size: int, on_sphere: bool, attempt: "_Attempts"
+) -> dict[str, dict[str, float]]:
     v, b = batch.views.shape[:2]
     z = embed(model, batch.views.flatten(0, 1), batch_size=batch_size, backbone=False, on_sphere=on_sphere)
     folded = {s: t.view(v, b, -1) for s, t in z.items()}
@@ -260,7 +276,12 @@ def _geometry(model: Model, batch: ViewBatch, batch_size: int, on_sphere: bool) 
             f"the model's spaces ({', '.join(folded)}) are not those of the views ({', '.join(batch.plan.spaces)})"
         )
     ordered = {s: folded[s] for s in batch.plan.spaces}
-    return space_geometry(Embeddings(ordered, batch.plan, image_ids=batch.image_ids, space_index=batch.space_index))
+    e = Embeddings(ordered, batch.plan, image_ids=batch.image_ids, space_index=batch.space_index)
+
+    def made(space: str) -> dict[str, float]:
+        return space_geometry(e, spaces=[space])[space]
+
+    return {s: _row(attempt, s, t[0], partial(made, s)) for s, t in ordered.items()}
 
 
 def _pictures(batch: ViewBatch, views: Any, images: int = 8) -> ViewBatch:

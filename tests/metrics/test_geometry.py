@@ -482,3 +482,14 @@ def test_a_space_that_is_constant_on_either_side_of_the_split_is_not_predicted()
         flat[rows] = 0.1
         table = redundancy({"a": flat, "b": w})
         assert math.isnan(table["b", "a"]) and table.notes["b", "a"] == "constant"
+
+
+def test_a_space_of_zeros_is_named_and_the_others_can_be_measured():
+    eye = torch.eye(4).expand(4, 4, 4)
+    z = {"content": eye, "color": torch.zeros(4, 4, 2), "place": 2 * eye}
+    with pytest.raises(ValueError, match="space 'color': uniformity: expected rows with a direction: got 4 rows"):
+        space_geometry(z)
+    whole = space_geometry(z | {"color": eye})
+    assert space_geometry(z, spaces=["place", "content"]) == {s: whole[s] for s in ("place", "content")}
+    with pytest.raises(ValueError, match="spaces: expected some of content, color, place: got hue"):
+        space_geometry(z, spaces=["hue"])

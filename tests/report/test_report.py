@@ -282,6 +282,37 @@ def test_constant_factors_are_not_scored(tmp_path):
     assert "NaN" not in kept.replace("NaN or inf", "") and ">nan<" not in html
 
 
+def test_few_images_have_every_number_that_can_be_had(tmp_path):
+    data, out = pages.squares(12), tmp_path / "r.html"
+
+    def model(x):
+        return {"content": x.mean((2, 3)), "color": x.amax((2, 3))}
+
+    label = torch.arange(12) % 2
+    found = report.write(out, model, report.Data(data.images, {"kind": label}))
+    assert all(not math.isnan(v) for v in (found.summary.sap, found.summary.mig)) and found.summary.dci is not None
+    found = report.write(out, model, report.Data(data.images, {"x": data.factors["x"]}))
+    assert math.isnan(found.summary.mig) and not math.isnan(found.summary.sap) and found.summary.dci is not None
+    assert "MIG <b>n/a</b>" in out.read_text() and "MIG: bins: expected no more than the 6 samples" in out.read_text()
+    spoilt = report.write(out, model, report.Data(data.images[:8], {"x": data.factors["x"][:8]}))
+    assert spoilt.summary is None and "known factors, linear probe" in spoilt.reasons
+
+
+@pytest.mark.parametrize("views", [True, False])
+def test_a_space_of_zeros_does_not_cost_the_geometry_of_the_others(tmp_path, views):
+    def model(x):
+        z = {"content": x.mean((2, 3)), "color": 0 * x.mean((2, 3)), "spatial": x.amax((2, 3))}
+        return z if views else z["color"]
+
+    found = report.write(tmp_path / "r.html", model, pages.squares(24), views=pages.views() if views else None)
+    space = "color" if views else "backbone"
+    assert found.geometry[space]["effective_rank"] == 0 and math.isnan(found.geometry[space]["uniformity"])
+    assert "rows of length 0" in found.reasons[f"geometry of {space}"]
+    assert f"n/a for {space}: " in (tmp_path / "r.html").read_text()
+    if views:
+        assert all(not math.isnan(v) for s in ("content", "spatial") for v in found.geometry[s].values())
+
+
 def test_models_without_styles_or_of_other_spaces(tmp_path):
     only = report.write(
         tmp_path / "a.html", lambda x: {"content": x.mean((2, 3))}, pages.squares(30), views=pages.views()
