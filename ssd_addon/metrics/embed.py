@@ -87,7 +87,7 @@ def batches(images: Images, batch_size: int) -> Iterator[Tensor]:
     if isinstance(images, Tensor):
         if images.ndim < 2 or len(images) == 0:
             raise ValueError(f"images: expected [n, C, H, W] with an image or more: got {_checks.shape(images)}")
-        yield from torch.split(images, batch_size)
+        yield from torch.split(images, min(batch_size, len(images)))
         return
     for batch in images:
         x = batch[0] if isinstance(batch, tuple | list) else batch

@@ -79,7 +79,7 @@ def means(x):
 # ---- what comes out
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+@pytest.mark.parametrize("batch_size", [10**30, 1, 3, 7, 100])
 def test_a_row_per_image_whatever_the_batch_size(batch_size):
     model, x = heads(), images()
     z = embed(model, x, batch_size=batch_size)
