@@ -4,10 +4,16 @@ import argparse
 import math
 
 
-def whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more: got {text!r}")
+def whole(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more: got {text!r}")
+    if int(text) >= 2**62:  # torch counts in 64 bits; seeds have ranks and epochs added
+        raise argparse.ArgumentTypeError(f"expected a whole number below 2**62: got {text}")
     return int(text)
+
+
+def count(text: str) -> int:
+    return whole(text, 0)
 
 
 def wholes(text: str) -> list[int]:

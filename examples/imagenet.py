@@ -32,11 +32,12 @@ import timm
 import torch
 import torch.distributed as dist
 import torchvision
-from arguments import named_widths, names, number, whole, wholes
+from arguments import count, named_widths, names, number, whole, wholes
+from photographs import Photographs, accuracies, counts, summed
 from timm.optim import Lars
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from ssd_addon import (
     DualAscent,
@@ -51,7 +52,6 @@ from ssd_addon import (
     recipe,
     runs,
 )
-from ssd_addon.collate import ImageFiles
 from ssd_addon.metrics import OnlineProbes
 from ssd_addon.recipes import MEAN, STD
 
@@ -100,10 +100,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--lr", type=number, help="for a total batch of 256 (default: by family and optimizer)")
     p.add_argument("--weight-decay", type=number, default=1e-6, help="timm's LARS adapts only what decays: keep it > 0")
     p.add_argument("--broken", choices=("skip", "raise"), default="raise", help="files that cannot be decoded")
-    p.add_argument("--workers", type=int, default=8)
-    p.add_argument("--measure", type=int, default=500, help="images for the label-free matrix of every epoch; 0: none")
+    p.add_argument("--workers", type=count, default=8)
+    p.add_argument("--measure", type=count, default=500, help="images for every epoch's label-free matrix; 0: none")
     p.add_argument("--tensorboard", action="store_true", help="event files in OUT as well")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=count, default=0)
     p.add_argument("--log-every", type=whole, default=10)
     p.add_argument("--save-every", type=whole, default=1000, help="steps; also after every epoch")
     args = p.parse_args(argv)
@@ -124,23 +124,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             f"--backbone: expected a torchvision model, such as resnet50, or timm:NAME of timm: got {args.backbone}"
         )
     return args
-
-
-class Photographs(Dataset):
-    """Image files, with a flag for each that was replaced because it is broken, whichever worker met it."""
-
-    def __init__(self, root: Path, broken: str) -> None:
-        self.files = ImageFiles(root, broken=broken)
-        self.replaced = torch.zeros(len(self.files), dtype=torch.uint8).share_memory_()
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int):
-        image, label, name = self.files[index]
-        if name != self.files.names[index]:
-            self.replaced[index] = 1
-        return image, label, name
 
 
 def build_model(args: argparse.Namespace, widths: dict[str, int]) -> StyleHeads:
@@ -233,8 +216,8 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
         net = DistributedDataParallel(probes, **wrap) if world > 1 else probes
         probe_optimizer = torch.optim.Adam(probes.parameters(), lr=3e-3)
         if (args.data / "val").is_dir():
-            held_out = ImageFiles(args.data / "val", broken=args.broken)
-            if held_out.classes != data.files.classes:
+            held_out = Photographs(args.data / "val", args.broken, scored=True)
+            if held_out.files.classes != data.files.classes:
                 raise ValueError(f"{args.data}: expected the same class folders in train and val")
             mine = Subset(held_out, range(rank, len(held_out), world))
             val = DataLoader(mine, args.batch_size, collate_fn=StructuredCollate(args.size), **common)
@@ -253,20 +236,18 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
     parts |= {"equivariance": equivariance} if equivariance else {}
     parts |= {"probes": probes, "probe_optimizer": probe_optimizer} if probes else {}
 
+    counted = torch.zeros(1 + len(probes.names) if probes else 1, device=device)  # queries of this epoch, and hits
+
     def save() -> None:
+        seen = {"counted": summed(counted).cpu(), "broken": data.broken(device)}
         state = [torch.get_rng_state(), torch.cuda.get_rng_state() if gpu else None]
         states = [state]
         if world > 1:
             states = [None] * world
             dist.all_gather_object(states, state)
         if rank == 0:
-            state = {"step": step, "epoch": step // per_epoch, "rng": states}
+            state = {"step": step, "epoch": step // per_epoch, "rng": states, **seen}
             runs.save_run(checkpoint, core, parts=parts, card=card, config=config, **state)
-
-    def summed(counts: Tensor) -> Tensor:
-        if world > 1:
-            dist.all_reduce(counts)
-        return counts
 
     args.out.mkdir(parents=True, exist_ok=True)
     if args.resume:
@@ -275,15 +256,16 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
         torch.set_rng_state(stored["rng"][rank][0])
         if gpu:
             torch.cuda.set_rng_state(stored["rng"][rank][1])
-        if rank == 0:  # what was logged after the checkpoint happens again
+        data.replaced.copy_(stored["broken"])
+        if rank == 0:  # which has the counts of all ranks; what was logged after the checkpoint happens again
+            counted.copy_(stored["counted"])
             runs.cut_log(log, step)
     elif checkpoint.exists():
         raise FileExistsError(f"{args.out} holds the checkpoint of another run: give --resume, or another --out")
     elif rank == 0:
         log.write_text("")
-    chosen, whole = held_out or data.files, StructuredCollate(args.size)
-    rows = torch.linspace(0, len(chosen) - 1, min(args.measure, len(chosen))).long().tolist()
-    images = whole([chosen[i] for i in rows])[0] if len(rows) >= 10 and rank == 0 else None
+    samples = (held_out or data).spread(args.measure) if rank == 0 else []
+    images = StructuredCollate(args.size)(samples)[0] if len(samples) >= 10 else None
     monitor = Monitor(
         log,
         tensorboard=args.out if args.tensorboard else None,
@@ -300,8 +282,8 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
         sampler.set_epoch(epoch)
         sampler.start = (step % per_epoch) * args.batch_size
         draws.manual_seed(args.seed + epoch)
-        correct = torch.zeros(2, len(probes.names) if probes else 0, device=device)  # of training queries, then of val
-        seen = torch.zeros(2, device=device)
+        if step % per_epoch == 0:
+            counted.zero_()
         for images, labels, _ in loader:
             lr = lr_at(step, peak, warmup, total)
             for group in optimizer.param_groups:
@@ -319,22 +301,21 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
             scaler.update()
             criterion.weights.step(terms)
             if probes:
-                labels, rows = labels.to(device), len(labels)
-                queries = {"backbone": features["backbone"][:rows], **{n: t[0] for n, t in z.items()}}
+                labels = labels.to(device)
+                queries = {"backbone": features["backbone"][: len(labels)], **{n: t[0] for n, t in z.items()}}
                 logits = net(queries)
                 probe_optimizer.zero_grad()
                 probes.loss(logits, labels).backward()
                 probe_optimizer.step()
-                correct[0] += probes.hits(logits, labels)
-                seen[0] += rows
+                counted += counts(probes, logits, labels)
             step += 1
             if step % args.log_every == 0 or step == stop:
                 speed = (step - first) / (time.perf_counter() - started)  # steps a second
-                mean_loss = summed(terms.loss.detach().clone()).item() / world
+                mean_loss = summed(terms.loss.detach()).item() / world
                 rate = round(speed * args.batch_size * world, 1)
                 record = {"step": step, **terms.scalars(), "loss": mean_loss, "lr": lr, "images_per_s": rate}
                 if response is not None:
-                    record["equivariance"] = summed(response.detach().clone()).item() / world
+                    record["equivariance"] = summed(response.detach()).item() / world
                 if args.dual_ascent is not None:
                     record |= {f"lambda/{n}": float(w) for n, w in criterion.lambdas(views.plan).items()}
                 monitor.write(record)
@@ -347,28 +328,25 @@ def train(args: argparse.Namespace, world: int, rank: int, device: torch.device)
                 save()
 
         # After the epoch: probes, broken files, checkpoint.
+        found, broken = {"train": counted} if probes else {}, {"broken_files": int(data.broken(device).sum())}
         if val:
+            found["val"] = torch.zeros_like(counted)
             core.eval(), probes.eval()
             with torch.no_grad(), amp:
                 for images, labels, _ in val:
                     x = images.to(device) / 255 - torch.tensor(MEAN, device=device).view(3, 1, 1)
                     whole = core(x / torch.tensor(STD, device=device).view(3, 1, 1))
                     logits = probes({"backbone": features["backbone"], **whole})
-                    labels = labels.to(device)
-                    correct[1] += probes.hits(logits, labels)
-                    seen[1] += len(labels)
+                    found["val"] += counts(probes, logits, labels.to(device))
             core.train(), probes.train()
-        broken = int((summed(data.replaced.to(device, torch.int64)) > 0).sum())
-        scores: dict[str, float] = {}
-        if probes:
-            accuracy = summed(correct) / summed(seen).clamp(min=1)[:, None]
-            for k, split in enumerate(("train", "val") if val else ("train",)):
-                scores |= {f"accuracy_{split}/{n}": a for n, a in zip(probes.names, accuracy[k].tolist(), strict=True)}
-        monitor.write({"step": step, "epoch": epoch + 1, "broken_files": broken, **scores})
+            broken["broken_files_val"] = int(held_out.broken(device).sum())
+        scores = accuracies(probes, found)
+        monitor.write({"step": step, "epoch": epoch + 1, **broken, **scores})
         monitor.epoch(core, epoch, step)
-        record |= scores | {"broken_files": broken}
-        shown = "  ".join(f"{name.removeprefix('accuracy_')} {value:.3f}" for name, value in scores.items())
-        say(f"epoch {epoch + 1} ends  {shown}" + (f"  {broken} broken files replaced" if broken else ""), flush=True)
+        record |= scores | broken
+        shown = [f"{name.removeprefix('accuracy_')} {value:.3f}" for name, value in scores.items()]
+        shown += [f"{name.replace('_', ' ')} {n}" for name, n in broken.items() if n]
+        say(f"epoch {epoch + 1} ends  {'  '.join(shown)}", flush=True)
         save()
     monitor.close()
     if rank == 0 and record:

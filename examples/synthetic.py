@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import count, whole
 from latents import CausalLatents, widths
 from sprites import SHAPES, draw_factors, load_dsprites, render, scored
 from torch import Tensor, nn
@@ -178,24 +179,24 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     p.add_argument("--content-entropy", action="store_true", help="a further entropy term on content alone")
     p.add_argument("--dual-ascent", type=float, default=None, metavar="TOLERANCE")
     p.add_argument("--dual-step", type=float, default=0.005, help="step size of the dual ascent")
-    p.add_argument("--dual-warmup", type=int, default=500, help="steps before the dual ascent begins")
+    p.add_argument("--dual-warmup", type=count, default=500, help="steps before the dual ascent begins")
     p.add_argument("--dependent", action="store_true", help="latents: statistically dependent blocks")
     p.add_argument("--content-dependent-style", action="store_true", help="latents: style depends on content")
     p.add_argument("--dsprites", type=Path, default=None, help="the original dSprites npz, instead of drawn sprites")
-    p.add_argument("--size", type=int, default=48)
-    p.add_argument("--batch-size", type=int, default=128)
+    p.add_argument("--size", type=whole, default=48)
+    p.add_argument("--batch-size", type=whole, default=128)
     p.add_argument("--minutes", type=float, default=12.0)
-    p.add_argument("--steps", type=int, default=None, help="stop after so many steps instead")
+    p.add_argument("--steps", type=whole, default=None, help="stop after so many steps instead")
     p.add_argument(
         "--rows",
         choices=("auto", "unit", "raw"),
         default="auto",
         help="score unit-length rows, as SimCLR's loss sees them, or raw ones",
     )
-    p.add_argument("--samples", type=int, default=4000, help="labelled samples for the probes")
+    p.add_argument("--samples", type=whole, default=4000, help="labelled samples for the probes")
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--amp", action="store_true", help="bfloat16 autocast: faster where the processor has it")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=count, default=0)
     p.add_argument("--evaluate", action="store_true", help="score OUT/model.pt again, instead of training")
     p.add_argument("--out", type=Path, default=Path("runs/synthetic"))
     args = p.parse_args(argv)

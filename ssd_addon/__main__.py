@@ -6,11 +6,14 @@ Flags are named here alone: errors of the library name its arguments and are rew
 import argparse
 import re
 import sys
+import traceback
 from pathlib import Path
 
 FLAGS = ("data", "out", "backbone", "views", "size", "samples", "explore", "rows", "batch-size", "device", "seed")
 ARGUMENTS = {"explored": "explore"}
 """Arguments of the library whose flag has another name."""
+LARGEST = 2**14
+"""Edge of an image in pixels, at most."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,19 +24,31 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: expected 1 or more: got {value}")
+    if not -(2**63) <= args.seed < 2**64:
+        parser.error(f"--seed: expected a whole number of 64 bits, as torch's generators take: got {args.seed}")
+    if args.size is not None and args.size > LARGEST:
+        parser.error(f"--size: expected {LARGEST} or less: got {args.size}")
     try:
         report(args)
-    except (ValueError, TypeError, OSError, ImportError, KeyError) as error:
-        # KeyError shows its message in quotes
-        said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        _print(f"error: {flagged(' '.join(said.split()), args)}", error=True)
-        return 1
-    except Exception as error:  # torch's, or of code that was named: one line for a person, whatever it is
-        from ssd_addon.report.text import first_line
-
-        _print(f"error: {type(error).__name__}: {first_line(error)}", error=True)
+    except Exception as error:
+        _print(f"error: {_said(error, args)}", error=True)
         return 1
     return 0
+
+
+def _said(error: Exception, args: argparse.Namespace) -> str:
+    """One line for a person: the library's words with flags for arguments, other errors with their type."""
+    if isinstance(error, ValueError | TypeError | OSError | ImportError) and _of_the_library(error):
+        return flagged(" ".join(str(error).split()), args)
+    from ssd_addon.report.text import first_line
+
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _of_the_library(error: BaseException) -> bool:
+    """Whether the line that raised it is the library's: not torch's, nor of code that the user named."""
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and Path(frames[-1]).is_relative_to(Path(__file__).parent)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,13 +150,19 @@ def _device(name: str) -> str:
 
 
 def flagged(message: str, args: argparse.Namespace) -> str:
-    """An error of the library with the flag in the place of its argument: "data: ..." becomes "--data: ..."."""
+    """An error of the library with flags in the place of its arguments.
+
+    "data: ..." becomes "--data: ...", where that was given, and "backbone='...'" becomes "--backbone '...'".
+    """
+    message = re.sub(rf"\b({'|'.join(FLAGS)})=(?=')", r"--\1 ", message)
     match = re.match(r"(\w+): ", message)
     name = "" if match is None else ARGUMENTS.get(match[1], match[1]).replace("_", "-")
     given = name in FLAGS and getattr(args, name.replace("-", "_")) is not None
     if match is not None and given:
         return f"--{name}: {message[match.end() :]}"
-    return f"{message}; --size brings them to another size" if "images that the model takes" in message else message
+    expected, _, got = message.partition(": got ")
+    by_size = "images that the model takes" in expected and "channel" not in got
+    return f"{message}; if that is because of their size, --size brings them to another" if by_size else message
 
 
 def _print(text: str, *, error: bool = False) -> None:

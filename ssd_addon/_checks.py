@@ -9,6 +9,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SLACK = 1e-6
+"""How far rounding may move a value out of [0, 1]."""
 
 
 def shape(t: Tensor) -> str:
@@ -92,6 +94,13 @@ def floating(t: Tensor, what: str) -> None:
         raise TypeError(f"{what}: expected a floating-point tensor: got {type(t).__name__}")
     if t.dtype not in FLOATS:
         raise TypeError(f"{what}: expected float16, bfloat16, float32 or float64: got {t.dtype}")
+
+
+def in_unit_range(t: Tensor, expected: str, hint: str = "") -> None:
+    """Values in [0, 1], without NaN."""
+    low, high = float(t.min()), float(t.max())
+    if not (low >= -SLACK and high <= 1 + SLACK):
+        raise ValueError(f"{expected}: got values from {low:.4g} to {high:.4g}{hint}")
 
 
 def embeddings(tensors: Mapping[str, Tensor], num_views: int, plan: str) -> tuple[int, torch.device]:

@@ -1,10 +1,13 @@
-"""Modules whose numbers keep their type when a surrounding module is cast: `.half()`, `.bfloat16()`, Lightning's
-bf16-true."""
+"""Floating-point types: modules that keep theirs when a surrounding module is cast (`.half()`, `.bfloat16()`,
+Lightning's bf16-true), and a batch in the type of a module's weights."""
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class KeepsType(nn.Module):
@@ -17,3 +20,16 @@ class KeepsType(nn.Module):
 def _kept(before: Tensor, after: Tensor) -> Tensor:
     narrower = after.dtype.itemsize < before.dtype.itemsize
     return before.to(after.device) if before.is_floating_point() and narrower else after
+
+
+def as_weights(x: Tensor, module: nn.Module) -> Tensor:
+    """A batch in the floating-point type of a module's weights; autocast chooses types by itself."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x
+    layers = (m.weight for m in module.modules() if isinstance(m, _LAYERS))
+    first = next(layers, None)
+    for p in module.parameters() if first is None else (first,):  # a position may have another type than the layers
+        if p.is_floating_point():
+            return x.to(p.dtype)
+    return x

@@ -25,7 +25,7 @@ class StructuredCollate:
     - PIL images of any mode, which become upright RGB as in `ImageFiles`;
     - arrays of uint8, or of floats in [0, 1]: [H, W] and [H, W, 1] (gray), [H, W, 3] (RGB) and [H, W, 4] (RGBA, over
       black) become RGB; [H, W, C] with any other C keeps its C channels;
-    - tensors [C, H, W], uint8 or floating point, which keep their channels.
+    - tensors [C, H, W], uint8 or floating point in [0, 1], which keep their channels.
 
     >>> collate = StructuredCollate(32)
     >>> images, labels, names = collate([(torch.rand(3, 40, 60), 1), (torch.rand(3, 32, 32), 0, "b.jpg")])
@@ -44,9 +44,9 @@ class StructuredCollate:
         with "" where a sample has none.
 
     Raises:
-        ValueError: an empty batch; an image without pixels; a floating-point PIL image with NaN; an array of floats
-            outside [0, 1], or with dimensions that look like [C, H, W]; images with different numbers of channels;
-            tensors of different shapes as labels.
+        ValueError: an empty batch; an image without pixels; a floating-point PIL image with NaN; an array or tensor of
+            floats outside [0, 1] or NaN; an array with dimensions that look like [C, H, W]; images with different
+            numbers of channels; tensors of different shapes as labels.
         TypeError: a sample that is not a tuple; an image of another kind or dtype, such as a uint16 array.
     """
 
@@ -116,6 +116,9 @@ class StructuredCollate:
             )
         if not image.numel():
             raise ValueError(f"collate: expected an image [C, H, W] of at least one pixel: got {_checks.shape(image)}")
+        if image.is_floating_point():
+            expected = "collate: expected an image of uint8, or floating point in [0, 1]"
+            _checks.in_unit_range(image, expected, "; Normalize belongs into the views' `then`")
         new = self._resolution(image.shape[1], image.shape[2])
         if new == tuple(image.shape[1:]):
             return image

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssd_addon import _checks, storage
+from ssd_addon._types import as_weights
 from ssd_addon.backbones import prepared
 from ssd_addon.batch import ViewBatch, stacked
 from ssd_addon.card import check_card
@@ -21,7 +22,6 @@ from ssd_addon.stack import HeadStack
 
 Pool = Literal["auto", "mean", "cls", "flatten"]
 POOLS: tuple[Pool, ...] = ("auto", "mean", "cls", "flatten")
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Hidden = Sequence[int] | Mapping[str, Sequence[int]]
 
 
@@ -152,7 +152,7 @@ class StyleHeads(nn.Module):
         """What the heads make of pooled features of a plain batch, `features(x)`: [N, F] to name -> [N, d]."""
         found: dict[str, Tensor] = {}
         with _outside_forward("project"):
-            features = _as_weights(features, self.stacks)
+            features = as_weights(features, self.stacks)
             for stack in self.stacks:
                 found |= stack(features)
         return {n: found[n] for n in self.spaces}
@@ -288,7 +288,7 @@ class StyleHeads(nn.Module):
         return torch.stack([out[v] for v in range(len(views))])
 
     def _pooled(self, x: Tensor) -> Tensor:
-        y = self.backbone(_as_weights(x, self.backbone))
+        y = self.backbone(as_weights(x, self.backbone))
         if not isinstance(y, Tensor):
             inside = f" with keys {_checks.names(y)}" if isinstance(y, Mapping) else ""
             raise TypeError(
@@ -318,19 +318,6 @@ class StyleHeads(nn.Module):
     def extra_repr(self) -> str:
         changes = f", backbone: {'; '.join(self.changes)}" if self.changes else ""
         return f"spaces={self.spaces}, pool={self.pool!r}{changes}"
-
-
-def _as_weights(x: Tensor, module: nn.Module) -> Tensor:
-    """A batch in the floating-point type of a module's weights; autocast chooses types by itself."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return x
-    layers = (m.weight for m in module.modules() if isinstance(m, _LAYERS))
-    first = next(layers, None)
-    for p in module.parameters() if first is None else (first,):  # a position may have another type than the layers
-        if p.is_floating_point():
-            return x.to(p.dtype)
-    return x
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from torch import Tensor
 from ssd_addon import _checks
 from ssd_addon.heads import StyleHeads
 from ssd_addon.metrics import Circular, Factor, Probe, ScoreTable, embed, parameter_matrix, r2_matrix
+from ssd_addon.metrics.images import check_range, for_model, scaled
 from ssd_addon.metrics.probe import Kind
 
 Writer = Any  # anything with add_scalar(name, value, step), such as torch.utils.tensorboard.SummaryWriter
@@ -49,7 +50,7 @@ class Monitor:
         tensorboard: a folder (needs the package tensorboard), or a writer with add_scalar; None: none.
         views: the `StructuredViews` of the training, for the label-free matrix.
         images: [n, C, H, W], uint8 or in [0, 1], not normalized: what the matrices are measured on; held out from the
-            training, 500 to 2,000 of them.
+            training, 500 to 2,000 of them. Gray and color images become the other where the model takes that alone.
         factors: name -> a value for each image, as in `metrics.r2_matrix`, where some are known.
         every: epochs between matrices.
         log_every: steps between lines of terms.
@@ -61,8 +62,8 @@ class Monitor:
         batch_size: images at a time.
 
     Raises:
-        ValueError: factors or views without images; counts below 1.
-        TypeError: a writer without add_scalar.
+        ValueError: factors or views without images; images outside [0, 1]; counts below 1.
+        TypeError: images of integers other than uint8; a writer without add_scalar.
         OSError: a log that cannot be written.
         ImportError: a folder for TensorBoard where the package is missing.
 
@@ -96,6 +97,8 @@ class Monitor:
         if images is not None and (not isinstance(images, Tensor) or images.ndim < 2 or not len(images)):
             got = _checks.shape(images) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"Monitor: expected images [n, C, H, W], one or more: got {got}")
+        if images is not None and images.ndim == 4:
+            check_range(images)
         if views is not None and not callable(getattr(views, "independent", None)):
             raise TypeError(f"Monitor: expected views as StructuredViews: got {type(views).__name__}")
         for name, factor in (factors or {}).items():
@@ -132,10 +135,13 @@ class Monitor:
         Args:
             step: of the training.
             terms: `criterion.terms(z)`, or a mapping name -> number. On a step that is not written they are not read.
-            more: further numbers, such as lr.
+            more: further numbers, such as lr. None is written as null.
 
         Returns:
             What was written; {} where it was not the turn.
+
+        Raises:
+            TypeError: a step that is no whole number, terms that are neither, a value that is no number.
         """
         if isinstance(step, bool) or not isinstance(step, int):
             raise TypeError(f"step: expected a whole number: got {step!r}")
@@ -144,7 +150,7 @@ class Monitor:
         if not isinstance(terms, Mapping) and not callable(getattr(terms, "scalars", None)):
             raise TypeError(f"terms: expected criterion.terms(z), or a mapping name -> number: got {terms!r}")
         numbers: dict[str, Any] = dict(terms) if isinstance(terms, Mapping) else terms.scalars()
-        record = {"step": int(step), **{k: _number(v) for k, v in (numbers | more).items()}}
+        record = {"step": int(step), **{k: _number(k, v) for k, v in (numbers | more).items()}}
         self.write(record, tensorboard=not self._logged_elsewhere)
         return record
 
@@ -161,34 +167,45 @@ class Monitor:
         """
         if epoch % self.every or self.images is None or not _first():
             return {}
-        tables: dict[str, ScoreTable] = {}
-        if self.views is not None and len(self.views.plan.spaces) > 1:
-            tables["parameters"] = parameter_matrix(
-                model,
-                self.views,
-                self.images,
-                on_sphere=self.on_sphere,
-                draws=self.draws,
-                batch_size=self.batch_size,
-                backbone=True,
-            )
-        if self.factors:
-            ready = self.images
-            if self.views is not None:
-                ready = self.views.plain(ready)
-            elif ready.dtype == torch.uint8:
-                ready = ready.float() / 255
-            z = embed(model, ready, batch_size=self.batch_size, on_sphere=self.on_sphere)
-            tables["r2"] = r2_matrix(z, self.factors, probe=self.probe)
+        changed = ""
+        try:
+            tables = self._measured(model, self.images)
+        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError):
+            images, changed = for_model(self.images, model)
+            if not changed:
+                raise
+            tables = self._measured(model, images)
         if not tables:
             return {}
-        record: dict[str, Any] = {"step": int(step), "epoch": int(epoch)}
+        record: dict[str, Any] = {"step": int(step), "epoch": int(epoch)} | ({"note": changed} if changed else {})
         for kind, table in tables.items():
             record |= {f"{kind}/{s}/{f}": table[s, f] for s in table.spaces for f in table.factors}
         record["tables"] = {kind: table.to_json() for kind, table in tables.items()}
         self.write(record)
         self._pictures(tables, step)
         return record
+
+    def _measured(self, model: Any, images: Tensor) -> dict[str, ScoreTable]:
+        """The matrices that can be made; {} where there are neither groups nor factors."""
+        tables: dict[str, ScoreTable] = {}
+        if self.views is not None and len(self.views.plan.spaces) > 1:
+            tables["parameters"] = parameter_matrix(
+                model,
+                self.views,
+                images,
+                on_sphere=self.on_sphere,
+                draws=self.draws,
+                batch_size=self.batch_size,
+                backbone=True,
+            )
+        if self.factors:
+            if self.views is not None:
+                ready = self.views.plain(images)
+            else:
+                ready = scaled(images) if images.ndim == 4 or images.dtype == torch.uint8 else images
+            z = embed(model, ready, batch_size=self.batch_size, on_sphere=self.on_sphere)
+            tables["r2"] = r2_matrix(z, self.factors, probe=self.probe)
+        return tables
 
     def close(self) -> None:
         """Close the TensorBoard writer that was made here; the log is closed after every line."""
@@ -266,16 +283,22 @@ class Monitor:
         """Write one line of numbers now, with its "step"; on ranks other than 0 nothing.
 
         Args:
-            record: name -> number, with "step".
-            tensorboard: to the writer as well.
+            record: name -> number, with "step". Tensors and arrays of several numbers, and sets, become lists; strings,
+                None, lists and mappings may stand in it too.
+            tensorboard: its numbers to the writer as well.
+
+        Raises:
+            TypeError: a value of another kind, with its name. Nothing is written then.
         """
         if not _first():
             return
+        line = json.dumps({str(k): _plain(v, str(k)) for k, v in record.items()}, allow_nan=False)
         if self.path is not None:
             with self.path.open("a") as file:
-                file.write(json.dumps(_plain(dict(record)), allow_nan=False) + "\n")
+                file.write(line + "\n")
         if tensorboard and self.writer is not None:
             for name, value in record.items():
+                value = _item(value) if isinstance(value, Tensor | np.ndarray) else value
                 if isinstance(value, Real) and not isinstance(value, bool) and name not in ("step", "epoch"):
                     self.writer.add_scalar(name, value, record["step"])
 
@@ -306,19 +329,36 @@ def _ready(path: Path) -> None:
                 file.truncate(len(whole + end))
 
 
-def _plain(value: Any) -> Any:
-    """Values that JSON has: what is not finite becomes None, tensors and numpy's scalars numbers."""
+def _plain(value: Any, name: str) -> Any:
+    """Values that JSON has: what is not finite becomes None, a tensor or array a number or a list, a set a list."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, Tensor | np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return {str(k): _plain(v, f"{name}/{k}") for k, v in value.items()}
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        value = _item(value)
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v, name) for v in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    raise TypeError(f"write: expected a number, a string, or lists of them as {name!r}: got {type(value).__name__}")
 
 
-def _number(value: Any) -> float:
-    return float(value.detach()) if isinstance(value, Tensor) else float(value)
+def _item(value: Tensor | np.ndarray[Any, Any] | np.generic) -> Any:
+    """The number of a tensor, array or scalar that holds one, else its numbers in lists."""
+    kept = value.detach() if isinstance(value, Tensor) else value
+    return kept.item() if math.prod(kept.shape) == 1 else kept.tolist()
+
+
+def _number(name: str, value: Any) -> float | None:
+    """A term as a number."""
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        value = _item(value)
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        got = f"{len(value)} numbers" if isinstance(value, list) else repr(value)
+        raise TypeError(f"terms: expected a number as {name!r}: got {got}") from error
 
 
 def _heads(module: Any) -> list[StyleHeads]:

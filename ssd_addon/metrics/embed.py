@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ssd_addon import _checks
+from ssd_addon._types import as_weights
 from ssd_addon.metrics.evaluation import evaluation
 from ssd_addon.metrics.spaces import unit_rows
 
@@ -41,7 +42,8 @@ def embed(
         model: `StyleHeads`, also compiled or inside DistributedDataParallel, or any callable [b, C, H, W] -> name ->
             [b, d]. A plain backbone, which returns features [b, F], is read as {"backbone": features}.
         images: [n, C, H, W] as the model takes them (normalized if it was trained so), or batches of them, such as a
-            data loader yields: tensors, or tuples that begin with one. Each batch is copied to the model's device.
+            data loader yields: tensors, or tuples that begin with one. Each batch is copied to the model's device, and
+            cast to the floating-point type of a module's weights.
         batch_size: images at a time, where `images` is one tensor.
         backbone: add the pooled features of a `StyleHeads` under "backbone".
         on_sphere: True scales every embedding to unit length (L2-normalized embeddings, as the SimCLR family's loss
@@ -86,7 +88,7 @@ def batches(images: Images, batch_size: int) -> Iterator[Tensor]:
     if isinstance(images, Tensor):
         if images.ndim < 2 or len(images) == 0:
             raise ValueError(f"images: expected [n, C, H, W] with an image or more: got {_checks.shape(images)}")
-        yield from torch.split(images, batch_size)
+        yield from torch.split(images, min(batch_size, len(images)))
         return
     for batch in images:
         x = batch[0] if isinstance(batch, tuple | list) else batch
@@ -98,9 +100,11 @@ def batches(images: Images, batch_size: int) -> Iterator[Tensor]:
 
 def spaces_of(model: Model, x: Tensor, *, backbone: bool, on_sphere: bool) -> dict[str, Tensor]:
     """One batch: name -> [b, d] float32, with the backbone's features where asked for and there are some."""
-    moved = x.to(device_of(model, x.device))
-    x = moved.clone() if moved is x else moved  # a model that works in place does not change the caller's images
     *outer, inner = unwrapped(model)
+    moved = x.to(device_of(model, x.device))
+    if isinstance(inner, nn.Module) and moved.is_floating_point():
+        moved = as_weights(moved, inner)
+    x = moved.clone() if moved is x else moved  # a model that works in place does not change the caller's images
     if backbone and isinstance(inner, Heads):
         features = inner.features(x)
         z = inner.project(features)

@@ -4,7 +4,7 @@ Legend: n samples, d the width of a space, V views, B images.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -112,17 +112,19 @@ def alignment(a: Matrix, b: Matrix, *, alpha: float = 2.0) -> float:
     return float((x - y).norm(dim=1).pow(alpha).mean())
 
 
-def space_geometry(z: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+def space_geometry(z: Mapping[str, Tensor], *, spaces: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Effective rank and uniformity of the queries, alignment of the positive pairs, for each space.
 
     Args:
         z: `Embeddings` space -> [V, B, d] with their plan (a plain dict is a shared-query plan), B >= 2.
+        spaces: those that are measured; None: all.
 
     Returns:
         space -> {"effective_rank", "uniformity", "alignment"}; NaN for a space without a pair in the batch.
 
     Raises:
-        ValueError: embeddings that do not fit their plan.
+        ValueError: embeddings that do not fit their plan; a space that cannot be measured, such as one of zeros, which
+            is named.
 
     >>> z = Embeddings({"content": torch.eye(4).expand(2, 4, 4)})
     >>> {name: round(value, 3) for name, value in space_geometry(z)["content"].items()}
@@ -131,14 +133,21 @@ def space_geometry(z: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     e: Embeddings = as_embeddings(z)
     plan, batch, _ = e.check()
     index = None if e.space_index is None else e.space_index.cpu()
+    pairs = plan.pairs(batch, index)
+    if unknown := [name for name in spaces or () if name not in pairs]:
+        raise ValueError(f"spaces: expected some of {_checks.names(pairs)}: got {_checks.names(unknown)}")
     out = {}
-    for name, (a, b, rows) in plan.pairs(batch, index).items():
+    for name in pairs if spaces is None else spaces:
+        a, b, rows = pairs[name]
         one, other = (e[name][v][rows.to(e[name].device)] for v in (a, b))
-        out[name] = {
-            "effective_rank": effective_rank(e[name][0]),
-            "uniformity": uniformity(e[name][0]),
-            "alignment": alignment(one, other) if len(rows) else math.nan,
-        }
+        try:
+            out[name] = {
+                "effective_rank": effective_rank(e[name][0]),
+                "uniformity": uniformity(e[name][0]),
+                "alignment": alignment(one, other) if len(rows) else math.nan,
+            }
+        except ValueError as error:
+            raise ValueError(f"space {name!r}: {error}") from error
     return out
 
 

@@ -259,7 +259,8 @@ def mig(
         embeddings: space -> [n, d]; two or more, without the backbone.
         factors: as in `r2_matrix`. Numbers and angles are cut into `bins` classes of equally many samples; a factor of
             several columns is the mean over them.
-        bins: 2 or more, and no more than there are samples to train; with few samples in each the bound is loose.
+        bins: 2 or more; with few samples in each the bound is loose. Where there are fewer samples to train, numbers
+            and angles have no score, and an error is raised if no factor is a class.
         train_fraction, seed: of the split.
 
     Returns:
@@ -277,15 +278,17 @@ def mig(
     n, device = check_factors(embeddings, factors)
     split = Split.draw(n, Probe(train_fraction=train_fraction), 0, seed, device)
     train, test = split.train, split.test
-    if bins > len(train):
-        raise ValueError(
-            f"bins: expected no more than the {len(train)} samples that the probe is fitted on: got {bins}"
-        )
+    cut = [name for name, f in factors.items() if isinstance(f, Circular) or f.is_floating_point()]
+    too_many = f"expected no more than the {len(train)} samples that the probe is fitted on: got {bins}"
+    if bins > len(train) and len(cut) == len(factors):
+        raise ValueError(f"bins: {too_many}")
     cells: dict[Cell, float] = {}
     notes: dict[Cell, str] = {}
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         for name, factor in factors.items():
             columns, valid, why = _labels(factor, bins, device)
+            if name in cut and bins > len(train):
+                why = why or f"numbers are cut into bins, {too_many}"
             rows, held_out = train[valid[train]], test[valid[test]]
             if not why and min(len(rows), len(held_out)) < MIN_ROWS:
                 why = f"defined for {len(rows)} training and {len(held_out)} held-out samples, fewer than {MIN_ROWS}"

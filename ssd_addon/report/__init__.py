@@ -49,7 +49,8 @@ def write(
         model: `StyleHeads`, or any callable [n, C, H, W] -> space -> [n, d], content first, or -> features [n, F],
             which are called "backbone". Measuring changes nothing, see `metrics.embed`.
         images: [n, C, H, W], uint8 or in [0, 1], not normalized (Normalize of the views' `then` is applied), or `Data`.
-            Gray images are repeated to 3 channels where the model does not take one.
+            Gray images are repeated to 3 channels where the model does not take one, and color images made gray where
+            it does not take three.
         views: the `StructuredViews` of the training; without them the page has no label-free matrix.
         factors: name -> a value for each image, as in `metrics.r2_matrix`.
         names: a caption for each image.

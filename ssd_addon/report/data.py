@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from ssd_addon import _checks
 from ssd_addon.collate import ImageFiles, StructuredCollate
@@ -26,6 +27,7 @@ class Data:
         names: [n] a caption for each image, "" where there is none.
         classes: factor -> the names of its classes, where they have names.
         total: images that these were drawn from.
+        broken: files among them that could not be decoded and were left out.
     """
 
     images: Tensor
@@ -33,6 +35,7 @@ class Data:
     names: list[str] = field(default_factory=list)
     classes: Mapping[str, list[str]] = field(default_factory=dict)
     total: int = 0
+    broken: int = 0
 
     def __post_init__(self) -> None:
         n = len(self.images)
@@ -70,6 +73,9 @@ class Data:
 
 def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say: Say | None = None) -> Data:
     """Up to `samples` images, drawn at random (in the order of the data set) where there are more.
+
+    A broken file of a folder (or of an `ImageFiles`) is left out and counted, and another takes its place while there
+    are more.
 
     Args:
         spec: a folder of images (with class folders, the class is a factor "class"; with train/ and val/ in it, val is
@@ -122,21 +128,7 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
     total = len(spec)
     if not total:
         raise ValueError("data: expected at least one image: got an empty data set")
-    chosen = _chosen(total, samples, seed)
-    collate = StructuredCollate(size)
-    images, labels, names = [], [], []
-    for i, k in enumerate(chosen.tolist()):
-        sample = spec[k]
-        if not isinstance(sample, tuple | list) or not 2 <= len(sample) <= 3:
-            got = f"{len(sample)} items" if isinstance(sample, tuple | list) else type(sample).__name__
-            raise TypeError(f"data: expected items (image, label) or (image, label, name): got {got}")
-        batch, _, name = collate([(sample[0], 0, *sample[2:3])])
-        assert isinstance(batch, Tensor)
-        images.append(batch)
-        labels.append(sample[1])
-        names.append(name[0])
-        if say is not None and ((i + 1) % 250 == 0 or i + 1 == len(chosen)):
-            say(f"read {i + 1}/{len(chosen)} images")
+    images, labels, names, broken = _samples(spec, _shuffled(total, seed), samples, size, say)
     kinds = {i.dtype for i in images}
     if len(kinds) > 1:
         images = [i.float() / 255 if i.dtype == torch.uint8 else i.float() for i in images]
@@ -147,12 +139,51 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
     if isinstance(spec, ImageFiles) and len(spec.classes) < 2:
         factors = {}
     classes |= words
-    return Data(torch.cat(images), factors, names, classes, total)
+    return Data(torch.cat(images), factors, names, classes, total, broken)
 
 
-def _chosen(total: int, samples: int, seed: int) -> Tensor:
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    return order[:samples].sort().values
+def _shuffled(total: int, seed: int) -> Tensor:
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+
+
+def _samples(
+    spec: Any, order: Tensor, samples: int, size: int, say: Say | None
+) -> tuple[list[Tensor], list[Any], list[str], int]:
+    """Images, labels and names of the first samples in this order that are not broken, and how many are.
+
+    The image that `ImageFiles` gives in the place of a broken one is not taken: it would lie on both sides of a split.
+    """
+    collate = StructuredCollate(size)
+    found: dict[int, tuple[Tensor, Any, str]] = {}
+    broken, wanted = 0, min(samples, len(order))
+    while len(found) < wanted and len(order):
+        missing = wanted - len(found)
+        chosen, order = order[:missing].sort().values.tolist(), order[missing:]
+        for k in chosen:
+            sample = spec[k]
+            if not isinstance(sample, tuple | list) or not 2 <= len(sample) <= 3:
+                got = f"{len(sample)} items" if isinstance(sample, tuple | list) else type(sample).__name__
+                raise TypeError(f"data: expected items (image, label) or (image, label, name): got {got}")
+            own = _name_of_file(spec, k)
+            if own is not None and len(sample) == 3 and sample[2] != own:
+                broken += 1
+                continue
+            batch, _, name = collate([(sample[0], 0, *sample[2:3])])
+            assert isinstance(batch, Tensor)
+            found[k] = batch, sample[1], name[0]
+            if say is not None and (len(found) % 250 == 0 or len(found) == wanted):
+                say(f"read {len(found)}/{wanted} images")
+    if broken and say is not None:
+        say(f"left out {broken} broken files, {len(found)} images are read")
+    images, labels, names = (list(column) for column in zip(*(found[k] for k in sorted(found)), strict=True))
+    return images, labels, names, broken
+
+
+def _name_of_file(spec: Any, k: int) -> str | None:
+    """The name that sample k has unless its file is broken; None where files are not known."""
+    while isinstance(spec, Subset):
+        spec, k = spec.dataset, spec.indices[k]
+    return spec.names[k] if isinstance(spec, ImageFiles) else None
 
 
 def _subset(data: Data, samples: int, seed: int) -> Data:
@@ -162,7 +193,7 @@ def _subset(data: Data, samples: int, seed: int) -> Data:
         raise ValueError(f"data: expected images [n, C, H, W], one or more: got {_checks.shape(data.images)}")
     if len(data.names) != n:
         raise ValueError(f"data: expected {n} names, one per image: got {len(data.names)}")
-    rows = _chosen(n, samples, seed)
+    rows = _shuffled(n, seed)[:samples].sort().values
     kept: dict[str, Factor] = {}
     for name, f in data.factors.items():
         try:
@@ -178,7 +209,8 @@ def _subset(data: Data, samples: int, seed: int) -> Data:
             kept[name] = Circular(values[rows], fold)
         else:
             kept[name] = values[rows]
-    return Data(data.images[rows], kept, [data.names[i] for i in rows.tolist()], data.classes, max(data.total, n))
+    names = [data.names[i] for i in rows.tolist()]
+    return Data(data.images[rows], kept, names, data.classes, max(data.total, n), data.broken)
 
 
 def _factors(labels: list[Any]) -> tuple[dict[str, Factor], dict[str, list[str]]]:

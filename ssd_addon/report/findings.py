@@ -29,6 +29,7 @@ from ssd_addon.metrics import (
     uniformity,
 )
 from ssd_addon.metrics.embed import BACKBONE, Model, is_on_sphere
+from ssd_addon.metrics.images import for_model, scaled
 from ssd_addon.metrics.labelled import check_factors
 from ssd_addon.metrics.spaces import MIN_ROWS, check_finite
 from ssd_addon.report.data import Data, Say
@@ -77,7 +78,9 @@ class Findings:
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    dci: Dci
+    """Numbers for the whole labeled matrix: None or NaN where one could not be made, with the reason in `reasons`."""
+
+    dci: Dci | None
     sap: float
     mig: float
 
@@ -114,12 +117,14 @@ def measure(
         ValueError: embeddings that are not finite: there is nothing to be said of such a model.
     """
     tell = say or (lambda _: None)
-    images = _for_model(data.images, model)
+    images, changed = for_model(data.images, model)
     n, about = len(images), list(about)
-    if images is not data.images:
-        about.append(("note", "gray images, repeated to the 3 channels that the model takes"))
+    if changed:
+        about.append(("note", changed))
+    if data.broken:
+        about.append(("broken files", f"{data.broken}, which are left out"))
     sphere = is_on_sphere(model) if on_sphere is None else on_sphere
-    ready = views.plain(images) if views is not None else _scaled(images)
+    ready = views.plain(images) if views is not None else scaled(images)
     tell(f"embedding {n} images")
     z = _embedded(model, ready, batch_size, sphere)
     spaces = tuple(s for s in z if s != BACKBONE)
@@ -146,13 +151,13 @@ def measure(
             labelled |= {} if table is None else {probe: table}
         if "ridge" in labelled and len(spaces) > 1:
             ridge = labelled["ridge"].only(spaces=spaces)
-            summary = attempt("summary numbers", lambda: _summary(styles, factors, ridge, seed))
+            summary = _summary(styles, factors, ridge, seed, attempt)
     elif data.factors:
         attempt.reasons["known factors"] = "none of them can be scored, see the head of the page"
     else:
         attempt.reasons["known factors"] = "the data set names none"
 
-    label_free = shared = pictures = None
+    label_free = shared = pictures = geometry = None
     if views is None:
         attempt.reasons["label-free matrix"] = "the views of the training are not known; name them with views"
     else:
@@ -161,13 +166,12 @@ def measure(
     if len(spaces) > 1:
         shared = attempt("redundancy", lambda: redundancy(styles, seed=seed))
     if not spaces:
-        geometry = attempt("geometry", lambda: _of_whole_images(styles))
+        geometry = attempt("geometry", lambda: _of_whole_images(styles, attempt))
     elif views is not None:
         drawn = attempt("views", lambda: _drawn(views, images[: min(n, 256)]))
-        geometry = None if drawn is None else attempt("geometry", partial(_geometry, model, drawn, batch_size, sphere))
+        if drawn is not None:
+            geometry = attempt("geometry", partial(_geometry, model, drawn, batch_size, sphere, attempt))
         pictures = None if drawn is None else _pictures(drawn, views)
-    else:
-        geometry = None
     rows, similarity = _neighbors(z, min(explored, n))
     return Findings(
         title,
@@ -204,28 +208,6 @@ class _Attempts:
         return None
 
 
-def _for_model(images: Tensor, model: Model) -> Tensor:
-    """The images, gray ones repeated to 3 channels where the model does not take one."""
-    if images.shape[1] == 1:
-        try:
-            embed(model, _scaled(images[:2]))
-        except (RuntimeError, ValueError, AssertionError, IndexError):
-            return images.expand(-1, 3, -1, -1)
-    return images
-
-
-def _scaled(images: Tensor) -> Tensor:
-    """Images in [0, 1]."""
-    if images.dtype == torch.uint8:
-        return images.float() / 255
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):
-        raise ValueError(
-            f"images: expected uint8, or floating point in [0, 1]: got values from {low:.4g} to {high:.4g}"
-        )
-    return images.float()
-
-
 def _embedded(model: Model, images: Tensor, batch_size: int, on_sphere: bool) -> dict[str, Tensor]:
     """Embeddings of whole images, finite; what the model itself raises becomes an error about the images."""
     try:
@@ -233,22 +215,36 @@ def _embedded(model: Model, images: Tensor, batch_size: int, on_sphere: bool) ->
     except (RuntimeError, AssertionError, IndexError) as error:
         got = f"{_checks.shape(images)} ({type(error).__name__}: {first_line(error)})"
         raise ValueError(
-            f"images: expected images that the model takes, such as those of the size that it was trained on: got {got}"
+            "images: expected images that the model takes, of the size and the number of channels that it was trained "
+            f"on: got {got}"
         ) from error
     for space, rows in z.items():
         check_finite(f"space {space!r}", rows)
     return z
 
 
-def _summary(styles: Mapping[str, Tensor], factors: Mapping[str, Factor], ridge: ScoreTable, seed: int) -> Summary:
-    return Summary(dci(styles, factors, seed=seed), sap(ridge)[0], mig(styles, factors, seed=seed)[0])
+def _summary(
+    styles: Mapping[str, Tensor], factors: Mapping[str, Factor], ridge: ScoreTable, seed: int, attempt: "_Attempts"
+) -> Summary | None:
+    """Each number by itself; None where none of them can be made."""
+    d = attempt("DCI", lambda: dci(styles, factors, seed=seed))
+    ahead, gap = attempt("SAP gap", lambda: sap(ridge)), attempt("MIG", lambda: mig(styles, factors, seed=seed))
+    if d is None and ahead is None and gap is None:
+        return None
+    return Summary(d, math.nan if ahead is None else ahead[0], math.nan if gap is None else gap[0])
 
 
-def _of_whole_images(z: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    return {
-        s: {"effective_rank": effective_rank(t), "uniformity": uniformity(t), "alignment": math.nan}
-        for s, t in z.items()
-    }
+def _row(attempt: "_Attempts", space: str, z: Tensor, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The geometry of a space with the queries z; one that has no direction costs neither its rank nor the others."""
+    row = attempt(f"geometry of {space}", make)
+    return row or {"effective_rank": effective_rank(z), "uniformity": math.nan, "alignment": math.nan}
+
+
+def _of_whole_images(z: Mapping[str, Tensor], attempt: "_Attempts") -> dict[str, dict[str, float]]:
+    def made(t: Tensor) -> dict[str, float]:
+        return {"effective_rank": effective_rank(t), "uniformity": uniformity(t), "alignment": math.nan}
+
+    return {s: _row(attempt, s, t, partial(made, t)) for s, t in z.items()}
 
 
 def _neighbors(z: Mapping[str, Tensor], most: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -269,7 +265,9 @@ def _drawn(views: Any, images: Tensor) -> ViewBatch:
     return made
 
 
-def _geometry(model: Model, batch: ViewBatch, batch_size: int, on_sphere: bool) -> dict[str, dict[str, float]]:
+def _geometry(
+    model: Model, batch: ViewBatch, batch_size: int, on_sphere: bool, attempt: "_Attempts"
+) -> dict[str, dict[str, float]]:
     v, b = batch.views.shape[:2]
     z = embed(model, batch.views.flatten(0, 1), batch_size=batch_size, backbone=False, on_sphere=on_sphere)
     folded = {s: t.view(v, b, -1) for s, t in z.items()}
@@ -278,7 +276,12 @@ def _geometry(model: Model, batch: ViewBatch, batch_size: int, on_sphere: bool) 
             f"the model's spaces ({', '.join(folded)}) are not those of the views ({', '.join(batch.plan.spaces)})"
         )
     ordered = {s: folded[s] for s in batch.plan.spaces}
-    return space_geometry(Embeddings(ordered, batch.plan, image_ids=batch.image_ids, space_index=batch.space_index))
+    e = Embeddings(ordered, batch.plan, image_ids=batch.image_ids, space_index=batch.space_index)
+
+    def made(space: str) -> dict[str, float]:
+        return space_geometry(e, spaces=[space])[space]
+
+    return {s: _row(attempt, s, t[0], partial(made, s)) for s, t in ordered.items()}
 
 
 def _pictures(batch: ViewBatch, views: Any, images: int = 8) -> ViewBatch:

@@ -169,21 +169,22 @@ def _numbers(f: Findings) -> str:
         out.append(_table(f.shared, f, what="From space", across="predicted space"))
     elif "redundancy" in f.reasons:
         out.append("<h3>Redundancy</h3>" + _na(f.reasons["redundancy"]))
+    why = [f"{part}: {f.reasons[part]}" for part in ("DCI", "SAP gap", "MIG") if part in f.reasons]
     if f.summary is not None:
         d = f.summary.dci
         cells = {
-            "disentanglement": d.disentanglement,
-            "completeness": d.completeness,
-            "informativeness": d.informativeness,
+            "disentanglement": math.nan if d is None else d.disentanglement,
+            "completeness": math.nan if d is None else d.completeness,
+            "informativeness": math.nan if d is None else d.informativeness,
             "SAP gap": f.summary.sap,
             "MIG": f.summary.mig,
         }
         items = " &nbsp; ".join(f"{html(k)} <b>{_number(v)}</b>" for k, v in cells.items())
-        why = "; ".join(f"{k}: {v}" for k, v in d.notes.items())
+        notes = "; ".join([*why, *(f"{k}: {v}" for k, v in (d.notes if d is not None else {}).items())])
         out.append(f"<h3>Summary of the labeled matrix</h3><p>{items}</p>")
-        out.append(f'<p class="note">Over spaces, by linear probes; each factor by itself. {html(why)}</p>')
-    elif "summary numbers" in f.reasons:
-        out.append("<h3>Summary of the labeled matrix</h3>" + _na(f.reasons["summary numbers"]))
+        out.append(f'<p class="note">Over spaces, by linear probes; each factor by itself. {html(notes)}</p>')
+    elif why:
+        out.append("<h3>Summary of the labeled matrix</h3>" + _na("; ".join(why)))
     return "\n".join([*out, "</section>"]) if len(out) > 2 else ""
 
 
@@ -201,10 +202,11 @@ def _geometry_table(f: Findings) -> str:
         for s, row in f.geometry.items()
     )
     corner = "Space" if f.spaces else "Features"
+    notes = (f"{s}: {f.reasons[part]}" for s in f.geometry if (part := f"geometry of {s}") in f.reasons)
     return (
         f'<div class="wide"><table><thead><tr><th scope="col">{corner}</th>{head}</tr></thead><tbody>{rows}</tbody>'
         "</table></div>"
-    )
+    ) + "".join(f'<p class="note">n/a for {html(note)}</p>' for note in notes)
 
 
 # ---- curves

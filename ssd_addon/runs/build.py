@@ -39,7 +39,8 @@ def build_backbone(spec: str, *, code: bool = False) -> nn.Module:
         if ":" in name or "/" in name or not timm.is_model(name):  # names of hubs and folders are no architectures
             raise ValueError(f"backbone: timm has no model {name!r}")
         try:
-            made: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
+            # With its classifier, which StyleHeads takes off: files of 0.1.0 hold its weights.
+            made: nn.Module = timm.create_model(name, pretrained=False)
             return made
         except RuntimeError as error:  # a tag that it does not have
             raise ValueError(f"backbone: timm has no model {name!r} ({error})") from error
@@ -112,7 +113,7 @@ def build_views(spec: Any, *, code: bool = False, seed: int | None = 0) -> Struc
 
 def read_json(file: str) -> Any:
     try:
-        return json.loads(Path(file).read_text())
+        return json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"views: expected a JSON file: {file} could not be read ({error})") from error
 

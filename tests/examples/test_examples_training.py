@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from examples import imagenet, lightly_pipeline
-from ssd_addon import StructuredViews, recipe
+from ssd_addon import Monitor, StructuredViews, recipe
 
 pytestmark = [
     pytest.mark.slow,
@@ -185,6 +185,49 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data: Path) -> None:
     assert [s["step"] for s in both[1]] == [1, 2, 3, 4]
 
 
+def spoil(folder: Path, files: int) -> None:
+    for path in sorted(folder.glob("*/*.png"))[:files]:
+        path.write_bytes(b"")
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_broken_photographs_of_val_are_counted_and_not_scored(data: Path) -> None:
+    """The scores are those of a val folder without them."""
+    options = ("--steps", "3", "--broken", "skip", "--measure", "0")
+    for path in sorted((data / "train").glob("*/*.png"))[:4]:  # val gets more, of which some are broken in the end
+        (data / "val" / path.parent.name / f"more{path.name}").write_bytes(b"")
+    run(data, "broken", *options)
+    for path in (data / "val").glob("*/more*"):
+        path.unlink()
+    run(data, "whole", *options)
+    broken, whole = log_of(data, "broken")[-1], log_of(data, "whole")[-1]
+    assert (broken["broken_files"], broken["broken_files_val"]) == (0, 4) and whole["broken_files_val"] == 0
+    assert {k: v for k, v in broken.items() if "val/" in k} == {k: v for k, v in whole.items() if "val/" in k} != {}
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_the_matrix_is_measured_on_no_image_twice(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {}
+    monkeypatch.setattr(imagenet, "Monitor", lambda *a, **k: given.update(k) or Monitor(*a, **k))
+    draw(data / "val", 30)
+    spoil(data / "val", 10)
+    run(data, "run", "--steps", "1", "--broken", "skip", "--measure", "25")
+    images = given["images"].flatten(1)
+    assert 10 <= len(images) == len(images.unique(dim=0)) < 25
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_a_resumed_epoch_ends_as_an_uninterrupted_one(data: Path) -> None:
+    spoil(data / "train", 3)
+    options = ("--broken", "skip", "--measure", "0")
+    run(data, "straight", "--steps", "6", *options)
+    run(data, "halves", "--steps", "2", *options)  # of the three steps of an epoch
+    run(data, "halves", "--steps", "6", "--resume", *options)
+    ends = [[s for s in log_of(data, out) if "broken_files" in s and s["step"] != 2] for out in ("straight", "halves")]
+    assert ends[0] == ends[1] and [s["step"] for s in ends[0]] == [3, 6]
+    assert ends[0][0]["broken_files"] == 3 and any(0 < s["accuracy_train/backbone"] < 1 for s in ends[0])
+
+
 def test_a_checkpoint_of_another_run_is_refused(data: Path) -> None:
     run(data, "run", "--steps", "1")
     with pytest.raises(ValueError, match="another configuration: family: simclr there, vicreg here; lr: 0.5 there"):
@@ -287,6 +330,9 @@ def test_lightly_pipeline(data: Path, tmp_path: Path, family: str, method: str) 
         ("--backbone timm:resnet5", "got timm:resnet5"),
         ("--epochs 0", "--epochs: expected a whole number, 1 or more: got '0'"),
         ("--steps 0", "--steps: expected a whole number, 1 or more: got '0'"),
+        ("--measure -5", "--measure: expected a whole number, 0 or more: got '-5'"),
+        ("--workers -1", "--workers: expected a whole number, 0 or more: got '-1'"),
+        (f"--seed {2**70}", f"--seed: expected a whole number below 2**62: got {2**70}"),
     ],
 )
 def test_options_that_do_not_fit_are_named(options, message, capsys):

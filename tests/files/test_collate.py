@@ -1,5 +1,6 @@
 """StructuredCollate: sizes, labels, names, views."""
 
+import math
 import pickle
 
 import numpy as np
@@ -76,6 +77,17 @@ def test_kinds_of_images_mix_and_numbers_of_channels_do_not():
     assert images.dtype == torch.float32 and images[:, 0, 0, 0].tolist() == [1, 0.5, torch.tensor(200 / 255).item()]
     with pytest.raises(ValueError, match=r"expected one number of channels in a batch: got \[3, 12\]"):
         collate([(uint8, 0), (np.zeros((4, 4, 12), np.uint8), 0)])
+
+
+@pytest.mark.parametrize("value", [200.0, -0.5, math.nan])
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("make", [lambda image: image, lambda image: image.half(), lambda image: image.numpy().T])
+def test_floats_outside_0_to_1_are_refused_in_tensors_as_in_arrays(value, size, make):
+    image = torch.full((3, size, size), 0.5)
+    image[1, 2, 3] = value
+    with pytest.raises(ValueError, match=r"expected .*float.* in \[0, 1\]: got .*"):
+        StructuredCollate(4)([(make(image), 0), (torch.zeros(3, 4, 4, dtype=torch.uint8), 0)])
+    StructuredCollate(4)([(torch.full((3, 8, 8), 1 + 5e-7), 0)])  # what rounding makes
 
 
 @pytest.mark.parametrize(

@@ -572,6 +572,19 @@ def test_bad_arguments_of_mig(arguments, message):
         mig({"a": randn(40, 2), "b": randn(40, 2, seed=1)}, {"y": randn(40)}, **arguments)
 
 
+def test_classes_need_no_bins():
+    label, number = torch.arange(12) % 2, randn(12)
+    spaces = {"a": label[:, None] + 0.01 * randn(12, 1), "b": randn(12, 1, seed=1)}
+    mean, gaps, table = mig(spaces, {"label": label, "number": number, "angle": Circular(number)})
+    assert mean == gaps["label"] > 0.5 and math.isnan(gaps["number"]) and math.isnan(gaps["angle"])
+    assert (mean, gaps["label"]) == (mig(spaces, {"label": label})[0], mig(spaces, {"label": label}, bins=2)[0])
+    assert table.notes["a", "number"] == (
+        "numbers are cut into bins, expected no more than the 6 samples that the probe is fitted on: got 10"
+    )
+    with pytest.raises(ValueError, match="bins: expected no more than the 6 samples .*: got 10"):
+        mig(spaces, {"number": number, "angle": Circular(number)})
+
+
 @pytest.mark.parametrize("spaces", [{}, {"a": randn(40, 2)}])
 def test_mig_needs_two_spaces(spaces):
     with pytest.raises(ValueError, match="mig: expected two spaces or more, to compare: got (nothing|a)"):

@@ -60,6 +60,18 @@ class Fails(nn.Module):
         raise RuntimeError("out of memory")
 
 
+class Inspect(nn.Module):
+    """Notes the types of what passes."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, x):
+        self.seen.append(x.dtype)
+        return x
+
+
 def means(x):
     return {"content": x.mean((2, 3))}
 
@@ -67,7 +79,7 @@ def means(x):
 # ---- what comes out
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+@pytest.mark.parametrize("batch_size", [10**30, 1, 3, 7, 100])
 def test_a_row_per_image_whatever_the_batch_size(batch_size):
     model, x = heads(), images()
     z = embed(model, x, batch_size=batch_size)
@@ -156,6 +168,19 @@ def test_a_plain_backbone_is_read_as_its_features():
     unit = embed(net, X, on_sphere=True)["backbone"]
     torch.testing.assert_close(unit.norm(dim=1), torch.ones(7))
     assert net.training and all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, Wrapper, lambda net: torch.compile(net, backend="eager")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_images_have_the_type_of_a_plain_modules_weights(dtype, wrap):
+    seen = []
+    net = nn.Sequential(Inspect(seen), nn.Flatten(), nn.BatchNorm1d(108, affine=False), nn.Linear(108, 5)).to(dtype)
+    with torch.no_grad():
+        expected = net.eval()(X.to(dtype)).float()
+    for given in (X, X.double()):
+        got = embed(wrap(net), given)["backbone"]
+        assert got.dtype == torch.float32 and set(seen) == {dtype}
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("unit", [False, True])

@@ -496,3 +496,14 @@ def test_no_measure_depends_on_the_unit(scale):
     a, b = ({"a": z * s, "b": torch.cat([other, z[:, :1]], 1) * s} for s in (1, scale))
     expected, got = redundancy(a, bootstrap=0), redundancy(b, bootstrap=0)
     assert got["b", "a"] == pytest.approx(expected["b", "a"], abs=1e-6) and got["b", "a"] > 0.1
+
+
+def test_a_space_of_zeros_is_named_and_the_others_can_be_measured():
+    eye = torch.eye(4).expand(4, 4, 4)
+    z = {"content": eye, "color": torch.zeros(4, 4, 2), "place": 2 * eye}
+    with pytest.raises(ValueError, match="space 'color': uniformity: expected rows with a direction: got 4 rows"):
+        space_geometry(z)
+    whole = space_geometry(z | {"color": eye})
+    assert space_geometry(z, spaces=["place", "content"]) == {s: whole[s] for s in ("place", "content")}
+    with pytest.raises(ValueError, match="spaces: expected some of content, color, place: got hue"):
+        space_geometry(z, spaces=["hue"])

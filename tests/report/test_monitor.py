@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import kornia.augmentation as K
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ssd_addon import JointEntropyLoss, StructuredViews, StyleHeads
 from ssd_addon.checkpoints import read_log
 from ssd_addon.metrics import ScoreTable, embed, parameter_matrix, r2_matrix
+from ssd_addon.metrics.images import for_model
 from ssd_addon.monitor import Monitor
 
 pytestmark = [  # Lightning's advice on hardware and loaders, and its use of a deprecated pytree name
@@ -136,6 +138,31 @@ def test_values_of_any_kind_make_a_line(tmp_path):
     assert line == expected | {"n": {"a": [None, [1, {"b": None}]], "3": 2.0}}
 
 
+def test_arrays_and_sets_are_lists_and_other_kinds_are_named(tmp_path):
+    monitor = Monitor(tmp_path / "log", tensorboard=(writer := Numbers()))
+    record = {"step": 1, "a": np.ones(3), "t": torch.tensor([[1.0, math.nan]]), "one": np.ones(1), "s": {"x"}}
+    monitor.write(record | {"loss": torch.ones((), requires_grad=True)})
+    assert lines(tmp_path / "log") == [
+        {"step": 1, "a": [1.0] * 3, "t": [[1.0, None]], "one": 1.0, "s": ["x"], "loss": 1.0}
+    ]
+    assert writer.seen == [("one", 1.0, 1), ("loss", 1.0, 1)]
+    for bad, got in ((1j, "complex"), (Path("x"), "PosixPath"), (b"x", "bytes"), (object(), "object")):
+        with pytest.raises(
+            TypeError, match=f"write: expected a number, a string, or lists of them as 'n/m': got {got}"
+        ):
+            monitor.write({"step": 2, "n": {"m": [bad]}})
+    assert len(lines(tmp_path / "log")) == 1
+
+
+def test_a_term_that_is_no_number_is_null_or_named(tmp_path):
+    monitor = Monitor(tmp_path / "log", tensorboard=Numbers())
+    monitor.step(0, {"loss": None, "a": np.ones(1)}, lr=None)
+    assert lines(tmp_path / "log") == [{"step": 0, "loss": None, "a": 1.0, "lr": None}]
+    for bad, got in ((torch.ones(3), "3 numbers"), ("high", "'high'"), ([1, 2], "2 numbers"), ({}, "{}")):
+        with pytest.raises(TypeError, match=f"terms: expected a number as 'loss': got {got}"):
+            monitor.step(0, {"loss": bad})
+
+
 def test_a_log_is_there_at_once_and_is_added_to(tmp_path):
     log = tmp_path / "log.jsonl"
     Monitor(log)
@@ -195,6 +222,19 @@ def test_factors_are_read_from_images_as_the_model_knows_them(scaled, normalised
     torch.testing.assert_close(torch.cat(seen), expected)
     assert [len(x) for x in seen] == [10, 10, 4]
     assert list(record["tables"]) == ["r2"]  # views without groups: nothing to predict
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_get_the_channels_that_the_model_takes(tmp_path, channels):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    given = DATA.images if channels == 1 else DATA.images[:, :1]
+    record = Monitor(tmp_path / "log", images=given, factors=FACTORS).epoch(net, 0, 0)
+    fitting = for_model(given, net)[0]
+    expected = Monitor(None, images=fitting, factors=FACTORS).epoch(net, 0, 0)
+    assert fitting.shape[1] == channels and expected | {"note": record["note"]} == record == lines(tmp_path / "log")[0]
+    with pytest.raises(RuntimeError, match="to have 2 channels"):
+        Monitor(None, images=given, factors=FACTORS).epoch(nn.Conv2d(2, 4, 3), 0, 0)
 
 
 def test_views_alone_make_the_label_free_matrix_alone(tmp_path):
@@ -572,6 +612,9 @@ def test_lightning_without_style_heads_and_without_matrices():
     [
         ({"images": torch.zeros(0, 3, 8, 8)}, r"images \[n, C, H, W\], one or more: got \[0, 3, 8, 8\]"),
         ({"images": [1, 2]}, "images .*got list"),
+        ({"images": DATA.images * 255}, r"images: expected uint8, or floating point in \[0, 1\]: got values from"),
+        ({"images": DATA.images * math.nan}, "images: expected uint8, or floating point .*got values from nan"),
+        ({"images": (DATA.images * 255).int()}, "images: expected uint8, or floating point .*got torch.int32"),
         ({"views": "color_spatial"}, "expected views as StructuredViews: got str"),
         ({"factors": {"x": torch.rand(3)}}, "factor 'x': expected a value for each of the 24 images: got"),
         ({"factors": {"x": [0.0] * 24}}, "factor 'x': expected a tensor or Circular: got list"),

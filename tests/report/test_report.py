@@ -260,6 +260,14 @@ def test_what_cannot_be_measured_has_its_reason(tmp_path, images, views, reasons
     assert "n/a" in out.read_text()
 
 
+def test_the_page_says_how_many_files_are_broken(tmp_path):
+    x = torch.rand(20, 3, 8, 8)
+    for broken, said in ((0, None), (3, "3, which are left out")):
+        data = report.Data(x, total=30, broken=broken)
+        found = report.write(tmp_path / "r.html", lambda x: {"content": x.mean((2, 3))}, data)
+        assert dict(found.about).get("broken files") == said
+
+
 def test_constant_factors_are_not_scored(tmp_path):
     data = pages.squares(30)
     factors = {"same": torch.ones(30), "one": torch.zeros(30, dtype=torch.long), "bad": torch.full((30,), math.nan)}
@@ -272,6 +280,37 @@ def test_constant_factors_are_not_scored(tmp_path):
     )
     kept = re.search(r'id="findings">(.*?)</script>', html)[1]
     assert "NaN" not in kept.replace("NaN or inf", "") and ">nan<" not in html
+
+
+def test_few_images_have_every_number_that_can_be_had(tmp_path):
+    data, out = pages.squares(12), tmp_path / "r.html"
+
+    def model(x):
+        return {"content": x.mean((2, 3)), "color": x.amax((2, 3))}
+
+    label = torch.arange(12) % 2
+    found = report.write(out, model, report.Data(data.images, {"kind": label}))
+    assert all(not math.isnan(v) for v in (found.summary.sap, found.summary.mig)) and found.summary.dci is not None
+    found = report.write(out, model, report.Data(data.images, {"x": data.factors["x"]}))
+    assert math.isnan(found.summary.mig) and not math.isnan(found.summary.sap) and found.summary.dci is not None
+    assert "MIG <b>n/a</b>" in out.read_text() and "MIG: bins: expected no more than the 6 samples" in out.read_text()
+    spoilt = report.write(out, model, report.Data(data.images[:8], {"x": data.factors["x"][:8]}))
+    assert spoilt.summary is None and "known factors, linear probe" in spoilt.reasons
+
+
+@pytest.mark.parametrize("views", [True, False])
+def test_a_space_of_zeros_does_not_cost_the_geometry_of_the_others(tmp_path, views):
+    def model(x):
+        z = {"content": x.mean((2, 3)), "color": 0 * x.mean((2, 3)), "spatial": x.amax((2, 3))}
+        return z if views else z["color"]
+
+    found = report.write(tmp_path / "r.html", model, pages.squares(24), views=pages.views() if views else None)
+    space = "color" if views else "backbone"
+    assert found.geometry[space]["effective_rank"] == 0 and math.isnan(found.geometry[space]["uniformity"])
+    assert "rows of length 0" in found.reasons[f"geometry of {space}"]
+    assert f"n/a for {space}: " in (tmp_path / "r.html").read_text()
+    if views:
+        assert all(not math.isnan(v) for s in ("content", "spatial") for v in found.geometry[s].values())
 
 
 def test_models_without_styles_or_of_other_spaces(tmp_path):
@@ -362,7 +401,20 @@ def run(tmp_path_factory):
         "def grey(): return torch.rand(20, 1, 32, 32), {}\n"
         "def two(): return torch.rand(20, 2, 32, 32), {}\n"
         "def last(): return torch.rand(20, 32, 32, 4), {}\n"
+        "def key(): raise KeyError('data: x')\n"
+        "def value(): raise ValueError('data: x')\n"
+        "class Fails(torch.nn.Conv2d):\n"
+        "    def forward(self, x): raise ValueError('size: x')\n"
+        "def fails(): return torch.nn.Sequential(Fails(1, 4, 3))\n"
+        "def conv(channels): return torch.nn.Sequential(torch.nn.Conv2d(channels, 4, 3), torch.nn.ReLU())\n"
+        "def one(): return conv(1)\n"
+        "def four(): return conv(4)\n"
     )
+    for channels in (1, 4):
+        small = StyleHeads(
+            torch.nn.Sequential(torch.nn.Conv2d(channels, 4, 3)), {"content": 2}, in_features=4, hidden=()
+        )
+        small.save(root / f"channels{channels}.pt", card={"size": 8})
     torch.save([1, 2], root / "list.pt")
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     (root / "vit").mkdir()
@@ -413,16 +465,28 @@ def test_the_command_takes_a_file_and_fewer_images(run, tmp_path, capsys):
         ({"data": "bad.py:nothing"}, "--data: "),
         ({"more": ["--backbone", "nonsense"]}, "--backbone: expected torchvision:NAME, timm:NAME or FILE.py:NAME"),
         ({"run": "list.pt"}, "list.pt: expected a checkpoint of StyleHeads"),
-        ({"run": "vit"}, "Input height (32) doesn't match model (224).); --size brings them to another size"),
+        (
+            {"run": "vit"},
+            "doesn't match model (224).); if that is because of their size, --size brings them to another",
+        ),
         ({"data": "bad.py:two"}, "with 1 or 3 channels, one image or more: got [20, 2, 32, 32]"),
         ({"data": "bad.py:raises"}, "bad.py:raises raised ZeroDivisionError: division by zero"),
         ({"data": "bad.py:last"}, "with 1 or 3 channels, one image or more: got [20, 32, 32, 4]"),
+        ({"run": "channels1.pt"}, "name it yourself, --backbone 'torchvision:NAME', 'timm:NAME' or 'FILE.py:NAME'"),
+        (
+            {"run": "channels4.pt", "more": ["--backbone", "bad.py:four"]},
+            "to have 4 channels, but got 3 channels instead)\n",
+        ),
+        ({"more": ["--backbone", "bad.py:key"]}, "error: KeyError: 'data: x'\n"),
+        ({"more": ["--backbone", "bad.py:value"]}, "error: ValueError: data: x\n"),
+        ({"run": "channels1.pt", "more": ["--backbone", "bad.py:fails"]}, "error: ValueError: size: x\n"),
     ],
 )
 def test_the_command_says_what_is_wrong(run, capsys, change, message):
     out = run / change.get("out", "r.html")
     arguments = ["report", str(run / change.get("run", "")), "--data", str(run / change.get("data", "data"))]
-    assert main([*arguments, "--out", str(out), *change.get("more", [])]) == 1
+    more = [m.replace("bad.py", str(run / "bad.py")) for m in change.get("more", [])]
+    assert main([*arguments, "--out", str(out), *more]) == 1
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.startswith("error: ") and "Traceback" not in captured.err
 
@@ -445,9 +509,7 @@ def test_any_error_is_one_line(run, tmp_path, capsys, monkeypatch, error):
     assert main(["report", str(run), "--data", str(run / "data"), "--out", str(tmp_path / "r.html")]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
-    assert said[7:].split("\n")[0] == (
-        "k" if isinstance(error, KeyError) else f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    )
+    assert said[7:].split("\n")[0] == f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
 def test_names_that_a_terminal_cannot_show_are_said_all_the_same(run, tmp_path, monkeypatch):
@@ -501,10 +563,27 @@ def test_steps_and_values_that_are_no_numbers_are_no_points(tmp_path):
     assert "loss: from step 0 to 4" in html and "nan" not in html.split("points=")[1].split(">")[0]
 
 
-def test_counts_below_one_are_refused(run, capsys):
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--samples 0", "--samples: expected 1 or more: got 0"),
+        (f"--seed {2**64}", f"--seed: expected a whole number of 64 bits, as torch's generators take: got {2**64}"),
+        (f"--seed {-(2**63) - 1}", "--seed: expected a whole number of 64 bits"),
+        (f"--size {10**9}", f"--size: expected 16384 or less: got {10**9}"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(run, capsys, more, message):
     with pytest.raises(SystemExit):
-        main(["report", str(run), "--data", "x", "--samples", "0"])
-    assert "--samples: expected 1 or more: got 0" in capsys.readouterr().err
+        main(["report", str(run), "--data", "x", *more.split()])
+    assert message in capsys.readouterr().err
+
+
+def test_color_images_are_measured_by_a_model_of_one_channel_and_counts_may_be_huge(run, tmp_path):
+    out, code = tmp_path / "r.html", run / "bad.py"
+    arguments = ["report", str(run / "channels1.pt"), "--data", str(run / "data"), "--backbone", f"{code}:one"]
+    huge = [word for name in ("samples", "explore", "batch-size") for word in (f"--{name}", str(10**30))]
+    assert main([*arguments, *huge, "--out", str(out)]) == 0
+    assert "color images, made gray, as the model takes one channel" in out.read_text()
 
 
 def test_nothing_is_drawn_with_matplotlib(run):

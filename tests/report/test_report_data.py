@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
+from ssd_addon.collate import ImageFiles
 from ssd_addon.metrics import Circular
 from ssd_addon.report import Data
 from ssd_addon.report.data import read
@@ -85,7 +86,30 @@ def test_a_broken_file_is_left_out_and_named(tmp_path):
     (tmp_path / "1.png").write_bytes(b"\x89PNG no picture")
     with pytest.warns(RuntimeWarning, match=r"skipped .*1\.png: could not be decoded"):
         data = get(tmp_path)
-    assert values(data) == [0, 2, 2] and data.names == ["0.png", "2.png", "2.png"]
+    assert values(data) == [0, 2] and data.names == ["0.png", "2.png"] and (data.total, data.broken) == (3, 1)
+
+
+def part(files):
+    return Subset(Subset(files, range(38)), range(37, -1, -1))
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+@pytest.mark.parametrize("wrap", [lambda files: files, part])
+def test_no_image_stands_in_for_a_broken_one(tmp_path, wrap):
+    for k in range(40):
+        picture(tmp_path / "ab"[k % 2] / f"{k}.png", k)
+        if k % 4 < 2:
+            (tmp_path / "ab"[k % 2] / f"{k}.png").write_bytes(b"")
+    spec, said = wrap(ImageFiles(tmp_path, broken="skip")), []
+    data = get(spec, say=said.append)
+    assert len(set(data.names)) == len(data.names) == len(spec) - data.broken and 18 <= data.broken <= 20
+    assert data.total == len(spec) and said == [
+        f"left out {data.broken} broken files, {len(data.names)} images are read"
+    ]
+    assert data.names == [f"{'ab'[int(k) % 2]}/{k:.0f}.png" for k in values(data)]
+    fewer = get(spec, samples=12)  # others take the place of the broken ones
+    assert len(set(fewer.names)) == 12 and fewer.broken > 0 and set(fewer.names) <= set(data.names)
+    assert get(fewer, samples=5).broken == fewer.broken
 
 
 def test_broken_files_alone(tmp_path):

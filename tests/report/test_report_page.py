@@ -7,14 +7,17 @@ import re
 from html.parser import HTMLParser
 
 import kornia.augmentation as K
+import numpy as np
 import pages
 import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 
 from ssd_addon import StructuredViews, report
 from ssd_addon.metrics import label_free
+from ssd_addon.metrics.images import for_model
 from ssd_addon.report import curves
 from ssd_addon.report.text import clean
 
@@ -257,15 +260,35 @@ def test_gray_images_are_repeated_where_a_model_wants_three_channels(tmp_path):
     assert "note" not in dict(one.about)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.uint8])
+def test_color_images_become_gray_where_a_model_wants_one_channel(tmp_path, kind):
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    color = torch.rand(24, 3, 8, 8)
+    color = color if kind == torch.float32 else (color * 255).to(kind)
+    found = report.write(tmp_path / "r.html", net, report.Data(color, {"x": torch.rand(24)}))
+    assert ("note", "color images, made gray, as the model takes one channel") in found.about
+    gray, _ = for_model(color, net)
+    pillow = np.stack([np.asarray(to_pil_image(image).convert("L")) for image in color])
+    assert gray.dtype == kind and gray.shape == (24, 1, 8, 8)
+    levels = gray[:, 0] if kind == torch.uint8 else gray[:, 0] * 255
+    assert np.abs(levels.numpy() - pillow.astype(float)).max() <= 1.5
+
+
+def test_images_of_a_wrong_size_are_not_blamed_on_their_channels(tmp_path):
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"got \[12, 1, 8, 8\] .* mat1 and mat2 shapes"):
+        report.write(tmp_path / "r.html", net, torch.rand(12, 3, 8, 8))
+
+
 @pytest.mark.parametrize(
     ("net", "images", "message"),
     [
-        (nn.Conv2d(1, 4, 3), torch.rand(12, 3, 8, 8), r"got \[12, 3, 8, 8\] \(RuntimeError: .* to have 1 channels"),
+        (nn.Conv2d(2, 4, 3), torch.rand(12, 3, 8, 8), r"got \[12, 3, 8, 8\] \(RuntimeError: .* to have 2 channels"),
         (nn.Conv2d(3, 4, 3), torch.rand(12, 3, 2, 2), r"got \[12, 3, 2, 2\] \(RuntimeError: "),
         (
             nn.Sequential(nn.Flatten(), nn.Linear(5, 2)),
             torch.rand(12, 1, 4, 4),
-            r"got \[12, 3, 4, 4\] \(RuntimeError: ",
+            r"got \[12, 1, 4, 4\] \(RuntimeError: ",
         ),
     ],
 )

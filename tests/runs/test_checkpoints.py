@@ -246,6 +246,8 @@ def test_the_caller_may_name_other_views(tmp_path):
         "def views():\n    return StructuredViews({'tone': [K.RandomInvert()]}, seed=4)\n",
     )
     as_json = write(tmp_path / "views.json", json.dumps(GROUPS))
+    with_mark = tmp_path / "marked.json"  # as some editors write UTF-8
+    with_mark.write_text(json.dumps(GROUPS), encoding="utf-8-sig")
     given = by_hand(seed=5)
 
     def opened(views):
@@ -253,7 +255,7 @@ def test_the_caller_may_name_other_views(tmp_path):
 
     assert opened(given) is given
     assert same(opened(GROUPS), by_hand())
-    assert same(opened(str(as_json)), by_hand())
+    assert same(opened(str(as_json)), by_hand()) and same(opened(str(with_mark)), by_hand())
     assert same(opened("color_spatial"), preset_views(224, name="color_spatial"))
     assert same(opened(f"{script}:views"), StructuredViews({"tone": [K.RandomInvert()]}, seed=4))
     assert same(opened(None), preset_views(8))
@@ -630,6 +632,21 @@ def test_timm_with_its_classifier_opens(tmp_path):
         tmp_path / "m.pt", card={"backbone": "timm:test_resnet"}
     )
     load(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("model", ["test_resnet", "test_vit"])
+def test_a_timm_file_of_0_1_0_opens(tmp_path, model):
+    """There the classifier stayed in the backbone, and in the file."""
+    net = timm.create_model(model)
+    saved = StyleHeads(net, SPACES, hidden=())
+    classifier = {f"backbone.model.{k}": v for k, v in net.state_dict().items() if k.startswith(("fc.", "head."))}
+    stored = content(saved, card={"backbone": f"timm:{model}"})
+    stored["state_dict"] |= classifier
+    assert len(classifier) == 2 and stored["state_dict"].keys() - saved.state_dict().keys() == classifier.keys()
+    torch.save(stored, tmp_path / "old.pt")
+    opened, x = load(tmp_path / "old.pt").model, torch.rand(2, 3, 160, 160)
+    with torch.no_grad():
+        assert all(torch.equal(z, saved.eval()(x)[s]) for s, z in opened(x).items())
 
 
 @pytest.mark.parametrize("content", [b"", b".hello world", b"Ghello"])
