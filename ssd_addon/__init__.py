@@ -1,6 +1,7 @@
 """Self-supervised disentanglement as an add-on: content and style in spaces of their own.
 
 views = StructuredViews({"color": [...], "spatial": [...]})          images -> structured views      augment
+StructuredTransform({"color": [...]})                                the same in data-loader workers  transform
 batch = views(images)                                                ViewBatch [V, B, C, H, W]       batch
 model = StyleHeads(backbone, {"content": 256, "color": 64, ...})     backbone -> one space a group   heads
 z = model(batch)                                                     Embeddings name -> [V, B, d]    embeddings
@@ -42,11 +43,13 @@ if TYPE_CHECKING:
     from ssd_addon.recipes import Recipe as Recipe
     from ssd_addon.recipes import presets as presets
     from ssd_addon.recipes import recipe as recipe
+    from ssd_addon.transform import StructuredTransform as StructuredTransform
 
 __version__ = "0.1.0"
 
 _HOME = {
     "StructuredViews": "augment",
+    "StructuredTransform": "transform",
     "presets": "recipes",
     "recipe": "recipes",
     "Recipe": "recipes",
@@ -83,6 +86,7 @@ __all__ = [
     "Monitor",
     "Recipe",
     "StructuredCollate",
+    "StructuredTransform",
     "StructuredViews",
     "StyleHeads",
     "ViewBatch",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssd_addon.augment.crop import near
-from ssd_addon.augment.stages import THEN, Stage, Step
+from ssd_addon.augment.stages import THEN, Stage, Step, check_order
 from ssd_addon.batch import ViewParameters
 from ssd_addon.operations.draws import Parameters, Seed, clone, generator, in_float32, rows_from
 from ssd_addon.plan import ViewPlan
@@ -97,6 +97,7 @@ class Drawing:
         keyed: bool,
     ) -> ViewParameters:
         mine = ViewParameters()
+        late = any(s.traits is None for stage in self.stages.values() for s in (*stage.query, *(stage.key or ())))
         for i, stage in enumerate(self.stages.values()):
             shared = False if query is None else self._shared_rows(view, stage.name, index)
             if shared is True:
@@ -120,6 +121,8 @@ class Drawing:
             if from_key:
                 mine.from_key[stage.name] = ~shared if isinstance(shared, Tensor) else torch.ones(shape[0]).bool()
             mine[stage.name] = drawn
+        if late:  # operations that no trial sample suited were tried on these
+            check_order(tuple(self.stages.values()))
         return mine
 
     def _keep_near(

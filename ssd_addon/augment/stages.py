@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ssd_addon import _checks
 from ssd_addon.augment.crop import is_crop
+from ssd_addon.augment.samples import Samples
 from ssd_addon.operations.draws import Parameters, Refused, Seed, Watch, generator, pick
-from ssd_addon.operations.trial import ERRORS, Traits, draws_beside, draws_late, no_batch, same, tried
-from ssd_addon.operations.wrap import GATE, WrappedOperation, wrapped
+from ssd_addon.operations.trial import ERRORS, SHAPES, Traits, draws_beside, draws_late, no_batch, same, tried
+from ssd_addon.operations.wrap import GATE, KorniaOperation, WrappedOperation, wrapped
 
 THEN = "then"
 EXONERATIONS = 3
@@ -29,12 +30,15 @@ class Step:
             too, until it was found to be innocent so many times.
     """
 
-    def __init__(self, stage: str, place: int, operation: Any, where: str) -> None:
+    def __init__(self, stage: str, place: int, operation: Any, where: str, samples: Samples) -> None:
         name, self.operation = wrapped(operation, where)
+        self.samples = samples
         self.stage, self.place, self.key = stage, place, f"{place}.{name}"
         self.shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
-        self.traits: Traits | None = tried(f"{where}: {self.key}", self.operation)
-        self.watched = self.draws_watched = EXONERATIONS
+        shapes = SHAPES if samples.ndim == 3 else ()
+        self.traits: Traits | None = tried(f"{where}: {self.key}", self.operation, shapes, samples.value_range)
+        self.watched = EXONERATIONS
+        self.draws_watched = 0 if _known_to_draw_rightly(self.operation) else EXONERATIONS
 
     @property
     def module(self) -> nn.Module | None:
@@ -46,7 +50,8 @@ class Step:
 
     def draw(self, shape: tuple[int, ...], seed: Seed) -> Parameters:
         if self.traits is None:
-            self.traits = tried(f"{self.stage}: {self.key}", self.operation, [shape[1:]])
+            where = f"{self.stage}: {self.key}"
+            self.traits = tried(where, self.operation, [shape[1:]], self.samples.value_range)
         try:
             return self._drawn(shape, seed)
         except Refused as error:
@@ -104,6 +109,12 @@ class Step:
         return y.float()
 
 
+def _known_to_draw_rightly(operation: Any) -> bool:
+    """Kornia's own classes and ours draw from the generator that they are given; the trial has seen it, too."""
+    inside = operation.op if isinstance(operation, KorniaOperation) else operation
+    return type(inside).__module__.startswith(("kornia.", "ssd_addon.operations."))
+
+
 class Stage:
     """The operations of a group.
 
@@ -113,10 +124,13 @@ class Stage:
         key: operations of the keys that do not share it; None: the query's.
     """
 
-    def __init__(self, name: str, query: Sequence[Any], key: Sequence[Any] | None) -> None:
-        self.name = name
-        self.query = _steps(name, query, "then" if name == THEN else f"group {name!r}")
-        self.key = None if key is None else _steps(name, key, "key_then" if name == THEN else f"key_groups[{name!r}]")
+    def __init__(
+        self, name: str, query: Sequence[Any], key: Sequence[Any] | None, samples: Samples | None = None
+    ) -> None:
+        self.name, samples = name, samples or Samples()
+        here, there = ("then", "key_then") if name == THEN else (f"group {name!r}", f"key_groups[{name!r}]")
+        self.query = _steps(name, query, here, samples)
+        self.key = None if key is None else _steps(name, key, there, samples)
         self.check_varies()
 
     def check_varies(self) -> None:
@@ -172,14 +186,14 @@ class Stage:
         return x
 
 
-def _steps(name: str, operations: Sequence[Any], where: str) -> list[Step]:
+def _steps(name: str, operations: Sequence[Any], where: str, samples: Samples) -> list[Step]:
     if isinstance(operations, nn.Module) or not isinstance(operations, Sequence):
         made = isinstance(operations, nn.Sequential | nn.ModuleList)
         hint = "; its operations are list(...) of it" if made else f"; [{type(operations).__name__}(...)] is one"
         raise TypeError(f"{where}: expected a sequence of operations: got {type(operations).__name__}{hint}")
     if not operations and name != THEN:
         raise ValueError(f"{where}: expected at least one operation: got none, so there is no style to keep")
-    return [Step(name, i, op, where) for i, op in enumerate(operations)]
+    return [Step(name, i, op, where, samples) for i, op in enumerate(operations)]
 
 
 def check_order(stages: Sequence[Stage]) -> None:
@@ -194,7 +208,7 @@ def check_order(stages: Sequence[Stage]) -> None:
                     continue
                 if before and step.traits.clamps:
                     raise ValueError(
-                        f"{stage.name}: {step.key} expects pixels in [0, 1] and cuts off what lies outside: got it "
+                        f"{stage.name}: {step.key} expects {_pixels(step)} and cuts off what lies outside: got it "
                         f"behind {before[0]}, which takes them out of that range; put that last, into `then`"
                     )
                 if before and _undoes(step, before[1]):
@@ -203,6 +217,11 @@ def check_order(stages: Sequence[Stage]) -> None:
                     before = (f"{stage.name}: {step.key}", step)
             found = before or found
         outside = found
+
+
+def _pixels(step: Step) -> str:
+    low, high = step.samples.value_range or (0.0, 1.0)
+    return f"pixels in [{low:g}, {high:g}]" if step.samples.ndim == 3 else f"values in [{low:g}, {high:g}]"
 
 
 def _undoes(step: Step, earlier: Step) -> bool:

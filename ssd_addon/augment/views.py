@@ -9,7 +9,6 @@ and a view can be replayed. Legend: V views, B images, M groups. Source: Eastwoo
 augmentations; cross-image keys are this project's own (docs/method.md).
 """
 
-import math
 import operator
 import os
 import warnings
@@ -22,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from ssd_addon import _checks
-from ssd_addon._shapes import Pictures, View
+from ssd_addon._shapes import Batch
 from ssd_addon.augment.drawing import Drawing
 from ssd_addon.augment.fast.work import Fast
+from ssd_addon.augment.samples import Samples, checked, checked_range, floats
 from ssd_addon.augment.stages import THEN, Stage, check_order
 from ssd_addon.batch import ViewBatch, ViewParameters
 from ssd_addon.differences import parameter_differences
@@ -33,8 +33,6 @@ from ssd_addon.plan import KINDS, PlanKind, ViewPlan
 
 Groups = Mapping[str, Sequence[Any]]
 INDEPENDENT = -1  # in the place of a rank: no draw of the training is repeated
-RANGE_SLACK = 1e-6
-"""How far outside [0, 1] the rounding of a resize may take a pixel."""
 TRIAL_SHAPES = ((3, 64, 64), (3, 256, 256), (1, 64, 64), (4, 64, 64), (3, 1024, 1024))
 
 
@@ -51,9 +49,9 @@ class StructuredViews(nn.Module):
     (True, False)
 
     Args:
-        groups: name -> operations, applied in the order given: Kornia's 2-D operations, or objects with `draw` and
-            `apply` (`ssd_addon.operations.Operation`). Every group gets a style space of its name. `{}` is ordinary
-            two-view SSL.
+        groups: name -> operations, applied in the order given: Kornia's 2-D operations, torchvision's v2 transforms,
+            objects with `draw` and `apply` (`operations.Operation`), or `operations.seeded(fn)` of anything else.
+            Every group gets a style space of its name. `{}` is ordinary two-view SSL.
         then: operations that are redrawn for every view and image and belong to no group (a final blur, Normalize).
         plan: "shared_query" (V = M + 2) or "interleaved" (V = 2).
         key_groups, key_then: other operations for the keys, by group. A key that shares a group runs the query's.
@@ -63,6 +61,10 @@ class StructuredViews(nn.Module):
         seed: of the draws; None takes one from torch's global generator, as layers do. Every rank, data-loader worker
             and call draws anew.
         rank: of this process; None asks torch.distributed, then the environment variable RANK, then 0.
+        fast: take known operations together in few passes over the pixels (docs/views.md); `plan_of_work()` says which.
+            False runs them one by one. The parameters are the same.
+        sample_ndim: dimensions of a sample: 3 for images [C, H, W], 2 for series [C, T], 1 for tables, 4 for videos.
+        value_range: (lowest, highest) value of a sample, which operations may rely on; None for no check.
 
     Every draw is per image: what an operation draws for a whole batch is drawn image by image. The global generators
     are left as they were. Views are augmented in float32, outside autocast; on the CPU view by view, on other devices
@@ -72,7 +74,7 @@ class StructuredViews(nn.Module):
         TypeError, ValueError: an operation that cannot be shared exactly (drawn once for the batch, parameters of
             changing size, random while it is applied, dependent on other images), that clamps pixels behind one that
             takes them out of [0, 1], or a group that draws nothing; images that are not [B, C, H, W], uint8 or floating
-            point in [0, 1].
+            point in [0, 1] (or as `sample_ndim` and `value_range` say).
     """
 
     def __init__(
@@ -88,12 +90,16 @@ class StructuredViews(nn.Module):
         seed: int | None = None,
         rank: int | None = None,
         fast: bool = True,
+        sample_ndim: int = 3,
+        value_range: tuple[float, float] | None = (0.0, 1.0),
     ) -> None:
         super().__init__()
         _check_groups(groups, key_groups)
         self.plan = ViewPlan(_checks.choice(plan, KINDS, "plan"), ("content", *groups))
-        made = [Stage(name, operations, (key_groups or {}).get(name)) for name, operations in groups.items()]
-        self.stages = {stage.name: stage for stage in (*made, Stage(THEN, then, key_then))}
+        self.samples = Samples(_checks.width(sample_ndim, "sample_ndim"), checked_range(value_range))
+        keys = key_groups or {}
+        made = [Stage(name, operations, keys.get(name), self.samples) for name, operations in groups.items()]
+        self.stages = {stage.name: stage for stage in (*made, Stage(THEN, then, key_then, self.samples))}
         check_order(tuple(self.stages.values()))
         self.operations = nn.ModuleList([m for stage in self.stages.values() for m in stage.modules()])
         self.cross_image = _named_groups(cross_image, groups)
@@ -106,7 +112,8 @@ class StructuredViews(nn.Module):
         self.seed = int(torch.randint(2**62, ())) if seed is None else _checked_seed(seed)
         self.call, self._rank = 0, rank
         self.drawing = Drawing(self.plan, self.stages, self.cross_image, constrained_crop)
-        self.fast, self._fast = fast, Fast(self.stages)
+        self.fast = bool(fast) and self.samples == Samples()
+        self._fast = Fast(self.stages)
 
     # ------------------------------------------------------------------------------------------------ calling
 
@@ -115,7 +122,7 @@ class StructuredViews(nn.Module):
         def __call__(self, images: Tensor) -> ViewBatch: ...
 
     @torch.no_grad()
-    def forward(self, images: Pictures) -> ViewBatch:
+    def forward(self, images: Batch) -> ViewBatch:
         """Views of a batch of images [B, C, H, W], uint8 or floating point in [0, 1]."""
         x = self._taken(images)
         b = x.shape[0]
@@ -136,7 +143,7 @@ class StructuredViews(nn.Module):
         return out
 
     @torch.no_grad()
-    def replay(self, images: Pictures, parameters: ViewParameters | Mapping[str, Any]) -> View:
+    def replay(self, images: Batch, parameters: ViewParameters | Mapping[str, Any]) -> Batch:
         """The pixels of one view again: `views.replay(images, batch.parameters[v])` equals `batch[v]`.
 
         Args:
@@ -149,7 +156,7 @@ class StructuredViews(nn.Module):
         return self._made(self._taken(images), [None], [parameters])[0]
 
     @torch.no_grad()
-    def independent(self, images: Pictures, *, seed: int | tuple[int, ...] = 0) -> ViewBatch:
+    def independent(self, images: Batch, *, seed: int | tuple[int, ...] = 0) -> ViewBatch:
         """Two views of each image that share nothing, both by the query's operations; for probes of the parameters.
 
         The draws come from `seed` alone (and this module's): the same views at every call, on every rank, and the
@@ -165,9 +172,9 @@ class StructuredViews(nn.Module):
         return ViewBatch(self._made(x, [None] * 2, drawn), ViewPlan.shared_query(("content",)), parameters=drawn)
 
     @torch.no_grad()
-    def plain(self, images: Pictures) -> View:
+    def plain(self, images: Batch) -> Batch:
         """Whole images as the model knows them: scaled to [0, 1], with the Normalize of `then` and nothing drawn."""
-        x = _unit_images(images)
+        x = floats(checked(images, self.samples))
         for op in (step.module for step in self.stages[THEN].query):
             if op is not None and type(op).__name__ == "Normalize":  # Kornia's or torchvision's
                 x = op(x)
@@ -179,13 +186,17 @@ class StructuredViews(nn.Module):
         Raises:
             ValueError: operations that no trial image suits (call the views once first).
         """
-        for shape in (*([self._seen] if self._seen else []), *TRIAL_SHAPES):
+        shapes = TRIAL_SHAPES if self.samples.ndim == 3 else ()
+        for shape in (*([self._seen] if self._seen else []), *shapes):
             try:
                 a, b = (self.drawing.view((2, *shape), (0, v), v, None, None, keyed=False) for v in range(2))
             except (ValueError, RuntimeError, TypeError, AssertionError, IndexError):
                 continue
             return {path: t.shape[1] for path, t in parameter_differences(a, b).items()}
-        raise ValueError("parameter_sizes: expected operations that take RGB images: got others; call the views first")
+        takes = (
+            "operations that take RGB images: got others" if self.samples.ndim == 3 else "to know the samples' shape"
+        )
+        raise ValueError(f"parameter_sizes: expected {takes}; call the views first")
 
     @property
     def rank(self) -> int:
@@ -206,10 +217,10 @@ class StructuredViews(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ making
 
-    def _taken(self, images: Pictures) -> Tensor:
+    def _taken(self, images: Batch) -> Tensor:
         """What was given, checked: uint8 as it is on the fast path, else float32 in [0, 1]."""
-        x = _checked(images)
-        return x if self.fast and x.dtype == torch.uint8 else _unit_images(x)
+        x = checked(images, self.samples)
+        return x if self.fast and x.dtype == torch.uint8 else floats(x)
 
     def _made(self, x: Tensor, sources: Sequence[Tensor | None], parameters: Sequence[ViewParameters]) -> Tensor:
         """The pixels of all views [V, B, C, H, W], from images as `_taken` returns them.
@@ -326,31 +337,3 @@ def _checked_seed(seed: Any) -> int:
 def _worker_seed() -> int:
     info = get_worker_info()
     return 0 if info is None else int(info.seed)
-
-
-def _checked(images: Pictures) -> Pictures:
-    """Images [B, C, H, W], uint8 or floating point in [0, 1]."""
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images: expected a tensor [B, C, H, W]: got {type(images).__name__}")
-    if images.ndim != 4:
-        raise ValueError(f"images: expected [B, C, H, W]: got {images.ndim} dimensions {_checks.shape(images)}")
-    if 0 in images.shape:
-        raise ValueError(f"images: expected at least one image with pixels: got {_checks.shape(images)}")
-    if images.dtype == torch.uint8:
-        return images
-    if not images.is_floating_point():
-        raise TypeError(f"images: expected uint8, or floating point in [0, 1]: got {images.dtype}")
-    low, high = (float(v) for v in torch.aminmax(images.detach()))
-    if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
-        what = "NaN among them" if math.isnan(low) else f"values from {low:.9g} to {high:.9g}"
-        raise ValueError(
-            f"images: expected values in [0, 1], as the operations clamp to that range: got {what}; scale them "
-            "(uint8 images are scaled for you) and put Normalize into `then`"
-        )
-    return images
-
-
-def _unit_images(images: Pictures) -> Pictures:
-    """The same as float32 in [0, 1]."""
-    x = _checked(images)
-    return x.float() / 255 if x.dtype == torch.uint8 else x.float()

@@ -57,8 +57,21 @@ class Traits:
     clamps: bool = False
 
 
-def tried(where: str, operation: Operation, shapes: Iterable[tuple[int, ...]] = SHAPES) -> Traits | None:
-    """The traits of an operation, or None where no trial image suits it. Global generators are left as they were.
+Range = tuple[float, float]
+
+
+def tried(
+    where: str,
+    operation: Operation,
+    shapes: Iterable[tuple[int, ...]] = SHAPES,
+    value_range: Range | None = (0.0, 1.0),
+) -> Traits | None:
+    """The traits of an operation, or None where no trial sample suits it. Global generators are left as they were.
+
+    Args:
+        where: group and name, for messages.
+        shapes: of the samples that are tried, in this order.
+        value_range: of the samples; None: any numbers, about 1 in size.
 
     Raises:
         Refused: it cannot be shared exactly; says why.
@@ -70,7 +83,7 @@ def tried(where: str, operation: Operation, shapes: Iterable[tuple[int, ...]] = 
         with in_float32():
             for shape in (*shapes, *own_size(operation)):
                 try:
-                    traits = _examined(operation, shape)
+                    traits = _examined(operation, shape, value_range)
                 except ChangesSize as error:
                     size = size or error  # a crop may keep the size of images as large as it makes them
                     continue
@@ -97,9 +110,9 @@ def own_size(operation: Operation) -> list[tuple[int, ...]]:
     return []
 
 
-def _examined(operation: Operation, shape: tuple[int, ...]) -> Traits:
+def _examined(operation: Operation, shape: tuple[int, ...], value_range: Range | None) -> Traits:
     drawn = _sharable_draws(operation, shape)
-    x = torch.rand(ROWS, *shape, generator=generator(0))
+    x = _scaled(torch.rand(ROWS, *shape, generator=generator(0)), value_range)
     fired = _firing(drawn[0])
     y = _settled(operation, x, fired)
     if isinstance(operation, WrappedOperation) and y.shape[1:] != x.shape[1:] and not operation.always:
@@ -108,8 +121,11 @@ def _examined(operation: Operation, shape: tuple[int, ...]) -> Traits:
         if not isinstance(operation, KorniaOperation) or operation.one_by_one:
             raise Refused("gives an image another result when other images are beside it, so no view can be shared")
         operation.one_by_one = True  # its parameters name places in the batch: image by image there is one place
-        return _examined(operation, shape)
-    return Traits(_varies(operation, shape), *_range_traits(operation, shape, fired))
+        return _examined(operation, shape, value_range)
+    varies = _varies(operation, shape, value_range)
+    return (
+        Traits(varies) if value_range is None else Traits(varies, *_range_traits(operation, shape, fired, value_range))
+    )
 
 
 def _sharable_draws(operation: Operation, shape: tuple[int, ...]) -> list[Parameters]:
@@ -217,18 +233,25 @@ def _firing(parameters: Parameters) -> Parameters:
     return {k: torch.ones_like(t) if k.endswith(GATE) else t for k, t in parameters.items()}
 
 
-def _varies(operation: Operation, shape: tuple[int, ...]) -> bool:
+def _varies(operation: Operation, shape: tuple[int, ...], value_range: Range | None) -> bool:
     """Do two draws make different pixels of one image?"""
-    image = 0.2 + 0.5 * torch.rand(1, *shape, generator=generator(3))
+    image = _scaled(0.2 + 0.5 * torch.rand(1, *shape, generator=generator(3)), value_range)
+    visible = VISIBLE * (1.0 if value_range is None else value_range[1] - value_range[0])
     for k, most in enumerate((8, MANY, MANY, MANY)):  # more, where it does something to few images only
         rows = max(8, min(most, PIXELS // math.prod(shape)))
         parameters = _some_firing(operation, operation.draw((rows, *shape), generator(4, k)))
         if all(bool((t == t[:1]).all()) for t in parameters.values()):
             continue
         y = operation.apply(image.expand(rows, *shape).contiguous(), parameters)
-        if bool((y - y[:1]).abs().amax() > VISIBLE):
+        if bool((y - y[:1]).abs().amax() > visible):
             return True
     return False
+
+
+def _scaled(x: Tensor, value_range: Range | None) -> Tensor:
+    """Values in [0, 1] brought to the range; to [-2, 2] where there is none."""
+    low, high = (-2.0, 2.0) if value_range is None else value_range
+    return x * (high - low) + low
 
 
 def _some_firing(operation: Operation, parameters: Parameters) -> Parameters:
@@ -238,15 +261,19 @@ def _some_firing(operation: Operation, parameters: Parameters) -> Parameters:
     return {k: torch.arange(len(t)).to(t) % 2 if k.endswith(GATE) else t for k, t in parameters.items()}
 
 
-def _range_traits(operation: Operation, shape: tuple[int, ...], parameters: Parameters) -> tuple[bool, bool]:
+def _range_traits(
+    operation: Operation, shape: tuple[int, ...], parameters: Parameters, value_range: Range
+) -> tuple[bool, bool]:
     """(leaves_range, clamps). Geometry interpolates: it neither leaves the range much nor cares."""
     if isinstance(operation, KorniaOperation) and isinstance(operation.op, GeometricAugmentationBase2D):
         return False, False
 
     def outside(x: Tensor) -> float:
-        """Share of the pixels that come out outside [0, 1]."""
-        y = operation.apply(x, parameters)
-        return float(((y < -SLACK) | (y > 1 + SLACK)).float().mean())
+        """Share of the values that come out outside the range, of values given as shares of it."""
+        y = operation.apply(_scaled(x, value_range), parameters)
+        low, high = value_range
+        slack = SLACK * (high - low)
+        return float(((y < low - slack) | (y > high + slack)).float().mean())
 
     noise = torch.rand(ROWS, *shape, generator=generator(5))
     full = torch.ones_like(noise)

@@ -1,0 +1,227 @@
+"""Structured views per sample, in data-loader workers: fresh, exact, resumable; beside lightly's data sets."""
+
+import pickle
+
+import kornia.augmentation as K
+import numpy as np
+import pytest
+import torch
+from lightly.data import LightlyDataset
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from ssd_addon import JointEntropyLoss, StructuredTransform, StructuredViews, StyleHeads, operations
+from ssd_addon.metrics import parameter_matrix
+from ssd_addon.runs import ResumableSampler
+
+GROUPS = {
+    "color": [K.ColorJitter(0.4, 0.4, 0.4, 0.1)],
+    "spatial": [K.RandomResizedCrop((16, 16)), K.RandomHorizontalFlip()],
+}
+
+
+def pictures(n=12, seed=0):
+    g = np.random.default_rng(seed)
+    return [Image.fromarray(g.integers(0, 255, (20 + i % 3, 24 + i % 2, 3), dtype="uint8")) for i in range(n)]
+
+
+class Pictures(Dataset):
+    def __init__(self, transform, n=12, repeated=1):
+        self.pictures, self.transform = pictures(n) * repeated, transform
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, i):
+        return self.transform(self.pictures[i]), i
+
+
+def epochs(transform, count=1, seed=0, start=0, **options):
+    """[epoch][view] of all samples, in the order of the epoch."""
+    data = Pictures(transform, repeated=options.pop("repeated", 1))
+    sampler = ResumableSampler(data, num_replicas=1, rank=0, shuffle=True)
+    generator, out = torch.Generator(), []
+    loader = DataLoader(data, 2, sampler=sampler, generator=generator, **options)
+    for epoch in range(count):
+        generator.manual_seed(seed + epoch)
+        sampler.set_epoch(epoch)
+        sampler.start = start
+        parts = [(views, i) for views, i in loader]
+        views = [torch.cat([v[k] for v, _ in parts]) for k in range(len(transform.plan.spaces) + 1)]
+        out.append((views, torch.cat([i for _, i in parts])))
+    return out
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def transform():
+    return StructuredTransform(GROUPS, then=[K.RandomGrayscale(p=0.5)], seed=3)
+
+
+def test_sharing_is_exact(transform):
+    """The key of a style makes of a picture what the query does, but for what is redrawn: read from the parameters."""
+    made = StructuredTransform(GROUPS, seed=3, parameters=True)
+    for picture in pictures():
+        views, parameters = made(picture)
+        assert len(views) == 4 and made.plan.spaces == ("content", "color", "spatial")
+        for key, group in ((2, "color"), (3, "spatial")):
+            for op, drawn in parameters[0][group].items():
+                for name, value in drawn.items():
+                    assert torch.equal(value, parameters[key][group][op][name])
+        hue = [p["color"]["0.ColorJitter"]["hue_factor"] for p in parameters]
+        assert hue[0] != hue[1] != hue[3] and hue[0].shape == ()
+
+
+@pytest.mark.parametrize("workers,context", [(0, None), (1, "fork"), (2, "fork"), (2, "spawn")])
+def test_an_epoch_is_repeated_exactly_and_the_next_one_is_fresh(transform, workers, context):
+    options = {"num_workers": workers, "multiprocessing_context": context}
+    torch.manual_seed(0)
+    (first, i), (second, j) = epochs(transform, 2, **options)
+    torch.manual_seed(0)
+    ((again, k),) = epochs(transform, **options)
+    assert torch.equal(i, k) and same(first, again)
+    back = [torch.argsort(x) for x in (i, j)]
+    for a, b in zip(first, second, strict=True):
+        assert not (a[back[0]] == b[back[1]]).flatten(1).all(1).any()  # every sample is drawn anew
+    flat = torch.cat(first).flatten(1)
+    assert len(flat.unique(dim=0)) == len(flat)
+
+
+def test_the_number_of_workers_changes_nothing(transform):
+    ((one, i),), ((two, j),) = (epochs(transform, num_workers=n) for n in (1, 2))
+    assert torch.equal(i, j) and same(one, two)
+
+
+@pytest.mark.parametrize("start", [2, 6, 7])
+def test_an_epoch_can_be_continued_in_the_middle(transform, start):
+    ((whole, i),), ((rest, j),) = (epochs(transform, num_workers=2, start=s) for s in (0, start))
+    assert torch.equal(i[start:], j) and same([v[start:] for v in whole], rest)
+
+
+def test_persistent_workers_draw_anew_in_every_epoch(transform):
+    found = epochs(transform, 4, num_workers=2, persistent_workers=True)
+    every = torch.cat([torch.cat(views) for views, _ in found]).flatten(1)
+    assert len(every.unique(dim=0)) == len(every)
+
+
+def test_a_sample_that_is_drawn_twice_is_augmented_twice(transform):
+    for workers in (0, 1):
+        ((views, _),) = epochs(transform, num_workers=workers, repeated=2)
+        flat = torch.cat(views).flatten(1)
+        assert len(flat.unique(dim=0)) == len(flat)
+
+
+def test_ranks_draw_differently(monkeypatch):
+    found = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        ((views, _),) = epochs(StructuredTransform(GROUPS, seed=3), num_workers=1)
+        found.append(views)
+    assert not torch.equal(found[0][0], found[1][0])
+
+
+def test_lightlys_data_sets_train(tmp_path):
+    for i, picture in enumerate(pictures()):
+        folder = tmp_path / f"class{i % 2}"
+        folder.mkdir(exist_ok=True)
+        picture.save(folder / f"{i}.png")
+    transform = StructuredTransform(GROUPS, then=[K.Normalize([0.5] * 3, [0.5] * 3)])
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    model = StyleHeads(net, {"content": 5, "spatial": 3, "color": 2}, in_features=6, hidden=())  # another order
+    criterion = JointEntropyLoss()
+    for views, labels, names in DataLoader(LightlyDataset(str(tmp_path), transform=transform), 6, num_workers=1):
+        assert isinstance(views, list) and views[0].shape == (6, 3, 16, 16) and len(labels) == len(names) == 6
+        loss = criterion(model(views), transform.plan)
+        loss.backward()
+        assert loss.isfinite() and loss != criterion(model(views))  # whose order is another
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        pictures()[0],
+        Image.fromarray(np.zeros((9, 9), "uint8") + 7),
+        np.random.default_rng(0).integers(0, 255, (18, 20, 3), dtype="uint8"),
+        np.random.default_rng(0).random((18, 20)).astype("float32"),
+        torch.rand(3, 18, 20),
+        (255 * torch.rand(3, 18, 20)).byte(),
+    ],
+)
+def test_what_a_sample_may_be(transform, sample):
+    views = transform(sample)
+    assert all(v.shape == (3, 16, 16) and v.dtype == torch.float32 and 0 <= v.min() <= v.max() <= 1 for v in views)
+
+
+@pytest.mark.parametrize(
+    "sample,error,message",
+    [
+        ("picture.jpg", TypeError, "a PIL image, an array or a tensor: got str"),
+        (torch.rand(1, 3, 8, 8), ValueError, r"3 dimensions \(sample_ndim\), without the batch: got \[1, 3, 8, 8\]"),
+        (torch.rand(3, 8, 8) * 255, ValueError, r"expected values in \[0, 1\]"),
+        (np.zeros((8, 8), "int64"), TypeError, "int64"),
+    ],
+)
+def test_bad_samples(transform, sample, error, message):
+    with pytest.raises(error, match=message):
+        transform(sample)
+
+
+def test_any_operation_and_any_shape():
+    ops = [operations.seeded(lambda x: x * torch.rand(1)), v2.ColorJitter(0.4)]
+    assert StructuredTransform({"gain": ops})(pictures()[0])[0].shape == (3, 20, 24)
+    series = StructuredTransform({"gain": ops[:1]}, sample_ndim=2, value_range=None)
+    assert [v.shape for v in series(np.random.default_rng(0).normal(size=(4, 50)))] == [(4, 50)] * 3
+    with pytest.raises(ValueError, match="one sample does not know which space its row serves: got 'interleaved'"):
+        StructuredTransform({"gain": ops}, plan="interleaved")
+
+
+def test_it_is_picklable_and_says_what_it_does(transform):
+    assert "color" in repr(pickle.loads(pickle.dumps(transform))) and "0.ColorJitter" in repr(transform)
+
+
+def test_samples_of_any_shape_and_range():
+    class Gain:
+        def draw(self, shape, generator):
+            return {"gain": 0.5 + torch.rand(shape[0], generator=generator)}
+
+        def apply(self, x, parameters):
+            return x * parameters["gain"].view(-1, *[1] * (x.ndim - 1))
+
+    class Shift(Gain):
+        def apply(self, x, parameters):
+            return x + parameters["gain"].view(-1, *[1] * (x.ndim - 1))
+
+    for shape in ((7,), (4, 30), (5, 3, 8, 8)):
+        views = StructuredViews(
+            {"gain": [Gain()], "shift": [Shift()]}, sample_ndim=len(shape), value_range=None, seed=0
+        )
+        x = 10 * torch.randn(6, *shape)
+        batch = views(x)
+        assert batch.views.shape == (4, 6, *shape) and torch.equal(views.replay(x, batch.parameters[2]), batch[2])
+        assert views.parameter_sizes() == {"gain/0.Gain/gain": 1, "shift/0.Shift/gain": 1}
+        table = parameter_matrix(lambda y: {"content": y.flatten(1)[:, :4]}, views, x.repeat(20, *[1] * len(shape)))
+        assert "gain" in table.factors
+        with pytest.raises(ValueError, match=r"samples: expected \[B, \.\.\.\] of"):
+            views(x[0])
+    ranged = StructuredViews({"gain": [Gain()]}, sample_ndim=2, value_range=(-1, 1), seed=0)
+    assert ranged(torch.zeros(3, 4, 30)).views.shape == (3, 3, 4, 30)
+    with pytest.raises(ValueError, match=r"samples: expected values in \[-1, 1\].*value_range=\(lowest, highest\)"):
+        ranged(torch.full((3, 4, 30), 1.1))
+    with pytest.raises(TypeError, match=r"samples: expected floating point: got torch.uint8"):
+        ranged(torch.zeros(3, 4, 30, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"expects values in \[-1, 1\] and cuts off"):
+
+        class Clipped(Gain):
+            def apply(self, x, parameters):
+                return super().apply(x, parameters).clamp(-1, 1)
+
+        StructuredViews({"g": [Shift(), Clipped()]}, sample_ndim=2, value_range=(-1, 1), seed=0)(torch.zeros(3, 4, 30))
+    for bad in ((1, 0), (0, float("inf")), 3, (0, 1, 2), "ab"):
+        with pytest.raises(ValueError, match="value_range: expected"):
+            StructuredViews({"gain": [Gain()]}, value_range=bad)
+    with pytest.raises(ValueError, match=r"0\.ColorJitter could not be"):
+        StructuredViews({"color": [K.ColorJitter(0.4)]}, sample_ndim=2, seed=0)(torch.rand(3, 4, 30))
