@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -326,24 +327,27 @@ def test_a_link_stays_a_link(tmp_path):
     assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["log.jsonl", "m.pt"]
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
+    """Files end at 3,000 bytes, those that pytest itself writes too: only around what is tested."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_what_cannot_be_written_is_an_os_error(tmp_path, small_files):
+def test_what_cannot_be_written_is_an_os_error(tmp_path):
     model = heads(1)
     model.save(tmp_path / "m.pt")
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file" / "m.pt", tmp_path):
         with pytest.raises(OSError):
             model.save(place)
-    small_files()
-    with pytest.raises(OSError, match=r"m\.pt: expected a place where a file can be written whole"):
+    with small_files(), pytest.raises(OSError, match=r"m\.pt: expected a place where a file can be written whole"):
         heads(2).save(tmp_path / "m.pt")
     assert same(load(tmp_path / "m.pt").state_dict(), model.state_dict())
     assert sorted(os.listdir(tmp_path)) == ["file", "m.pt"]

@@ -10,9 +10,11 @@ one place of the table share its passes. grey = 0.299 R + 0.587 G + 0.114 B. The
 too (`kernels.colors`). Legend: N images, K columns, P pixels of an image.
 """
 
+import importlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,9 +73,16 @@ def column(code: int, fires: Tensor, *numbers: Tensor | float) -> tuple[Tensor, 
     return torch.where(fires, code, NOTHING), values
 
 
-def run(chain: Chain, x: Tensor) -> Tensor:
-    """Run the table on images [N, C, H, W], float32 in [0, 1], contiguous; in place."""
-    flat, kinds = x.flatten(2), chain.kinds().numpy()
+def run(chain: Chain, x: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Run the table on images [N, C, H, W], float32 in [0, 1], contiguous; in place.
+
+    Args:
+        ends: mean and deviation by channel [C or 1, 1, 1] of a Normalize that comes last.
+    """
+    if x.is_cuda and x.shape[1] == 3 and (kernel := _kernel(x.device)) is not None:
+        out: Tensor = kernel(x, chain.codes, chain.numbers, ends)
+        return out
+    flat, kinds, numbers = x.flatten(2), chain.kinds().numpy(), chain.numbers.to(x.device)
     for k in range(kinds.shape[1]):
         of = kinds[:, k]
         edges = [0, *(np.flatnonzero(of[1:] != of[:-1]) + 1).tolist(), len(of)]
@@ -85,17 +94,39 @@ def run(chain: Chain, x: Tensor) -> Tensor:
                 continue
             if len(found) <= RUNS:
                 for a, b in found:
-                    _RUN[kind](flat[a:b], chain.numbers[a:b, k])
+                    _RUN[kind](flat[a:b], numbers[a:b, k], _used(chain.numbers[a:b, k]))
             else:
                 rows = torch.from_numpy(np.flatnonzero(of == kind))
-                part = flat.index_select(0, rows)
-                _RUN[kind](part, chain.numbers[rows, k])
+                there = rows.to(x.device)
+                part = flat.index_select(0, there)
+                _RUN[kind](part, numbers[there, k], _used(chain.numbers[rows, k]))
                 put(flat, rows, part)
+    if ends is not None:
+        mean, std = (t.to(x.device) for t in ends)
+        x.sub_(mean).div_(std)
     return x
 
 
+def _kernel(device: torch.device) -> Any:
+    """The Triton kernel, where it can run."""
+    try:
+        colors = importlib.import_module("ssd_addon.kernels.colors")
+    except ImportError:  # no triton
+        return None
+    return colors.colors if colors.runs_on(device) else None
+
+
+def _used(numbers: Tensor) -> list[bool]:
+    """Which of a, b, c, d are not 0 for all images."""
+    out: list[bool] = (numbers != 0).any(dim=0).tolist()
+    return out
+
+
 def put(out: Tensor, rows: Tensor, values: Tensor) -> None:
-    """out[rows] = values, row by row, which is faster than an indexed assignment."""
+    """out[rows] = values; on the CPU row by row, which is faster than an indexed assignment."""
+    if out.is_cuda:
+        out.index_copy_(0, rows.to(out.device), values)
+        return
     for k, value in zip(rows.tolist(), values, strict=True):
         out[k].copy_(value)
 
@@ -106,11 +137,10 @@ def grey(x: Tensor) -> Tensor:
     return (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
 
 
-def _blend(x: Tensor, numbers: Tensor) -> None:
+def _blend(x: Tensor, numbers: Tensor, used: list[bool]) -> None:
     a, _, c, d = numbers[:, :, None, None].unbind(1)  # [N, 1, 1]
-    used = (numbers != 0).any(dim=0).tolist()
     if used[2]:
-        weights = torch.tensor(GREY)
+        weights = torch.tensor(GREY, device=x.device)
         d = d + c * (x.mean(dim=2) @ weights)[:, None, None]
     x.mul_(a)
     if used[2] or used[3]:
@@ -118,9 +148,8 @@ def _blend(x: Tensor, numbers: Tensor) -> None:
     x.clamp_(0, 1)
 
 
-def _greying(x: Tensor, numbers: Tensor) -> None:
+def _greying(x: Tensor, numbers: Tensor, used: list[bool]) -> None:
     a, b, c, d = numbers[:, :, None, None].unbind(1)
-    used = (numbers != 0).any(dim=0).tolist()
     shades = grey(x).unsqueeze(1)
     if used[2]:
         d = d + c * shades.mean(dim=2, keepdim=True)
@@ -134,7 +163,7 @@ def _greying(x: Tensor, numbers: Tensor) -> None:
     x.clamp_(0, 1)
 
 
-def _hue(x: Tensor, numbers: Tensor) -> None:
+def _hue(x: Tensor, numbers: Tensor, used: list[bool]) -> None:
     """By the distance of a hue to red on the circle of six sixths: |h| = u_green + u_blue - u_red + 1, where u is the
     color without its greyness, (x - min) / (max - min); h is negative where blue exceeds green. Each channel is then
     min + (max - min) * clamp(2 - distance of the moved hue to it, 0, 1).
@@ -155,7 +184,7 @@ def _hue(x: Tensor, numbers: Tensor) -> None:
         torch.addcmul(low, chroma, near, out=x[:, channel])
 
 
-def _saturate(x: Tensor, numbers: Tensor) -> None:
+def _saturate(x: Tensor, numbers: Tensor, used: list[bool]) -> None:
     """As Kornia's `adjust_saturation`, whose saturation is (max - min) / (max + 1e-8)."""
     top, low = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
     chroma = top - low
@@ -163,7 +192,7 @@ def _saturate(x: Tensor, numbers: Tensor) -> None:
     x.sub_(low).mul_(wanted / chroma.clamp(min=_TINY)).add_(top - wanted).clamp_(0, 1)
 
 
-def _solarize(x: Tensor, numbers: Tensor) -> None:
+def _solarize(x: Tensor, numbers: Tensor, used: list[bool]) -> None:
     threshold, addition = numbers[:, 0, None, None], numbers[:, 1, None, None]
     x.add_(addition).clamp_(0, 1)
     torch.where(x < threshold, x, 1 - x, out=x)

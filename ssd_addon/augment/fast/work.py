@@ -114,16 +114,12 @@ class Lane:
             place = self._placed(segment, Placement.whole(len(part), (x.shape[-2], x.shape[-1])), drawn)
             return geometry.pixels(place, x, torch.arange(len(part)))
         if isinstance(segment, Colors):
-            if table is not None:
-                some = table.rows(part)
-                if segment.clamped:
-                    changed = torch.nonzero(some.fires()).flatten().to(x.device)
-                    x[changed] = x[changed].clamp(0, 1)
-                x = chain.run(some, x)
-            if segment.ends is not None:
-                mean, std = (t.to(x.device) for t in segment.ends)
-                x.sub_(mean).div_(std)
-            return x
+            none = torch.zeros(len(part), 0, dtype=torch.int64)
+            some = Chain(none, none[:, :, None].expand(-1, -1, 4).float()) if table is None else table.rows(part)
+            if segment.clamped:
+                changed = torch.nonzero(some.fires()).flatten().to(x.device)
+                x[changed] = x[changed].clamp(0, 1)
+            return chain.run(some, x, segment.ends)
         p = pick(parameters[segment.steps[0]], part)
         step = self.steps[segment.steps[0]][1]
         if isinstance(segment, Blur):
@@ -156,10 +152,7 @@ class Views:
             raise ValueError(
                 f"all views must have one size: got {_checks.shape(self.pixels[0])} and {_checks.shape(x[0])}"
             )
-        if x.device.type == "cpu":
-            chain.put(self.pixels, rows, x)
-        else:
-            self.pixels[rows.to(x.device)] = x
+        chain.put(self.pixels, rows, x)
 
 
 class Fast:
