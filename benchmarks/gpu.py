@@ -550,6 +550,31 @@ def captured(inputs: list[Tensor], f: Callable[..., Tensor]) -> dict[str, Any]:
     return {**times({"t": graph.replay}, 2.0)["t"], "loss": loss.item(), "gradient_differs": differ}
 
 
+def colors() -> dict[str, Any]:
+    """Instructions on the colors of a batch of views: the kernel beside the torch functions that define it."""
+    from ssd_addon.kernels import color_tiles
+    from ssd_addon.kernels import colors as table_of_colors
+
+    found: dict[str, Any] = {}
+    for n, edge in ((3, 20),) if DRY else ((1024, 64), (1024, 224)):
+        g = torch.Generator().manual_seed(n)
+        codes = torch.stack([torch.tensor([1, 1, 1, 2])[torch.randperm(4, generator=g)] for _ in range(n)])
+        numbers = torch.rand(n, 4, 4, generator=g) * torch.tensor([1.4, 0.4, 0.4, 0.1])
+        chain = table_of_colors.Chain(codes, numbers)
+        x = torch.rand(n, 3, edge, edge, generator=g).to(DEVICE)
+        got = color_tiles.colors(x.clone(), codes, numbers)
+        want = table_of_colors.run(chain, x.cpu())
+        differ = (got.cpu() - want).abs()
+        made = {
+            "triton": lambda x=x: color_tiles.colors(x, codes, numbers),
+            "torch": lambda x=x: table_of_colors.run_in_torch(chain, x),
+            "copy": lambda x=x: x.clone(),
+        }
+        worst = {"largest_difference": differ.max().item(), "share_above_1e-4": (differ > 1e-4).float().mean().item()}
+        found[f"{n} of {edge} px"] = {**worst, **times(made, 2.0)}
+    return found
+
+
 def small_case() -> None:
     z, ids = data(300, 72)
     for tau in (0.1, 0.01):
@@ -587,7 +612,7 @@ def main() -> None:
     if not DRY and not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: expected a CUDA device: torch sees none (--dry tries the script without one)")
     report["dry"] = DRY
-    for f in (machine, correctness, determinism, tuning, speed, training_step, covariance, crossing, blocks):
+    for f in (machine, correctness, determinism, tuning, speed, training_step, covariance, crossing, blocks, colors):
         if "device_fault" not in report:
             stage(f)
     write_table()

@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ssd_addon.kernels import table, tiles
+from ssd_addon.kernels import color_tiles, table, tiles
 
 SHARED = {80: 164, 90: 228}
 LIMIT = {80: 163, 90: 227}  # KB that one program may take
@@ -90,6 +90,21 @@ def compile_one(arch: int, kernel: str, switches: dict[str, Any], c: table.Confi
     options: dict[str, Any] = {"num_warps": c.warps, "num_stages": c.stages}
     if c.registers:
         options["maxnreg"] = c.registers
+    return resources(source, arch, options)
+
+
+def colors(arch: int, columns: int = 6) -> dict[str, Any]:
+    """The kernel for colors, with so many instructions."""
+    fn = color_tiles.colors_kernel
+    constants = {"COLUMNS": columns, "PLACES": triton.next_power_of_2(columns), "ENDS": True, "b_P": color_tiles.BLOCK}
+    kinds = {"p_x": F32, "p_codes": IDS, "p_numbers": F32, "p_ends": F32, "pixels": "i32"}
+    signature = {name: "constexpr" if name in constants else kinds[name] for name in fn.arg_names}
+    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs={})
+    return {"arch": f"sm_{arch}", **resources(source, arch, {"num_warps": 4})}
+
+
+def resources(source: ASTSource, arch: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Compile for an architecture, and read what the program takes."""
     done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -100,7 +115,7 @@ def compile_one(arch: int, kernel: str, switches: dict[str, Any], c: table.Confi
         sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True).stdout
     resource = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     shared = done.metadata.shared
-    threads = 32 * c.warps
+    threads = 32 * options["num_warps"]
     programs = min(
         65536 // (threads * -(-resource["REG"] // 8) * 8), SHARED[arch] * 1024 // (shared + 1024), 2048 // threads
     )
@@ -151,8 +166,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--colors", action="store_true", help="the kernel for colors alone, as JSON")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
     args = parser.parse_args()
+    if args.colors:
+        json.dump([colors(arch) for arch in args.arch], sys.stdout)
+        return
     found = rows(args.arch)
     if args.json:
         json.dump(found, sys.stdout)

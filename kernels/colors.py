@@ -1,151 +1,206 @@
-"""A table of color instructions on whole images, in one Triton kernel: one program for each image, in place.
+"""Operations on colors as a table of instructions, one row for each image, run in place.
 
     BLEND      x <- clamp(a x + b grey(x) + c mean(grey(x)) + d)
     HUE        x <- the hue of HSV moved by a sixths of a turn
     SATURATE   x <- the saturation of HSV times a
     SOLARIZE   x <- y where y < a, else 1 - y;  y = clamp(x + b)
 
-and last (x - mean) / deviation by channel. A mean over the image needs its own pass over the pixels, which reads them
-and runs the columns before; every pixel is written once. The table is `augment.fast.chain.Chain`, whose torch functions
-are the definition. Legend: N images, K columns, P pixels of an image; p_ pointers.
+Brightness, contrast, saturation by grey, greyscale and inversion are all blends, so images with different operations at
+one place of the table share its passes. grey = 0.299 R + 0.587 G + 0.114 B. The table is what the Triton kernel reads
+too (`color_tiles`). Legend: N images, K columns, P pixels of an image.
 """
 
+import importlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from ssd_addon.kernels.launch import why_not
-
-BLOCK = 1024
-"""Pixels that a program holds at once."""
-
-
-@triton.jit
-def _grey(r, g, b):
-    return 0.299 * r + 0.587 * g + 0.114 * b
-
-
-@triton.jit
-def _clamp(x):
-    return tl.minimum(tl.maximum(x, 0.0), 1.0)
+NOTHING, BLEND, HUE, SATURATE, SOLARIZE = range(5)
+GREYING = 4
+"""Added to BLEND where grey is needed."""
+RUNS = 4
+"""Runs of one kind of instruction in a column up to which each is worked on where it lies."""
+GREY = (0.299, 0.587, 0.114)
+"""ITU-R BT.601, as torchvision, PIL and Kornia weight them."""
+_TINY = 1e-12
+"""Below any difference of two channels of a float32 image in [0, 1]."""
 
 
-@triton.jit
-def _near(hue, place):
-    """How much of a channel a hue has, 1 to 2: 2 - |distance on the circle|, and at least 1."""
-    return tl.minimum(tl.maximum(tl.abs(tl.abs(hue - place) - 3.0), 1.0), 2.0)
+@dataclass(frozen=True)
+class Chain:
+    """Instructions of N images, run column by column.
+
+    Attributes:
+        codes: [N, K] int64.
+        numbers: [N, K, 4] float32: a, b, c, d.
+    """
+
+    codes: Tensor
+    numbers: Tensor
+
+    @classmethod
+    def of(cls, columns: Sequence[tuple[Tensor, Tensor]]) -> "Chain":
+        """Columns (codes [N], numbers [N, 4]) side by side."""
+        return cls(torch.stack([c for c, _ in columns], dim=1), torch.stack([x for _, x in columns], dim=1))
+
+    def rows(self, rows: Tensor) -> "Chain":
+        return Chain(self.codes[rows], self.numbers[rows])
+
+    def fires(self) -> Tensor:
+        """[N] bool: does anything happen to the image?"""
+        return (self.codes != NOTHING).any(dim=1)
+
+    def alike(self) -> Tensor:
+        """[N] order in which images with the same kinds of instructions lie together."""
+        kinds = self.kinds()[:, :16]
+        return (kinds * 8 ** torch.arange(kinds.shape[1]).flip(0)).sum(dim=1).argsort(stable=True)
+
+    def kinds(self) -> Tensor:
+        """[N, K] codes; blends that need grey have one of their own."""
+        return self.codes + GREYING * ((self.codes == BLEND) & (self.numbers[:, :, 1] != 0)).long()
 
 
-@triton.jit
-def _instruction(r, g, b, code, p_numbers, mean):
-    """One instruction on pixels of an image; p_numbers points at its a, b, c, d."""
-    first = tl.load(p_numbers)
-    second = tl.load(p_numbers + 1)
-    if code == 1:
-        third = tl.load(p_numbers + 2)
-        fourth = tl.load(p_numbers + 3)
-        rest = second * _grey(r, g, b) + third * mean + fourth
-        r, g, b = _clamp(first * r + rest), _clamp(first * g + rest), _clamp(first * b + rest)
-    elif code == 2:
-        low = tl.minimum(tl.minimum(r, g), b)
-        chroma = tl.maximum(tl.maximum(r, g), b) - low
-        hue = (g + b - r - low) / tl.maximum(chroma, 1e-12) + 1.0
-        hue = tl.where(g - b < 0.0, -hue, hue) + first
-        hue -= 6.0 * tl.floor(hue * (1.0 / 6.0) + 0.5)
-        low -= chroma
-        r, g, b = low + chroma * _near(hue, 0.0), low + chroma * _near(hue, 2.0), low + chroma * _near(hue, -2.0)
-    elif code == 3:
-        low = tl.minimum(tl.minimum(r, g), b)
-        top = tl.maximum(tl.maximum(r, g), b)
-        chroma = top - low
-        wanted = _clamp(chroma / (top + 1e-8) * first) * top
-        gain = wanted / tl.maximum(chroma, 1e-12)
-        rest = top - wanted
-        r, g, b = _clamp((r - low) * gain + rest), _clamp((g - low) * gain + rest), _clamp((b - low) * gain + rest)
-    elif code == 4:
-        r, g, b = _clamp(r + second), _clamp(g + second), _clamp(b + second)
-        r = tl.where(r < first, r, 1.0 - r)
-        g = tl.where(g < first, g, 1.0 - g)
-        b = tl.where(b < first, b, 1.0 - b)
-    return r, g, b
+def column(code: int, fires: Tensor, *numbers: Tensor | float) -> tuple[Tensor, Tensor]:
+    """One instruction for the images on which it fires [N] bool; numbers a, b, c, d: [N] or the same for all."""
+    values = torch.zeros(len(fires), 4)
+    for k, value in enumerate(numbers):
+        values[:, k] = value
+    return torch.where(fires, code, NOTHING), values
 
 
-@triton.jit
-def colors_kernel(
-    p_x, p_codes, p_numbers, p_ends, pixels, COLUMNS: tl.constexpr, PLACES: tl.constexpr, ENDS: tl.constexpr,
-    b_P: tl.constexpr,
-):  # fmt: skip
-    image = tl.program_id(0).to(tl.int64)
-    p_x += image * 3 * pixels
-    p_codes += image * COLUMNS
-    p_numbers += image * COLUMNS * 4
-    places = tl.arange(0, PLACES)
-    means = tl.zeros((PLACES,), tl.float32)  # of grey, before each column that needs it
-    for k in tl.static_range(COLUMNS):
-        wanted = (tl.load(p_codes + k) == 1) & (tl.load(p_numbers + 4 * k + 2) != 0.0)
-        if wanted:
-            total = tl.zeros((b_P,), tl.float32)
-            for start in range(0, pixels, b_P):
-                o_p = start + tl.arange(0, b_P)
-                m_p = o_p < pixels
-                r = tl.load(p_x + o_p, m_p, 0.0)
-                g = tl.load(p_x + pixels + o_p, m_p, 0.0)
-                b = tl.load(p_x + 2 * pixels + o_p, m_p, 0.0)
-                for j in tl.static_range(k):
-                    mean = tl.sum(tl.where(places == j, means, 0.0))
-                    r, g, b = _instruction(r, g, b, tl.load(p_codes + j), p_numbers + 4 * j, mean)
-                total += tl.where(m_p, _grey(r, g, b), 0.0)
-            means = tl.where(places == k, tl.sum(total) / pixels, means)
-    for start in range(0, pixels, b_P):
-        o_p = start + tl.arange(0, b_P)
-        m_p = o_p < pixels
-        r = tl.load(p_x + o_p, m_p, 0.0)
-        g = tl.load(p_x + pixels + o_p, m_p, 0.0)
-        b = tl.load(p_x + 2 * pixels + o_p, m_p, 0.0)
-        for k in tl.static_range(COLUMNS):
-            mean = tl.sum(tl.where(places == k, means, 0.0))
-            r, g, b = _instruction(r, g, b, tl.load(p_codes + k), p_numbers + 4 * k, mean)
-        if ENDS:
-            r = (r - tl.load(p_ends)) / tl.load(p_ends + 3)
-            g = (g - tl.load(p_ends + 1)) / tl.load(p_ends + 4)
-            b = (b - tl.load(p_ends + 2)) / tl.load(p_ends + 5)
-        tl.store(p_x + o_p, r, m_p)
-        tl.store(p_x + pixels + o_p, g, m_p)
-        tl.store(p_x + 2 * pixels + o_p, b, m_p)
-
-
-def runs_on(device: torch.device) -> bool:
-    """Can the kernel run there?"""
-    return why_not(device) is None
-
-
-def colors(x: Tensor, codes: Tensor, numbers: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Run a table on images, in place.
+def run(chain: Chain, x: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Run the table on images [N, C, H, W], float32 in [0, 1], contiguous; in place.
 
     Args:
-        x: [N, 3, H, W] float32 in [0, 1], contiguous.
-        codes: [N, K] integers.
-        numbers: [N, K, 4] float32.
-        ends: mean and deviation, each of 1 or 3 numbers, that come last.
-
-    Raises:
-        ValueError: other channels, types or numbers of rows.
+        ends: mean and deviation by channel [C or 1, 1, 1] of a Normalize that comes last.
     """
-    n, k = codes.shape
-    if x.ndim != 4 or x.shape[1] != 3 or x.dtype != torch.float32 or not x.is_contiguous():
-        raise ValueError(f"colors: expected contiguous float32 images [N, 3, H, W]: got {x.dtype} {list(x.shape)}")
-    if len(x) != n or numbers.shape != (n, k, 4):
-        raise ValueError(
-            f"colors: expected codes [{len(x)}, K] and numbers [{len(x)}, K, 4]: got {list(codes.shape)}, "
-            f"{list(numbers.shape)}"
-        )
-    there = x.device
-    last = numbers.new_empty(6) if ends is None else torch.cat([t.flatten().expand(3) for t in ends])
-    with torch.cuda.device(there) if x.is_cuda else torch.no_grad():
-        colors_kernel[(n,)](
-            x, codes.to(there, torch.int32), numbers.to(there, torch.float32).contiguous(), last.to(there),
-            x.shape[2] * x.shape[3], COLUMNS=k, PLACES=triton.next_power_of_2(max(k, 1)), ENDS=ends is not None,
-            b_P=BLOCK, num_warps=4,
-        )  # fmt: skip
+    if x.is_cuda and x.shape[1] == 3 and (kernel := _kernel(x.device)) is not None:
+        out: Tensor = kernel(x, chain.codes, chain.numbers, ends)
+        return out
+    return run_in_torch(chain, x, ends)
+
+
+def run_in_torch(chain: Chain, x: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """The same in torch's own functions, on any device: the definition of what the kernel does."""
+    flat, kinds, numbers = x.flatten(2), chain.kinds().numpy(), chain.numbers.to(x.device)
+    for k in range(kinds.shape[1]):
+        of = kinds[:, k]
+        edges = [0, *(np.flatnonzero(of[1:] != of[:-1]) + 1).tolist(), len(of)]
+        runs: dict[int, list[tuple[int, int]]] = {}
+        for a, b in itertools.pairwise(edges):
+            runs.setdefault(int(of[a]), []).append((a, b))
+        for kind, found in runs.items():
+            if kind == NOTHING:
+                continue
+            if len(found) <= RUNS:
+                for a, b in found:
+                    _RUN[kind](flat[a:b], numbers[a:b, k], _used(chain.numbers[a:b, k]))
+            else:
+                rows = torch.from_numpy(np.flatnonzero(of == kind))
+                there = rows.to(x.device)
+                part = flat.index_select(0, there)
+                _RUN[kind](part, numbers[there, k], _used(chain.numbers[rows, k]))
+                put(flat, rows, part)
+    if ends is not None:
+        mean, std = (t.to(x.device) for t in ends)
+        x.sub_(mean).div_(std)
     return x
+
+
+def _kernel(device: torch.device) -> Any:
+    """The Triton kernel, where it can run."""
+    try:
+        tiles = importlib.import_module("ssd_addon.kernels.color_tiles")
+    except ImportError:  # no triton
+        return None
+    return tiles.colors if tiles.runs_on(device) else None
+
+
+def _used(numbers: Tensor) -> list[bool]:
+    """Which of a, b, c, d are not 0 for all images."""
+    out: list[bool] = (numbers != 0).any(dim=0).tolist()
+    return out
+
+
+def put(out: Tensor, rows: Tensor, values: Tensor) -> None:
+    """out[rows] = values; on the CPU row by row, which is faster than an indexed assignment."""
+    if out.is_cuda:
+        out.index_copy_(0, rows.to(out.device), values)
+        return
+    for k, value in zip(rows.tolist(), values, strict=True):
+        out[k].copy_(value)
+
+
+def grey(x: Tensor) -> Tensor:
+    """[N, P] of [N, 3, P]."""
+    red, green, blue = x.unbind(1)
+    return (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
+
+
+def _blend(x: Tensor, numbers: Tensor, used: list[bool]) -> None:
+    a, _, c, d = numbers[:, :, None, None].unbind(1)  # [N, 1, 1]
+    if used[2]:
+        weights = torch.tensor(GREY, device=x.device)
+        d = d + c * (x.mean(dim=2) @ weights)[:, None, None]
+    x.mul_(a)
+    if used[2] or used[3]:
+        x.add_(d)
+    x.clamp_(0, 1)
+
+
+def _greying(x: Tensor, numbers: Tensor, used: list[bool]) -> None:
+    a, b, c, d = numbers[:, :, None, None].unbind(1)
+    shades = grey(x).unsqueeze(1)
+    if used[2]:
+        d = d + c * shades.mean(dim=2, keepdim=True)
+    shades.mul_(b)
+    if used[2] or used[3]:
+        shades.add_(d)
+    if used[0]:
+        x.mul_(a).add_(shades)
+    else:
+        x.copy_(shades)
+    x.clamp_(0, 1)
+
+
+def _hue(x: Tensor, numbers: Tensor, used: list[bool]) -> None:
+    """By the distance of a hue to red on the circle of six sixths: |h| = u_green + u_blue - u_red + 1, where u is the
+    color without its greyness, (x - min) / (max - min); h is negative where blue exceeds green. Each channel is then
+    min + (max - min) * clamp(2 - distance of the moved hue to it, 0, 1).
+    """
+    red, green, blue = x.unbind(1)
+    low = torch.minimum(red, green)
+    torch.minimum(low, blue, out=low)
+    chroma = torch.maximum(red, green)
+    torch.maximum(chroma, blue, out=chroma).sub_(low)
+    hue = torch.add(green, blue).sub_(red).sub_(low)
+    hue.div_(chroma.clamp(min=_TINY)).add_(1)
+    turned = torch.sub(green, blue)
+    torch.copysign(hue, turned, out=hue).add_(numbers[:, :1])
+    hue.sub_(torch.mul(hue, 1 / 6, out=turned).round_().mul_(6))  # in [-3, 3]
+    low.sub_(chroma)
+    for channel, place in enumerate((0.0, 2.0, -2.0)):
+        near = torch.sub(hue, place, out=turned).abs_().sub_(3).abs_().clamp_(1, 2)
+        torch.addcmul(low, chroma, near, out=x[:, channel])
+
+
+def _saturate(x: Tensor, numbers: Tensor, used: list[bool]) -> None:
+    """As Kornia's `adjust_saturation`, whose saturation is (max - min) / (max + 1e-8)."""
+    top, low = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
+    chroma = top - low
+    wanted = (chroma / (top + 1e-8)).mul_(numbers[:, :1, None]).clamp_(0, 1).mul_(top)
+    x.sub_(low).mul_(wanted / chroma.clamp(min=_TINY)).add_(top - wanted).clamp_(0, 1)
+
+
+def _solarize(x: Tensor, numbers: Tensor, used: list[bool]) -> None:
+    threshold, addition = numbers[:, 0, None, None], numbers[:, 1, None, None]
+    x.add_(addition).clamp_(0, 1)
+    torch.where(x < threshold, x, 1 - x, out=x)
+
+
+_RUN = {BLEND: _blend, BLEND + GREYING: _greying, HUE: _hue, SATURATE: _saturate, SOLARIZE: _solarize}

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ssd_addon.augment.fast import chain
-from ssd_addon.augment.fast.chain import BLEND, HUE, NOTHING, SATURATE, SOLARIZE, Chain
-from ssd_addon.kernels.colors import colors, runs_on
+from ssd_addon.kernels import colors as chain
+from ssd_addon.kernels.color_tiles import colors, runs_on
+from ssd_addon.kernels.colors import BLEND, HUE, NOTHING, SATURATE, SOLARIZE, Chain
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 

@@ -37,13 +37,24 @@ def test_as_many_programs_share_a_multiprocessor_as_intended(found):
         assert r["programs"] >= intended, r
 
 
+def test_the_kernel_for_colors_compiles_without_spilling():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "benchmarks/resources.py", "--colors"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert [r["arch"] for r in found] == ["sm_80", "sm_90"]
+    for r in found:
+        assert r["stack"] == r["local"] == r["spills"] == 0 and r["programs"] >= 4, r
+
+
 def test_the_gpu_script_runs_through_every_stage(tmp_path):
     """At toy sizes in the interpreter: what a run on a GPU would stumble over first is the script itself."""
     command = [sys.executable, "-W", "ignore", "benchmarks/gpu.py", "--dry", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(report["stages"]) == 10 and all("result" in stage for stage in report["stages"].values())
+    assert len(report["stages"]) == 11 and all("result" in stage for stage in report["stages"].values())
     assert json.loads((tmp_path / "table.json").read_text())["measured"] is None  # nothing was measured
 
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ssd_addon import StructuredViews
-from ssd_addon.augment.fast import blur, chain, geometry
-from ssd_addon.augment.fast.chain import BLEND, HUE, NOTHING, SATURATE, SOLARIZE, Chain
+from ssd_addon.augment.fast import blur, geometry
+from ssd_addon.kernels import colors as chain
+from ssd_addon.kernels.colors import BLEND, HUE, NOTHING, SATURATE, SOLARIZE, Chain
 from ssd_addon.recipes import presets
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

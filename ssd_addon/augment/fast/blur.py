@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssd_addon.augment.fast.chain import put
+from ssd_addon.kernels.colors import put
 
 TAIL = 2e-4
 """Share of a kernel that may be cut off at its ends, of which it is divided among the others."""
-TOGETHER = 2**18
+TOGETHER = 2**17
 """Pixels of images that are blurred at once, about what a core's own cache holds."""
 
 

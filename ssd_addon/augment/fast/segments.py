@@ -12,9 +12,9 @@ import torch
 from kornia.constants import Resample
 from torch import Tensor
 
-from ssd_addon.augment.fast.chain import BLEND, HUE, SATURATE, SOLARIZE, column
 from ssd_addon.augment.fast.geometry import Filter, Placement
 from ssd_addon.augment.stages import Step
+from ssd_addon.kernels.colors import BLEND, HUE, SATURATE, SOLARIZE, column
 from ssd_addon.operations.draws import Parameters
 from ssd_addon.operations.wrap import GATE, KorniaOperation
 

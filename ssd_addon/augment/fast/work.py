@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from ssd_addon import _checks
-from ssd_addon.augment.fast import blur, chain, geometry
-from ssd_addon.augment.fast.chain import Chain
+from ssd_addon.augment.fast import blur, geometry
 from ssd_addon.augment.fast.geometry import Placement
 from ssd_addon.augment.fast.segments import Blur, Colors, Geometry, fires, segments
 from ssd_addon.augment.fast.threads import for_each
 from ssd_addon.augment.stages import Stage, Step
 from ssd_addon.batch import ViewParameters
+from ssd_addon.kernels import colors as chain
+from ssd_addon.kernels.colors import Chain
 from ssd_addon.operations.draws import Parameters, pick
 
 PART = 2**20
