@@ -8,12 +8,14 @@ from pathlib import Path
 PAGE = Path(__file__).parent / "api.md"
 NAMES = {
     "augment": ("StructuredViews",),
-    "operations": ("Operation", "KorniaOperation"),
+    "operations": ("Operation", "KorniaOperation", "TorchvisionOperation", "seeded"),
+    "transform": ("StructuredTransform",),
     "plan": ("ViewPlan",),
     "batch": ("ViewBatch",),
     "collate": ("StructuredCollate", "ImageFiles"),
     "heads": ("StyleHeads",),
     "embeddings": ("Embeddings",),
+    "large_batch": ("two_pass",),
     "losses": (
         "JointEntropyLoss",
         "Terms",

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ssd_addon.collate import StructuredCollate as StructuredCollate
     from ssd_addon.embeddings import Embeddings as Embeddings
     from ssd_addon.heads import StyleHeads as StyleHeads
+    from ssd_addon.large_batch import two_pass as two_pass
     from ssd_addon.losses import DualAscent as DualAscent
     from ssd_addon.losses import EquivarianceLoss as EquivarianceLoss
     from ssd_addon.losses import JointEntropyLoss as JointEntropyLoss
@@ -62,6 +63,7 @@ _HOME = {
     "DualAscent": "losses",
     "EquivarianceLoss": "losses",
     "Monitor": "monitor",
+    "two_pass": "large_batch",
 }
 _MODULES = (
     "augment",
@@ -107,6 +109,7 @@ __all__ = [
     "recipes",
     "report",
     "runs",
+    "two_pass",
 ]
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of ours

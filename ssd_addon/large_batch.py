@@ -1,0 +1,113 @@
+"""The exact gradient of a large batch in the memory of a small one.
+
+    z       = model(batch), part by part, without a graph
+    g       = dL/dz of the whole batch
+    dL/dw   = sum over parts of (dz_part/dw)^T g_part, each part run a second time, with a graph
+
+Source: Gao et al. 2021, arXiv 2101.06983 (GradCache).
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ssd_addon import _checks
+from ssd_addon.batch import ViewBatch
+from ssd_addon.embeddings import Embeddings, of_batch
+
+
+def two_pass(model: nn.Module, batch: ViewBatch, criterion: Callable[[Embeddings], Tensor], *, chunk: int) -> Tensor:
+    """The loss of the whole batch; its gradients are added to `.grad` of all parameters, as by `loss.backward()`.
+
+    Memory for activations is that of `chunk` images; the model runs twice. Over ranks give the criterion
+    `gather_distributed=True`: a DistributedDataParallel model then averages gradients once, after the last part.
+    Dropout draws the same in both runs. The parameters of the criterion (a learned temperature) get their gradient too.
+
+    >>> from ssd_addon import JointEntropyLoss, StyleHeads, ViewPlan
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    >>> model = StyleHeads(net, {"content": 4, "color": 2}, in_features=8, hidden=())
+    >>> batch = ViewBatch(torch.rand(3, 64, 3, 8, 8), ViewPlan.shared_query(("content", "color")))
+    >>> loss = two_pass(model, batch, JointEntropyLoss(), chunk=16)
+    >>> loss.shape, net[0].weight.grad.abs().sum() > 0
+    (torch.Size([]), tensor(True))
+
+    Args:
+        model: `StyleHeads`, also inside DistributedDataParallel, or any module ViewBatch -> `Embeddings`.
+        batch: of any plan.
+        criterion: of the embeddings; a function may add terms, `lambda z: criterion(z) + equivariance(z, batch)`.
+        chunk: images, with all their views, that go through the model at once.
+
+    Batch norm in training mode uses the statistics of each part, as gradient accumulation would: a warning says so, and
+    running statistics are updated once.
+
+    Returns:
+        The loss, detached.
+
+    Raises:
+        TypeError: no `ViewBatch`, or a model that returns something else than `Embeddings`.
+        ValueError: chunk below 1.
+    """
+    if not isinstance(batch, ViewBatch):
+        raise TypeError(f"batch: expected a ViewBatch: got {type(batch).__name__}")
+    size = _checks.width(chunk, "chunk")
+    parts = [slice(i, min(i + size, batch.images)) for i in range(0, batch.images, size)]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    if norms and len(parts) > 1:
+        warnings.warn(
+            f"two_pass: batch norm in training mode uses the statistics of {size} images at a time, not of all "
+            f"{batch.images}; layer norm, or batch norm in evaluation mode, has none",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    states: list[Any] = []
+    found: list[Embeddings] = []
+    with torch.no_grad(), _kept(norms):
+        for part in parts:
+            states.append(_generators(batch))
+            z = model(batch.rows(part))
+            if not isinstance(z, Embeddings):
+                raise TypeError(f"model: expected Embeddings of views: got {type(z).__name__}")
+            found.append(z)
+    whole = {n: torch.cat([z[n] for z in found], dim=1).requires_grad_() for n in found[0]}
+    with torch.enable_grad():
+        loss = criterion(of_batch(whole, batch))
+        loss.backward()  # type: ignore[no-untyped-call]
+    grads: dict[str, Tensor | None] = {n: t.grad for n, t in whole.items()}
+    after = _generators(batch)
+    for i, (part, state) in enumerate(zip(parts, states, strict=True)):
+        _set_generators(batch, state)
+        last = i == len(parts) - 1
+        no_sync: Any = getattr(model, "no_sync", contextlib.nullcontext)  # of DistributedDataParallel
+        with contextlib.nullcontext() if last else no_sync(), torch.enable_grad():
+            z = model(batch.rows(part))
+            terms = [(z[n] * g[:, part].to(z[n].dtype)).sum() for n, g in grads.items() if g is not None]
+            torch.stack([t.to(loss.dtype) for t in terms]).sum().backward()  # type: ignore[no-untyped-call]
+    _set_generators(batch, after)
+    return loss.detach()
+
+
+@contextlib.contextmanager
+def _kept(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """The running statistics as they were."""
+    before = [(b, b.clone()) for m in norms for b in m.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
+def _generators(batch: ViewBatch) -> tuple[Tensor, Tensor | None]:
+    cuda = torch.cuda.get_rng_state(batch.device) if batch.device.type == "cuda" else None
+    return torch.get_rng_state(), cuda
+
+
+def _set_generators(batch: ViewBatch, state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], batch.device)
