@@ -26,10 +26,10 @@ types: $(STAMP)
 	$(PY) -m mypy
 
 unit: $(STAMP)
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadscope
 
 test-fast: $(STAMP)
-	$(PY) -m pytest -m "not slow and not distributed"
+	$(PY) -m pytest -n auto --dist loadscope -m "not slow and not distributed"
 
 test-browser: $(STAMP)
 	$(PY) -m pytest tests/browser

@@ -39,6 +39,7 @@ TRIAL_SHAPES = ((3, 64, 64), (3, 256, 256), (1, 64, 64), (4, 64, 64), (3, 1024, 
 class StructuredViews(nn.Module):
     """Images -> structured views, on the images' device.
 
+    >>> import kornia.augmentation as K
     >>> views = StructuredViews({"color": [K.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8)],
     ...                          "spatial": [K.RandomHorizontalFlip()]}, seed=0)
     >>> batch = views(torch.rand(4, 3, 16, 16))
@@ -210,6 +211,7 @@ class StructuredViews(nn.Module):
     def plan_of_work(self, channels: int = 3) -> str:
         """What the fast path does at once for images of so many channels, and which operations run as they are.
 
+        >>> import kornia.augmentation as K
         >>> print(StructuredViews({"color": [K.ColorJitter(0.4), K.RandomGamma((0.5, 2.0))]}, seed=0).plan_of_work())
         query: colors: color/0.ColorJitter; as it is: color/1.RandomGamma
         """
