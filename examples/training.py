@@ -67,12 +67,12 @@ def train(
 
 
 def score(
-    model: StyleHeads, views: StructuredViews, samples: Tensor, factors: Mapping[str, Factor], *, pairs_of: int = 1000
+    model: StyleHeads, views: StructuredViews, samples: Tensor, factors: Mapping[str, Factor], changed: Tensor
 ) -> dict[str, ScoreTable]:
-    """The known factors by a linear and a kernel probe, and without labels what the augmentations changed."""
+    """The known factors of `samples` by a linear and a kernel probe, and what augmentations change in `changed`."""
     z = embed(model, views.plain(samples), batch_size=500, on_sphere=True)
     tables = {name: r2_matrix(z, factors, probe=kind) for name, kind in (("linear", "ridge"), ("nonlinear", "kernel"))}
-    made = parameter_matrix(model, views, samples[:pairs_of], on_sphere=True, backbone=True)
+    made = parameter_matrix(model, views, changed, on_sphere=True, backbone=True)
     return tables | {"label-free": made} | ({"label-free, each parameter": made.parts} if made.parts else {})
 
 

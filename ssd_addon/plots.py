@@ -122,7 +122,7 @@ def views_strip(
     """A picture of structured views: a row per image, a column per view, titled with what the view shares.
 
     Args:
-        batch: views [V, B, C, H, W] in [0, 1].
+        batch: views [V, B, C, H, W], in [0, 1] once `mean` and `std` are undone.
         path: where to write.
         images: rows to show.
         bands: one to three channels to show, counted from 0. None shows one to three channels as they are, and of more
@@ -149,8 +149,8 @@ def views_strip(
     else:
         titles = [
             "query",
-            "content key\nshares the image alone",
-            *(f"{s} key\nshares {s} with the query" for s in _text(spaces[1:])),
+            "content key\nshares the image\nalone",
+            *(f"{s} key\nshares {s}\nwith the query" for s in _text(spaces[1:])),
         ]
     fig = Figure(figsize=(1.9 * v, 1.75 * n + 0.6), layout="constrained")
     FigureCanvasAgg(fig)
