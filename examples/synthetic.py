@@ -30,20 +30,21 @@ from ssd_addon.runs import build_views
 
 
 class ConvNet(nn.Module):
-    """A small backbone for 48 to 64 pixels: [N, 3, H, W] -> [N, 256].
+    """A small backbone for 48 to 64 pixels: [N, C, H, W] -> [N, 256].
 
     Three strided blocks and one that looks around, then two readings of the last map: its average and maximum, which
     know what is there, and a narrow copy of all of it, which knows where.
     """
 
-    def __init__(self, width: int = 128) -> None:
+    def __init__(self, width: int = 128, channels: int = 3) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for a, b, stride in ((3, 32, 2), (32, 64, 2), (64, 96, 2), (96, width, 1)):
+        for a, b, stride in ((channels, 32, 2), (32, 64, 2), (64, 96, 2), (96, width, 1)):
             layers += [nn.Conv2d(a, b, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
         self.map = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # on CPUs about twice as fast
         self.where = nn.Sequential(nn.Conv2d(width, 16, 1), nn.AdaptiveAvgPool2d(6), nn.Flatten())
         self.out = nn.Sequential(nn.Linear(2 * width + 16 * 36, 256), nn.ReLU())
+        self.num_features = 256
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.map(x)

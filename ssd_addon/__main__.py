@@ -9,7 +9,20 @@ import sys
 import traceback
 from pathlib import Path
 
-FLAGS = ("data", "out", "backbone", "views", "size", "samples", "explore", "rows", "batch-size", "device", "seed")
+FLAGS = (
+    "data",
+    "out",
+    "backbone",
+    "views",
+    "size",
+    "samples",
+    "explore",
+    "rows",
+    "batch-size",
+    "bands",
+    "device",
+    "seed",
+)
 ARGUMENTS = {"explored": "explore"}
 """Arguments of the library whose flag has another name."""
 LARGEST = 2**14
@@ -81,9 +94,25 @@ def _parser() -> argparse.ArgumentParser:
         "family sees them",
     )
     r.add_argument("--batch-size", type=int, default=64)
+    r.add_argument(
+        "--bands",
+        type=_bands,
+        help="one to three channels that pictures show, counted from 0, such as 3,2,1 (default: one to three channels "
+        "as they are, of more the first three principal directions of all pixels)",
+    )
     r.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     r.add_argument("--seed", type=int, default=0)
     return p
+
+
+def _bands(text: str) -> tuple[int, ...]:
+    from ssd_addon.display import checked_bands
+
+    try:
+        return checked_bands(tuple(int(part) for part in text.split(",")))
+    except (ValueError, TypeError):
+        expected = "one to three channels, counted from 0, such as 3,2,1"
+        raise argparse.ArgumentTypeError(f"expected {expected}: got {text!r}") from None
 
 
 def report(args: argparse.Namespace) -> None:
@@ -121,6 +150,7 @@ def report(args: argparse.Namespace) -> None:
         on_sphere=on_sphere,
         explored=args.explore,
         batch_size=args.batch_size,
+        bands=args.bands,
         seed=args.seed,
         say=_print,
     )

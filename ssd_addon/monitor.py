@@ -50,7 +50,8 @@ class Monitor:
         tensorboard: a folder (needs the package tensorboard), or a writer with add_scalar; None: none.
         views: the `StructuredViews` of the training, for the label-free matrix.
         images: [n, C, H, W], uint8 or in [0, 1], not normalized: what the matrices are measured on; held out from the
-            training, 500 to 2,000 of them. Gray and color images become the other where the model takes that alone.
+            training, 500 to 2,000 of them, of any number of channels. Gray and color images become the other where the
+            model takes that alone.
         factors: name -> a value for each image, as in `metrics.r2_matrix`, where some are known.
         every: epochs between matrices.
         log_every: steps between lines of terms.

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ssd_addon.batch import ViewBatch
+from ssd_addon.display import display
 from ssd_addon.metrics import ScoreTable
 from ssd_addon.report.curves import finite
 from ssd_addon.report.text import name
@@ -114,25 +115,32 @@ def views_strip(
     path: str | Path,
     *,
     images: int = 4,
+    bands: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> None:
     """A picture of structured views: a row per image, a column per view, titled with what the view shares.
 
     Args:
-        batch: views [V, B, 3 or 1, H, W].
+        batch: views [V, B, C, H, W], in [0, 1] once `mean` and `std` are undone.
         path: where to write.
         images: rows to show.
+        bands: one to three channels to show, counted from 0. None shows one to three channels as they are, and of more
+            the first three principal directions of the pixels shown; the picture says which.
         mean, std: of a Normalize that the views ended with, to undo it.
+
+    Raises:
+        ValueError, TypeError: views of several sizes; bands that are not one to three channels of the views.
     """
-    if not isinstance(batch.views, torch.Tensor) or batch.views.ndim != 5 or batch.views.shape[2] not in (1, 3):
-        raise ValueError(f"views_strip: expected views [V, B, 1 or 3, H, W], of one size: got {batch}")
+    if not isinstance(batch.views, torch.Tensor) or batch.views.ndim != 5:
+        raise ValueError(f"views_strip: expected views [V, B, C, H, W], of one size: got {batch}")
     v, b = batch.views.shape[:2]
     n = min(images, b)
     x = batch.views[:, :n].detach().float().cpu()
     if mean is not None and std is not None:
         x = x * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
-    x = x.clamp(0, 1).permute(0, 1, 3, 4, 2).expand(-1, -1, -1, -1, 3)
+    show = display(x, bands)
+    x = show(x.clamp(0, 1)).permute(0, 1, 3, 4, 2)
     spaces = batch.plan.spaces
     if batch.plan.kind == "interleaved":
         titles = ["query", "key"]
@@ -141,8 +149,8 @@ def views_strip(
     else:
         titles = [
             "query",
-            "content key\nshares the image alone",
-            *(f"{s} key\nshares {s} with the query" for s in _text(spaces[1:])),
+            "content key\nshares the image\nalone",
+            *(f"{s} key\nshares {s}\nwith the query" for s in _text(spaces[1:])),
         ]
     fig = Figure(figsize=(1.9 * v, 1.75 * n + 0.6), layout="constrained")
     FigureCanvasAgg(fig)
@@ -157,6 +165,8 @@ def views_strip(
             if k and batch.plan.kind == "interleaved":
                 index = i % len(spaces) if batch.space_index is None else int(batch.space_index[i])
                 ax.set_title(f"serves {_text(spaces)[index]}", fontsize=8)
+    if show.text:
+        fig.supxlabel(f"shown: {show.text}", fontsize=8, wrap=True)
     _write(fig, path)
 
 

@@ -39,6 +39,7 @@ def write(
     on_sphere: bool | None = None,
     explored: int = EXPLORED,
     batch_size: int = 64,
+    bands: Sequence[int] | None = None,
     seed: int = 0,
     say: Say | None = None,
 ) -> Findings:
@@ -60,6 +61,9 @@ def write(
             its attribute `on_sphere`, False where it has none.
         explored: images in the explorer, at most; fewer where there are many spaces.
         batch_size: images at a time.
+        bands: one to three channels that pictures show, counted from 0. None shows one to three channels as they are
+            (two as magenta and green), and of more the first three principal directions of all pixels. The page says
+            which. Measures are of all channels.
         seed: of views, splits and resamples.
         say: called with a line on what is being done; the library itself prints nothing.
 
@@ -68,8 +72,8 @@ def write(
 
     Raises:
         OSError: `out` cannot be written; said before anything is computed.
-        ValueError, TypeError: images that are not [n, C, H, W] with 1 or 3 channels, names or factors that are not one
-            for each image, and what `metrics.embed` refuses.
+        ValueError, TypeError: images that are not [n, C, H, W], names or factors that are not one for each image, bands
+            that are not one to three of the channels, and what `metrics.embed` refuses.
     """
     path = writable(out)
     data = images if isinstance(images, Data) else Data(images, factors or {}, list(names))
@@ -86,6 +90,7 @@ def write(
         on_sphere=on_sphere,
         explored=explored,
         batch_size=batch_size,
+        bands=bands,
         seed=seed,
         say=say,
     )

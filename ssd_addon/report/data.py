@@ -46,9 +46,12 @@ class Data:
     def check(self) -> None:
         """Raises what does not fit: images without a picture, names, factors or classes that are not theirs."""
         x, n = self.images, len(self.images)
-        if x.ndim != 4 or not n or x.shape[1] not in (1, 3):
+        if x.ndim != 4 or not x.numel():
+            raise ValueError(f"images: expected [n, C, H, W], one image or more: got {_checks.shape(x)}")
+        if x.shape[1] == x.shape[2] > 4 >= x.shape[3]:
             raise ValueError(
-                f"images: expected [n, C, H, W] with 1 or 3 channels, one image or more: got {_checks.shape(x)}"
+                f"images: expected [n, C, H, W]: got {_checks.shape(x)}, which looks like [n, H, W, C]; give "
+                "images.permute(0, 3, 1, 2)"
             )
         if len(self.names) != n:
             raise ValueError(f"names: expected {n}, one per image: got {len(self.names)}")

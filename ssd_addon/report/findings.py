@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssd_addon import _checks
 from ssd_addon.batch import ViewBatch
+from ssd_addon.display import Display, display
 from ssd_addon.embeddings import Embeddings
 from ssd_addon.metrics import (
     Dci,
@@ -59,6 +60,7 @@ class Findings:
         explored: rows of the images in the explorer; similarity: space -> [m, m] cosines.
         log: of the training.
         reasons: part -> why it is not there.
+        display: how images are shown as RGB.
     """
 
     title: str
@@ -74,6 +76,7 @@ class Findings:
     similarity: dict[str, Tensor]
     log: Sequence[Mapping[str, Any]]
     reasons: dict[str, str] = field(default_factory=dict)
+    display: Display | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +99,7 @@ def measure(
     on_sphere: bool | None = None,
     batch_size: int = 64,
     explored: int = EXPLORED,
+    bands: Sequence[int] | None = None,
     seed: int = 0,
     say: Say | None = None,
 ) -> Findings:
@@ -110,6 +114,7 @@ def measure(
         on_sphere: True scores L2-normalized embeddings, as the SimCLR family's loss sees them; None asks the model.
         batch_size: images at a time.
         explored: images in the explorer, at most.
+        bands: the channels that pictures show; see `display`.
         seed: of splits and views.
         say: called with a line on what is being done.
 
@@ -117,6 +122,7 @@ def measure(
         ValueError: embeddings that are not finite: there is nothing to be said of such a model.
     """
     tell = say or (lambda _: None)
+    show = display(data.images, bands)
     images, changed = for_model(data.images, model)
     n, about = len(images), list(about)
     if changed:
@@ -187,6 +193,7 @@ def measure(
         similarity,
         log,
         attempt.reasons,
+        show,
     )
 
 

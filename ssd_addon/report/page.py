@@ -261,6 +261,7 @@ def _kept(f: Findings) -> dict[str, Any]:
         "redundancy": None if f.shared is None else f.shared.to_json(),
         "geometry": {s: {k: v if finite(v) else None for k, v in row.items()} for s, row in f.geometry.items()},
         "reasons": f.reasons,
+        "pictures": "" if f.display is None else f.display.text,
     }
 
 

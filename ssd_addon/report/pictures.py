@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ssd_addon.display import Display, display
 from ssd_addon.report.data import Data
 from ssd_addon.report.findings import Findings
 from ssd_addon.report.text import html, name
@@ -26,6 +27,7 @@ def views_section(f: Findings) -> str:
         why = f.reasons.get("views", "the views of the training are not known")
         return "\n".join([*out, f'<p class="na">n/a: {html(why)}</p>', "</section>"])
     x, plan = f.views.views, f.views.plan
+    show = f.display if f.display and f.display.channels == x.shape[2] else display(x)  # a model that takes gray alone
     count = min(6, x.shape[1])
     if plan.kind == "shared_query":
         heads = [("query", ""), ("content key", "shares the image alone")]
@@ -42,14 +44,20 @@ def views_section(f: Findings) -> str:
     rows = []
     for i in range(count):
         cells = "".join(
-            f'<td><img src="{picture(x[v, i])}" alt="{html(f"image {i + 1}, {heads[v][0]}")}"></td>'
+            f'<td><img src="{picture(x[v, i], show)}" alt="{html(f"image {i + 1}, {heads[v][0]}")}"></td>'
             for v in range(x.shape[0])
         )
         rows.append(f"<tr>{side[i]}{cells}</tr>")
     head = ("<th></th>" if side[0] else "") + "".join(f'<th scope="col">{_heading(*h)}</th>' for h in heads)
     table = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
     return "\n".join(
-        [*out, f"<p>{text}</p>", f'<div class="wide"><table class="strip">{table}</table></div>', "</section>"]
+        [
+            *out,
+            f"<p>{text}</p>",
+            shown(show),
+            f'<div class="wide"><table class="strip">{table}</table></div>',
+            "</section>",
+        ]
     )
 
 
@@ -69,6 +77,7 @@ def explorer_section(f: Findings, data: Data) -> str:
         {"spaces": spaces, "names": captions, "similarity": [_int16(t) for t in f.similarity.values()]}
     )
     mix = _mix(f, spaces) if len(spaces) > 1 else ""
+    first = picture(data.images[int(f.explored[0])], f.display)
     return "\n".join(
         [
             "<section>",
@@ -76,10 +85,12 @@ def explorer_section(f: Findings, data: Data) -> str:
             "<p>Choose an image, with the mouse or with the arrow keys. Each row shows its nearest neighbors among the "
             f"n = {len(captions)} images here in one space. "
             + ("In the mix, a negative weight asks for images that differ in that space. " if mix else "")
-            + "The numbers are cosine similarities.</p><noscript><p>The explorer needs JavaScript.</p></noscript>",
+            + "The numbers are cosine similarities.</p>"
+            + shown(f.display)
+            + "<noscript><p>The explorer needs JavaScript.</p></noscript>",
             '<div class="explorer" id="explorer">'
             f'<div class="picker" id="picker" role="listbox" aria-label="Images">{_tiles(f, data, captions)}</div>'
-            f'<div><div class="chosen"><img id="chosen-image" src="{picture(data.images[int(f.explored[0])])}" alt="">'
+            f'<div><div class="chosen"><img id="chosen-image" src="{first}" alt="">'
             f'<div id="chosen-name" aria-live="polite"></div></div>{rows}{mix}</div></div>'
             f'<script type="application/json" id="explorer-data">{data_json}</script>',
             "</section>",
@@ -92,7 +103,7 @@ def _tiles(f: Findings, data: Data, captions: Sequence[str]) -> str:
     for k, i in enumerate(f.explored.tolist()):
         state = 'aria-selected="true" tabindex="0"' if k == 0 else 'aria-selected="false" tabindex="-1"'
         label = html(captions[k] or f"image {k + 1}")
-        image = f'<img src="{picture(data.images[i])}" alt="">'
+        image = f'<img src="{picture(data.images[i], f.display)}" alt="">'
         tiles.append(f'<button type="button" role="option" {state} title="{label}">{image}</button>')
     return "".join(tiles)
 
@@ -132,14 +143,15 @@ def _caption(data: Data, i: int) -> str:
     return name(", ".join(parts[:6]))
 
 
-def picture(x: Tensor) -> str:
+def shown(show: Display | None) -> str:
+    """A line on which bands the pictures show; "" for gray and RGB images as they are."""
+    return f'<p class="note">The pictures show {html(show.text)}.</p>' if show is not None and show.text else ""
+
+
+def picture(x: Tensor, show: Display | None = None) -> str:
     """An image [C, H, W], uint8 or in [0, 1], as a data address of at most TILE pixels a side."""
-    t = x.detach().cpu()
-    if t.dtype != torch.uint8:
-        t = (t.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    if t.shape[0] == 1:
-        t = t.expand(3, -1, -1)
-    image = Image.fromarray(np.ascontiguousarray(t[:3].permute(1, 2, 0).numpy()))
+    t = ((show or display(x))(x) * 255).round().to(torch.uint8)
+    image = Image.fromarray(np.ascontiguousarray(t.permute(1, 2, 0).numpy()))
     image.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=86)

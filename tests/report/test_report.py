@@ -469,9 +469,9 @@ def test_the_command_takes_a_file_and_fewer_images(run, tmp_path, capsys):
             {"run": "vit"},
             "doesn't match model (224).); if that is because of their size, --size brings them to another",
         ),
-        ({"data": "bad.py:two"}, "with 1 or 3 channels, one image or more: got [20, 2, 32, 32]"),
+        ({"data": "bad.py:two"}, "to have 3 channels, but got 2 channels instead)\n"),
         ({"data": "bad.py:raises"}, "bad.py:raises raised ZeroDivisionError: division by zero"),
-        ({"data": "bad.py:last"}, "with 1 or 3 channels, one image or more: got [20, 32, 32, 4]"),
+        ({"data": "bad.py:last"}, "expected [n, C, H, W]: got [20, 32, 32, 4], which looks like [n, H, W, C]"),
         ({"run": "channels1.pt"}, "name it yourself, --backbone 'torchvision:NAME', 'timm:NAME' or 'FILE.py:NAME'"),
         (
             {"run": "channels4.pt", "more": ["--backbone", "bad.py:four"]},
@@ -543,7 +543,10 @@ def test_a_broken_log_costs_the_curves_alone(run, tmp_path, capsys):
         ({"factors": {3: torch.rand(20)}}, "factors: expected their names as strings: got 3"),
         ({"factors": {"kind": torch.arange(20) % 3}, "classes": {"kind": ["a", "b"]}}, "a word for each class up to 2"),
         ({"factors": {"kind": -torch.ones(20).long()}, "classes": {"kind": ["a"]}}, "from 0 on.*least class -1"),
-        ({"images": torch.rand(20, 2, 8, 8)}, r"images: expected .* with 1 or 3 channels.*got \[20, 2, 8, 8\]"),
+        (
+            {"images": torch.rand(20, 8, 8, 3)},
+            r"images: expected .*got \[20, 8, 8, 3\], which looks like \[n, H, W, C\]",
+        ),
         ({"explored": 0}, "explored: expected a whole number of images, 1 or more: got 0"),
     ],
 )
