@@ -8,8 +8,8 @@ multispectral   12 bands. "geometry": rotation, shift, scale; "sensor": gain and
 histology       stained tissue. "spatial": right-angle turns and flips; "stain": jitter of hematoxylin and eosin
 gray            one channel, as in radiology. "spatial": rotation, shift, scale; "acquisition": gamma and noise
 
-Each takes one to two minutes on two cores and writes metrics.json, matrix.png, views.png, curves.png, log.jsonl and
-model.pt. The measured matrices are in docs/domains.md. A page about a run:
+Each takes one to two minutes on one or two cores and writes metrics.json, matrix.png, views.png, curves.png, log.jsonl
+and model.pt. The measured matrices are in docs/domains.md. A page about a run:
 
     python -m ssd_addon report runs/multispectral --data examples/domains.py:multispectral_data --bands 3,2,1 \\
         --backbone examples/domains.py:multispectral_net --views examples/domains.py:multispectral_views
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     p.add_argument("--domain", choices=tuple(DOMAINS), required=True)
     p.add_argument("--steps", type=whole, default=500)
     p.add_argument("--batch-size", type=whole, default=64)
-    p.add_argument("--content", type=whole, default=4, help="width of the content space")
+    p.add_argument("--content", type=whole, default=None, help="width of the content space (default: the domain's)")
     p.add_argument("--style", type=whole, default=8, help="width of each style space")
     p.add_argument("--samples", type=whole, default=3000, help="images for the probes")
     p.add_argument("--lr", type=float, default=2e-3)
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     torch.manual_seed(args.seed)
     domain = DOMAINS[args.domain]
+    args.content = args.content or domain.content
     drawn = views(args.domain, args.seed)
     settings = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
     r = recipe(domain.groups(), content=args.content, style=args.style)

@@ -29,6 +29,7 @@ class Domain:
         draw: (n, generator) -> n images [n, C, SIZE, SIZE] in [0, 1] and what is known of them.
         groups, then: make the operations of `StructuredViews`.
         noise: the largest standard deviation of the noise that views have.
+        content: width of the content space: little for a content of few factors, as spare room holds traces of styles.
         classes: factor -> names of its classes.
         bands: the channels that pictures show as red, green and blue; None for all.
     """
@@ -38,6 +39,7 @@ class Domain:
     groups: Callable[[], dict[str, list[Any]]]
     then: Callable[[], list[Any]]
     noise: float
+    content: int
     classes: dict[str, list[str]]
     bands: tuple[int, int, int] | None = None
 
@@ -149,12 +151,12 @@ def histology(n: int, g: torch.Generator) -> Drawn:
     tissue, side = torch.randint(len(TISSUES), (n,), generator=g), torch.randint(4, (n,), generator=g)
     most = 24
     kind = tissue[:, None]
-    count = torch.tensor([7, 24, 6, 12, 12])[kind]
+    count = torch.tensor([6, 24, 5, 12, 12])[kind]
     ring = 2 * math.pi * torch.arange(most) / 12 + uniform((n, 1), 0, 6, g)
     x, y = (uniform((n, most), -1, 1, g) for _ in range(2))
     in_gland = kind == 4
     x, y = torch.where(in_gland, 0.55 * ring.cos(), x), torch.where(in_gland, 0.55 * ring.sin(), y)
-    a = torch.tensor([0.13, 0.13, 0.27, 0.30, 0.14])[kind] * ratio((n, most), 1.15, g)
+    a = torch.tensor([0.10, 0.12, 0.30, 0.34, 0.13])[kind] * ratio((n, most), 1.15, g)
     b = a * torch.where(kind == 3, 0.3, 0.85)
     there = (torch.arange(most) < count)[..., None, None]
     nuclei = (there * ellipses(x, y, a, b, uniform((n, most), 0, math.pi, g))).amax(1)
@@ -164,7 +166,7 @@ def histology(n: int, g: torch.Generator) -> Drawn:
     inside = torch.stack([torch.rot90(inside, k, (1, 2)) for k in range(4)])[side, torch.arange(n)]
     fibers = 1 + 0.25 * torch.nn.functional.avg_pool2d(torch.randn(n, 1, SIZE + 2, SIZE + 2, generator=g), 3, stride=1)
     amounts = ratio((n, 2), 1.25, g)
-    hematoxylin, eosin = (0.15 + 0.5 * nuclei) * inside, 0.25 * fibers[:, 0] * (1 - 0.5 * nuclei) * inside
+    hematoxylin, eosin = (0.08 + 0.62 * nuclei) * inside, 0.25 * fibers[:, 0] * (1 - 0.5 * nuclei) * inside
     stains = torch.stack([amounts[:, :1, None] * hematoxylin, amounts[:, 1:, None] * eosin], dim=1)
     images = stained(torch.cat([stains, torch.zeros(n, 1, SIZE, SIZE)], dim=1))
     logs = amounts.log()
@@ -240,6 +242,7 @@ DOMAINS = {
         lambda: {"geometry": [_affine(180.0)], "sensor": [BandGain()]},
         lambda: [Noise(0.02)],
         0.02,
+        4,
         {"cover": COVERS},
         (3, 2, 1),
     ),
@@ -249,6 +252,7 @@ DOMAINS = {
         lambda: {"spatial": [*_turns()], "stain": [StainJitter()]},
         lambda: [Noise(0.02)],
         0.02,
+        16,
         {"tissue": TISSUES, "edge": ["right", "top", "left", "bottom"]},
     ),
     "gray": Domain(
@@ -257,6 +261,7 @@ DOMAINS = {
         lambda: {"spatial": [_affine(60.0, (0.8, 1.25))], "acquisition": [K.RandomGamma((0.5, 2.0), p=1.0), Noise()]},
         list,
         0.08,
+        4,
         {"region": REGIONS},
     ),
 }

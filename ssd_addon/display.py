@@ -79,7 +79,7 @@ def display(images: Tensor, bands: Sequence[int] | None = None) -> Display:
     least = torch.finfo(torch.float32).eps * shown.abs().amax(0).clamp(min=1)
     constant = high - low <= least
     low, high = torch.where(constant, 0.0, low), torch.where(constant, 1.0, high)
-    return Display(weights, low, high, f"{text}, stretched from the 1st to the 99th percentile of all images")
+    return Display(weights, low, high, f"{text}, stretched from the 1st to the 99th percentile")
 
 
 def checked_bands(bands: Any, channels: int | None = None) -> tuple[int, ...]:
