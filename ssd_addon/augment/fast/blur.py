@@ -12,7 +12,7 @@ from ssd_addon.kernels.colors import put
 TAIL = 2e-4
 """Share of a kernel that may be cut off at its ends, of which it is divided among the others."""
 TOGETHER = 2**17
-"""Pixels of images that are blurred at once, about what a core's own cache holds."""
+"""Numbers of images that are blurred at once by each thread, about what a core's own cache holds."""
 
 
 def kernels(sigma: Tensor, size: int) -> Tensor:
@@ -40,7 +40,7 @@ def blur(x: Tensor, rows: Tensor, sigma: Tensor, size: tuple[int, int], border: 
         x[at] = _convolved(x[at], vertical, horizontal, border)
         return
     order = sigma.argsort()  # images of about one width lie together, as their kernels are cut to the widest
-    for some in order.split(max(1, TOGETHER // x[0].numel())):
+    for some in order.split(max(1, TOGETHER * torch.get_num_threads() // x[0].numel())):
         y = _along_rows(x.index_select(0, rows[some]), _cut(vertical[some]), border)
         put(x, rows[some], _along_columns(y, _cut(horizontal[some]), border))
 

@@ -16,7 +16,6 @@ from ssd_addon import _checks
 from ssd_addon.augment.fast import blur, geometry
 from ssd_addon.augment.fast.geometry import Placement
 from ssd_addon.augment.fast.segments import Blur, Colors, Geometry, fires, segments
-from ssd_addon.augment.fast.threads import for_each
 from ssd_addon.augment.stages import Stage, Step
 from ssd_addon.batch import ViewParameters
 from ssd_addon.kernels import colors as chain
@@ -24,7 +23,7 @@ from ssd_addon.kernels.colors import Chain
 from ssd_addon.operations.draws import Parameters, pick
 
 PART = 2**20
-"""Numbers in a part of the rows, for each thread."""
+"""Numbers in a part of the rows, for each thread that torch uses inside an operation."""
 
 
 class Lane:
@@ -74,8 +73,8 @@ class Lane:
             for k, s in enumerate(begins)
             if isinstance(s, Colors) and s.columns
         }
-        cpu = source.device.type == "cpu"
-        most = max(1, PART * (1 if cpu else 512) // (source.shape[1] * place.size[0] * place.size[1]))
+        threads = torch.get_num_threads() if source.device.type == "cpu" else 512
+        most = max(1, PART * threads // (source.shape[1] * place.size[0] * place.size[1]))
 
         def make(part: Tensor) -> None:
             x = geometry.pixels(place.rows(part), source, index[part])
@@ -85,13 +84,8 @@ class Lane:
 
         if all(s.fast for s in begins):
             order = torch.arange(n) if not tables else next(iter(tables.values())).alike()
-            first, *others = order.split(most)
-            make(first)  # by which the size of the views is known
-            if cpu:
-                for_each(make, others)
-            else:
-                for part in others:
-                    make(part)
+            for part in order.split(most):
+                make(part)
         else:  # somebody else's operation: always the rows of one view, so that a replay is equal to the last bit
             for part in torch.arange(n).split(views):
                 make(part)
