@@ -108,15 +108,17 @@ def matrices(start: Tensor, length: Tensor, extent: int, size: int, how: Filter 
 
     The filter is wider by length / size where that exceeds 1 (antialiasing). Source: Pillow's resampling.
     """
-    scale = length.double()[:, None] / size
-    center = (torch.arange(size, dtype=torch.float64, device=start.device) + 0.5) * scale
+    kind = torch.float32 if start.device.type == "mps" else torch.float64  # which has no float64
+    start, length = start.to(kind), length.to(kind)
+    scale = length[:, None] / size
+    center = (torch.arange(size, dtype=kind, device=start.device) + 0.5) * scale
     if how is None:
         center, scale, how = center.floor() + 0.5, torch.ones_like(scale), "bilinear"
     wide = scale.clamp(min=1)
     support = _SUPPORT[how] * wide
     first = (center - support + 0.5).floor().clamp(min=0)
-    last = torch.minimum((center + support + 0.5).floor(), length.double()[:, None])
-    at = torch.arange(extent, dtype=torch.float64, device=start.device) - start.double()[:, None]  # [N, extent]
+    last = torch.minimum((center + support + 0.5).floor(), length[:, None])
+    at = torch.arange(extent, dtype=kind, device=start.device) - start[:, None]  # [N, extent]
     x = ((at[:, None, :] + 0.5 - center[:, :, None]) / wide[:, :, None]).abs()
     if how == "bilinear":
         weight = (1 - x).clamp(min=0)
