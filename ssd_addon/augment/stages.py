@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from ssd_addon import _checks
 from ssd_addon.augment.crop import is_crop
 from ssd_addon.augment.samples import Samples
+from ssd_addon.operations.choice import wrapped
 from ssd_addon.operations.draws import Parameters, Refused, Seed, Watch, generator, pick
 from ssd_addon.operations.trial import ERRORS, SHAPES, Traits, draws_beside, draws_late, no_batch, same, tried
-from ssd_addon.operations.wrap import GATE, KorniaOperation, WrappedOperation, wrapped
+from ssd_addon.operations.wrap import GATE, KorniaOperation, WrappedOperation
 
 THEN = "then"
 EXONERATIONS = 3

@@ -195,27 +195,6 @@ def changes_size(x: Tensor, y: Tensor) -> str:
     )
 
 
-def wrapped(operation: Any, where: str) -> tuple[str, Operation]:
-    """(name, operation) of what a user put into a group."""
-    from ssd_addon.operations.torchvision import TorchvisionOperation, is_transform
-
-    if isinstance(operation, AugmentationBase2D):
-        made = KorniaOperation(operation, where)
-        return made.name, made
-    if is_transform(operation):
-        transform = TorchvisionOperation(operation, where)
-        return transform.name, transform
-    if isinstance(operation, Operation) and not inspect.isclass(operation):
-        return str(getattr(operation, "name", type(operation).__name__)), operation
-    name = operation.__name__ if inspect.isclass(operation) else type(operation).__name__
-    what = f"the class {name}; make one: {name}(...)" if inspect.isclass(operation) else name
-    raise TypeError(
-        f"{where}: expected Kornia's 2-D operations on single images (no container, no mixing of images), v2 "
-        "transforms of torchvision, objects with draw and apply, or operations.seeded(function) of anything else: got "
-        + what
-    )
-
-
 def _copied(op: AugmentationBase2D) -> AugmentationBase2D:
     op = copy.deepcopy(op)
     op.set_rng_device_and_dtype(torch.device("cpu"), torch.float32)
