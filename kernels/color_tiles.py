@@ -32,6 +32,15 @@ def _clamp(x):
 
 
 @triton.jit
+def _pixels(p_x, o_p, m_p, pixels):
+    return (
+        tl.load(p_x + o_p, m_p, 0.0),
+        tl.load(p_x + pixels + o_p, m_p, 0.0),
+        tl.load(p_x + 2 * pixels + o_p, m_p, 0.0),
+    )
+
+
+@triton.jit
 def _near(hue, place):
     """How much of a channel a hue has, 1 to 2: 2 - |distance on the circle|, and at least 1."""
     return tl.minimum(tl.maximum(tl.abs(tl.abs(hue - place) - 3.0), 1.0), 2.0)
@@ -89,9 +98,7 @@ def colors_kernel(
             for start in range(0, pixels, b_P):
                 o_p = start + tl.arange(0, b_P)
                 m_p = o_p < pixels
-                r = tl.load(p_x + o_p, m_p, 0.0)
-                g = tl.load(p_x + pixels + o_p, m_p, 0.0)
-                b = tl.load(p_x + 2 * pixels + o_p, m_p, 0.0)
+                r, g, b = _pixels(p_x, o_p, m_p, pixels)
                 for j in tl.static_range(k):
                     mean = tl.sum(tl.where(places == j, means, 0.0))
                     r, g, b = _instruction(r, g, b, tl.load(p_codes + j), p_numbers + 4 * j, mean)
@@ -100,9 +107,7 @@ def colors_kernel(
     for start in range(0, pixels, b_P):
         o_p = start + tl.arange(0, b_P)
         m_p = o_p < pixels
-        r = tl.load(p_x + o_p, m_p, 0.0)
-        g = tl.load(p_x + pixels + o_p, m_p, 0.0)
-        b = tl.load(p_x + 2 * pixels + o_p, m_p, 0.0)
+        r, g, b = _pixels(p_x, o_p, m_p, pixels)
         for k in tl.static_range(COLUMNS):
             mean = tl.sum(tl.where(places == k, means, 0.0))
             r, g, b = _instruction(r, g, b, tl.load(p_codes + k), p_numbers + 4 * k, mean)

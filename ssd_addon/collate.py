@@ -36,7 +36,9 @@ class StructuredCollate:
         size: edge in pixels, or (height, width).
         fit: "cover" resizes with antialiasing until the image covers the size, then crops the center; "pad" resizes
             until it fits inside, and pads with black.
-        views: a `StructuredViews` to apply; None returns images [B, C, H, W] (uint8 where all samples are,
+        views: a `StructuredViews` to apply, or a `StructuredTransform`, whose lists of views become a `ViewBatch`
+            (`size` and `fit` play no part then, as its crops read whole images); None returns images [B, C, H, W]
+            (uint8 where all samples are,
             a quarter of the memory to move: `views(images)` on the device scales them).
 
     Returns:
@@ -73,13 +75,16 @@ class StructuredCollate:
         if not samples:
             raise ValueError("collate: expected at least one sample: got an empty batch")
         images, labels, names = [], [], []
+        made: Callable[[Sequence[Any]], ViewBatch] | None = getattr(self.views, "collated", None)
         for sample in samples:
             if not isinstance(sample, tuple | list) or not 2 <= len(sample) <= 3:
                 got = f"{len(sample)} items" if isinstance(sample, tuple | list) else type(sample).__name__
                 raise TypeError(f"collate: expected samples (image, label) or (image, label, name): got {got}")
-            images.append(_centered(self._fitted(sample[0]), *self.size))
+            images.append(sample[0] if made is not None else _centered(self._fitted(sample[0]), *self.size))
             labels.append(sample[1])
             names.append(str(sample[2]) if len(sample) == 3 else "")
+        if made is not None:
+            return made(images), _labels(labels), names
         if any(i.dtype != torch.uint8 for i in images):
             images = [i.float() / 255 if i.dtype == torch.uint8 else i.float() for i in images]
         channels = sorted({i.shape[0] for i in images})

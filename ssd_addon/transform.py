@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import get_worker_info
+from torch.utils.data import default_collate, get_worker_info
 
 from ssd_addon import _checks, pictures
 from ssd_addon.augment.samples import Samples, checked, floats
 from ssd_addon.augment.stages import Stage
 from ssd_addon.augment.views import StructuredViews
-from ssd_addon.batch import ViewParameters
+from ssd_addon.batch import ViewBatch, ViewParameters
 from ssd_addon.plan import PlanKind, ViewPlan
 
 
@@ -39,7 +39,8 @@ class StructuredTransform:
     the start of the training. Workers may be forked or spawned.
 
     `default_collate` makes a list of V batches [B, C, H, W], which `StyleHeads` takes; the loss takes `transform.plan`
-    beside the embeddings, so that spaces are matched by name.
+    beside the embeddings, so that spaces are matched by name. `StructuredCollate(size, views=transform)` makes a
+    `ViewBatch` of them, which carries the plan, and with `parameters=True` how each view was drawn.
 
     >>> import kornia.augmentation as K
     >>> transform = StructuredTransform({"color": [K.ColorJitter(0.4, 0.4, 0.4, 0.1)]},
@@ -112,6 +113,23 @@ class StructuredTransform:
         made = self.views._made(x, [None] * len(drawn), drawn)
         views = [view[0] for view in made]
         return (views, [_first(p) for p in drawn]) if self.parameters else views
+
+    def collated(self, made: Sequence[Any]) -> ViewBatch:
+        """Samples as a batch, with their parameters where these were asked for: for `StructuredCollate`.
+
+        Args:
+            made: of each sample what this transform returned, or a sample that it has not seen yet.
+        """
+        views: list[list[Tensor]] = []
+        drawn: list[Any] = []
+        for each in made:
+            done = each if isinstance(each, list | tuple) else self(each)
+            whole = len(done) == 2 and isinstance(done[0], list)
+            views.append(list(done[0]) if whole else list(done))
+            drawn.append(done[1] if whole else None)
+        stacked = [torch.stack(list(each)) for each in zip(*views, strict=True)]
+        parameters = [] if None in drawn else [ViewParameters(p) for p in default_collate(drawn)]
+        return ViewBatch(stacked, self.plan, parameters=parameters)
 
     def _turn(self, x: Tensor) -> tuple[int, ...]:
         """By what the draws of a sample differ from those of others, and of the same sample at another time."""

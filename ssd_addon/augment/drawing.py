@@ -74,6 +74,7 @@ class Drawing:
             out.append(self.view(shape, seed, view, out[0] if view else None, index))
         return out
 
+    @in_float32()
     def view(
         self,
         shape: tuple[int, ...],
@@ -83,18 +84,6 @@ class Drawing:
         index: Tensor | None,
         *,
         keyed: bool = True,
-    ) -> ViewParameters:
-        with in_float32():
-            return self._view(shape, seed, view, query, index, keyed)
-
-    def _view(
-        self,
-        shape: tuple[int, ...],
-        seed: Seed,
-        view: int,
-        query: ViewParameters | None,
-        index: Tensor | None,
-        keyed: bool,
     ) -> ViewParameters:
         mine = ViewParameters()
         late = any(s.traits is None for stage in self.stages.values() for s in (*stage.query, *(stage.key or ())))

@@ -164,11 +164,16 @@ def test_threads_change_no_bit(threads):
         torch.set_num_threads(before)
 
 
-def test_an_error_of_a_later_part_comes_out():
+def test_a_box_outside_the_image_is_refused_by_name():
+    """It would be cut off in silence, and resized from what is left."""
     views = StructuredViews({"g": [K.RandomResizedCrop((16, 16)), K.ColorJitter(0.4)]}, seed=0)
     batch = views(torch.rand(4, 3, 20, 20))
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises(ValueError, match=r"g: 0\.RandomResizedCrop .*boxes inside the images, 10 x 10 pixels"):
         views.replay(torch.rand(4, 3, 10, 10), batch.parameters[0])
+    cropped = StructuredViews({"g": [K.RandomCrop((20, 20))]}, seed=0)
+    for size in ((9, 9), (30, 9), (9, 30)):
+        with pytest.raises(ValueError, match=r"g: 0\.RandomCrop "):
+            cropped(torch.rand(4, 3, *size))
 
 
 def test_what_is_done_at_once_can_be_read():

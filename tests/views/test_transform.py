@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from ssd_addon import JointEntropyLoss, StructuredTransform, StructuredViews, StyleHeads, operations
+from ssd_addon import JointEntropyLoss, StructuredCollate, StructuredTransform, StructuredViews, StyleHeads, operations
 from ssd_addon.metrics import parameter_matrix
 from ssd_addon.runs import ResumableSampler
 
@@ -138,6 +138,22 @@ def test_lightlys_data_sets_train(tmp_path):
         loss = criterion(model(views), transform.plan)
         loss.backward()
         assert loss.isfinite() and loss != criterion(model(views))  # whose order is another
+
+
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("parameters", [True, False])
+def test_a_collate_function_makes_a_batch_with_plan_and_parameters(seen, parameters):
+    made = StructuredTransform(GROUPS, seed=3, parameters=parameters)
+    samples = [(made(p) if seen else p, i, f"{i}.png") for i, p in enumerate(pictures(5))]
+    batch, labels, names = StructuredCollate(8, views=made)(samples)
+    assert batch.plan == made.plan and batch.views.shape == (4, 5, 3, 16, 16) and names[4] == "4.png"
+    assert labels.tolist() == list(range(5)) and len(batch.parameters) == (4 if parameters else 0)
+    if seen:
+        views = samples[3][0][0] if parameters else samples[3][0]
+        assert all(torch.equal(batch[v][3], views[v]) for v in range(4))
+    if parameters:
+        drawn = [p["color"]["0.ColorJitter"]["hue_factor"] for p in batch.parameters]
+        assert drawn[0].shape == (5,) and torch.equal(drawn[2], drawn[0]) and not torch.equal(drawn[1], drawn[0])
 
 
 @pytest.mark.parametrize(

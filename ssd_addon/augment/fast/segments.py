@@ -156,6 +156,12 @@ def _crop(op: Any, channels: int) -> Any:
                 )
             top, left = (torch.where(gate, t, 0) for t in (top, left))
             h, w = torch.where(gate, h, height), torch.where(gate, w, width)
+        inside = (top >= 0) & (left >= 0) & (top + h <= place.size[0]) & (left + w <= place.size[1])
+        if not bool(inside.all()):
+            raise ValueError(
+                f"expected boxes inside the images, {place.size[0]} x {place.size[1]} pixels: got one that reaches "
+                f"outside, of {int(h.max())} x {int(w.max())}; give the images that it was drawn for, or larger ones"
+            )
         return place.cropped(top, left, h, w, (height, width), how)
 
     return Geometry([], [move])
