@@ -131,6 +131,23 @@ def test_pixels_outside_the_range_are_clamped_where_kornia_clamps_them(first):
         assert compared({"g": [sharpened, COLORS["jitter"](0.5)]}, x) < 0.1 / 255
 
 
+class OneColumn:
+    """Takes few pixels out of [0, 1], so few that an order with a clamping operation behind it is accepted."""
+
+    def draw(self, shape, generator):
+        return {"gain": 0.5 + torch.rand(shape[0], generator=generator)}
+
+    def apply(self, x, parameters):
+        y = x.clone()
+        y[..., 0] += parameters["gain"].view(-1, 1, 1)
+        return y
+
+
+@pytest.mark.parametrize("name", ["jitter", "jiggle", "hue", "saturation", "contrast", "solarize"])
+def test_few_pixels_outside_the_range_are_clamped_before_an_operation(name):
+    assert compared({"g": [OneColumn(), COLORS[name](0.6)]}, torch.rand(15, 3, 12, 13)) < 0.1 / 255
+
+
 @pytest.mark.parametrize("preset", ["color_spatial", "appearance_spatial", "content_only"])
 @pytest.mark.parametrize("plan", ["shared_query", "interleaved"])
 def test_sharing_is_exact_and_replays_are_equal(preset, plan):
