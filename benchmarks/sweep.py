@@ -243,7 +243,7 @@ def page(results: list[Result]) -> str:
         "",
         *(f"- {name}: {'; '.join(found)}" for name, found in faults.items()),
         *refused,
-        "- volo: `pool=\"mean\"` averages as timm does, which includes the class token in VOLO alone.",
+        "- volo: `pool=\"mean\"` averages as timm does, which includes VOLO's class token.",
         "- efficientvim: `weights`, with which the classifier fuses its parts, is frozen on a copy, as timm's own "
         "`reset_classifier(0)` freezes it.",
         "",
