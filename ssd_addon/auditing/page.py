@@ -182,12 +182,13 @@ def _how(models: Sequence[Audited]) -> str:
         [
             "<section>",
             "<h2>How to read this</h2>",
-            "<p><b>pixels</b> are the views themselves, averaged in a grid of 8 x 8: what a probe can decode without any "
-            "network. <b>backbone</b> is what a downstream task gets. <b>untrained</b> is the same network with weights "
-            "drawn anew: where it scores higher, training removed the parameter; where it scores lower, training made it "
-            "easier to decode. Layers are averaged in a grid of 2 x 2.</p>",
-            "<p>A low score says that this probe finds little with this many images. Compare rows with each other, and "
-            "look at the intervals.</p>",
+            "<p><b>pixels</b> are the views themselves, averaged in a grid of 8 x 8: what a probe can decode without "
+            "any network. <b>backbone</b> is what a downstream task gets. <b>untrained</b> is the same network with "
+            "weights drawn anew: where it scores higher, training removed something; where it scores lower, training "
+            "made the parameter easier to decode. Layers are averaged in a grid of 2 x 2.</p>",
+            "<p>A low score says that the probe finds little from this many pairs, not that nothing is there: compare "
+            "the rows of a column with each other, look at the intervals, and draw more pairs (--draws) or take more "
+            "images where the pixels score low too.</p>",
             "</section>",
         ]
     )

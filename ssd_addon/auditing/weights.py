@@ -169,9 +169,8 @@ def named_backbones(
     if not 1 <= len(specs) <= 2:
         raise ValueError(f"model: expected one or two: got {len(specs)}")
     if len(weights) not in (0, len(specs)):
-        raise ValueError(
-            f"weights: expected one file for each of {len(specs)} models, in their order, - for none: got {len(weights)}"
-        )
+        expected = f"a file for each of {len(specs)} models, in their order, - for none"
+        raise ValueError(f"weights: expected {expected}: got {len(weights)}")
     files = [None if str(w) == "-" else Path(w) for w in weights] or [None] * len(specs)
     out: dict[str, nn.Module] = {}
     for spec, file in zip(specs, files, strict=True):
