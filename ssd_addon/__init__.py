@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ssd_addon import collate as collate
     from ssd_addon import heads as heads
     from ssd_addon import kernels as kernels
+    from ssd_addon import lightning as lightning
     from ssd_addon import losses as losses
     from ssd_addon import metrics as metrics
     from ssd_addon import monitor as monitor
@@ -71,6 +72,7 @@ _MODULES = (
     "collate",
     "heads",
     "kernels",
+    "lightning",
     "losses",
     "metrics",
     "monitor",
@@ -99,6 +101,7 @@ __all__ = [
     "collate",
     "heads",
     "kernels",
+    "lightning",
     "losses",
     "metrics",
     "monitor",
