@@ -133,6 +133,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             own["equivariance"] = equivariance(z, views)
             loss = loss + own["equivariance"]
         if not stage:
+            _check_shards({n: getattr(self, n, None) for n in ("model", "criterion", "equivariance")})
             self._record(terms)
         self._log(stage, terms, {"loss": loss, **own}, views.images)
         return StructuredStep(loss, terms, z, views)
@@ -278,6 +279,19 @@ class StructuredTraining(_Base):  # type: ignore[misc]
         self._pending = ()
 
 
+def _check_shards(parts: Mapping[str, Any]) -> None:
+    """FSDP2 averages the gradients of what it has sharded alone: ranks would train the rest apart."""
+    whole: dict[bool, list[str]] = {True: [], False: []}
+    for name, part in parts.items():
+        for key, p in part.named_parameters() if isinstance(part, nn.Module) else ():
+            whole[not hasattr(p, "full_tensor")] += [f"{name}.{key}"] * p.requires_grad
+    if whole[False] and whole[True]:
+        raise ValueError(
+            "configure_model: expected all trained parameters to be sharded, or none: got fully_shard without "
+            f"{_checks.names(whole[True])}, whose gradients no one averages over ranks"
+        )
+
+
 def _views_in(batch: Any) -> ViewBatch:
     """The views of a batch in which they were drawn."""
     if isinstance(batch, ViewBatch):
@@ -294,15 +308,23 @@ def _lists(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(v, Tensor) for v in value)
 
 
+def _with_parameters(value: Any) -> bool:
+    """(views, parameters), as a transform with `parameters=True` returns them."""
+    pair = isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[1], list | tuple)
+    return pair and all(isinstance(p, Mapping) for p in value[1])
+
+
 def _is_views(value: Any, transform: StructuredTransform) -> bool:
     """A list of V views [B, ...], as `default_collate` makes of the lists that a transform returns."""
+    if _with_parameters(value):
+        return _is_views(value[0], transform)
     return _lists(value) and all(v.ndim == transform.views.samples.ndim + 1 for v in value)
 
 
 def _of_workers(images: Any, transform: StructuredTransform) -> ViewBatch:
     """Views that `default_collate` has put together, with their parameters where the transform returns them."""
     drawn: Sequence[Any] = ()
-    if isinstance(images, list | tuple) and len(images) == 2 and isinstance(images[0], list):
+    if _with_parameters(images):
         images, drawn = images
     if not _is_views(images, transform):
         raise TypeError(

@@ -1,19 +1,28 @@
 """`StructuredTraining` in both Lightning packages: the loss of a plain loop, ascent, exact resuming, refusals."""
 
+import importlib
+from typing import NamedTuple
+
+import kornia.augmentation as K
+import lightning.pytorch as pl
 import pytest
 import torch
-from lightning_modules import PACKAGES, SPACES, Images, ascent, differences, fit, heads, loader, module, state, views
-from torch.utils.data import DataLoader
+from lightning.pytorch.plugins import MixedPrecision
+from lightning_modules import PACKAGES, SPACES, Images, differences, fit, heads, loader, module, state, trainer, views
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from ssd_addon import JointEntropyLoss, ViewBatch
-from ssd_addon.losses import Family
-from ssd_addon.lightning import StructuredTraining
+from ssd_addon import JointEntropyLoss, StructuredTransform
+from ssd_addon.lightning import StructuredTraining, _mean
+from ssd_addon.losses.weights import Weights
+from ssd_addon.runs import ResumableLoader
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*"),
     pytest.mark.filterwarnings("ignore:.*GPU available but not used.*"),
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval.*"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed.*"),
 ]
 
 
@@ -53,10 +62,427 @@ def test_training_is_that_of_a_plain_loop(package, accumulate, batch_size):
     mine = module(package, equivariance=True)
     trainer = fit(mine, loader(batch_size), package=package, max_epochs=2, accumulate_grad_batches=accumulate)
     expected, seen = plain(2, accumulate, batch_size, equivariance=True)
-    close = [k for k, v in state(expected).items() if not torch.allclose(v.double(), state(mine)[k].double(), rtol=1e-6)]
+    close = [
+        k for k, v in state(expected).items() if not torch.allclose(v.double(), state(mine)[k].double(), rtol=1e-6)
+    ]
     assert not close
     assert int(mine.criterion.weights.steps) == trainer.global_step == 2 * -(-3 // accumulate)
     logged = trainer.callback_metrics
     assert float(logged["loss"]) == pytest.approx(seen[-1][0], rel=1e-5)
     assert float(logged["invariance/color"]) == pytest.approx(seen[-1][1]["color"], rel=1e-5)
     assert {"equivariance", "lambda/content", "effective_rank/color", "constraint/content"} <= logged.keys()
+
+
+# ---- batches
+
+
+def seen_by(mine, data, **options):
+    """The batches that the training step gets."""
+    seen, step = [], mine.training_step
+    mine.training_step = lambda batch, batch_idx: (seen.append(batch), step(batch, batch_idx))[1]
+    fit(mine, data, **options)
+    return seen
+
+
+class Pair(NamedTuple):
+    image: torch.Tensor
+    label: int
+
+
+def as_pair(samples):
+    images, labels = default_collate(samples)
+    return Pair(images, labels)
+
+
+COLLATED = {
+    "images": lambda samples: default_collate(samples)[0],
+    "images, labels": default_collate,
+    "images, labels, names": lambda samples: (*default_collate(samples), ["name"] * len(samples)),
+    "a named tuple": as_pair,
+    "a mapping": lambda samples: dict(zip(("image", "label"), default_collate(samples), strict=True)),
+    "a mapping of tuples": lambda samples: {"image": default_collate(samples)},
+    "a batch of views": lambda samples: (views()(default_collate(samples)[0]), *default_collate(samples)[1:]),
+}
+
+
+@pytest.mark.parametrize("kind", COLLATED)
+def test_views_take_the_place_of_the_images_and_the_rest_is_kept(kind):
+    collate = COLLATED[kind]
+    given = next(iter(loader(collate_fn=collate)))
+    mine = module(body={"image_key": "image"})
+    batch, *_ = seen_by(mine, loader(collate_fn=collate))
+    if kind == "images":
+        batch, given = [batch], [given]
+    elif kind == "a mapping of tuples":
+        batch, given = batch["image"], given["image"]
+    assert type(batch) is type(given)
+    images, *rest = batch.values() if isinstance(batch, dict) else batch
+    _, *expected = given.values() if isinstance(given, dict) else given
+    assert torch.equal(images.views, views()(next(iter(loader()))[0]).views)
+    assert [r.tolist() if isinstance(r, torch.Tensor) else r for r in rest] == [
+        r.tolist() if isinstance(r, torch.Tensor) else r for r in expected
+    ]
+
+
+class Viewed(Images):
+    """(views, label) pairs, or views alone."""
+
+    def __init__(self, transform, labels):
+        super().__init__()
+        self.transform, self.labels = transform, labels
+
+    def __getitem__(self, index):
+        views = self.transform(self.images[index])
+        return (views, index) if self.labels else views
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("parameters", [False, True])
+def test_views_of_workers_are_taken_with_their_parameters(labels, parameters):
+    transform = StructuredTransform({"color": [K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=1.0)]}, parameters=parameters)
+    mine = module(equivariance=parameters)
+    del mine.views
+    mine.views = transform
+    batch, *_ = seen_by(mine, DataLoader(Viewed(transform, labels), 4))
+    made = batch[0] if labels else batch
+    assert made.plan == transform.plan and made.views.shape == (3, 4, 3, 12, 12)
+    assert len(made.parameters) == 3 * parameters and (not labels or batch[1].tolist() == [0, 1, 2, 3])
+
+
+REFUSED = {
+    "views of a transform that is not named": ([torch.rand(2, 3, 12, 12)] * 2, 1, "self.views is their StructuredTr"),
+    "another thing": ("name", 1, "images .*: got tuple of str, int"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_batch_without_images_in_their_place_is_refused(what):
+    *batch, message = REFUSED[what]
+    with pytest.raises(TypeError, match=message):
+        module().structured_step(tuple(batch))
+    with pytest.raises(TypeError, match=r"expected self.image_key to name the images among image, label: got None"):
+        module().structured_step({"image": 1, "label": 2})
+    mine = module()
+    del mine.views
+    mine.views = StructuredTransform({"color": [K.ColorJitter(0.4)]})
+    with pytest.raises(TypeError, match=r"expected 3 views .* in a list: got tensor \[4, 3, 12, 12\]"):
+        mine.structured_step((torch.rand(4, 3, 12, 12), 1))
+    mine.views = nn.Identity()
+    with pytest.raises(TypeError, match="expected StructuredViews, which return a ViewBatch"):
+        mine.structured_step(torch.rand(4, 3, 12, 12))
+
+
+def test_a_batch_on_another_device_is_refused():
+    mine = module()
+    batch = mine.views(torch.rand(4, 3, 12, 12)).to("meta")
+    with pytest.raises(ValueError, match="expected it on the module's device, cpu: got views on meta"):
+        mine.structured_step(batch)
+
+
+def test_what_is_missing_is_said_before_the_training():
+    for name in ("views", "model", "criterion"):
+        mine = module()
+        delattr(mine, name)
+        with pytest.raises(AttributeError, match=f"Mine: expected self.{name}, a .*, set in __init__: got none"):
+            fit(mine)
+    mine = module()
+    mine.criterion = nn.MSELoss()
+    with pytest.raises(AttributeError, match="expected self.criterion, a JointEntropyLoss, .*: got MSELoss"):
+        fit(mine)
+
+
+def test_one_image_is_refused():
+    with pytest.raises(ValueError, match="expected at least 2 images in the batch"):
+        fit(module(), loader(1))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_mixin_comes_before_the_lightning_module(package):
+    base = importlib.import_module(package).LightningModule
+    with pytest.raises(TypeError, match="expected StructuredTraining before the LightningModule"):
+        type("Mine", (base, StructuredTraining), {})
+
+
+# ---- hooks that are overridden
+
+
+def test_ascent_that_an_override_cuts_off_is_said():
+    body = {"on_before_optimizer_step": lambda self, optimizer: None}
+    with pytest.raises(RuntimeError, match=r"call super\(\).on_before_optimizer_step\(optimizer\)"):
+        fit(module(body=body))
+    with pytest.raises(RuntimeError, match=r"call super\(\).on_before_optimizer_step\(optimizer\)"):
+        fit(module(body=body), max_steps=1)  # no step after it
+    fit(module(body=body, adapt=False))  # nothing is to be stepped
+
+
+def test_views_are_drawn_where_the_hook_after_the_transfer_is_cut_off():
+    body = {"on_after_batch_transfer": lambda self, batch, index: batch}
+    mine, expected = module(body=body), module()
+    fit(mine), fit(expected)
+    assert not differences(state(mine), state(expected))
+
+
+@pytest.mark.filterwarnings("ignore:You have overridden `on_after_batch_transfer` in both")
+@pytest.mark.filterwarnings("ignore:You have overridden `on_after_batch_transfer` in `LightningModule`")
+@pytest.mark.parametrize("own", [False, True])
+def test_a_data_module_with_a_hook_of_its_own(own):
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            return loader()
+
+    if own:
+        Data.on_after_batch_transfer = lambda self, batch, index: [1 - batch[0], batch[1]]
+    mine = module()
+    batch, *_ = seen_by(mine, Data())
+    given = next(iter(loader()))[0]
+    assert isinstance(batch[0], torch.Tensor) == own  # the data module's hook replaces the module's
+    assert torch.equal(*((batch[0], 1 - given) if own else (batch[0].views, views()(given).views)))
+    assert mine.views.call == int(mine.criterion.weights.steps) == 3
+
+
+def test_manual_optimization_needs_a_training_step():
+    def step(self, batch, index):
+        made = self.structured_step(batch)
+        main, other = self.optimizers()
+        other.step()
+        if index % 2:
+            self.manual_backward(made.loss)
+            main.step()
+            main.zero_grad()
+
+    def optimizers(self):
+        return [torch.optim.SGD(self.model.parameters(), lr=0.1), torch.optim.SGD([self.extra], lr=0.1)]
+
+    mine = module(
+        body={
+            "training_step": step,
+            "configure_optimizers": optimizers,
+            "automatic_optimization": False,
+            "extra": nn.Parameter(torch.zeros(1)),
+        }
+    )
+    fit(mine, loader(3))
+    assert int(mine.criterion.weights.steps) == 2  # of the model's optimizer alone
+    with pytest.raises(TypeError, match="expected one of your own under manual optimization"):
+        fit(module(body={"automatic_optimization": False}))
+
+
+def test_an_optimizer_that_evaluates_more_than_once_is_refused_where_weights_adapt():
+    with pytest.raises(RuntimeError, match="evaluates the loss once per step: got LBFGS"):
+        fit(module(optimizer=torch.optim.LBFGS))
+
+
+# ---- validation
+
+
+def test_validation_changes_nothing_of_the_training():
+    kinds = []
+
+    def validation_step(self, batch, index, dataloader_idx=0):
+        kinds.append(type(batch[0]))
+        return self.structured_step(batch).loss
+
+    mine, expected = module(body={"validation_step": validation_step}), module()
+    made = trainer(max_epochs=2)
+    made.fit(mine, loader(), [loader(), loader(5)])
+    fit(expected, max_epochs=2)
+    assert not differences(state(mine), state(expected)) and set(kinds) == {torch.Tensor}
+    assert {
+        "loss",
+        "val/loss/dataloader_idx_0",
+        "val/invariance/color/dataloader_idx_1",
+    } <= made.callback_metrics.keys()
+    (found,) = trainer().validate(mine, loader(), verbose=False)
+    assert "val/loss" in found and mine.views.call == 6
+    made = trainer()
+    assert "test/loss" in made.test(module(body={"test_step": validation_step}), loader(), verbose=False)[0]
+
+
+def test_means_over_an_epoch_are_weighted_by_the_images():
+    def validation_step(self, batch, index):
+        losses.append((float(self.structured_step(batch).loss.detach()), len(batch[0])))
+
+    losses = []
+    mine = module(body={"validation_step": validation_step})
+    (found,) = trainer().validate(mine, loader(5), verbose=False)
+    expected = sum(loss * b for loss, b in losses) / sum(b for _, b in losses)
+    assert [b for _, b in losses] == [5, 5, 2] and found["val/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+# ---- ascent
+
+
+def test_terms_of_several_batches_are_means_over_their_rows():
+    drawn = views(plan="interleaved")
+    criterion, model = JointEntropyLoss("vicreg", content_entropy=True), heads()
+    parts = [criterion.terms(model(drawn(Images().images[rows]))) for rows in (slice(0, 5), slice(5, 7), slice(7, 12))]
+    mean = _mean(parts)
+    for n in SPACES:
+        rows = [float(p.rows[n]) for p in parts]
+        expected = sum(float(p.constraint[n]) * r for p, r in zip(parts, rows, strict=True)) / sum(rows)
+        assert float(mean.constraint[n]) == pytest.approx(expected, rel=1e-6) and float(mean.rows[n]) == sum(rows)
+    images = [5, 2, 5]
+    expected = sum(float(p.entropy) * b for p, b in zip(parts, images, strict=True)) / 12
+    assert float(mean.entropy) == pytest.approx(expected, rel=1e-6)
+    assert set(mean.scalars()) == set(parts[0].scalars())
+
+
+def test_a_space_without_a_row_in_one_batch_is_the_mean_of_the_others():
+    drawn = views(plan="interleaved")
+    terms = [JointEntropyLoss("vicreg").terms(heads()(drawn(Images().images[:4]))) for _ in range(2)]
+    terms[0].rows["color"], terms[0].constraint["color"] = torch.tensor(0), torch.tensor(torch.nan)
+    assert float(_mean(terms).constraint["color"]) == pytest.approx(float(terms[1].constraint["color"]))
+
+
+def test_weights_of_a_kind_of_its_own_are_stepped_too():
+    class Counted(Weights):
+        steps = 0
+
+        def start_at(self, weight):
+            pass
+
+        def lambdas(self, spaces, order=None):
+            return dict.fromkeys(spaces, 1.0)
+
+        def step(self, terms):
+            self.steps += 1
+
+    mine = module()
+    mine.criterion = JointEntropyLoss(weights=Counted())
+    fit(mine)
+    assert mine.criterion.weights.steps == 3
+
+
+# ---- resuming and averages
+
+
+def resumable(workers=0):
+    return ResumableLoader(Images(), batch_size=3, shuffle=True, seed=1, num_workers=workers)
+
+
+def trained(folder, data, ckpt_path=None, package=PACKAGES[0], callbacks=(), **options):
+    checkpoint = importlib.import_module(f"{package}.callbacks").ModelCheckpoint(
+        folder, every_n_train_steps=1, save_top_k=-1, filename="{step}"
+    )
+    mine = module(package, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01))
+    options = {"max_epochs": 3, "enable_checkpointing": True, **options}
+    fit(mine, data, package=package, ckpt_path=ckpt_path, callbacks=[*callbacks, checkpoint], **options)
+    return state(mine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_training_ends_with_the_same_bits(package, accumulate, tmp_path):
+    options = {"package": package, "accumulate_grad_batches": accumulate}
+    whole = trained(tmp_path / "a", resumable(), **options)
+    per_epoch = 4 // accumulate
+    for step in sorted({1, per_epoch - 1 or 1, per_epoch, per_epoch + 1, 3 * per_epoch - 1}):
+        again = trained(tmp_path / f"b{step}", resumable(), tmp_path / "a" / f"step={step}.ckpt", **options)
+        assert not differences(whole, again), step
+    assert int(whole["criterion.weights.steps"]) == 3 * per_epoch and whole["views._extra_state"].tolist() == [3, 12]
+
+
+@pytest.mark.slow
+def test_workers_and_their_views_go_on_in_mid_epoch(tmp_path):
+    whole = trained(tmp_path / "a", resumable(workers=2))
+    assert not differences(whole, trained(tmp_path / "b", resumable(workers=2), tmp_path / "a" / "step=6.ckpt"))
+
+
+def test_torchs_own_loader_resumes_at_the_end_of_an_epoch_alone(tmp_path):
+    whole = trained(tmp_path / "a", loader(3))
+    assert not differences(whole, trained(tmp_path / "b", loader(3), tmp_path / "a" / "step=4.ckpt"))
+    with pytest.warns(UserWarning, match="your dataloader is not resumable"):
+        again = trained(tmp_path / "c", loader(3), tmp_path / "a" / "step=3.ckpt")
+    assert differences(whole, again)
+
+
+@pytest.mark.parametrize("name", ["EMAWeightAveraging", "WeightAveraging"])
+def test_averaged_weights_leave_lambda_and_the_draws_alone(name, tmp_path):
+    def averaging():
+        kind = getattr(importlib.import_module("lightning.pytorch.callbacks"), name)
+        return [kind(decay=0.5) if "EMA" in name else kind()]
+
+    raw = trained(tmp_path / "raw", resumable())
+    whole = trained(tmp_path / "a", resumable(), callbacks=averaging())
+    own = ["criterion.weights.steps", "criterion.weights.values", "views._extra_state"]
+    assert not set(own) & set(differences(raw, whole))
+    weight = "model.backbone.conv.weight"
+    steps = [torch.load(tmp_path / "raw" / f"step={k}.ckpt")["state_dict"] for k in range(1, 13)]
+    mean = steps[0][weight]
+    for k, s in enumerate(steps[1:], start=1):
+        mean = torch.lerp(mean, s[weight], 0.5 if "EMA" in name else 1 / (k + 1))
+    torch.testing.assert_close(whole[weight], mean)
+    saved = torch.load(tmp_path / "a" / "step=5.ckpt")
+    for found in (saved["state_dict"], saved["current_model_state"]):
+        assert not set(own) & set(differences(found, steps[4]))
+    again = trained(tmp_path / "b", resumable(), tmp_path / "a" / "step=5.ckpt", callbacks=averaging())
+    assert not differences(whole, again)
+
+
+# ---- precision and compiling
+
+
+@pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU.*")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true"])
+def test_precision(precision):
+    mine, expected = module(equivariance=True), module(equivariance=True)
+    found = fit(mine, precision=precision).callback_metrics
+    wanted = fit(expected).callback_metrics
+    assert mine.criterion.weights.values.dtype == torch.float64 and int(mine.criterion.weights.steps) == 3
+    assert mine.criterion.objective.temperature.dtype.itemsize >= 4
+    assert next(mine.equivariance.parameters()).dtype.itemsize >= 4
+    assert set(found) == set(wanted)
+    for name in ("loss", "entropy", "invariance/content"):
+        assert found[name].dtype == torch.float32
+        assert float(found[name]) == pytest.approx(float(wanted[name]), rel=0.02)
+    assert float(found["lambda/color"]) != float(found["lambda/color"].bfloat16())  # not rounded by Lightning
+    assert float(found["lambda/color"]) == pytest.approx(float(wanted["lambda/color"]), abs=1e-4)
+
+
+def test_half_precision_with_a_scaled_loss():
+    mine = module()
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    made = fit(mine, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert int(mine.criterion.weights.steps) == made.global_step == 3
+    expected = fit(module()).callback_metrics
+    assert float(made.callback_metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_compiled_model():
+    mine, expected = module(), module()
+    mine.model = torch.compile(mine.model, backend="aot_eager")
+    fit(mine), fit(expected)
+    assert not differences({k.replace("_orig_mod.", ""): v for k, v in state(mine).items()}, state(expected))
+    torch._dynamo.reset()
+
+
+def test_clipped_gradients():
+    mine = module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+    before = state(mine)["model.backbone.conv.weight"]
+    fit(mine, gradient_clip_val=1e-3, max_steps=1)
+    assert 0 < float((state(mine)["model.backbone.conv.weight"] - before).norm()) <= 1e-3
+    assert int(mine.criterion.weights.steps) == 1
+
+
+# ---- the loader
+
+
+def test_a_resumable_loader_refuses_what_no_state_holds():
+    for options in ({"generator": torch.Generator()}, {"persistent_workers": True, "num_workers": 1}):
+        with pytest.raises(ValueError, match="ResumableLoader: expected"):
+            ResumableLoader(Images(), **options)
+    with pytest.raises(ValueError, match="got an iterable data set"):
+        ResumableLoader(type("Stream", (IterableDataset,), {"__iter__": lambda self: iter([])})())
+
+
+def test_a_resumable_loader_begins_anew_where_an_epoch_was_left():
+    data = resumable()
+    iter(data)  # never begun: not an epoch
+    first = next(iter(data))[1].tolist()
+    second = [labels.tolist() for _, labels in data]
+    assert len(second) == len(data) == 4 and data.state_dict() == {"epoch": 1, "batches": 4}
+    before, again = [labels.tolist() for _, labels in resumable()], resumable()
+    assert [labels.tolist() for _, labels in again] == [first, *before[1:]]
+    assert [labels.tolist() for _, labels in again] == second
