@@ -133,7 +133,6 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             own["equivariance"] = equivariance(z, views)
             loss = loss + own["equivariance"]
         if not stage:
-            _check_shards({n: getattr(self, n, None) for n in ("model", "criterion", "equivariance")})
             self._record(terms)
         self._log(stage, terms, {"loss": loss, **own}, views.images)
         return StructuredStep(loss, terms, z, views)
@@ -256,6 +255,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
         super().on_fit_start()
         for name in ("views", "model", "criterion"):
             self._needed(name)
+        _check_shards({n: getattr(self, n, None) for n in ("model", "criterion", "equivariance")})
         self._pending, self._trained = (), None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
