@@ -70,6 +70,8 @@ class StructuredTraining(_Base):  # type: ignore[misc]
         TypeError: the mixin behind LightningModule in the bases; a batch without images in their place; manual
             optimization with the default `training_step`.
         AttributeError: views, model or criterion are missing.
+        ValueError: parameters of the criterion or the equivariance loss that no optimizer has, or that FSDP2 leaves
+            apart; a batch on another device.
         RuntimeError: a hook of the mixin that an override does not call; LBFGS with weights that adapt.
     """
 
@@ -240,7 +242,16 @@ class StructuredTraining(_Base):  # type: ignore[misc]
         super().on_before_optimizer_step(optimizer)
         self._hook_ran = True
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not self._pending or not any(id(p) in trained for p in self.model.parameters()):
+        of_model = [p for p in self.model.parameters() if id(p) in trained]
+        if not self._adapts() or not of_model:
+            return
+        if not self._pending:
+            if self._trained is None and any(p.grad is not None for p in of_model):
+                raise RuntimeError(
+                    f"{type(self).__name__}: expected training_step to call self.structured_step(batch), whose terms "
+                    "step criterion.weights: got gradients without; to step them yourself, override "
+                    "on_before_optimizer_step"
+                )
             return
         if isinstance(optimizer, torch.optim.LBFGS):
             raise RuntimeError("DualAscent: expected an optimizer that evaluates the loss once per step: got LBFGS")
@@ -257,6 +268,20 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             self._needed(name)
         _check_shards({n: getattr(self, n, None) for n in ("model", "criterion", "equivariance")})
         self._pending, self._trained = (), None
+
+    def on_train_start(self) -> None:
+        """Says which parameters of the loss no optimizer trains."""
+        super().on_train_start()
+        groups = [g for o in self.trainer.optimizers for g in o.param_groups]
+        trained = {id(p) for group in groups for p in group["params"]}
+        for name in ("criterion", "equivariance"):
+            part = getattr(self, name, None)
+            named = part.named_parameters() if isinstance(part, nn.Module) else ()
+            if left := [f"{name}.{k}" for k, p in named if p.requires_grad and id(p) not in trained]:
+                raise ValueError(
+                    "configure_optimizers: expected all trained parameters, such as self.parameters(): got optimizers "
+                    f"without {_checks.names(left)}; set requires_grad to False on what is not to be trained"
+                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """In a checkpoint of averaged weights (Lightning's WeightAveraging), lambda and draws stay the training's."""
@@ -276,7 +301,6 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             self._check_hook()
             if self._trained is not None:
                 self.criterion.weights.load_state_dict(self._trained)
-        self._pending = ()
 
 
 def _check_shards(parts: Mapping[str, Any]) -> None:

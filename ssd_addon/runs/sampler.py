@@ -1,5 +1,6 @@
 """A sampler and a data loader that a run can go on from in mid-epoch."""
 
+import zlib
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -74,7 +75,8 @@ class ResumableLoader(DataLoader[Any]):
         if not self._skip:
             self.epoch += 1
         self.batches = self._skip
-        self.generator.manual_seed((self.seed + (self.epoch << 32)) % 2**63)
+        # torch seeds its Mersenne twister with the lowest 32 bits alone.
+        self.generator.manual_seed(zlib.crc32(f"{self.seed} {self.epoch}".encode()))
         made = super().__iter__()
         self._skip = 0
         for batch in made:

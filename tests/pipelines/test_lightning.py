@@ -7,14 +7,13 @@ import kornia.augmentation as K
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning_modules import PACKAGES, SPACES, Images, differences, fit, heads, loader, module, state, trainer, views
+from lightning_modules import PACKAGES, SPACES, Images, differences, fit, loader, module, state, trainer, views
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
-from ssd_addon import JointEntropyLoss, StructuredTransform
-from ssd_addon.lightning import StructuredTraining, _mean
-from ssd_addon.losses.weights import Weights
+from ssd_addon import StructuredTransform
+from ssd_addon.lightning import StructuredTraining
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -123,6 +122,12 @@ def test_views_take_the_place_of_the_images_and_the_rest_is_kept(kind):
     ]
 
 
+def test_of_several_loaders_one_trains_the_spaces():
+    mine = module(body={"image_key": "plain"})
+    batch, *_ = seen_by(mine, {"other": loader(6), "plain": loader()})
+    assert batch["plain"][0].images == 4 and batch["other"][0].shape == (6, 3, 12, 12)
+
+
 class Viewed(Images):
     """(views, label) pairs, or views alone."""
 
@@ -207,11 +212,38 @@ def test_the_mixin_comes_before_the_lightning_module(package):
 
 def test_ascent_that_an_override_cuts_off_is_said():
     body = {"on_before_optimizer_step": lambda self, optimizer: None}
+    mine = module(body=body)
     with pytest.raises(RuntimeError, match=r"call super\(\).on_before_optimizer_step\(optimizer\)"):
-        fit(module(body=body))
+        fit(mine)
+    assert mine.views.call == 2  # at the next batch
     with pytest.raises(RuntimeError, match=r"call super\(\).on_before_optimizer_step\(optimizer\)"):
         fit(module(body=body), max_steps=1)  # no step after it
     fit(module(body=body, adapt=False))  # nothing is to be stepped
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`.*")
+def test_ascent_without_the_terms_of_a_step_is_said():
+    def step(self, batch, batch_idx):
+        return self.criterion(self.model(batch[0])) if batch_idx else None  # a batch that is left out has no terms
+
+    with pytest.raises(RuntimeError, match=r"expected training_step to call self.structured_step\(batch\)"):
+        fit(module(body={"training_step": step}))
+    fit(module(body={"training_step": step}, adapt=False))
+
+    def others(self, batch, batch_idx):
+        return self.structured_step(batch).loss if batch_idx else None
+
+    mine = module(body={"training_step": others})
+    fit(mine)
+    assert int(mine.criterion.weights.steps) == 2
+
+
+def test_parameters_of_the_loss_that_no_optimizer_has_are_named():
+    body = {"configure_optimizers": lambda self: torch.optim.SGD(self.model.parameters(), lr=0.1)}
+    with pytest.raises(ValueError, match="got optimizers without criterion.objective.temperature"):
+        fit(module(body=body))
+    with pytest.raises(ValueError, match=r"got optimizers without equivariance.networks._color.0.weight, "):
+        fit(module(body=body, temperature=0.2, equivariance=True))
 
 
 def test_views_are_drawn_where_the_hook_after_the_transfer_is_cut_off():
@@ -250,7 +282,8 @@ def test_manual_optimization_needs_a_training_step():
             main.zero_grad()
 
     def optimizers(self):
-        return [torch.optim.SGD(self.model.parameters(), lr=0.1), torch.optim.SGD([self.extra], lr=0.1)]
+        trained = [*self.model.parameters(), *self.criterion.parameters()]
+        return [torch.optim.SGD(trained, lr=0.1), torch.optim.SGD([self.extra], lr=0.1)]
 
     mine = module(
         body={
@@ -306,50 +339,6 @@ def test_means_over_an_epoch_are_weighted_by_the_images():
     (found,) = trainer().validate(mine, loader(5), verbose=False)
     expected = sum(loss * b for loss, b in losses) / sum(b for _, b in losses)
     assert [b for _, b in losses] == [5, 5, 2] and found["val/loss"] == pytest.approx(expected, rel=1e-5)
-
-
-# ---- ascent
-
-
-def test_terms_of_several_batches_are_means_over_their_rows():
-    drawn = views(plan="interleaved")
-    criterion, model = JointEntropyLoss("vicreg", content_entropy=True), heads()
-    parts = [criterion.terms(model(drawn(Images().images[rows]))) for rows in (slice(0, 5), slice(5, 7), slice(7, 12))]
-    mean = _mean(parts)
-    for n in SPACES:
-        rows = [float(p.rows[n]) for p in parts]
-        expected = sum(float(p.constraint[n]) * r for p, r in zip(parts, rows, strict=True)) / sum(rows)
-        assert float(mean.constraint[n]) == pytest.approx(expected, rel=1e-6) and float(mean.rows[n]) == sum(rows)
-    images = [5, 2, 5]
-    expected = sum(float(p.entropy) * b for p, b in zip(parts, images, strict=True)) / 12
-    assert float(mean.entropy) == pytest.approx(expected, rel=1e-6)
-    assert set(mean.scalars()) == set(parts[0].scalars())
-
-
-def test_a_space_without_a_row_in_one_batch_is_the_mean_of_the_others():
-    drawn = views(plan="interleaved")
-    terms = [JointEntropyLoss("vicreg").terms(heads()(drawn(Images().images[:4]))) for _ in range(2)]
-    terms[0].rows["color"], terms[0].constraint["color"] = torch.tensor(0), torch.tensor(torch.nan)
-    assert float(_mean(terms).constraint["color"]) == pytest.approx(float(terms[1].constraint["color"]))
-
-
-def test_weights_of_a_kind_of_its_own_are_stepped_too():
-    class Counted(Weights):
-        steps = 0
-
-        def start_at(self, weight):
-            pass
-
-        def lambdas(self, spaces, order=None):
-            return dict.fromkeys(spaces, 1.0)
-
-        def step(self, terms):
-            self.steps += 1
-
-    mine = module()
-    mine.criterion = JointEntropyLoss(weights=Counted())
-    fit(mine)
-    assert mine.criterion.weights.steps == 3
 
 
 # ---- the recipe

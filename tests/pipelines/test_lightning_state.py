@@ -1,13 +1,16 @@
-"""`StructuredTraining`: bits after resuming, averages of weights, precision, compiling; `ResumableLoader`."""
+"""`StructuredTraining`: ascent over batches, resuming, averages of weights, precision; `ResumableLoader`."""
 
 import importlib
 
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from lightning_modules import PACKAGES, Images, differences, fit, loader, module, state
-from torch.utils.data import IterableDataset
+from lightning_modules import PACKAGES, SPACES, Images, differences, fit, heads, loader, module, state, views
+from torch.utils.data import DataLoader, IterableDataset
 
+from ssd_addon import JointEntropyLoss
+from ssd_addon.lightning import _mean
+from ssd_addon.losses.weights import Weights
 from ssd_addon.runs import ResumableLoader
 
 pytestmark = [
@@ -17,6 +20,66 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval.*"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed.*"),
 ]
+
+
+# ---- ascent
+
+
+def test_terms_of_several_batches_are_means_over_their_rows():
+    drawn = views(plan="interleaved")
+    criterion, model = JointEntropyLoss("vicreg", content_entropy=True), heads()
+    parts = [criterion.terms(model(drawn(Images().images[rows]))) for rows in (slice(0, 5), slice(5, 7), slice(7, 12))]
+    mean = _mean(parts)
+    for n in SPACES:
+        rows = [float(p.rows[n]) for p in parts]
+        expected = sum(float(p.constraint[n]) * r for p, r in zip(parts, rows, strict=True)) / sum(rows)
+        assert float(mean.constraint[n]) == pytest.approx(expected, rel=1e-6) and float(mean.rows[n]) == sum(rows)
+    images = [5, 2, 5]
+    expected = sum(float(p.entropy) * b for p, b in zip(parts, images, strict=True)) / 12
+    assert float(mean.entropy) == pytest.approx(expected, rel=1e-6)
+    assert set(mean.scalars()) == set(parts[0].scalars())
+
+
+def test_a_space_without_a_row_in_one_batch_is_the_mean_of_the_others():
+    drawn = views(plan="interleaved")
+    terms = [JointEntropyLoss("vicreg").terms(heads()(drawn(Images().images[:4]))) for _ in range(2)]
+    terms[0].rows["color"], terms[0].constraint["color"] = torch.tensor(0), torch.tensor(torch.nan)
+    assert float(_mean(terms).constraint["color"]) == pytest.approx(float(terms[1].constraint["color"]))
+
+
+def test_weights_of_a_kind_of_its_own_are_stepped_too():
+    class Counted(Weights):
+        steps = 0
+
+        def start_at(self, weight):
+            pass
+
+        def lambdas(self, spaces, order=None):
+            return dict.fromkeys(spaces, 1.0)
+
+        def step(self, terms):
+            self.steps += 1
+
+    mine = module()
+    mine.criterion = JointEntropyLoss(weights=Counted())
+    fit(mine)
+    assert mine.criterion.weights.steps == 3
+
+
+def test_terms_of_an_interrupted_step_are_forgotten():
+    class Cut(Images):
+        def __getitem__(self, index):
+            if index == 5:
+                raise InterruptedError
+            return super().__getitem__(index)
+
+    mine, expected = module(), module()
+    with pytest.raises(InterruptedError):
+        fit(mine, DataLoader(Cut(), 4), accumulate_grad_batches=2)
+    assert len(mine._pending) == 1 and not mine._pending[0].loss.requires_grad  # no graph is kept
+    expected.load_state_dict(mine.state_dict())
+    fit(mine), fit(expected)
+    assert not differences(state(mine), state(expected))
 
 
 # ---- resuming and averages
@@ -151,4 +214,9 @@ def test_a_resumable_loader_begins_anew_where_an_epoch_was_left():
     assert len(second) == len(data) == 4 and data.state_dict() == {"epoch": 1, "batches": 4}
     before, again = [labels.tolist() for _, labels in resumable()], resumable()
     assert [labels.tolist() for _, labels in again] == [first, *before[1:]]
-    assert [labels.tolist() for _, labels in again] == second
+    assert [labels.tolist() for _, labels in again] == second != before
+    assert [labels.tolist() for _, labels in ResumableLoader(Images(), batch_size=3, shuffle=True, seed=2)] != before
+    third = resumable()
+    third.load_state_dict({"epoch": 1, "batches": 2})
+    rest = iter(third)
+    assert next(rest)[1].tolist() == second[2] and len(third) == 4
