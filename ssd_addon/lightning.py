@@ -266,6 +266,11 @@ class StructuredTraining(_Base):  # type: ignore[misc]
         super().on_fit_start()
         for name in ("views", "model", "criterion"):
             self._needed(name)
+        added = self._modules.get("equivariance")
+        if added is not None and getattr(self, "equivariance", None) is not added:
+            raise AttributeError(
+                f"{type(self).__name__}: expected no class attribute 'equivariance': got one that hides it"
+            )
         _check_shards({n: getattr(self, n, None) for n in ("model", "criterion", "equivariance")})
         self._pending, self._trained = (), None
 

@@ -195,6 +195,11 @@ def test_what_is_missing_is_said_before_the_training():
         fit(mine)
 
 
+def test_a_class_attribute_that_hides_the_equivariance_loss_is_said():
+    with pytest.raises(AttributeError, match="expected no class attribute 'equivariance': got one that hides it"):
+        fit(module(equivariance=True, body={"equivariance": None}))
+
+
 def test_one_image_is_refused():
     with pytest.raises(ValueError, match="expected at least 2 images in the batch"):
         fit(module(), loader(1))
