@@ -56,7 +56,7 @@ def test_extending_it_as_it_is_written_down():
 
 
 def test_links_lead_somewhere():
-    for page in (README, *README.parent.glob("docs/*.md"), README.parent / "kernels" / "README.md"):
+    for page in (README, *README.parent.glob("docs/**/*.md"), README.parent / "kernels" / "README.md"):
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
 
