@@ -1,4 +1,4 @@
-"""A trial run of a backbone: which of its parts run, which comes last, and what comes out.
+"""A trial run of a backbone: which of its parts run, which comes last, and how wide what comes out is.
 
 A copy is run, never the caller's module: first one without data, whose tensors are on torch's meta device, and where
 that cannot run (operations that read numbers), one with the weights. Nothing that a run leaves behind (caches,
@@ -6,7 +6,8 @@ counters, statistics) reaches the caller.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -27,13 +28,13 @@ class Trial:
         ran: whether any of the inputs suited the module.
         calls: name of a part -> how often it ran.
         last: names of the parts that ran once, and whose output is the module's, unchanged.
-        shape: of the output, if it is a tensor.
+        output: what came out, of 2 samples; on the meta device where the module runs there.
     """
 
     ran: bool = False
     calls: dict[str, int] = field(default_factory=dict)
     last: set[str] = field(default_factory=set)
-    shape: tuple[int, ...] = ()
+    output: Any = None
 
     def is_last(self, name: str) -> bool:
         """Does a part come last, or never run?"""
@@ -42,30 +43,93 @@ class Trial:
 
 def trial(net: nn.Module, sample_ndim: int, sizes: Iterable[tuple[int, ...]] = ()) -> Trial:
     """Run a copy of a module once, in eval mode, on the first input that suits it."""
+    return next(trials(net, sample_ndim, sizes), Trial())
+
+
+def trials(net: nn.Module, sample_ndim: int, sizes: Iterable[tuple[int, ...]] = ()) -> Iterator[Trial]:
+    """Run copies of a module, in eval mode, on one input after the other that suits it."""
     if patched(net):
-        return Trial()
-    sizes = tuple(sizes)
+        return
+    net, sizes, met = _uncompiled(net), tuple(sizes), False
     for size in (*sizes, *_sizes(net, sample_ndim, EDGES)):
         twin = _twin(net, lambda t: torch.empty_like(t, device="meta"))
         if twin is None:
             break
         if (found := _run(twin, size)).ran:
-            return found
+            met = True
+            yield found
+    if met:
+        return
     devices = {t.device for t in (*net.parameters(), *net.buffers())}
     twin = None if torch.device("meta") in devices else _twin(net, lambda t: t.detach().clone())
     with torch.random.fork_rng([d for d in devices if d.type == "cuda"]):
         for size in () if twin is None else (*sizes, *_sizes(net, sample_ndim, EDGES_WITH_DATA)):
             assert twin is not None
             if (found := _run(twin, size)).ran:
-                return found
-    return Trial()
+                yield found
+
+
+def tried_width(net: nn.Module, sample_ndim: int, pool: str, pick: Callable[[Any], Tensor]) -> int | None:
+    """How many features a module returns, from runs on inputs of two sizes; None where that does not show.
+
+    Channels are the dimension that stays the same when the size of the images changes: the first one of a map where
+    both ends do (a map of 1 x 1), the last one of tokens.
+
+    Args:
+        pick: of what the module returns, the tensor of features; what it raises is raised.
+    """
+    shapes: list[tuple[int, ...]] = []
+    for found in trials(net, sample_ndim):
+        shapes.append(tuple(pick(found.output).shape))
+        if len(shapes) == 2 or len(shapes[0]) == 2:
+            break
+    if not shapes or len({len(shape) for shape in shapes}) > 1 or not 2 <= len(shapes[0]) <= 4:
+        return None
+    first, other = shapes[0], shapes[-1]
+    if pool == "flatten":
+        return math.prod(first[1:]) if first == other else None
+    if len(first) == 2:
+        return first[1]
+    one, end = first[1] == other[1], first[-1] == other[-1]
+    if len(shapes) == 1 and len(first) == 4:  # one size alone suits it: a square of positions tells
+        one = not (first[1] == first[2] != first[3])
+    if len(first) == 4:
+        return first[1] if one else first[-1] if end else None
+    return first[-1] if end else first[1] if one and pool != "cls" else None
 
 
 def patched(net: nn.Module) -> bool:
     """Was a `forward` replaced on the instance by something that a copy would not have its own of?"""
     inside = {id(m) for m in net.modules()}
-    patches = [m.__dict__["forward"] for m in net.modules() if "forward" in m.__dict__]
+    patches = [m.__dict__["forward"] for m in net.modules() if "forward" in m.__dict__ and not _is_compiled(m)]
     return any(not isinstance(f, MethodType) or id(f.__self__) not in inside for f in patches)
+
+
+def replaced(module: nn.Module, path: str, new: nn.Module | None) -> nn.Module:
+    """A copy of a module with another part at a dotted path; everything beside the path is shared."""
+    head, _, rest = path.partition(".")
+    outer = copy.copy(module)
+    outer._modules = dict(module._modules)
+    for attribute, value in vars(module).items():  # a method that was bound anew, as accelerate does with forward
+        if isinstance(value, MethodType) and value.__self__ is module:
+            vars(outer)[attribute] = MethodType(value.__func__, outer)
+    inner = module._modules[head]
+    outer._modules[head] = replaced(inner, rest, new) if rest and inner is not None else new
+    return outer
+
+
+def _uncompiled(net: nn.Module) -> nn.Module:
+    """A module with its compiled parts (torch.compile) as they were before, on copies of the modules around them."""
+    for path, part in net.named_modules():
+        if _is_compiled(part):
+            inner = part._modules["_orig_mod"]
+            assert inner is not None
+            return _uncompiled(replaced(net, path, inner) if path else inner)
+    return net
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule"
 
 
 def _twin(net: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> nn.Module | None:
@@ -103,7 +167,7 @@ def _run(net: nn.Module, size: tuple[int, ...]) -> Trial:
         name for name, ((out, version), *more) in outputs.items() if out is y and not more and version == _version(y)
     }
     calls = {name: len(each) for name, each in outputs.items()}
-    return Trial(True, calls, last, tuple(y.shape) if isinstance(y, Tensor) else ())
+    return Trial(True, calls, last, y)
 
 
 def _named(net: nn.Module) -> list[tuple[nn.Module, list[str]]]:

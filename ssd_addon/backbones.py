@@ -6,7 +6,6 @@ parameters, which stay shared and are trained). Legend: F backbone width.
 
 import copy
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ssd_addon import _checks
-from ssd_addon.backbone_trial import Trial, patched, trial
+from ssd_addon.backbone_trial import Trial, patched, replaced, trial, tried_width
+from ssd_addon.pooling import Pool, Pooling, picked
 
 CLASSIFIERS = ("fc", "heads", "head", "classifier")
 """What torchvision's models and most others call their classifier."""
@@ -42,14 +42,20 @@ class Prepared:
         changes: what was done to it, in words.
         dropped: the parts that were taken off, by their names in the module.
         class_token: whether a result [N, F] is the class token.
+        output: which part of what it returns holds the features.
     """
 
     module: nn.Module
     in_features: int
     name: str
+    output: str | int | None = None
     changes: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     class_token: bool = False
+
+    def pooling(self, pool: Pool) -> Pooling:
+        """How its features are pooled."""
+        return Pooling(self.in_features, pool, self.output, self.class_token, self.name)
 
     def drop(self, path: str, new: nn.Module, why: str) -> None:
         """Put something without parameters in the place of a part, on a copy."""
@@ -59,18 +65,21 @@ class Prepared:
                 "off: got one whose forward was replaced on the instance; put nn.Identity() there yourself and give "
                 "in_features, or pass the module before it was changed"
             )
-        self.module = _replaced(self.module, path, new)
+        self.module = replaced(self.module, path, new)
         self.dropped.append(path)
         self.changes.append(f"{path!r} taken off, {why}")
 
 
-def prepared(backbone: nn.Module, in_features: int | None, pool: str, sample_ndim: int) -> Prepared:
+def prepared(
+    backbone: nn.Module, in_features: int | None, pool: str, sample_ndim: int, output: str | int | None = None
+) -> Prepared:
     """The backbone without wrappers and classifier, and its width.
 
     Raises:
         ValueError: a width that cannot be read from it; a wrapper that cannot be taken off.
+        TypeError: a backbone that returns several tensors, where `output` names none of them.
     """
-    made = Prepared(backbone, in_features or 0, type(backbone).__name__)
+    made = Prepared(backbone, in_features or 0, type(backbone).__name__, output)
     _unwrap(made)
     net = made.module
     made.name = type(net).__name__
@@ -89,7 +98,25 @@ def prepared(backbone: nn.Module, in_features: int | None, pool: str, sample_ndi
         _timm(made, pool, in_features)
     elif not _torchvision(made, in_features, pool):
         _other(made, in_features, sample_ndim)
+        made.in_features = made.in_features or _width(made, sample_ndim, pool)
     return made
+
+
+def _width(made: Prepared, sample_ndim: int, pool: str) -> int:
+    """The width of what a module returns, by trial."""
+    found = tried_width(made.module, sample_ndim, pool, lambda y: picked(y, made.output, made.name))
+    if found is not None:
+        return found
+    if pool == "flatten":
+        raise ValueError(
+            f"backbone {made.name}: expected in_features for pool='flatten', as the number of features depends on the "
+            "size of the images: got None; give the width of the flattened features"
+        )
+    raise ValueError(
+        f"backbone {made.name}: expected num_features, a classifier fc, heads, head or classifier at its end, or a "
+        "module that runs on images of a usual size, to read the width of its features from: got none of them; give "
+        "in_features, the width of what it returns"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ wrappers
@@ -112,19 +139,6 @@ def _unwrap(made: Prepared) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ classifiers
-
-
-def _replaced(module: nn.Module, path: str, new: nn.Module | None) -> nn.Module:
-    """A copy of a module with another part at a dotted path; everything beside the path is shared."""
-    head, _, rest = path.partition(".")
-    outer = copy.copy(module)
-    outer._modules = dict(module._modules)
-    for attribute, value in vars(module).items():  # a method that was bound anew, as accelerate does with forward
-        if isinstance(value, MethodType) and value.__self__ is module:
-            vars(outer)[attribute] = MethodType(value.__func__, outer)
-    inner = module._modules[head]
-    outer._modules[head] = _replaced(inner, rest, new) if rest and inner is not None else new
-    return outer
 
 
 def _torchvision(made: Prepared, in_features: int | None, pool: str) -> bool:
@@ -162,7 +176,7 @@ def _other(made: Prepared, in_features: int | None, sample_ndim: int) -> None:
     """A module of the user's own: a part that is called like a classifier is one only where it comes last.
 
     Where the module says how wide its features are (in_features, or its num_features) and returns as many, nothing is
-    taken off, unless its last part takes as many too.
+    taken off, unless its last part takes as many too. Where it says nothing, `made.in_features` stays 0.
     """
     net: Any = made.module
     own = getattr(net, "num_features", None)
@@ -190,14 +204,7 @@ def _other(made: Prepared, in_features: int | None, sample_ndim: int) -> None:
             made.drop(name, nn.Identity(), f"a classifier ({before} to {after}), as it comes last")
             made.in_features = before
             return
-    if in_features is not None:
-        return
-    if own is None:
-        raise ValueError(
-            f"backbone {made.name}: expected num_features, or a classifier fc, heads, head or classifier at its end, "
-            "to read the width of its features from: got none of them; give in_features"
-        )
-    made.in_features = own
+    made.in_features = in_features or own or 0
 
 
 # ------------------------------------------------------------------------------------------------ timm

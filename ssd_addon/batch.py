@@ -295,3 +295,34 @@ def _unflatten_batch(children: Any, static: Any) -> ViewBatch:
 
 
 register(ViewBatch, _flatten_batch, _unflatten_batch)
+
+
+# ---- what a model is given
+
+
+def views_of(x: Any) -> Any:
+    """Views as one tensor, or as a list where their sizes differ; a plain batch as it is."""
+    if isinstance(x, ViewBatch):
+        return x.views
+    if isinstance(x, list | tuple):
+        return stacked(x)[0]
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a ViewBatch, a tensor of images or a list of views: got {type(x).__name__}")
+    return x
+
+
+def is_plain(views: Tensor | Sequence[Tensor], given: Any, sample_ndim: int) -> bool:
+    """Whether these are samples [B, ...] and no views [V, B, ...]; refuses what is neither."""
+    for t in (views,) if isinstance(views, Tensor) else views:
+        if not t.is_floating_point():
+            raise TypeError(
+                f"expected floating-point images: got {t.dtype}; StructuredViews scales uint8 images, otherwise "
+                "divide by 255"
+            )
+        dimensions = t.ndim if isinstance(views, Tensor) else t.ndim + 1
+        if dimensions != sample_ndim + 2 and (dimensions != sample_ndim + 1 or not isinstance(given, Tensor)):
+            raise ValueError(
+                f"expected views with {sample_ndim + 2} dimensions [V, B, ...] or a batch with {sample_ndim + 1}, as "
+                f"samples have {sample_ndim} (sample_ndim): got {t.ndim} dimensions {_checks.shape(t)}"
+            )
+    return isinstance(views, Tensor) and views.ndim == sample_ndim + 1

@@ -13,22 +13,34 @@ from torch import Tensor, nn
 
 from ssd_addon import _checks, storage
 from ssd_addon._types import as_weights
-from ssd_addon.backbones import prepared
-from ssd_addon.batch import ViewBatch, stacked
+from ssd_addon.backbones import TimmFeatures, prepared
+from ssd_addon.batch import ViewBatch, is_plain, views_of
 from ssd_addon.card import check_card
 from ssd_addon.embeddings import Embeddings, of_batch
+from ssd_addon.encoder import FEATURES, Encoder
 from ssd_addon.plan import ViewPlan
-from ssd_addon.stack import HeadStack
+from ssd_addon.pooling import POOLS, Pool
+from ssd_addon.stack import (
+    NORMS,
+    Hidden,
+    Norm,
+    ProjectionHeads,
+    checked_hidden,
+    checked_spaces,
+    head_of,
+    projected,
+    stacks_of,
+    whole,
+)
 
-Pool = Literal["auto", "mean", "cls", "flatten"]
-POOLS: tuple[Pool, ...] = ("auto", "mean", "cls", "flatten")
-Hidden = Sequence[int] | Mapping[str, Sequence[int]]
+ADDED: dict[str, Any] = {"norm": "batch", "output": None}
+"""Settings that older files do not name, and what they were then."""
 
 
 class StyleHeads(nn.Module):
     """A backbone and one projection head per space: images or views -> name -> embedding.
 
-    z^s = head_s(pool(backbone(x))); a hidden layer is Linear, BatchNorm, ReLU, the last layer is Linear.
+    z^s = head_s(pool(backbone(x))); a hidden layer is Linear, norm, ReLU, the last layer is Linear.
 
     All views go through backbone and heads in one pass, so that batch statistics are those of the V*B images together.
     `model(batch, view_by_view=True)` passes each view on its own: less memory, and statistics per view (B images), so
@@ -48,24 +60,30 @@ class StyleHeads(nn.Module):
             caller's backbone is not altered, its parameters are shared and trained.
         spaces: name -> width d_s, "content" first.
         in_features: F, the width of what the backbone returns. None reads it from the backbone: timm's and others'
-            `num_features`, or the input width of the classifier.
+            `num_features`, the input width of the classifier, or else a trial run of a copy without data (on torch's
+            meta device).
         hidden: widths of the hidden layers, for all heads or by name.
+        norm: of the hidden layers: "batch" (BatchNorm), "layer" (LayerNorm, no statistics of the batch) or None (none,
+            and hidden layers with a bias).
         pool: "auto" takes [N, F] as it is, averages maps and tokens (timm models pool as timm does); "mean" averages
             (timm models as timm does, without the class token); "cls" takes the first token; "flatten" keeps every
             position.
+        output: which part of what the backbone returns holds the features, where it returns a dictionary, a tuple or a
+            Hugging Face ModelOutput: a key such as "last_hidden_state", or a place in the tuple.
         sample_ndim: dimensions of one sample: 3 for images, 1 for vectors. An input of one more is a plain batch,
             of two more is views.
 
     Attributes:
-        spaces, hidden, in_features, pool, sample_ndim: as above, resolved.
+        spaces, hidden, in_features, norm, pool, output, sample_ndim: as above, resolved.
         changes: what was taken off the backbone, in words.
         on_sphere: whether embeddings are compared L2-normalized, for measures and reports; set it from the loss,
             `model.on_sphere = criterion.on_sphere`.
+        frozen: whether the backbone is frozen, see `freeze`.
 
     Raises:
         ValueError: no content first, a width below 1, an unknown backbone width, a sharded backbone, an input of other
             dimensions.
-        TypeError: integer input, a backbone that returns anything but a tensor.
+        TypeError: integer input; a backbone that returns several tensors, where `output` names none of them.
 
     Source: Eastwood et al., arXiv 2311.08815: content and style spaces beside each other.
     """
@@ -77,49 +95,76 @@ class StyleHeads(nn.Module):
         *,
         in_features: int | None = None,
         hidden: Hidden = (2048, 2048),
+        norm: Norm | None = "batch",
         pool: Pool = "auto",
+        output: str | int | None = None,
         sample_ndim: int = 3,
     ) -> None:
         super().__init__()
-        if not isinstance(spaces, Mapping):
-            raise TypeError(f"spaces: expected a mapping name -> width, 'content' first: got {type(spaces).__name__}")
-        names = _checks.spaces(tuple(spaces), "spaces")
-        self.spaces: dict[str, int] = {n: _checks.width(w, f"width of space {n!r}") for n, w in spaces.items()}
+        self.spaces = checked_spaces(spaces)
         self.pool: Pool = _checks.choice(pool, POOLS, "pool")
+        self.norm: Norm | None = _checks.choice(norm, NORMS, "norm")
         self.sample_ndim = _checks.width(sample_ndim, "sample_ndim")
+        if output is not None and (isinstance(output, bool) or not isinstance(output, str | int)):
+            raise TypeError(f"output: expected a key or a place in what the backbone returns: got {output!r}")
+        self.output = output
         if not isinstance(backbone, nn.Module):
             raise TypeError(f"backbone: expected an nn.Module: got {type(backbone).__name__}")
         if in_features is not None:
             in_features = _checks.width(in_features, "in_features")
-        made = prepared(backbone, in_features, pool, self.sample_ndim)
+        self.hidden = checked_hidden(hidden, self.spaces)
+        made = prepared(backbone, in_features, pool, self.sample_ndim, output)
         self.backbone, self.in_features = made.module, made.in_features
         self.backbone_name, self.changes = made.name, tuple(made.changes)
         self._dropped = tuple(f"backbone.{path}." for path in made.dropped)
-        self._class_token = made.class_token
-        self.on_sphere = False
-        if isinstance(hidden, Mapping):
-            _checks.same_names(hidden, names, "hidden", "heads")
-            by_name = {n: _checks.widths(hidden[n], n) for n in names}
-        else:
-            by_name = dict.fromkeys(names, _checks.widths(hidden, "every head"))
-        self.hidden: dict[str, tuple[int, ...]] = by_name
-        # Heads of the same hidden widths form a stack, in the order of the spaces.
-        self.stacks = nn.ModuleList()
-        for widths in dict.fromkeys(by_name.values()):
-            members = {n: self.spaces[n] for n in names if by_name[n] == widths}
-            self.stacks.append(HeadStack(self.in_features, widths, members))
+        self._pooling = made.pooling(pool)
+        self.on_sphere = self.frozen = False
+        self.stacks = stacks_of(self.in_features, self.spaces, self.hidden, self.norm)
+
+    @staticmethod
+    def heads(
+        in_features: int,
+        spaces: Mapping[str, int],
+        *,
+        hidden: Hidden = (2048, 2048),
+        norm: Norm | None = "batch",
+    ) -> ProjectionHeads:
+        """The heads alone, for a module of your own that keeps its backbone: in the place of its projection head.
+
+        self.projection_head = StyleHeads.heads(512, {"content": 128, "color": 64})
+        ...
+        z = self.projection_head(self.backbone(x).flatten(1))     features [V*B, F] -> name -> [V*B, d]
+        loss = criterion(z, transform.plan)
+
+        Args:
+            in_features: F, the width of the features.
+            spaces, hidden, norm: as of the constructor.
+        """
+        return ProjectionHeads(in_features, spaces, hidden=hidden, norm=norm)
 
     if TYPE_CHECKING:
 
         @overload
-        def __call__(self, x: ViewBatch | Sequence[Tensor], *, view_by_view: bool = False) -> Embeddings: ...
+        def __call__(
+            self, x: ViewBatch | Sequence[Tensor], *, view_by_view: bool = False, features: Literal[False] = False
+        ) -> Embeddings: ...
         @overload
-        def __call__(self, x: Tensor, *, view_by_view: bool = False) -> Embeddings | dict[str, Tensor]: ...
-        def __call__(self, x: Any, *, view_by_view: bool = False) -> Any: ...
+        def __call__(
+            self, x: Tensor, *, view_by_view: bool = False, features: Literal[False] = False
+        ) -> Embeddings | dict[str, Tensor]: ...
+        @overload
+        def __call__(
+            self, x: ViewBatch | Sequence[Tensor], *, view_by_view: bool = False, features: Literal[True]
+        ) -> tuple[Embeddings, Tensor]: ...
+        @overload
+        def __call__(
+            self, x: Tensor, *, view_by_view: bool = False, features: Literal[True]
+        ) -> tuple[Embeddings | dict[str, Tensor], Tensor]: ...
+        def __call__(self, x: Any, *, view_by_view: bool = False, features: bool = False) -> Any: ...
 
     def forward(
-        self, x: ViewBatch | Tensor | Sequence[Tensor], *, view_by_view: bool = False
-    ) -> Embeddings | dict[str, Tensor]:
+        self, x: ViewBatch | Tensor | Sequence[Tensor], *, view_by_view: bool = False, features: bool = False
+    ) -> Embeddings | dict[str, Tensor] | tuple[Embeddings | dict[str, Tensor], Tensor]:
         """`Embeddings` name -> [V, B, d] for views; for a plain batch a dict name -> [B, d].
 
         Args:
@@ -127,43 +172,101 @@ class StyleHeads(nn.Module):
                 read as shared query in the order of the spaces, unless the loss is given a batch or a plan), or a plain
                 batch [B, ...]. Views of several sizes go through the backbone size by size.
             view_by_view: one backbone pass per view, with batch statistics per view.
+            features: return (embeddings, features) with the pooled backbone features [V, B, F] or [B, F], for probes
+                that are trained beside the model.
         """
-        views = self._views(x)
-        if self._is_plain(views, x):
-            return self.project(self._pooled(views))
+        views = views_of(x)
+        out: Embeddings | dict[str, Tensor]
+        if is_plain(views, x, self.sample_ndim):
+            pooled = self._pooled(views)
+            out = self.project(pooled)
+            return (out, pooled) if features else out
         v, b = len(views), len(views[0])
         if view_by_view:
-            each = [self.project(self._pooled(view)) for view in views]
-            out = {n: torch.stack([z[n] for z in each]) for n in self.spaces}
+            parts = [self._pooled(view) for view in views]
+            each = [self.project(part) for part in parts]
+            pooled = torch.stack(parts)
+            z = {n: torch.stack([part[n] for part in each]) for n in self.spaces}
         else:
-            out = {n: t.view(v, b, -1) for n, t in self.project(self._features(views).flatten(0, 1)).items()}
+            pooled = self._features(views)
+            z = {n: t.view(v, b, -1) for n, t in self.project(pooled.flatten(0, 1)).items()}
         if isinstance(x, ViewBatch):
             _checks.same_names(self.spaces, x.plan.spaces, "heads", "view plan")
-            return of_batch(out, x)
-        return Embeddings(out, ViewPlan.shared_query(tuple(self.spaces)), assumed=True)
+            out = of_batch(z, x)
+        else:
+            out = Embeddings(z, ViewPlan.shared_query(tuple(self.spaces)), assumed=True)
+        return (out, pooled) if features else out
 
     def features(self, x: ViewBatch | Tensor | Sequence[Tensor]) -> Tensor:
         """Pooled backbone features, [B, F] or [V, B, F]. Train mode and gradient are the caller's business."""
-        views = self._views(x)
+        views = views_of(x)
         with _outside_forward("features"):
-            return self._pooled(views) if self._is_plain(views, x) else self._features(views)
+            return self._pooled(views) if is_plain(views, x, self.sample_ndim) else self._features(views)
 
     def project(self, features: Tensor) -> dict[str, Tensor]:
         """What the heads make of pooled features of a plain batch, `features(x)`: [N, F] to name -> [N, d]."""
-        found: dict[str, Tensor] = {}
         with _outside_forward("project"):
-            features = as_weights(features, self.stacks)
-            for stack in self.stacks:
-                found |= stack(features)
-        return {n: found[n] for n in self.spaces}
+            return projected(self.stacks, features, self.spaces)
+
+    # ------------------------------------------------------------------------------------ parts
 
     def head(self, name: str) -> nn.Sequential:
-        """One head as plain layers (a copy): [N, F] -> [N, d]. `nn.Sequential(model.backbone, ...)` runs it alone."""
-        for stack in self.stacks:
-            assert isinstance(stack, HeadStack)
-            if name in stack.widths:
-                return stack.head(name)
-        raise KeyError(f"there is no head {name!r}: the spaces are {_checks.names(self.spaces)}")
+        """One head as plain layers (a copy): [N, F] -> [N, d]. `encoder(name)` has the backbone before it."""
+        return head_of(self.stacks, name, self.spaces)
+
+    def encoder(self, space: str = FEATURES) -> Encoder:
+        """One space as a plain module images [B, C, H, W] -> [B, d], for torch.export, ONNX and inference.
+
+        Args:
+            space: its name; "backbone" gives the pooled features [B, F].
+
+        Returns:
+            A module that shares the backbone, with a copy of the head, in this model's mode (`.eval()` it first).
+
+        Raises:
+            KeyError: no such space.
+        """
+        head = nn.Identity() if space == FEATURES and space not in self.spaces else self.head(space)
+        return Encoder(self.backbone, self._pooling, head, self.sample_ndim).train(self.training)
+
+    def export_backbone(self) -> dict[str, Tensor]:
+        """The backbone's weights under the keys of the library that it came from.
+
+        They go back into a model without its classifier, `timm.create_model(name, num_classes=0)`, or into one with a
+        classifier of its own, `load_state_dict(weights, strict=False)`. The weights of a model that FSDP2 has sharded
+        are gathered: call it on every rank.
+
+        Returns:
+            key -> tensor, detached; what was taken off (`changes`) is not in it.
+        """
+        prefix = "model." if isinstance(self.backbone, TimmFeatures) else ""
+        state = self.backbone.state_dict()
+        return {storage.bare(k).removeprefix(prefix): whole(t) for k, t in state.items()}
+
+    def freeze(self) -> "StyleHeads":
+        """Freeze the backbone: no gradient, and evaluation mode whatever `train()` says, so that its batch statistics
+        stay as they are and dropout is off. The heads are trained on the features that it has; returns the model.
+
+        Parameters are shared with the module that was given to the constructor: they are frozen there too.
+        """
+        self.frozen = True
+        self.backbone.requires_grad_(False)
+        self.backbone.eval()
+        return self
+
+    def unfreeze(self) -> "StyleHeads":
+        """Train the backbone again; returns the model."""
+        self.frozen = False
+        self.backbone.requires_grad_(True)
+        self.backbone.train(self.training)
+        return self
+
+    def train(self, mode: bool = True) -> "StyleHeads":
+        """Training mode; a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
 
     # ------------------------------------------------------------------------------------ saving and loading
 
@@ -173,7 +276,9 @@ class StyleHeads(nn.Module):
             "spaces": dict(self.spaces),
             "in_features": self.in_features,
             "hidden": {n: list(h) for n, h in self.hidden.items()},
+            "norm": self.norm,
             "pool": self.pool,
+            "output": self.output,
             "sample_ndim": self.sample_ndim,
         }
 
@@ -231,8 +336,8 @@ class StyleHeads(nn.Module):
 
         Keys may carry the names of what wrapped the model when it was saved ("module.", "_orig_mod.", "model.").
         """
-        mine = self.config()
-        differ = [f"{k}: {config.get(k)} in the checkpoint, {mine[k]} here" for k in mine if config.get(k) != mine[k]]
+        mine, there = self.config(), ADDED | dict(config)
+        differ = [f"{k}: {there.get(k)} in the checkpoint, {mine[k]} here" for k in mine if there.get(k) != mine[k]]
         if differ:
             raise ValueError(f"the checkpoint belongs to another configuration of StyleHeads: {'; '.join(differ)}")
         own = self.state_dict()
@@ -248,32 +353,6 @@ class StyleHeads(nn.Module):
 
     # ------------------------------------------------------------------------------------ inside
 
-    def _views(self, x: Any) -> Any:
-        """Views as one tensor, or as a list where their sizes differ; a plain batch as it is."""
-        if isinstance(x, ViewBatch):
-            return x.views
-        if isinstance(x, list | tuple):
-            return stacked(x)[0]
-        if not isinstance(x, Tensor):
-            raise TypeError(f"expected a ViewBatch, a tensor of images or a list of views: got {type(x).__name__}")
-        return x
-
-    def _is_plain(self, views: Tensor | Sequence[Tensor], given: Any) -> bool:
-        n = self.sample_ndim
-        for t in (views,) if isinstance(views, Tensor) else views:
-            if not t.is_floating_point():
-                raise TypeError(
-                    f"expected floating-point images: got {t.dtype}; StructuredViews scales uint8 images, otherwise "
-                    "divide by 255"
-                )
-            dimensions = t.ndim if isinstance(views, Tensor) else t.ndim + 1
-            if dimensions != n + 2 and (dimensions != n + 1 or not isinstance(given, Tensor)):
-                raise ValueError(
-                    f"expected views with {n + 2} dimensions [V, B, ...] or a batch with {n + 1}, as samples have {n} "
-                    f"(sample_ndim): got {t.ndim} dimensions {_checks.shape(t)}"
-                )
-        return isinstance(views, Tensor) and views.ndim == n + 1
-
     def _features(self, views: Tensor | Sequence[Tensor]) -> Tensor:
         """Pooled features [V, B, F] of all views: one pass for each size."""
         if isinstance(views, Tensor):
@@ -288,36 +367,11 @@ class StyleHeads(nn.Module):
         return torch.stack([out[v] for v in range(len(views))])
 
     def _pooled(self, x: Tensor) -> Tensor:
-        y = self.backbone(as_weights(x, self.backbone))
-        if not isinstance(y, Tensor):
-            inside = f" with keys {_checks.names(y)}" if isinstance(y, Mapping) else ""
-            raise TypeError(
-                f"backbone: expected one tensor of features: got {type(y).__name__}{inside} from {self.backbone_name}; "
-                "wrap it in a module that returns the features"
-            )
-        f = self.in_features
-        if self.pool == "cls" and y.ndim != 3 and not self._class_token:
-            raise ValueError(
-                f"pool: expected a backbone that returns tokens [N, T, F] for 'cls': got {_checks.shape(y)} from "
-                f"{self.backbone_name}; 'auto' takes what it returns"
-            )
-        channels_last = y.ndim == 4 and y.shape[1] != f and y.shape[-1] == f
-        if self.pool == "flatten":
-            y = y.flatten(1)
-        elif y.ndim == 4:
-            y = y.mean(dim=(1, 2) if channels_last else (2, 3))
-        elif y.ndim == 3:
-            y = y[:, 0] if self.pool == "cls" else y.mean(dim=1)
-        if y.ndim != 2 or y.shape[1] != f or y.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"backbone: expected {f} features per image (in_features), [N, F], maps [N, F, H, W] or tokens "
-                f"[N, T, F]: got {_checks.shape(y)} from {self.backbone_name} after pool={self.pool!r}"
-            )
-        return y
+        return self._pooling(self.backbone(as_weights(x, self.backbone)), x.shape[0])
 
     def extra_repr(self) -> str:
         changes = f", backbone: {'; '.join(self.changes)}" if self.changes else ""
-        return f"spaces={self.spaces}, pool={self.pool!r}{changes}"
+        return f"spaces={self.spaces}, pool={self.pool!r}{', frozen' if self.frozen else ''}{changes}"
 
 
 @contextmanager

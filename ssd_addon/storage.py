@@ -215,15 +215,15 @@ def matched(state: Mapping[str, Any], wanted: Iterable[str], dropped: tuple[str,
         ValueError: weights for the module under several prefixes, as in a file that holds an average beside them.
     """
     own = list(wanted)
-    bare = {_bare(k): k for k in state}
-    targets = {_bare(k): k for k in own}
+    found_at = {bare(k): k for k in state}
+    targets = {bare(k): k for k in own}
     if set(own) <= state.keys():
         return {k: v for k, v in state.items() if k in targets.values() or not k.startswith(dropped)}
-    if len(bare) < len(state) or len(targets) < len(own):  # two keys differ by a wrapper's name alone
+    if len(found_at) < len(state) or len(targets) < len(own):  # two keys differ by a wrapper's name alone
         return state
     first = next(iter(targets), "")
-    prefixes = [b.removesuffix(first) for b in bare if b == first or b.endswith("." + first)]
-    fitting = [p for p in prefixes if all(p + t in bare for t in targets)]
+    prefixes = [b.removesuffix(first) for b in found_at if b == first or b.endswith("." + first)]
+    fitting = [p for p in prefixes if all(p + t in found_at for t in targets)]
     if len(fitting) > 1:
         raise ValueError(
             f"expected the weights of one model: got them under several prefixes, {_checks.names(fitting)}; keep the "
@@ -233,13 +233,14 @@ def matched(state: Mapping[str, Any], wanted: Iterable[str], dropped: tuple[str,
     if not fitting:
         return state
     prefix = fitting[0]
-    found = {targets[t]: state[bare[prefix + t]] for t in targets}
-    beside = {b[len(prefix) :]: k for b, k in bare.items() if b.startswith(prefix)}
-    if any(k != b for b, k in bare.items()):  # something wrapped it
+    found = {targets[t]: state[found_at[prefix + t]] for t in targets}
+    beside = {b[len(prefix) :]: k for b, k in found_at.items() if b.startswith(prefix)}
+    if any(k != b for b, k in found_at.items()):  # something wrapped it
         beside.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel counts its updates there
     rest = {k: state[k] for name, k in beside.items() if name not in targets and not name.startswith(dropped)}
     return found | rest
 
 
-def _bare(key: str) -> str:
+def bare(key: str) -> str:
+    """A key without the names of what wraps the parts of a model."""
     return ".".join(part for part in key.split(".") if part not in WRAPPERS)

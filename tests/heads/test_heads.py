@@ -116,10 +116,15 @@ class Wrong(nn.Module):
         return self.value
 
 
+class Refuses(nn.Module):
+    def forward(self, x):
+        raise ValueError("images of 37 pixels alone")
+
+
 @pytest.mark.parametrize(
     "backbone,kwargs,error,message",
     [
-        (nn.Linear(6, 9), {}, ValueError, "give in_features"),
+        (Refuses(), {}, ValueError, "give in_features"),
         (Wrong((1, 2)), {"in_features": 9}, TypeError, "got tuple"),
         (Wrong({"features": 1}), {"in_features": 9}, TypeError, "got dict with keys features"),
         (nn.Linear(6, 9), {"in_features": 8}, ValueError, r"expected 8 features.*got \[2, 9\]"),

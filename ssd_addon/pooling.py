@@ -1,0 +1,89 @@
+"""From what a backbone returns to one row of features per image. Legend: N images, F width, [H, W] map, T tokens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ssd_addon import _checks
+
+Pool = Literal["auto", "mean", "cls", "flatten"]
+POOLS: tuple[Pool, ...] = ("auto", "mean", "cls", "flatten")
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How the features of a backbone are pooled.
+
+    Attributes:
+        in_features: F.
+        pool: of `StyleHeads`.
+        output: which part of what the backbone returns is pooled; None: it returns a tensor.
+        class_token: whether a result [N, F] is the class token.
+        name: of the backbone, for messages.
+    """
+
+    in_features: int
+    pool: Pool
+    output: str | int | None
+    class_token: bool
+    name: str
+
+    def __call__(self, returned: Any, images: int) -> Tensor:
+        """Features [N, F] of what the backbone returned for N images."""
+        y, f = picked(returned, self.output, self.name), self.in_features
+        if self.pool == "cls" and y.ndim != 3 and not self.class_token:
+            raise ValueError(
+                f"pool: expected a backbone that returns tokens [N, T, F] for 'cls': got {_checks.shape(y)} from "
+                f"{self.name}; 'auto' takes what it returns"
+            )
+        last = y.shape[-1] == f and (y.ndim < 3 or y.shape[1] != f)  # channels last
+        if self.pool == "flatten":
+            y = y.flatten(1)
+        elif y.ndim == 4:
+            y = y.mean(dim=(1, 2) if last else (2, 3))
+        elif y.ndim == 3 and self.pool == "cls":
+            y = y[:, 0]
+        elif y.ndim == 3:  # tokens [N, T, F], or series [N, F, T]
+            y = y.mean(dim=2 if y.shape[1] == f and y.shape[2] != f else 1)
+        if y.ndim != 2 or y.shape[1] != f or y.shape[0] != images:
+            raise ValueError(
+                f"backbone: expected {f} features per image (in_features), [N, F], maps [N, F, H, W] or tokens "
+                f"[N, T, F]: got {_checks.shape(y)} from {self.name} after pool={self.pool!r}"
+            )
+        return y
+
+
+def picked(returned: Any, output: str | int | None, name: str) -> Tensor:
+    """The tensor of features in what a backbone returned.
+
+    Raises:
+        TypeError: no tensor there; says what there is to choose from.
+    """
+    found, there = returned, _parts(returned)
+    if output is not None:
+        if output not in there:
+            got = f"a {type(returned).__name__} with {_checks.names(there)}" if there else type(returned).__name__
+            raise TypeError(f"output: expected a part of what {name} returns: got {output!r}, but it returned {got}")
+        found = there[output]
+    if isinstance(found, Tensor):
+        return found
+    if output is not None:
+        raise TypeError(f"output: expected a tensor of features in {output!r} of {name}: got {type(found).__name__}")
+    tensors = [key for key, value in there.items() if isinstance(value, Tensor) and key not in ("loss", "logits")]
+    inside = f" with {'keys ' if isinstance(returned, Mapping) else ''}{_checks.names(there)}" if there else ""
+    choose = f"choose one with output={tensors[0]!r}" if tensors else "wrap it in a module that returns the features"
+    raise TypeError(
+        f"backbone: expected one tensor of features: got {type(returned).__name__}{inside} from {name}; {choose}"
+    )
+
+
+def _parts(returned: Any) -> dict[Any, Any]:
+    """What a dictionary, a Hugging Face ModelOutput or a tuple holds, by key or by place."""
+    if isinstance(returned, Mapping):
+        return dict(returned)
+    if isinstance(returned, tuple | list):
+        names = getattr(returned, "_fields", ())
+        return dict(enumerate(returned)) | dict(zip(names, returned, strict=False))
+    return {}
