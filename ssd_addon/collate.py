@@ -46,7 +46,8 @@ class StructuredCollate:
             (uint8 where all samples are,
             a quarter of the memory to move: `views(images)` on the device scales them).
         image_key, label_key: where a sample that is a mapping has its image and its label. None takes the one key
-            among "image", "img" and "pixel_values", and among "label" and "labels".
+            among "image", "img" and "pixel_values", and among "label" and "labels"; label_key=False reads no labels,
+            and returns a list of None in their place.
 
     Returns:
         images or ViewBatch; labels (an int64 or float tensor [B] where they are numbers, else a list); names, a list
@@ -68,7 +69,7 @@ class StructuredCollate:
         fit: Literal["cover", "pad"] = "cover",
         views: Callable[[Tensor], ViewBatch] | None = None,
         image_key: str | None = None,
-        label_key: str | None = None,
+        label_key: str | Literal[False] | None = None,
     ) -> None:
         edges = (size, size) if isinstance(size, int) else size
         if (
@@ -107,7 +108,9 @@ class StructuredCollate:
         """(image, label, name) of a sample."""
         if isinstance(sample, Mapping):
             image = _column(sample, self.image_key, IMAGE_KEYS, "image_key")
-            label = _column(sample, self.label_key, LABEL_KEYS, "label_key")
+            label = None
+            if self.label_key is not False:
+                label = _column(sample, self.label_key, LABEL_KEYS, "label_key")
             return image, label, str(sample.get("name", ""))
         if self.image_key is not None or self.label_key is not None:
             raise TypeError(
@@ -184,7 +187,7 @@ def _column(row: Mapping[str, Any], key: str | None, usual: tuple[str, ...], arg
     if len(found) == 1:
         return row[found[0]]
     expected = f"a key {key!r}" if key is not None else f"one key of {_checks.names(usual)}"
-    hint = "" if found or argument != "label_key" else "; images without labels need a column of them, such as -1"
+    hint = "" if found or argument != "label_key" else "; label_key=False goes without labels"
     raise ValueError(
         f"collate: expected {expected} in every row: got the keys {_checks.names(row)}; {argument} names it{hint}"
     )

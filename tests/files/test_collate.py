@@ -105,6 +105,16 @@ def test_a_collate_function_travels_to_spawned_workers():
     assert batch.views.shape == (2, 1, 3, 4, 6) and names == ["a"]
 
 
+def test_rows_without_labels_are_read_where_that_is_said():
+    row = {"image": torch.rand(3, 4, 4), "label": 3}
+    images, labels, _ = StructuredCollate(4, label_key=False)([row, {"image": torch.rand(3, 4, 4)}])
+    assert len(images) == 2 and labels == [None, None]
+    with pytest.raises(ValueError, match=r"got the keys image; label_key names it; label_key=False goes without"):
+        StructuredCollate(4)([{"image": torch.rand(3, 4, 4)}])
+    with pytest.raises(TypeError, match="expected samples as mappings"):
+        StructuredCollate(4, label_key=False)([(torch.rand(3, 4, 4), 0)])
+
+
 CROP = {"crop": [K.RandomResizedCrop((4, 4))]}
 
 
