@@ -13,6 +13,18 @@ SLACK = 1e-6
 """How far rounding may move a value out of [0, 1]."""
 
 
+class Diverged(ValueError):
+    """Embeddings that are not finite, or too large for the loss: a training loop may skip the step.
+
+    Attributes:
+        spaces: whose embeddings these are.
+    """
+
+    def __init__(self, message: str, spaces: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.spaces = tuple(spaces)
+
+
 def shape(t: Tensor) -> str:
     return "[" + ", ".join(map(str, t.shape)) + "]"
 
