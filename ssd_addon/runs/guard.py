@@ -1,4 +1,4 @@
-"""Steps that are not finite, and signals: what a training loop asks at every step, agreed over ranks in one exchange."""
+"""Steps that are not finite, and signals: what a training loop asks at every step, agreed over ranks at once."""
 
 import signal
 from collections.abc import Iterable, Sequence
