@@ -1,6 +1,7 @@
 """lightly's loops, before and after, with every method: plain, in Lightning, on two processes, as its benchmark."""
 
 import functools
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightly.loss import BarlowTwinsLoss, DCLLoss, VICRegLoss
 from lightly.models.modules.heads import BarlowTwinsProjectionHead, SimCLRProjectionHead, VICRegProjectionHead
 from lightly.models.utils import get_weight_decay_parameters
 from lightly.utils.lars import LARS
@@ -238,3 +240,28 @@ def test_what_the_loss_holds_is_not_decayed(tmp_path):
     assert [len(group) for group in inside] == [1, 0], "lightly would decay it: give it a group of its own"
     optimizer.add_param_group({"params": model.criterion.parameters(), "weight_decay": 0.0})
     assert optimizer.param_groups[-1]["params"] == [temperature]
+
+
+# ---------------------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_says_how_many_lines_change():
+    spec = importlib.util.spec_from_file_location("diffs", ROOT / "docs" / "diffs.py")
+    diffs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(diffs)
+    page = (ROOT / "docs" / "pipelines" / "lightly.md").read_text()
+    for name in ("plain", "lightning", "distributed", "gpu", "benchmark"):
+        _, new, gone = diffs.changes(f"lightly_{name}")
+        assert f"| `lightly_{name}` | {new} | {gone} |\n" in page
+
+
+def test_lightlys_arguments_have_the_meaning_that_the_page_says():
+    z0, z1 = torch.randn(2, 16, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z = {"content": torch.stack([z0, z1])}
+    pairs = [
+        (DCLLoss(temperature=0.3), JointEntropyLoss("simclr", temperature=0.3)),
+        (VICRegLoss(7.0, 3.0, 2.0), JointEntropyLoss("vicreg", weights=7.0, variance=3.0, covariance=4.0)),
+        (BarlowTwinsLoss(lambda_param=0.02), JointEntropyLoss("barlow", redundancy=0.02)),
+    ]
+    for theirs, ours in pairs:
+        torch.testing.assert_close(ours(z), theirs(z0, z1))
