@@ -12,7 +12,7 @@ from torchvision.models import resnet18
 
 from ssd_addon import JointEntropyLoss, StructuredTransform, StyleHeads, presets
 
-SPACES = {"content": 128, "spatial": 64, "color": 64}
+SPACES = {"content": 2048, "spatial": 512, "color": 512}
 
 
 class Model(pl.LightningModule):
