@@ -11,17 +11,20 @@ metrics.parameter_matrix(model, views, images)                       what each s
 Monitor("log.jsonl", views=views, images=images)                     the same, while it trains       monitor
 runs.load("runs/mine")                                               a trained model again           runs
 python -m ssd_addon report RUN --data DIR --out report.html          a page that shows it            report
+python -m ssd_addon audit MODEL --data DIR --out audit.html          what any backbone keeps         auditing
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssd_addon import auditing as auditing
     from ssd_addon import augment as augment
     from ssd_addon import checkpoints as checkpoints
     from ssd_addon import collate as collate
     from ssd_addon import heads as heads
     from ssd_addon import kernels as kernels
+    from ssd_addon import lightning as lightning
     from ssd_addon import losses as losses
     from ssd_addon import metrics as metrics
     from ssd_addon import monitor as monitor
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from ssd_addon import recipes as recipes
     from ssd_addon import report as report
     from ssd_addon import runs as runs
+    from ssd_addon.auditing.measure import audit as audit
     from ssd_addon.augment import StructuredViews as StructuredViews
     from ssd_addon.batch import ViewBatch as ViewBatch
     from ssd_addon.collate import StructuredCollate as StructuredCollate
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "audit": "auditing.measure",
     "StructuredViews": "augment",
     "StructuredTransform": "transform",
     "presets": "recipes",
@@ -66,11 +71,13 @@ _HOME = {
     "two_pass": "large_batch",
 }
 _MODULES = (
+    "auditing",
     "augment",
     "checkpoints",
     "collate",
     "heads",
     "kernels",
+    "lightning",
     "losses",
     "metrics",
     "monitor",
@@ -94,11 +101,14 @@ __all__ = [
     "ViewBatch",
     "ViewPlan",
     "__version__",
+    "audit",
+    "auditing",
     "augment",
     "checkpoints",
     "collate",
     "heads",
     "kernels",
+    "lightning",
     "losses",
     "metrics",
     "monitor",

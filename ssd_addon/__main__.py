@@ -1,4 +1,7 @@
-"""`python -m ssd_addon report RUN_OR_CHECKPOINT --data DIR --out report.html`: what each space of a model encodes.
+"""The command line.
+
+    python -m ssd_addon audit MODEL [MODEL] --data DIR --out audit.html       what any backbone keeps of augmentations
+    python -m ssd_addon report RUN_OR_CHECKPOINT --data DIR --out report.html  what each space of a model encodes
 
 Flags are named here alone: errors of the library name its arguments and are reworded.
 """
@@ -8,12 +11,19 @@ import re
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 FLAGS = (
     "data",
     "out",
     "backbone",
     "views",
+    "groups",
+    "layers",
+    "weights",
+    "prefix",
+    "pretrained",
+    "output",
     "size",
     "samples",
     "explore",
@@ -25,6 +35,12 @@ FLAGS = (
 )
 ARGUMENTS = {"explored": "explore"}
 """Arguments of the library whose flag has another name."""
+DATA: dict[str, Any] = {
+    "required": True,
+    "metavar": "DIR_OR_DATASET",
+    "help": "a folder of images (class folders are labels; val/ is taken where there is one), or FILE.py:NAME or "
+    "MODULE:NAME, where NAME is a data set, or makes one or a pair (images, factors)",
+}
 LARGEST = 2**14
 """Edge of an image in pixels, at most."""
 
@@ -33,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; an error is one line on standard error, and the status 1."""
     parser = _parser()
     args = parser.parse_args(argv)
-    for name in ("samples", "explore", "batch_size", "size"):
-        value = getattr(args, name)
+    for name in ("samples", "explore", "batch_size", "size", "draws"):
+        value = getattr(args, name, None)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: expected 1 or more: got {value}")
     if not -(2**63) <= args.seed < 2**64:
@@ -42,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.size is not None and args.size > LARGEST:
         parser.error(f"--size: expected {LARGEST} or less: got {args.size}")
     try:
-        report(args)
+        (audit if args.command == "audit" else report)(args)
     except Exception as error:
         _print(f"error: {_said(error, args)}", error=True)
         return 1
@@ -67,19 +83,14 @@ def _of_the_library(error: BaseException) -> bool:
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m ssd_addon", description="Self-supervised disentanglement as an add-on.")
     commands = p.add_subparsers(dest="command", required=True)
+    _audit_parser(commands)
     r = commands.add_parser(
         "report",
         help="one HTML page that shows what each space of a trained model encodes",
         description="Measure a trained model on a data set and write one self-contained HTML page.",
     )
     r.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run's folder, or a file of StyleHeads.save")
-    r.add_argument(
-        "--data",
-        required=True,
-        metavar="DIR_OR_DATASET",
-        help="a folder of images (class folders are labels; val/ is taken where there is one), or FILE.py:NAME or "
-        "MODULE:NAME, where NAME is a data set, or makes one or a pair (images, factors)",
-    )
+    r.add_argument("--data", **DATA)
     r.add_argument("--out", type=Path, default=Path("report.html"))
     r.add_argument("--backbone", help="torchvision:NAME, timm:NAME or FILE.py:NAME, instead of what the card says")
     r.add_argument("--views", help="a preset, a JSON file or FILE.py:NAME, instead of what the card says")
@@ -105,6 +116,51 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 
+def _audit_parser(commands: Any) -> None:
+    a = commands.add_parser(
+        "audit",
+        help="one HTML page that shows what a backbone keeps of each augmentation, layer by layer, without labels",
+        description="Measure what one backbone, or two side by side, keep of each augmentation, and write one "
+        "self-contained HTML page.",
+    )
+    a.add_argument(
+        "model",
+        nargs="+",
+        metavar="MODEL",
+        help="one or two: torchvision:NAME, timm:NAME or FILE.py:NAME (a module, or a function that makes one)",
+    )
+    a.add_argument("--data", **DATA)
+    a.add_argument("--out", type=Path, default=Path("audit.html"))
+    a.add_argument(
+        "--weights",
+        action="append",
+        metavar="FILE",
+        help="a file of weights: a state dict, or a checkpoint of lightly, Lightning or a training script; for two "
+        "models give it twice, in their order, with - for none",
+    )
+    a.add_argument("--prefix", help="of the backbone's keys in the file of weights, where several networks in it fit")
+    a.add_argument("--pretrained", action="store_true", help="the library's own weights, where no file is given")
+    a.add_argument("--layers", type=_layers, help="names of layers, such as layer2,layer3 (default: its own stages)")
+    a.add_argument("--groups", default="color_spatial", help="a preset, a JSON file or FILE.py:NAME (color_spatial)")
+    a.add_argument("--size", type=int, default=224, help="edge of images and views in pixels (default 224)")
+    a.add_argument("--samples", type=int, default=1000, help="images to measure on, at most (default 1000)")
+    a.add_argument("--draws", type=int, help="pairs of views per image and group (default: about 1000 pairs a group)")
+    a.add_argument("--batch-size", type=int, default=64)
+    a.add_argument(
+        "--normalize",
+        choices=("auto", "imagenet", "none"),
+        default="auto",
+        help="of the images before the backbone; auto: timm's own mean and std, ImageNet's for others",
+    )
+    a.add_argument("--output", help="which part of what the backbone returns holds the features, such as pooler_output")
+    a.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    a.add_argument("--seed", type=int, default=0)
+
+
+def _layers(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def _bands(text: str) -> tuple[int, ...]:
     from ssd_addon.display import checked_bands
 
@@ -113,6 +169,43 @@ def _bands(text: str) -> tuple[int, ...]:
     except (ValueError, TypeError):
         expected = "one to three channels, counted from 0, such as 3,2,1"
         raise argparse.ArgumentTypeError(f"expected {expected}: got {text!r}") from None
+
+
+def audit(args: argparse.Namespace) -> None:
+    """Build the backbones, read the data, measure, and write the page."""
+    from ssd_addon import auditing
+    from ssd_addon import report as page
+    from ssd_addon.recipes import MEAN, STD
+
+    page.writable(args.out)
+    device = _device(args.device)
+    backbones = auditing.named_backbones(
+        args.model, weights=args.weights or (), prefix=args.prefix, pretrained=args.pretrained, say=_print
+    )
+    views = auditing.views_for(args.groups, args.size)
+    data = page.read(args.data, size=args.size, samples=args.samples, seed=args.seed, say=_print)
+    found = auditing.write(
+        args.out,
+        {name: net.to(device) for name, net in backbones.items()},
+        data,
+        views,
+        size=args.size,
+        layers=args.layers,
+        normalize={"auto": "auto", "imagenet": (MEAN, STD), "none": None}[args.normalize],
+        output=int(args.output) if args.output and args.output.isdigit() else args.output,
+        draws=args.draws,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        say=_print,
+    )
+    for each in found:
+        _print("")
+        for line in (f"{each.name}: {auditing.headline(each)}", *auditing.sentences(each), *each.notes):
+            _print(line)
+    for line in auditing.compared(*found) if len(found) == 2 else ():
+        _print(line)
+    _print("")
+    _print(f"written: {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")
 
 
 def report(args: argparse.Namespace) -> None:

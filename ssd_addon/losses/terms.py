@@ -43,6 +43,12 @@ class Terms:
 
     def scalars(self) -> dict[str, float]:
         """Flat name -> number, for a logger: "loss", "entropy", "invariance/content", "effective_rank/content" ..."""
+        out = self.tensors()
+        numbers = torch.stack([t.double() for t in out.values()]).tolist()  # one read from the device
+        return dict(zip(out, numbers, strict=True))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same as detached tensors, which are not read from the device."""
         out = {"loss": self.loss.detach(), "entropy": self.entropy}
         if self.content_entropy is not None:
             out["content_entropy"] = self.content_entropy
@@ -53,8 +59,7 @@ class Terms:
         }
         for key, values in by_space.items():
             out |= {f"{key}/{name}": value for name, value in values.items()}
-        numbers = torch.stack([t.double() for t in out.values()]).tolist()  # one read from the device
-        return dict(zip(out, numbers, strict=True))
+        return out
 
 
 def terms_of(loss: Tensor, parts: Parts, s: Shards) -> Terms:

@@ -3,6 +3,7 @@
     z = embed(model, images)                        name -> [n, d], the backbone too
     r2_matrix(z, factors)                           spaces x factors, where factors are known                 labelled
     parameter_matrix(model, views, images)          spaces x groups of augmentations, without labels          label_free
+    class_accuracy(z, labels)                       accuracy of a linear probe and of k-NN                    classify
     dci, mig, sap                                   one number for a matrix                                   summary
     effective_rank, uniformity, alignment           how a space lies; redundancy between spaces               geometry
     StyleIndex(z).search(7, {"color": 1})           neighbors by any weighting of the spaces                  index
@@ -13,6 +14,7 @@ Every matrix is a `ScoreTable`: `table["color", "hue"]` is a number, NaN where t
 """
 
 from ssd_addon.differences import parameter_differences
+from ssd_addon.metrics.classify import class_accuracy
 from ssd_addon.metrics.embed import embed
 from ssd_addon.metrics.geometry import alignment, effective_rank, redundancy, space_geometry, uniformity
 from ssd_addon.metrics.index import StyleIndex
@@ -32,6 +34,7 @@ __all__ = [
     "ScoreTable",
     "StyleIndex",
     "alignment",
+    "class_accuracy",
     "completeness",
     "dci",
     "disentanglement",

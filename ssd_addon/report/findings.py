@@ -293,13 +293,17 @@ def _geometry(
 
 def _pictures(batch: ViewBatch, views: Any, images: int = 8) -> ViewBatch:
     """The first images of the batch with the Normalize of the views undone, in [0, 1]."""
-    import kornia.augmentation as K
-
-    x = batch.views[:, :images].detach().float().cpu()
-    for op in views.modules():
-        if isinstance(op, K.Normalize):
-            mean, std = (torch.as_tensor(op.flags[k]).flatten().cpu().view(-1, 1, 1) for k in ("mean", "std"))
-            x = x * std + mean
-            break
+    x = unnormalized(batch.views[:, :images].detach().float().cpu(), views)
     index = None if batch.space_index is None else batch.space_index[:images].cpu()
     return ViewBatch(x.clamp(0, 1), batch.plan, space_index=index)
+
+
+def unnormalized(x: Tensor, views: Any) -> Tensor:
+    """Views [..., C, H, W] with the Normalize of what drew them undone."""
+    import kornia.augmentation as K
+
+    for op in views.modules():
+        if isinstance(op, K.Normalize):
+            mean, std = (torch.as_tensor(op.flags[k]).flatten().to(x.device).view(-1, 1, 1) for k in ("mean", "std"))
+            return x * std + mean
+    return x

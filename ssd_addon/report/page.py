@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 from ssd_addon.metrics import ScoreTable
 from ssd_addon.report.curves import finite, panel
 from ssd_addon.report.data import Data
+from ssd_addon.report.document import document
 from ssd_addon.report.findings import Findings
-from ssd_addon.report.pictures import explorer_section, script_json, views_section
-from ssd_addon.report.text import clean, html, name
-from ssd_addon.report.verdict import ENCODES, TRACE, short, verdict
+from ssd_addon.report.pictures import explorer_section, views_section
+from ssd_addon.report.table import number, score_table, short_name
+from ssd_addon.report.text import html
+from ssd_addon.report.verdict import ENCODES, TRACE, verdict
 
 LIMIT = 10_000_000
 """Bytes that a page may have."""
@@ -30,29 +31,7 @@ def render(f: Findings, data: Data) -> str:
         _numbers(f),
     ]
     title = f"{f.title or 'ssd_addon'}: {_subject(f)}"
-    asset = resources.files(__package__)
-    style, script = (asset.joinpath(file).read_text(encoding="utf-8") for file in ("page.css", "page.js"))
-    page = "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<link rel="icon" href="data:,">',
-            f"<title>{html(title)}</title>",
-            f"<style>\n{style}</style>",
-            "</head>",
-            "<body>",
-            *(s for s in sections if s),
-            f'<script type="application/json" id="findings">{script_json(_kept(f))}</script>',
-            f"<script>\n{script}</script>",
-            "</body>",
-            "</html>",
-            "",
-        ]
-    )
-    return clean(page)
+    return document(title, [s for s in sections if s], _kept(f))
 
 
 def _subject(f: Findings) -> str:
@@ -95,10 +74,10 @@ def _label_free(f: Findings) -> str:
         text += ", and content should encode none." if "content" in f.spaces else "."
     if f.spaces and any(s not in f.spaces for s in f.label_free.spaces):
         text += " The backbone's score is a reference point."
-    out += [f"<p>{text}</p>", _table(f.label_free, f, across="group of augmentations")]
+    out += [f"<p>{text}</p>", _scores(f.label_free, f, across="group of augmentations")]
     if f.label_free.parts is not None:
         out += [f"<h3>Which parameters {whose} encode{'s' if f.spaces else ''}</h3>"]
-        out += [_table(f.label_free.parts, f, across="parameter")]
+        out += [_scores(f.label_free.parts, f, across="parameter")]
     return "\n".join([*out, "</section>"])
 
 
@@ -110,7 +89,7 @@ def _labelled(f: Findings) -> str:
         out.append(_na("; ".join(dict.fromkeys(why))))
     called = {"ridge": "By a linear probe", "kernel": "By a kernel probe, which decodes nonlinear codes too"}
     for probe, table in f.labelled.items():
-        out += [f"<h3>{called[probe]}</h3>", _table(table, f, across="factor")]
+        out += [f"<h3>{called[probe]}</h3>", _scores(table, f, across="factor")]
     if f.labelled:
         out.append(
             '<p class="note">R² on held-out images. For classes it is the accuracy, rescaled so that always answering '
@@ -119,43 +98,8 @@ def _labelled(f: Findings) -> str:
     return "\n".join([*out, "</section>"])
 
 
-def _table(t: ScoreTable, f: Findings, *, across: str, what: str = "Space") -> str:
-    heads = []
-    for factor in t.factors:
-        group = factor.rsplit("/", 2)[0]
-        heads.append(
-            f'<th scope="col">{_name(short(factor))}<small>{_name(group)}</small></th>'
-            if group != factor and across == "parameter"
-            else f'<th scope="col">{_name(factor)}</th>'
-        )
-    rows = []
-    for space in t.spaces:
-        cells = []
-        for factor in t.factors:
-            value = t[space, factor]
-            own = space in (factor, factor.rsplit("/", 2)[0]) and across in ("group of augmentations", "parameter")
-            cell = f"{space}, {factor}"
-            if math.isnan(value):
-                why = t.notes.get((space, factor), "no score")
-                cells.append(f'<td class="none" title="{html(f"{cell}: {why}")}">n/a</td>')
-                continue
-            v = min(1.0, max(0.0, value))
-            interval = t.intervals.get((space, factor))
-            small = f"<small>{_number(interval[0])} to {_number(interval[1])}</small>" if interval else ""
-            classes = "heat own" if own else "heat"
-            cells.append(f'<td class="{classes}" style="--v:{v:.3f}" title="{html(cell)}">{_number(value)}{small}</td>')
-        other = "" if space in f.spaces or not f.spaces else ' class="other"'
-        rows.append(f'<tr{other}><th scope="row">{_name(space)}</th>{"".join(cells)}</tr>')
-    below = ", below it the 95 % interval" if t.intervals else ""
-    caption = f"{t.probe} probe, fitted on n = {t.n_train} {t.unit}, scored on n = {t.n_test} held out{below}"
-    notes = dict.fromkeys(f"{factor}: {note}" for (_, factor), note in t.notes.items() if note != "itself")
-    corner = what if f.spaces else "Features"
-    head = f'<tr><th scope="col">{corner}<small>by {across}</small></th>{"".join(heads)}</tr>'
-    return (
-        f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>\n'
-        f'<p class="key"><span>0 <i></i> 1</span> <span>{html(caption)}</span></p>'
-        + "".join(f'<p class="note">{html(note)}</p>' for note in notes)
-    )
+def _scores(t: ScoreTable, f: Findings, *, across: str, what: str = "Space") -> str:
+    return score_table(t, across=across, corner=what if f.spaces else "Features", spaces=f.spaces)
 
 
 def _numbers(f: Findings) -> str:
@@ -166,7 +110,7 @@ def _numbers(f: Findings) -> str:
         out.append("<h3>Geometry of the embeddings</h3>" + _na(f.reasons["geometry"]))
     if f.shared is not None:
         out.append("<h3>Redundancy</h3><p>How well one space (row) predicts another (column); 0 is best.</p>")
-        out.append(_table(f.shared, f, what="From space", across="predicted space"))
+        out.append(_scores(f.shared, f, what="From space", across="predicted space"))
     elif "redundancy" in f.reasons:
         out.append("<h3>Redundancy</h3>" + _na(f.reasons["redundancy"]))
     why = [f"{part}: {f.reasons[part]}" for part in ("DCI", "SAP gap", "MIG") if part in f.reasons]
@@ -179,7 +123,7 @@ def _numbers(f: Findings) -> str:
             "SAP gap": f.summary.sap,
             "MIG": f.summary.mig,
         }
-        items = " &nbsp; ".join(f"{html(k)} <b>{_number(v)}</b>" for k, v in cells.items())
+        items = " &nbsp; ".join(f"{html(k)} <b>{number(v)}</b>" for k, v in cells.items())
         notes = "; ".join([*why, *(f"{k}: {v}" for k, v in (d.notes if d is not None else {}).items())])
         out.append(f"<h3>Summary of the labeled matrix</h3><p>{items}</p>")
         out.append(f'<p class="note">Over spaces, by linear probes; each factor by itself. {html(notes)}</p>')
@@ -198,7 +142,7 @@ def _geometry_table(f: Findings) -> str:
         del names["alignment"]  # it has no pairs of its own
     head = "".join(f'<th scope="col">{n}</th>' for n in names.values())
     rows = "".join(
-        f'<tr><th scope="row">{_name(s)}</th>' + "".join(f"<td>{_number(row[k])}</td>" for k in names) + "</tr>"
+        f'<tr><th scope="row">{short_name(s)}</th>' + "".join(f"<td>{number(row[k])}</td>" for k in names) + "</tr>"
         for s, row in f.geometry.items()
     )
     corner = "Space" if f.spaces else "Features"
@@ -263,15 +207,6 @@ def _kept(f: Findings) -> dict[str, Any]:
         "reasons": f.reasons,
         "pictures": "" if f.display is None else f.display.text,
     }
-
-
-def _name(value: str) -> str:
-    """A name in the head of a row or a column; the cells' titles have it whole."""
-    return html(name(value, 60))
-
-
-def _number(value: float) -> str:
-    return "n/a" if not math.isfinite(value) else f"{value:.2f}".replace("-0.00", "0.00")
 
 
 def _na(why: str) -> str:

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ssd_addon.display import Display, display
 from ssd_addon.report.data import Data
+from ssd_addon.report.document import script_json
 from ssd_addon.report.findings import Findings
 from ssd_addon.report.text import html, name
 
@@ -161,8 +161,3 @@ def picture(x: Tensor, show: Display | None = None) -> str:
 def _int16(similarity: Tensor) -> str:
     values = (similarity.clamp(-1, 1) * 32767).round().to(torch.int16).contiguous().numpy()
     return base64.b64encode(values.astype("<i2").tobytes()).decode()
-
-
-def script_json(value: Any) -> str:
-    """JSON that may stand inside a script element."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

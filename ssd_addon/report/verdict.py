@@ -82,7 +82,7 @@ def _doubts(f: Findings, readings: dict[str, list[Reading]]) -> list[str]:
     if groupless := [s for s in styles if s not in t.factors]:
         out.append(f"{_names(groupless)} {'has' if len(groupless) == 1 else 'have'} no augmentation group")
     for s in styles:
-        score = _sure(t, s, s) if s in t.factors and not math.isnan(t[s, s]) else math.nan
+        score = sure(t, s, s) if s in t.factors and not math.isnan(t[s, s]) else math.nan
         if score < ENCODES:
             partly = any(r.own and r.score >= TRACE for r in readings[s])
             what = "encodes its own group only in part" if partly else "does not encode its own group"
@@ -99,7 +99,7 @@ def _shared(f: Findings) -> dict[str, list[Reading]]:
         return {}
     out = {}
     for factor in table.factors:
-        held = sorted((Reading(_sure(table, s, factor), s) for s in f.spaces if s in table.spaces), reverse=True)
+        held = sorted((Reading(sure(table, s, factor), s) for s in f.spaces if s in table.spaces), reverse=True)
         best, *others = [r for r in held if r.score >= TRACE] or held[:1]
         if any(r.name != "content" for r in others):
             out[factor] = [best, *others]
@@ -137,10 +137,10 @@ def _readings(t: ScoreTable | None, space: str) -> list[Reading]:
         return []
     out = []
     for group in t.factors:
-        table, parameters = _parameters(t, group)
+        table, parameters = parameters_of(t, group)
         scored = [
             Reading(
-                _sure(table, space, p),
+                sure(table, space, p),
                 short(p) if group == space or p == group else f"{group}'s {short(p)}",
                 group == space,
             )
@@ -151,7 +151,7 @@ def _readings(t: ScoreTable | None, space: str) -> list[Reading]:
     return out
 
 
-def _parameters(t: ScoreTable, group: str) -> tuple[ScoreTable, list[str]]:
+def parameters_of(t: ScoreTable, group: str) -> tuple[ScoreTable, list[str]]:
     """The parameters of a group and the table that holds them; the group itself where there are none."""
     if t.parts is not None and (parts := [p for p in t.parts.factors if p.rsplit("/", 2)[0] == group]):
         return t.parts, parts
@@ -163,7 +163,7 @@ def _factors(f: Findings, space: str) -> list[Reading]:
     table = f.labelled.get("ridge")
     if table is None or space not in table.spaces:
         return []
-    found = sorted((Reading(_sure(table, space, name), name) for name in table.factors), reverse=True)
+    found = sorted((Reading(sure(table, space, name), name) for name in table.factors), reverse=True)
     return [r for r in found if r.score >= TRACE][:MOST]
 
 
@@ -176,8 +176,8 @@ def _of_features(f: Findings) -> tuple[str, list[str]]:
     augmentations: list[Reading] = []
     for group in t.factors if t is not None else ():
         assert t is not None
-        table, parameters = _parameters(t, group)
-        found = (Reading(_sure(table, BACKBONE, p), p if p == group else f"{group}'s {short(p)}") for p in parameters)
+        table, parameters = parameters_of(t, group)
+        found = (Reading(sure(table, BACKBONE, p), p if p == group else f"{group}'s {short(p)}") for p in parameters)
         augmentations += [r for r in found if r.score >= TRACE]
     augmentations.sort(reverse=True)
     factors = _factors(f, BACKBONE)
@@ -195,7 +195,7 @@ def _of_features(f: Findings) -> tuple[str, list[str]]:
 # ---- text
 
 
-def _sure(table: ScoreTable, space: str, factor: str) -> float:
+def sure(table: ScoreTable, space: str, factor: str) -> float:
     """The score, or 0 where its interval does not lie above 0; NaN counts as 0."""
     score = table[space, factor]
     low, _ = table.intervals.get((space, factor), (score, score))

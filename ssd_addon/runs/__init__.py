@@ -13,10 +13,11 @@ from ssd_addon.runs.build import build_backbone, build_views, find
 from ssd_addon.runs.checkpoint import restore_run, save_run
 from ssd_addon.runs.log import cut_log, read_log
 from ssd_addon.runs.open import Opened, load
-from ssd_addon.runs.sampler import ResumableSampler
+from ssd_addon.runs.sampler import ResumableLoader, ResumableSampler
 
 __all__ = [
     "Opened",
+    "ResumableLoader",
     "ResumableSampler",
     "build_backbone",
     "build_views",

@@ -5,7 +5,8 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,17 @@ from ssd_addon.recipes import presets
 PRESET_KEYS = ("preset", "size", "normalize", "plan", "cross_image", "constrained_crop")
 
 
-def build_backbone(spec: str, *, code: bool = False) -> nn.Module:
-    """ "torchvision:resnet18", "timm:vit_tiny_patch16_224" (without weights); with `code`, "FILE.py:NAME" too.
+def build_backbone(spec: str, *, code: bool = False, pretrained: bool = False) -> nn.Module:
+    """ "torchvision:resnet18", "timm:vit_tiny_patch16_224"; with `code`, "FILE.py:NAME" too.
+
+    Args:
+        spec: of the backbone.
+        code: whether a file or module may be named, whose code is run: NAME is a module, or makes one.
+        pretrained: with the library's own weights, which it downloads where it does not have them.
 
     Raises:
-        ValueError: another form, an unknown model, or something that makes no module.
+        ValueError: another form, an unknown model, something that makes no module; pretrained code.
+        OSError: weights that could not be downloaded.
         ImportError: torchvision or timm is missing.
     """
     home, _, name = spec.partition(":")
@@ -32,7 +39,8 @@ def build_backbone(spec: str, *, code: bool = False) -> nn.Module:
         models = importlib.import_module("torchvision.models")
         if name not in models.list_models(module=models):  # classification; the others load weights of their own
             raise ValueError(f"backbone: torchvision has no classification model {name!r} (see torchvision.models)")
-        model: nn.Module = models.get_model(name, weights=None)
+        with _downloading(spec, pretrained):
+            model: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None)
         return model
     if home == "timm":
         timm = importlib.import_module("timm")
@@ -40,17 +48,34 @@ def build_backbone(spec: str, *, code: bool = False) -> nn.Module:
             raise ValueError(f"backbone: timm has no model {name!r}")
         try:
             # With its classifier, which StyleHeads takes off: files of 0.1.0 hold its weights.
-            made: nn.Module = timm.create_model(name, pretrained=False)
+            with _downloading(spec, pretrained):
+                made: nn.Module = timm.create_model(name, pretrained=pretrained)
             return made
         except RuntimeError as error:  # a tag that it does not have
             raise ValueError(f"backbone: timm has no model {name!r} ({error})") from error
     if not code:
         raise ValueError(f"backbone: expected torchvision:NAME or timm:NAME: got {spec!r}")
+    if pretrained:
+        raise ValueError(f"pretrained: expected with torchvision:NAME or timm:NAME: got {spec!r}; give its weights")
     maker = find(spec, "backbone")
-    found = maker() if callable(maker) else maker
+    found = maker() if callable(maker) and not isinstance(maker, nn.Module) else maker
     if not isinstance(found, nn.Module):
         raise ValueError(f"backbone: expected {spec} to make an nn.Module: got {type(found).__name__}")
     return found
+
+
+@contextmanager
+def _downloading(spec: str, pretrained: bool) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each library has errors of its own for a network that is not there
+        if not pretrained or (isinstance(error, RuntimeError) and "Invalid pretrained tag" in str(error)):
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise OSError(
+            f"pretrained: expected weights of {spec!r} that can be had: could not get them ({reason}); give a file of "
+            "them as weights"
+        ) from error
 
 
 def build_views(spec: Any, *, code: bool = False, seed: int | None = 0) -> StructuredViews:

@@ -11,6 +11,7 @@ diffs = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(diffs)
 PAGES = sorted(diffs.PAGES.glob("*.md"))
 LIMITS: dict[str, int] = {
+    "lightning_simclr": 9,
     "lightly_plain": 10,
     "lightly_lightning": 10,
     "lightly_distributed": 10,

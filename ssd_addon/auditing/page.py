@@ -1,0 +1,207 @@
+"""An audit as one self-contained HTML page: the verdict, each parameter's course through the layers, the tables."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ssd_addon.auditing.measure import Audited
+from ssd_addon.auditing.verdict import Course, compared, courses, headline, sentences
+from ssd_addon.display import display
+from ssd_addon.report.document import document
+from ssd_addon.report.pictures import picture
+from ssd_addon.report.table import score_table, short_name
+from ssd_addon.report.text import html, name
+from ssd_addon.report.verdict import ENCODES, TRACE
+
+ROW = "Features"
+
+
+@dataclass(frozen=True, eq=False)
+class Strip:
+    """Pictures of what is compared: the first view of an image, and the views that differ in one group alone.
+
+    Attributes:
+        first: [k, C, H, W] in [0, 1].
+        others: group -> [k, C, H, W].
+    """
+
+    first: Tensor
+    others: Mapping[str, Tensor]
+
+
+def render(models: Sequence[Audited], about: Sequence[tuple[str, str]], strip: Strip | None) -> str:
+    """The page of one audited backbone, or of two side by side."""
+    title = " and ".join(m.name for m in models)
+    sections = [_header(models, about), _courses(models), *_tables(models), _strip(strip), _how(models)]
+    findings = {
+        "models": [
+            {
+                "name": m.name,
+                "verdict": [headline(m), *sentences(m)],
+                "table": m.table.to_json(),
+                "accuracy": None if m.accuracy is None else m.accuracy.to_json(),
+                "layers": list(m.layers),
+                "notes": m.notes,
+            }
+            for m in models
+        ],
+        "about": dict(about),
+    }
+    return document(f"{title}: what it keeps of each augmentation", [s for s in sections if s], findings)
+
+
+def _header(models: Sequence[Audited], about: Sequence[tuple[str, str]]) -> str:
+    facts = "".join(f"<span>{html(k)} <b>{html(v)}</b></span>" for k, v in about)
+    out = [
+        "<header>",
+        f"<h1>{html('What did the augmentations throw away? ' + ' and '.join(m.name for m in models))}</h1>",
+    ]
+    for k, m in enumerate(models):
+        mark = ' id="verdict"' if k == 0 else ""
+        whose = f"<small>{short_name(m.name)}: </small>" if len(models) > 1 else ""
+        out.append(f'<p class="verdict"{mark}>{whose}{html(headline(m))}</p>')
+        out.append(f'<ul class="each">{"".join(f"<li>{html(s)}</li>" for s in sentences(m))}</ul>')
+    if len(models) == 2:
+        out.append(f'<ul class="each" id="compared">{"".join(f"<li>{html(s)}</li>" for s in compared(*models))}</ul>')
+    out.append(
+        f'<p class="note">R² is the fraction of the variance of a parameter\'s change between two views that a probe '
+        f"predicts on held-out images. From {ENCODES} on, features are said to encode it; below {TRACE}, not to.</p>"
+    )
+    return "\n".join([*out, f'<p class="about">{facts}</p>', "</header>"])
+
+
+def _courses(models: Sequence[Audited]) -> str:
+    """A panel for each parameter: R^2 from the pixels through the layers to the features."""
+    by_model = [{c.key: c for c in courses(m)} for m in models]
+    keys = list(dict.fromkeys(key for each in by_model for key in each))
+    if not keys:
+        return ""
+    panels = []
+    for key in keys:
+        found = [(k, m, each[key]) for k, (m, each) in enumerate(zip(models, by_model, strict=True)) if key in each]
+        panels.append(_panel(key, found))
+    legend = "".join(f'<li><i style="background:var(--s{k})"></i>{html(m.name)}</li>' for k, m in enumerate(models))
+    return "\n".join(
+        [
+            "<section>",
+            "<h2>On the way through the layers</h2>",
+            "<p>How much of each parameter can be decoded from the pixels, from each layer and from the features at "
+            "the end. Dashed: the features of an untrained copy.</p>",
+            f'<ul class="legend">{legend}</ul>' if len(models) > 1 else "",
+            f'<div class="plots">{"".join(panels)}</div>',
+            "</section>",
+        ]
+    )
+
+
+def _panel(key: str, found: Sequence[tuple[int, Audited, Course]]) -> str:
+    w, h, left, right, top, bottom = 320, 200, 30, 12, 26, 40
+    inner, tall = w - left - right, h - top - bottom
+
+    def up(score: float) -> float:
+        return top + tall * (1 - min(1.0, max(0.0, score)))
+
+    parts = [f'<text class="title" x="{left}" y="15">{html(found[0][2].name)}</text>']
+    for tick in (0.0, 0.5, 1.0):
+        parts.append(f'<path class="axis" d="M{left} {up(tick):.1f}H{w - right}"/>')
+        parts.append(f'<text x="{left - 5}" y="{up(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    said = []
+    for k, m, _ in found:
+        rows = ["pixels", *m.layers, "backbone"]
+        scores = [m.table[row, key] for row in rows]
+        xs = [left + inner * i / (len(rows) - 1) for i in range(len(rows))]
+        color = f"var(--s{k % 6})"
+        points = " ".join(f"{x:.1f},{up(s):.1f}" for x, s in zip(xs, scores, strict=True))
+        parts.append(f'<polyline class="curve" style="stroke:{color}" points="{points}"/>')
+        for x, row, s in zip(xs, rows, scores, strict=True):
+            tip = html(f"{m.name}, {row}: {s:.2f}")
+            parts.append(
+                f'<circle cx="{x:.1f}" cy="{up(s):.1f}" r="3" style="fill:{color}"><title>{tip}</title></circle>'
+            )
+        y = up(m.table["untrained", key])
+        dash = f'style="stroke:{color};stroke-dasharray:4 4"'
+        parts.append(f'<path class="curve" {dash} d="M{left} {y:.1f}H{w - right}"/>')
+        if k == found[0][0]:
+            for i, (x, row) in enumerate(zip(xs, rows, strict=True)):
+                if len(rows) > 4 and 0 < i < len(rows) - 1 and i % 2 == 0 and len(rows) > 6:
+                    continue
+                anchor = "start" if i == 0 else "end" if i == len(rows) - 1 else "middle"
+                low = h - bottom + (14 if i % 2 == 0 else 28)
+                label = "features" if row == "backbone" else name(row, 14)
+                parts.append(f'<text x="{x:.1f}" y="{low}" text-anchor="{anchor}">{html(label)}</text>')
+        said.append(f"{m.name}: {scores[0]:.2f} in the pixels, {scores[-1]:.2f} in the features")
+    label = html(f"{found[0][2].name}. {'; '.join(said)}")
+    return f'<svg viewBox="0 0 {w} {h}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def _tables(models: Sequence[Audited]) -> list[str]:
+    out = []
+    for m in models:
+        whose = f": {short_name(m.name)}" if len(models) > 1 else ""
+        out += ["<section>", f"<h2>The numbers{whose}</h2>"]
+        out += ["<h3>By group of augmentations</h3>", score_table(m.table, across="group of augmentations", corner=ROW)]
+        if m.table.parts is not None:
+            out += ["<h3>By parameter</h3>", score_table(m.table.parts, across="parameter", corner=ROW)]
+        if m.accuracy is not None:
+            out += ["<h3>Class accuracy</h3>", score_table(m.accuracy, across="classifier", corner=ROW)]
+        notes = "".join(f'<p class="note">{html(note)}</p>' for note in m.notes)
+        out += [notes, "</section>"]
+    return out
+
+
+def _strip(strip: Strip | None) -> str:
+    if strip is None:
+        return ""
+    show = display(strip.first)
+    groups = list(strip.others)
+    heads = "".join(f'<th scope="col">other {short_name(g)} <small>the rest shared</small></th>' for g in groups)
+    rows = []
+    for i in range(len(strip.first)):
+        cells = f'<td><img src="{picture(strip.first[i], show)}" alt="{html(f"image {i + 1}, first view")}"></td>'
+        for g in groups:
+            image = picture(strip.others[g][i], show)
+            cells += f'<td><img src="{image}" alt="{html(f"image {i + 1}, other {g}")}"></td>'
+        rows.append(f"<tr>{cells}</tr>")
+    return "\n".join(
+        [
+            "<section>",
+            "<h2>What is compared</h2>",
+            "<p>Each row is one image. Beside its first view, each view differs from it in one group of augmentations "
+            "alone; a probe has to say from the features by how much.</p>",
+            '<div class="wide"><table class="strip"><thead><tr><th scope="col">first view</th>'
+            f"{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>",
+            "</section>",
+        ]
+    )
+
+
+def _how(models: Sequence[Audited]) -> str:
+    return "\n".join(
+        [
+            "<section>",
+            "<h2>How to read this</h2>",
+            "<p><b>pixels</b> are the views themselves, averaged in a grid of 8 x 8: what a probe can decode without "
+            "any network. <b>backbone</b> is what a downstream task gets. <b>untrained</b> is the same network with "
+            "weights drawn anew: where it scores higher, training removed something; where it scores lower, training "
+            "made the parameter easier to decode. Layers are averaged in a grid of 2 x 2.</p>",
+            "<p>A low score says that the probe finds little from this many pairs, not that nothing is there: compare "
+            "the rows of a column with each other, look at the intervals, and draw more pairs (--draws) or take more "
+            "images where the pixels score low too.</p>",
+            "</section>",
+        ]
+    )
+
+
+def about_of(
+    images: Tensor, total: int, groups: Sequence[str], extra: Sequence[tuple[str, Any]]
+) -> list[tuple[str, str]]:
+    """Facts for the head of the page."""
+    n = len(images)
+    return [
+        ("images", f"{n} of {total}" if total > n else str(n)),
+        ("size", f"{images.shape[-2]} x {images.shape[-1]}"),
+        ("groups", ", ".join(groups)),
+        *((k, str(v)) for k, v in extra),
+    ]
