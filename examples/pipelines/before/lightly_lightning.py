@@ -24,7 +24,8 @@ CRITERIA = {"simclr": NTXentLoss, "vicreg": VICRegLoss, "barlow": BarlowTwinsLos
 def two_views(method, size):
     if method == "barlow":
         return BYOLTransform(BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size))
-    return {"simclr": SimCLRTransform, "vicreg": VICRegTransform}[method](input_size=size)
+    transform = {"simclr": SimCLRTransform, "vicreg": VICRegTransform}[method]
+    return transform(input_size=size)
 
 
 class Model(pl.LightningModule):
