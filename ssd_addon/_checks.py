@@ -125,7 +125,8 @@ def embeddings(tensors: Mapping[str, Tensor], num_views: int, plan: str) -> tupl
         if t.ndim == 2:
             raise ValueError(
                 f"space {name!r}: expected views [V, B, d]: got {shape(t)}, a plain batch; "
-                "the loss compares views of an image, so give the heads views [V, B, ...]"
+                "the loss compares views of an image, so give the heads views [V, B, ...], or, where these are the "
+                "rows of all views [V*B, d], the plan beside them, criterion(z, transform.plan)"
             )
         if t.ndim != 3:
             raise ValueError(f"space {name!r}: expected [V, B, d]: got {t.ndim} dimensions {shape(t)}")
