@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ssd_addon import collate as collate
     from ssd_addon import heads as heads
     from ssd_addon import kernels as kernels
+    from ssd_addon import lightning as lightning
     from ssd_addon import losses as losses
     from ssd_addon import metrics as metrics
     from ssd_addon import monitor as monitor
@@ -76,6 +77,7 @@ _MODULES = (
     "collate",
     "heads",
     "kernels",
+    "lightning",
     "losses",
     "metrics",
     "monitor",
@@ -106,6 +108,7 @@ __all__ = [
     "collate",
     "heads",
     "kernels",
+    "lightning",
     "losses",
     "metrics",
     "monitor",

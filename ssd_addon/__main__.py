@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; an error is one line on standard error, and the status 1."""
     parser = _parser()
     args = parser.parse_args(argv)
-    for name in ("samples", "explore", "batch_size", "size"):
+    for name in ("samples", "explore", "batch_size", "size", "draws"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: expected 1 or more: got {value}")
@@ -144,6 +144,7 @@ def _audit_parser(commands: Any) -> None:
     a.add_argument("--groups", default="color_spatial", help="a preset, a JSON file or FILE.py:NAME (color_spatial)")
     a.add_argument("--size", type=int, default=224, help="edge of images and views in pixels (default 224)")
     a.add_argument("--samples", type=int, default=1000, help="images to measure on, at most (default 1000)")
+    a.add_argument("--draws", type=int, help="pairs of views per image and group (default: about 1000 pairs a group)")
     a.add_argument("--batch-size", type=int, default=64)
     a.add_argument(
         "--normalize",
@@ -192,6 +193,7 @@ def audit(args: argparse.Namespace) -> None:
         layers=args.layers,
         normalize={"auto": "auto", "imagenet": (MEAN, STD), "none": None}[args.normalize],
         output=int(args.output) if args.output and args.output.isdigit() else args.output,
+        draws=args.draws,
         batch_size=args.batch_size,
         seed=args.seed,
         say=_print,

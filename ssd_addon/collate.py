@@ -1,6 +1,6 @@
 """From samples to a batch: one size, three channels, and the structured views where they are made in the loader."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,11 +16,16 @@ from ssd_addon.files import ImageFiles
 
 __all__ = ["ImageFiles", "StructuredCollate"]
 
+IMAGE_KEYS = ("image", "img", "pixel_values")
+LABEL_KEYS = ("label", "labels")
+"""What the columns of Hugging Face's datasets are mostly called."""
+
 
 class StructuredCollate:
     """Collate function: samples (image, label[, name]) -> (images or ViewBatch, labels, names).
 
-    Images, whose sizes may differ, are
+    A sample may also be a mapping, such as a row {"image": ..., "label": ...} of Hugging Face's `datasets`; a key
+    "name" is read as its name. Images, whose sizes may differ, are
 
     - PIL images of any mode, which become upright RGB as in `ImageFiles`;
     - arrays of uint8, or of floats in [0, 1]: [H, W] and [H, W, 1] (gray), [H, W, 3] (RGB) and [H, W, 4] (RGBA, over
@@ -40,6 +45,9 @@ class StructuredCollate:
             (`size` and `fit` play no part then, as its crops read whole images); None returns images [B, C, H, W]
             (uint8 where all samples are,
             a quarter of the memory to move: `views(images)` on the device scales them).
+        image_key, label_key: where a sample that is a mapping has its image and its label. None takes the one key
+            among "image", "img" and "pixel_values", and among "label" and "labels"; label_key=False reads no labels,
+            and returns a list of None in their place.
 
     Returns:
         images or ViewBatch; labels (an int64 or float tensor [B] where they are numbers, else a list); names, a list
@@ -48,8 +56,10 @@ class StructuredCollate:
     Raises:
         ValueError: an empty batch; an image without pixels; a floating-point PIL image with NaN; an array or tensor of
             floats outside [0, 1] or NaN; an array with dimensions that look like [C, H, W]; images with different
-            numbers of channels; tensors of different shapes as labels.
-        TypeError: a sample that is not a tuple; an image of another kind or dtype, such as a uint16 array.
+            numbers of channels; tensors of different shapes as labels; a mapping without the key, or with several of
+            the names that are looked for.
+        TypeError: a sample that is neither a tuple nor a mapping; an image of another kind or dtype, such as a uint16
+            array.
     """
 
     def __init__(
@@ -58,6 +68,8 @@ class StructuredCollate:
         *,
         fit: Literal["cover", "pad"] = "cover",
         views: Callable[[Tensor], ViewBatch] | None = None,
+        image_key: str | None = None,
+        label_key: str | Literal[False] | None = None,
     ) -> None:
         edges = (size, size) if isinstance(size, int) else size
         if (
@@ -70,6 +82,7 @@ class StructuredCollate:
         self.size = (edges[0], edges[1])
         self.fit: Literal["cover", "pad"] = _checks.choice(fit, ("cover", "pad"), "fit")
         self.views = views
+        self.image_key, self.label_key = image_key, label_key
 
     def __call__(self, samples: Sequence[Any]) -> tuple[Tensor | ViewBatch, Any, list[str]]:
         if not samples:
@@ -77,12 +90,10 @@ class StructuredCollate:
         images, labels, names = [], [], []
         made: Callable[[Sequence[Any]], ViewBatch] | None = getattr(self.views, "collated", None)
         for sample in samples:
-            if not isinstance(sample, tuple | list) or not 2 <= len(sample) <= 3:
-                got = f"{len(sample)} items" if isinstance(sample, tuple | list) else type(sample).__name__
-                raise TypeError(f"collate: expected samples (image, label) or (image, label, name): got {got}")
-            images.append(sample[0] if made is not None else _centered(self._fitted(sample[0]), *self.size))
-            labels.append(sample[1])
-            names.append(str(sample[2]) if len(sample) == 3 else "")
+            image, label, name = self._taken_apart(sample)
+            images.append(image if made is not None else _centered(self._fitted(image), *self.size))
+            labels.append(label)
+            names.append(name)
         if made is not None:
             return made(images), _labels(labels), names
         if any(i.dtype != torch.uint8 for i in images):
@@ -93,7 +104,34 @@ class StructuredCollate:
         batch = torch.stack(images)
         return batch if self.views is None else self.views(batch), _labels(labels), names
 
+    def _taken_apart(self, sample: Any) -> tuple[Any, Any, str]:
+        """(image, label, name) of a sample."""
+        if isinstance(sample, Mapping):
+            image = _column(sample, self.image_key, IMAGE_KEYS, "image_key")
+            label = None
+            if self.label_key is not False:
+                label = _column(sample, self.label_key, LABEL_KEYS, "label_key")
+            return image, label, str(sample.get("name", ""))
+        if self.image_key is not None or self.label_key is not None:
+            raise TypeError(
+                "collate: expected samples as mappings, as image_key or label_key is given: got "
+                f"{type(sample).__name__}"
+            )
+        if not isinstance(sample, tuple | list) or not 2 <= len(sample) <= 3:
+            got = f"{len(sample)} items" if isinstance(sample, tuple | list) else type(sample).__name__
+            raise TypeError(
+                "collate: expected samples (image, label), (image, label, name) or mappings with an image and a label: "
+                f"got {got}"
+            )
+        return sample[0], sample[1], str(sample[2]) if len(sample) == 3 else ""
+
     def _fitted(self, image: object) -> Picture:
+        if isinstance(image, list | tuple) and len(image) and all(isinstance(x, Tensor) for x in image):
+            raise TypeError(
+                f"collate: expected an image, of which views are made afterwards: got a list of {len(image)} views, as "
+                "the data set's transform makes them; leave that transform out, or, where it is a StructuredTransform, "
+                "this collate function"
+            )
         if isinstance(image, np.ndarray):
             taken = pictures.from_array(image)
             if isinstance(taken, Tensor):
@@ -103,7 +141,10 @@ class StructuredCollate:
             return self._resized_picture(pictures.rgb(image))
         if isinstance(image, Tensor):
             return self._resized_tensor(image)
-        raise TypeError(f"collate: expected a PIL image, an array or a tensor: got {type(image).__name__}")
+        hint = ""
+        if isinstance(image, Mapping) or (isinstance(image, list) and not any(isinstance(x, Tensor) for x in image)):
+            hint = '; of datasets, cast_column("image", Image(decode=True)) or with_format("numpy") gives one'
+        raise TypeError(f"collate: expected a PIL image, an array or a tensor: got {type(image).__name__}{hint}")
 
     def _resized_picture(self, picture: Image.Image) -> Tensor:
         """A PIL image, RGB or of one channel, as uint8 [C, h, w]."""
@@ -144,6 +185,18 @@ def _centered(t: Picture, h: int, w: int) -> Resized:
     t = t[:, top : top + h, left : left + w]
     dh, dw = h - t.shape[1], w - t.shape[2]
     return F.pad(t, (dw // 2, dw - dw // 2, dh // 2, dh - dh // 2)) if dh or dw else t
+
+
+def _column(row: Mapping[str, Any], key: str | None, usual: tuple[str, ...], argument: str) -> Any:
+    """What a row has under a key, or under the one of the usual names that it has."""
+    found = [k for k in (usual if key is None else (key,)) if k in row]
+    if len(found) == 1:
+        return row[found[0]]
+    expected = f"a key {key!r}" if key is not None else f"one key of {_checks.names(usual)}"
+    hint = "" if found or argument != "label_key" else "; label_key=False goes without labels"
+    raise ValueError(
+        f"collate: expected {expected} in every row: got the keys {_checks.names(row)}; {argument} names it{hint}"
+    )
 
 
 def _labels(labels: list[Any]) -> Any:

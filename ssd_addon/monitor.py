@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssd_addon import _checks
 from ssd_addon.heads import StyleHeads
@@ -43,7 +43,8 @@ class Monitor:
     matrices whole, with intervals. A number that is not finite becomes null. TensorBoard gets the same numbers under
     the same names, and the matrices as pictures where matplotlib is installed.
 
-    Over ranks, rank 0 measures and writes, the others return at once; nothing is exchanged.
+    Over ranks, rank 0 measures and writes, the others return at once; nothing is exchanged. A model that FSDP2 has
+    sharded is run on every rank.
 
     Args:
         log: the JSON-lines file, added to; its folder is made where it is missing. None: no log.
@@ -166,7 +167,8 @@ class Monitor:
         Returns:
             What was written; {} where it was not the turn, or nothing is to be measured (no groups, no factors).
         """
-        if epoch % self.every or self.images is None or not _first():
+        sharded = isinstance(model, nn.Module) and any(hasattr(p, "full_tensor") for p in model.parameters())
+        if epoch % self.every or self.images is None or not (_first() or sharded):
             return {}
         changed = ""
         try:
@@ -223,19 +225,22 @@ class Monitor:
 
     # ------------------------------------------------------------------------------------------------ Lightning
 
-    def lightning(self, base: type | None = None) -> Any:
+    def lightning(self, base: type | None = None, *, model: Any = None) -> Any:
         """This monitor as a Lightning callback: `Trainer(callbacks=[monitor.lightning()])`.
 
         Every `log_every` steps it writes what the module logged (`self.log_dict(terms.scalars())`); at the end of every
-        epoch the matrices of the first `StyleHeads` in the module. Without a `tensorboard` of its own it writes to the
-        trainer's logger, where that is TensorBoard's.
+        epoch the matrices of the model. Nothing is measured before the training (sanity checks) or in validation.
+        Without a `tensorboard` of its own it writes to the trainer's logger, where that is TensorBoard's.
 
         Args:
             base: the Callback class, where both packages are installed: lightning.pytorch.Callback or
                 pytorch_lightning.Callback. None takes the one that is there, lightning.pytorch first.
+            model: what is measured: a module, the dotted name of one in the LightningModule ("student.backbone"), or a
+                callable LightningModule -> model. None: the first `StyleHeads` in it.
 
         Raises:
             ImportError: neither package is installed.
+            ValueError: when the training starts: no such module, or no `StyleHeads`.
         """
         if base is None:
             for package in ("lightning.pytorch", "pytorch_lightning"):
@@ -251,10 +256,11 @@ class Monitor:
         class MonitorCallback(base):  # type: ignore[misc, valid-type]
             """Writes `Monitor`'s lines from Lightning's hooks."""
 
+            def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # after setup and configure_model
+                if monitor.images is not None:
+                    _chosen(pl_module, model)
+
             def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-                if monitor.images is not None and not _heads(pl_module):
-                    name = type(pl_module).__name__
-                    raise ValueError(f"Monitor: expected a StyleHeads inside the LightningModule {name}: got none")
                 if monitor.writer is None:
                     for logger in trainer.loggers:
                         if callable(getattr(logger.experiment, "add_scalar", None)):
@@ -267,13 +273,13 @@ class Monitor:
                 if step >= 0 and step % monitor.log_every == 0 and trainer.global_step != getattr(self, "_written", -1):
                     self._written = trainer.global_step
                     numbers = {k: float(v) for k, v in trainer.callback_metrics.items()}
-                    if isinstance(outputs, Mapping) and "loss" in outputs:
-                        numbers.setdefault("loss", float(outputs["loss"]))
+                    if isinstance(outputs, Mapping) and "loss" in outputs:  # divided where gradients are accumulated
+                        numbers.setdefault("loss", float(outputs["loss"]) * trainer.accumulate_grad_batches)
                     monitor.step(step, numbers)
 
             def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-                for heads in _heads(pl_module)[:1]:
-                    monitor.epoch(heads, trainer.current_epoch, trainer.global_step)
+                if monitor.images is not None:
+                    monitor.epoch(_chosen(pl_module, model), trainer.current_epoch, trainer.global_step)
 
             def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
                 monitor.close()
@@ -362,8 +368,20 @@ def _number(name: str, value: Any) -> float | None:
         raise TypeError(f"terms: expected a number as {name!r}: got {got}") from error
 
 
-def _heads(module: Any) -> list[StyleHeads]:
-    return [m for m in module.modules() if isinstance(m, StyleHeads)]
+def _chosen(module: Any, model: Any) -> Any:
+    """The model to measure in a LightningModule."""
+    name = f"the LightningModule {type(module).__name__}"
+    if model is None:
+        found = next((m for m in module.modules() if isinstance(m, StyleHeads)), None)
+        if found is None:
+            raise ValueError(f"Monitor: expected a StyleHeads inside {name}: got none; model= names another")
+        return found
+    if isinstance(model, str):
+        try:
+            return module.get_submodule(model)
+        except AttributeError as error:
+            raise ValueError(f"model: expected the name of a module in {name}: got {model!r}") from error
+    return model if isinstance(model, nn.Module) else model(module)
 
 
 def _first() -> bool:

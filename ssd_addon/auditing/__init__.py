@@ -55,6 +55,7 @@ def write(
     normalize: Normalize = "auto",
     pool: Pool = "auto",
     output: str | int | None = None,
+    draws: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
     say: Say | None = None,
@@ -65,7 +66,8 @@ def write(
         out: the HTML file; its folder is made where it is missing.
         backbones: name -> backbone, one or two.
         images: [n, C, H, W], uint8 or in [0, 1], or `report.Data`, whose factor "class" is taken as labels.
-        groups, size, layers, normalize, pool, output, batch_size, seed, say: as of `audit`.
+        groups, size, layers, normalize, pool, output, draws, batch_size, seed, say: as of
+            `audit`.
         labels: [n] classes, for the accuracy of a linear probe and of k-NN.
 
     Returns:
@@ -101,6 +103,7 @@ def write(
                 normalize=normalize,
                 pool=pool,
                 output=output,
+                draws=draws,
                 batch_size=batch_size,
                 seed=seed,
                 say=say,

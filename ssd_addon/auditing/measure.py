@@ -18,6 +18,7 @@ from ssd_addon.metrics import Probe, ScoreTable, class_accuracy, embed, paramete
 from ssd_addon.metrics.embed import Images, batches
 from ssd_addon.metrics.evaluation import evaluation, generators_kept
 from ssd_addon.metrics.images import for_model, scaled
+from ssd_addon.metrics.probe import at_least
 from ssd_addon.plan import ViewPlan
 from ssd_addon.pooling import Pool
 from ssd_addon.recipes import MEAN, STD, presets
@@ -108,6 +109,7 @@ def audit(
     arXiv 2111.09613, used here as a probe.
     """
     views = views_of(groups, size)
+    at_least("bootstrap", bootstrap, 0)
     model, each, _ = prepared_for(backbone, images, views, layers, normalize, pool, output, batch_size, seed)
     return _table(model, views, each, draws, bootstrap, seed, say)
 
@@ -123,6 +125,7 @@ def audited(
     normalize: Normalize = "auto",
     pool: Pool = "auto",
     output: str | int | None = None,
+    draws: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
     say: Say | None = None,
@@ -133,7 +136,7 @@ def audited(
         labels: [n] classes of the images.
     """
     model, each, notes = prepared_for(backbone, images, views, layers, normalize, pool, output, batch_size, seed)
-    table = _table(model, views, each, None, 200, seed, say)
+    table = _table(model, views, each, draws, 200, seed, say)
     accuracy = None
     if labels is not None:
         classes = len(torch.unique(labels))
@@ -282,6 +285,8 @@ def _table(
     n, groups = sum(len(x) for x in each), views.plan.spaces[1:]
     if not groups:
         raise ValueError("groups: expected groups of augmentations, whose parameters are predicted: got none")
+    if draws is not None:
+        at_least("draws", draws, 1)
     draws = draws or max(1, round(PAIRS / max(n, 1)))
     counting = model if say is None else _Counting(model, 2 * n * draws * len(groups), say)
     options: dict[str, Any] = {"probe": PROBE, "draws": draws, "on_sphere": False, "bootstrap": bootstrap, "seed": seed}

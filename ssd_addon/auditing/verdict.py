@@ -8,7 +8,7 @@ from ssd_addon.auditing.measure import Audited
 from ssd_addon.metrics import ScoreTable
 from ssd_addon.report.verdict import ENCODES, TRACE, parameters_of, short, sure
 
-NEVER = "in no layer"
+NOWHERE, AT_ONCE = "nowhere", "at once"
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Course:
         key: (table's factor).
         features: score of the backbone's features.
         untrained: of an untrained copy's.
-        by_layer: layer -> score.
+        by_layer: "pixels" and layer -> score.
         lost: whether the interval of the features lies below that of the untrained copy; gained: above.
     """
 
@@ -34,13 +34,15 @@ class Course:
 
     @property
     def state(self) -> str:
-        """ "survives", "weak", the last layer that encodes it, or NEVER."""
+        """ "survives", "weak", "after LAYER" (the last that encodes it), AT_ONCE (the pixels alone do) or NOWHERE."""
         if self.features >= ENCODES:
             return "survives"
         if self.features >= TRACE:
             return "weak"
         held = [layer for layer, score in self.by_layer.items() if score >= TRACE]
-        return f"after {held[-1]}" if held else NEVER
+        if not held:
+            return NOWHERE
+        return AT_ONCE if held == ["pixels"] else f"after {held[-1]}"
 
 
 def courses(a: Audited) -> list[Course]:
@@ -54,7 +56,7 @@ def courses(a: Audited) -> list[Course]:
                 continue
             low, high = table.intervals.get(("backbone", p), (math.nan, math.nan))
             other_low, other_high = table.intervals.get(("untrained", p), (math.nan, math.nan))
-            by_layer = {layer: sure(table, layer, p) for layer in a.layers}
+            by_layer = {row: sure(table, row, p) for row in ("pixels", *a.layers)}
             features, fresh = sure(table, "backbone", p), sure(table, "untrained", p)
             out.append(Course(name, p, features, fresh, by_layer, high < other_low, low > other_high))
     twice = {c.name for c in out if sum(d.name == c.name for d in out) > 1}
@@ -73,14 +75,16 @@ def headline(a: Audited) -> str:
     parts = []
     for state in dict.fromkeys(c.state for c in each if c.state.startswith("after ")):
         gone = [c.name for c in each if c.state == state]
-        parts.append(f"{listed(gone)} {'is' if len(gone) == 1 else 'are'} gone {state}")
-    if never := [c.name for c in each if c.state == NEVER]:
-        where = "in any layer" if a.layers else "in the features"
-        parts.append(f"{listed(never)} cannot be decoded {where}")
+        parts.append(f"{listed(gone)} {'are' if _plural(gone) else 'is'} gone {state}")
+    where = "in any layer" if a.layers else "in the features"
+    if at_once := [c.name for c in each if c.state == AT_ONCE]:
+        parts.append(f"{listed(at_once)} can be decoded from the pixels, but not {where}")
+    if nowhere := [c.name for c in each if c.state == NOWHERE]:
+        parts.append(f"{listed(nowhere)} cannot be decoded {where}, nor from the pixels")
     if weak := sorted((c for c in each if c.state == "weak"), key=lambda c: -c.features):
-        parts.append(f"{_scored(weak)} {'is' if len(weak) == 1 else 'are'} only weakly encoded")
+        parts.append(f"{_scored(weak)} {'are' if _plural([c.name for c in weak]) else 'is'} only weakly encoded")
     if kept := sorted((c for c in each if c.state == "survives"), key=lambda c: -c.features):
-        parts.append(f"{_scored(kept)} survive{'s' if len(kept) == 1 else ''}")
+        parts.append(f"{_scored(kept)} survive{'' if _plural([c.name for c in kept]) else 's'}")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
 
@@ -129,6 +133,11 @@ def compared(a: Audited, b: Audited) -> list[str]:
 def _interval(table: ScoreTable, key: str) -> tuple[float, float]:
     own = table.parts if table.parts is not None and ("backbone", key) in table.parts.scores else table
     return own.intervals.get(("backbone", key), (math.nan, math.nan))
+
+
+def _plural(names: Sequence[str]) -> bool:
+    """Whether a verb after these names of parameters is plural: several of them, or such as "translations"."""
+    return len(names) > 1 or names[0].endswith("s") or " and " in names[0]
 
 
 def _scored(each: Sequence[Course]) -> str:

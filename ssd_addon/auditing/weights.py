@@ -141,9 +141,9 @@ def _nearest(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     there = f"keys {_checks.names(list(state)[:4])}, ..."
     if len(missing) == len(wanted):
         return f"got none of its keys ({_checks.names(list(wanted)[:3])}, ...), but {there}"
-    return (
-        f"got {len(wanted) - len(missing)} of its {len(wanted)} tensors; missing are {_checks.names(missing[:4])}, ..."
-    )
+    more = ", ..." if len(missing) > 4 else ""
+    there = f"{len(wanted) - len(missing)} of its {len(wanted)} tensors"
+    return f"got {there}; missing are {_checks.names(missing[:4])}{more}"
 
 
 def named_backbones(
@@ -169,9 +169,8 @@ def named_backbones(
     if not 1 <= len(specs) <= 2:
         raise ValueError(f"model: expected one or two: got {len(specs)}")
     if len(weights) not in (0, len(specs)):
-        raise ValueError(
-            f"weights: expected one file for each of {len(specs)} models, in their order, - for none: got {len(weights)}"
-        )
+        expected = f"a file for each of {len(specs)} models, in their order, - for none"
+        raise ValueError(f"weights: expected {expected}: got {len(weights)}")
     files = [None if str(w) == "-" else Path(w) for w in weights] or [None] * len(specs)
     out: dict[str, nn.Module] = {}
     for spec, file in zip(specs, files, strict=True):

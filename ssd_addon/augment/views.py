@@ -294,6 +294,13 @@ class StructuredViews(nn.Module):
             state_dict[here] = self.get_extra_state()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise TypeError(
+            "StructuredViews: expected one device in a process, or DistributedDataParallel: got nn.DataParallel, whose "
+            "copies would draw the same views on every device and at every call; start one process per device "
+            "(torchrun), or keep the views outside the module that is wrapped"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["_rank"] = self.rank  # a spawned data-loader worker knows no process group
@@ -307,7 +314,13 @@ class StructuredViews(nn.Module):
 
 def _check_groups(groups: Groups, key_groups: Groups | None) -> None:
     if not isinstance(groups, Mapping):
-        raise TypeError(f"groups: expected a mapping name -> operations: got {type(groups).__name__}")
+        hint = '; a preset is unpacked, **presets("color_spatial")' if isinstance(groups, str) else ""
+        raise TypeError(f"groups: expected a mapping name -> operations: got {type(groups).__name__}{hint}")
+    if isinstance(groups.get("groups"), Mapping):
+        raise ValueError(
+            "groups: expected name -> operations: got a mapping of arguments; unpack it, "
+            'StructuredViews(**presets("color_spatial"))'
+        )
     for name in groups:
         if name in ("content", THEN):
             raise ValueError(f"groups: {name!r} is taken; name the group after what it changes, such as 'color'")

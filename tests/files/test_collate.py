@@ -3,12 +3,13 @@
 import math
 import pickle
 
+import kornia.augmentation as K
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ssd_addon import StructuredCollate, StructuredViews, ViewBatch
+from ssd_addon import StructuredCollate, StructuredTransform, StructuredViews, ViewBatch
 
 
 def picture(mode="RGB", size=(20, 12), value=200):
@@ -102,3 +103,87 @@ def test_a_collate_function_travels_to_spawned_workers():
     collate = pickle.loads(pickle.dumps(StructuredCollate((4, 6), fit="pad", views=StructuredViews({}, seed=0))))
     batch, _, names = collate([(picture(), 0, "a")])
     assert batch.views.shape == (2, 1, 3, 4, 6) and names == ["a"]
+
+
+def test_rows_without_labels_are_read_where_that_is_said():
+    row = {"image": torch.rand(3, 4, 4), "label": 3}
+    images, labels, _ = StructuredCollate(4, label_key=False)([row, {"image": torch.rand(3, 4, 4)}])
+    assert len(images) == 2 and labels == [None, None]
+    with pytest.raises(ValueError, match=r"got the keys image; label_key names it; label_key=False goes without"):
+        StructuredCollate(4)([{"image": torch.rand(3, 4, 4)}])
+    with pytest.raises(TypeError, match="expected samples as mappings"):
+        StructuredCollate(4, label_key=False)([(torch.rand(3, 4, 4), 0)])
+
+
+CROP = {"crop": [K.RandomResizedCrop((4, 4))]}
+
+
+def rows(image="image", label="label", **more):
+    return [{image: picture(value=9), label: 1, **more}, {image: torch.full((3, 4, 4), 9, dtype=torch.uint8), label: 0}]
+
+
+@pytest.mark.parametrize("image,label", [("image", "label"), ("img", "labels"), ("pixel_values", "label")])
+def test_rows_of_a_dataset_are_read_by_their_usual_keys(image, label):
+    images, labels, names = StructuredCollate(4)(rows(image, label, name="a.jpg"))
+    assert images.shape == (2, 3, 4, 4) and images[:, 0, 0, 0].tolist() == [9, 9]
+    assert labels.tolist() == [1, 0] and names == ["a.jpg", ""]
+
+
+def test_rows_are_read_by_the_keys_that_are_named():
+    row = {"image": picture(value=9), "mask": picture(value=7), "label": 1, "labels": 2, "coarse": 3}
+    images, labels, names = StructuredCollate(4, image_key="mask", label_key="coarse")([row])
+    assert images[0, 0, 0, 0] == 7 and labels.tolist() == [3] and names == [""]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: None, lambda: StructuredViews(CROP, seed=0), lambda: StructuredTransform(CROP)]
+)
+def test_rows_and_tuples_give_the_same_batch_whatever_makes_the_views(make):
+    tuples = [(torch.rand(3, 4, 4), label) for label in (1, 0)]
+    made = []
+    for samples in (tuples, [{"img": image, "label": label} for image, label in tuples]):
+        torch.manual_seed(0)
+        batch, labels, names = StructuredCollate(4, views=make())(samples)
+        made.append(batch.views if isinstance(batch, ViewBatch) else batch)
+        assert labels.tolist() == [1, 0] and names == ["", ""]
+    assert torch.equal(*made)
+
+
+def test_rows_whose_views_were_made_by_the_dataset_become_a_batch_of_views():
+    transform = StructuredTransform({}, seed=0)
+    batch, labels, _ = StructuredCollate(4, views=transform)(
+        [{"image": transform(torch.rand(3, 4, 4)), "label": k} for k in range(3)]
+    )
+    assert isinstance(batch, ViewBatch) and batch.plan == transform.plan and batch.views.shape == (2, 3, 3, 4, 4)
+    assert labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "row,options,message",
+    [
+        (
+            {"picture": 0, "label": 0},
+            {},
+            "one key of image, img, pixel_values in every row: got the keys picture, label",
+        ),
+        (
+            {"image": 0, "img": 0, "label": 0},
+            {},
+            "one key of image, img, pixel_values .*: got the keys image, img, label",
+        ),
+        (
+            {"image": 0, "fine_label": 0},
+            {},
+            "one key of label, labels .*: got the keys image, fine_label; label_key names",
+        ),
+        ({"image": 0, "label": 0, "labels": 0}, {}, "one key of label, labels .*: got the keys image, label, labels"),
+        ({"image": 0, "label": 0}, {"image_key": "img"}, "a key 'img' in every row: got the keys image, label"),
+        ({"image": 0, "label": 0}, {"label_key": "y"}, "a key 'y' in every row: got the keys image, label; label_key"),
+        ({"image": {"bytes": b"", "path": None}, "label": 0}, {}, r"a PIL image.*: got dict; .*decode=True"),
+        ({"image": [[[0, 0, 0]]], "label": 0}, {}, r"a PIL image.*: got list; .*with_format\(\"numpy\"\)"),
+        ((picture(), 0), {"image_key": "img"}, "expected samples as mappings, as image_key or label_key is given"),
+    ],
+)
+def test_rows_without_the_keys_are_refused_with_the_keys_that_came(row, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        StructuredCollate(4, **options)([row])

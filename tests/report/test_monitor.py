@@ -522,10 +522,12 @@ def test_lightning_writes_to_the_trainers_tensorboard(tmp_path):
 
 
 def test_lightning_gives_the_loss_where_the_module_logs_nothing(tmp_path):
-    callback, outputs = Monitor(tmp_path / "log", log_every=2).lightning(), {"loss": torch.tensor(0.5)}
+    callback, outputs = Monitor(tmp_path / "log", log_every=2).lightning(), {"loss": torch.tensor(0.25)}  # of 2
     for step in range(1, 4):
         for batch in range(2):  # two batches make a step: it is written once
-            trainer = SimpleNamespace(global_step=step, callback_metrics={"lr": torch.tensor(0.1)})
+            trainer = SimpleNamespace(
+                global_step=step, callback_metrics={"lr": torch.tensor(0.1)}, accumulate_grad_batches=2
+            )
             callback.on_train_batch_end(trainer, None, outputs, None, batch)
     assert [(line["step"], line["loss"]) for line in lines(tmp_path / "log")] == [(0, 0.5), (2, 0.5)]
 
@@ -534,6 +536,35 @@ def test_a_lightning_module_without_style_heads_says_so():
     monitor = Monitor(None, images=DATA.images, factors=FACTORS)
     with pytest.raises(ValueError, match="expected a StyleHeads inside the LightningModule Module: got none"):
         fit(nn.Conv2d(3, 2, 3), monitor, 1)
+
+
+def test_lightning_measures_the_model_that_is_named():
+    wrapped = nn.ModuleDict({"first": heads(), "second": heads(1)})
+    mine, seen = module(wrapped), []
+    trainer = SimpleNamespace(current_epoch=0, global_step=3)
+    for model in ("inside.second", wrapped["second"], lambda m: m.inside["second"], None):
+        monitor = Monitor(None, images=DATA.images, factors=FACTORS)
+        monitor.epoch = lambda found, epoch, step: seen.append(found)
+        callback = monitor.lightning(model=model)
+        callback.on_fit_start(trainer, mine)
+        callback.on_train_epoch_end(trainer, mine)
+    assert seen == [wrapped["second"]] * 3 + [wrapped["first"]]
+    with pytest.raises(ValueError, match="expected the name of a module in the LightningModule Module: got 'inside.x'"):
+        monitor.lightning(model="inside.x").on_fit_start(trainer, mine)
+
+
+def test_lightning_writes_the_loss_of_accumulated_batches_whole(tmp_path):
+    class Square(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :1] + self.zero
+
+        def __init__(self):
+            super().__init__()
+            self.zero = nn.Parameter(torch.zeros(()))
+
+    fit(Square(), Monitor(tmp_path / "log", log_every=1), 1, accumulate_grad_batches=3)
+    (line,) = lines(tmp_path / "log")
+    assert line["loss"] == pytest.approx(float(DATA.images[16:].flatten(1)[:, :1].square().mean()), rel=1e-5)
 
 
 def test_a_monitor_of_its_own_tensorboard_leaves_the_trainers_alone():

@@ -16,9 +16,10 @@ from torchvision.models import resnet18
 from ssd_addon import StyleHeads, report
 from ssd_addon.__main__ import main
 from ssd_addon.metrics import ScoreTable, label_free
-from ssd_addon.report import curves, pictures, table
+from ssd_addon.report import curves, pictures
 from ssd_addon.report import page as rendering
 from ssd_addon.report.findings import Findings
+from ssd_addon.report.table import number
 from ssd_addon.report.verdict import short
 
 
@@ -222,7 +223,7 @@ def test_the_numbers_on_the_page_are_those_of_the_tables(written):
     for t in (found.label_free, found.label_free.parts, *found.labelled.values()):
         for space in t.spaces:
             for factor in t.factors:
-                assert f'title="{space}, {factor}">{table.number(t[space, factor])}<small>' in html
+                assert f'title="{space}, {factor}">{number(t[space, factor])}<small>' in html
 
 
 def test_names_cannot_break_the_page(tmp_path):

@@ -131,3 +131,11 @@ def test_a_spawned_worker_knows_the_rank_of_the_process_that_made_it(monkeypatch
     there = pickle.dumps(views)
     monkeypatch.delenv("RANK")
     assert pickle.loads(there).rank == 3 and views.rank == 0
+
+
+def test_copies_of_data_parallel_which_would_draw_the_same_views_at_every_call_are_refused():
+    """Replicated as nn.DataParallel does with every part of a module; it runs on several CUDA devices alone."""
+    module = nn.Sequential(StructuredViews({}, seed=0))
+    with pytest.raises(TypeError, match="got nn.DataParallel, whose copies would draw the same views"):
+        for part in module.modules():
+            part._replicate_for_data_parallel()

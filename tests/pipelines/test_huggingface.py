@@ -1,0 +1,149 @@
+"""Style spaces with transformers and datasets: models of random weights, rows of a real data set, the page's scripts.
+
+Both are too large for the project's own environment (pyarrow alone has 170 MB): tests/environments/huggingface.sh makes
+one and runs this file.
+"""
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from scripts import script
+
+transformers = pytest.importorskip("transformers", reason="sh tests/environments/huggingface.sh installs transformers")
+datasets = pytest.importorskip("datasets", reason="sh tests/environments/huggingface.sh installs datasets")
+
+from ssd_addon import JointEntropyLoss, StructuredCollate, StructuredTransform, StructuredViews, StyleHeads, presets  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")]
+
+VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+PATCHES = {"image_size": 32, "patch_size": 8}
+DEEP = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 1, 1]}
+MODELS = {
+    "ViT": dict(VIT, **PATCHES),
+    "Dinov2": dict(VIT, **PATCHES),
+    "ConvNext": DEEP,
+    "ResNet": dict(DEEP, embedding_size=8, layer_type="basic"),
+    "Swinv2": {
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 8,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "window_size": 4,
+    },
+}
+IDLE = {
+    "ViT": {"pooler.dense.weight", "pooler.dense.bias"},
+    "Dinov2": {"embeddings.mask_token"},
+    "ConvNext": {"layernorm.weight", "layernorm.bias"},
+}
+"""What last_hidden_state does not depend on: the page names it."""
+TINY = ["--images", "24", "--batch-size", "8", "--steps", "6"]
+
+
+def network(name):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**MODELS[name])
+    return getattr(transformers, f"{name}Model")(config)
+
+
+def pooled(y):
+    return y.flatten(2).mean(2) if y.ndim == 4 else y.mean(1) if y.ndim == 3 else y
+
+
+@pytest.mark.parametrize("output", ["last_hidden_state", "pooler_output"])
+@pytest.mark.parametrize("name", MODELS)
+def test_output_names_the_tensor_of_a_model_output(name, output):
+    net = network(name).eval()
+    x = torch.rand(3, 3, 32, 32)
+    model = StyleHeads(net, {"content": 6, "flip": 3}, hidden=(), output=output).eval()
+    want = pooled(net(x)[output])
+    assert model.in_features == want.shape[1]
+    torch.testing.assert_close(model.features(x), want)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_trains_every_parameter_that_the_output_depends_on(name):
+    net = network(name)
+    views = StructuredViews(**presets("color_spatial", size=32), seed=0)
+    model = StyleHeads(net, {"content": 6, "spatial": 3, "color": 3}, hidden=(), output="last_hidden_state")
+    batch = views(torch.rand(4, 3, 40, 40))
+    JointEntropyLoss()(model(batch), batch).backward()
+    idle = {n for n, p in net.named_parameters() if p.grad is None}
+    assert idle == IDLE.get(name, set())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_output_the_error_names_what_there_is_to_choose(name):
+    with pytest.raises(TypeError, match="keys last_hidden_state, pooler_output .*choose one with output="):
+        StyleHeads(network(name), {"content": 6}, hidden=()).features(torch.rand(2, 3, 32, 32))
+
+
+def test_the_class_token_is_chosen_with_pool():
+    net, x = network("Dinov2").eval(), torch.rand(3, 3, 32, 32)
+    model = StyleHeads(net, {"content": 6}, hidden=(), output="last_hidden_state", pool="cls").eval()
+    torch.testing.assert_close(model.features(x), net(x).last_hidden_state[:, 0])
+
+
+def test_export_gives_the_library_its_own_keys_back():
+    net = network("ViT")
+    model = StyleHeads(net, {"content": 6}, hidden=(), output="last_hidden_state")
+    fresh = network("ViT")
+    fresh.load_state_dict(model.export_backbone())
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), net.parameters(), strict=True))
+
+
+def rows(n=4):
+    pixels = [np.full((6, 9, 3), 40 * k, dtype=np.uint8) for k in range(n)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    return datasets.Dataset.from_dict({"image": pixels, "label": [k % 2 for k in range(n)]}, features=features)
+
+
+@pytest.mark.parametrize("form", [None, "torch", "numpy"])
+def test_rows_of_a_data_set_are_collated_in_every_form(form):
+    data = rows().with_format(form) if form else rows()
+    loader = torch.utils.data.DataLoader(data, batch_size=4, collate_fn=StructuredCollate(8))
+    images, labels, names = next(iter(loader))
+    assert images[:, 0, 0, 0].tolist() == [0, 40, 80, 120] and images.shape == (4, 3, 8, 8)
+    assert labels.tolist() == [0, 1, 0, 1] and names == [""] * 4
+
+
+@pytest.mark.parametrize("where", ["collate", "with_transform"])
+def test_views_are_made_in_the_collate_function_or_in_the_data_set(where):
+    transform, data = StructuredTransform(**presets("color_spatial", size=32)), rows()
+    if where == "with_transform":
+        data = data.with_transform(lambda some: {**some, "image": [transform(image) for image in some["image"]]})
+    loader = torch.utils.data.DataLoader(data, batch_size=4, collate_fn=StructuredCollate(8, views=transform))
+    batch, labels, _ = next(iter(loader))
+    assert batch.plan == transform.plan and batch.views.shape == (4, 4, 3, 32, 32) and labels.tolist() == [0, 1, 0, 1]
+
+
+def test_what_is_no_image_is_refused_with_the_way_to_get_one():
+    encoded = rows().cast_column("image", datasets.Image(decode=False))
+    nested = datasets.Dataset.from_dict({"image": [np.zeros((2, 2, 3), np.uint8)], "label": [0]})
+    for data in (encoded, nested):
+        with pytest.raises(TypeError, match=r"decode=True\)\) or with_format\(\"numpy\"\)"):
+            StructuredCollate(8)([data[0]])
+
+
+@pytest.mark.parametrize("name", ["before/huggingface_simclr", "huggingface_simclr"])
+def test_the_scripts_train_and_save(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    trainer = script(name).main([*TINY, "--out", str(tmp_path)])
+    assert math.isfinite(trainer.state.log_history[-1]["train_loss"]) and trainer.state.global_step == 6
+    assert (tmp_path / "checkpoint-6" / "model.safetensors").exists()
+
+
+def test_a_continued_training_is_the_training_that_was_not_interrupted(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    main = script("huggingface_simclr").main
+    whole = main([*TINY, "--out", str(tmp_path)]).model.state_dict()
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    again = main([*TINY, "--out", str(tmp_path), "--resume"]).model
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, whole[key]), key
+    assert again.views.call == 6

@@ -1,0 +1,222 @@
+"""`StructuredTraining`: ascent over batches, resuming, averages of weights, precision; `ResumableLoader`."""
+
+import importlib
+
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from lightning_modules import PACKAGES, SPACES, Images, differences, fit, heads, loader, module, state, views
+from torch.utils.data import DataLoader, IterableDataset
+
+from ssd_addon import JointEntropyLoss
+from ssd_addon.lightning import _mean
+from ssd_addon.losses.weights import Weights
+from ssd_addon.runs import ResumableLoader
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*"),
+    pytest.mark.filterwarnings("ignore:.*GPU available but not used.*"),
+    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval.*"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed.*"),
+]
+
+
+# ---- ascent
+
+
+def test_terms_of_several_batches_are_means_over_their_rows():
+    drawn = views(plan="interleaved")
+    criterion, model = JointEntropyLoss("vicreg", content_entropy=True), heads()
+    parts = [criterion.terms(model(drawn(Images().images[rows]))) for rows in (slice(0, 5), slice(5, 7), slice(7, 12))]
+    mean = _mean(parts)
+    for n in SPACES:
+        rows = [float(p.rows[n]) for p in parts]
+        expected = sum(float(p.constraint[n]) * r for p, r in zip(parts, rows, strict=True)) / sum(rows)
+        assert float(mean.constraint[n]) == pytest.approx(expected, rel=1e-6) and float(mean.rows[n]) == sum(rows)
+    images = [5, 2, 5]
+    expected = sum(float(p.entropy) * b for p, b in zip(parts, images, strict=True)) / 12
+    assert float(mean.entropy) == pytest.approx(expected, rel=1e-6)
+    assert set(mean.scalars()) == set(parts[0].scalars())
+
+
+def test_a_space_without_a_row_in_one_batch_is_the_mean_of_the_others():
+    drawn = views(plan="interleaved")
+    terms = [JointEntropyLoss("vicreg").terms(heads()(drawn(Images().images[:4]))) for _ in range(2)]
+    terms[0].rows["color"], terms[0].constraint["color"] = torch.tensor(0), torch.tensor(torch.nan)
+    assert float(_mean(terms).constraint["color"]) == pytest.approx(float(terms[1].constraint["color"]))
+
+
+def test_weights_of_a_kind_of_its_own_are_stepped_too():
+    class Counted(Weights):
+        steps = 0
+
+        def start_at(self, weight):
+            pass
+
+        def lambdas(self, spaces, order=None):
+            return dict.fromkeys(spaces, 1.0)
+
+        def step(self, terms):
+            self.steps += 1
+
+    mine = module()
+    mine.criterion = JointEntropyLoss(weights=Counted())
+    fit(mine)
+    assert mine.criterion.weights.steps == 3
+
+
+def test_terms_of_an_interrupted_step_are_forgotten():
+    class Cut(Images):
+        def __getitem__(self, index):
+            if index == 5:
+                raise InterruptedError
+            return super().__getitem__(index)
+
+    mine, expected = module(), module()
+    with pytest.raises(InterruptedError):
+        fit(mine, DataLoader(Cut(), 4), accumulate_grad_batches=2)
+    assert len(mine._pending) == 1 and not mine._pending[0].loss.requires_grad  # no graph is kept
+    expected.load_state_dict(mine.state_dict())
+    fit(mine), fit(expected)
+    assert not differences(state(mine), state(expected))
+
+
+# ---- resuming and averages
+
+
+def resumable(workers=0):
+    return ResumableLoader(Images(), batch_size=3, shuffle=True, seed=1, num_workers=workers)
+
+
+def trained(folder, data, ckpt_path=None, package=PACKAGES[0], callbacks=(), **options):
+    checkpoint = importlib.import_module(f"{package}.callbacks").ModelCheckpoint(
+        folder, every_n_train_steps=1, save_top_k=-1, filename="{step}"
+    )
+    mine = module(package, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01))
+    options = {"max_epochs": 3, "enable_checkpointing": True, **options}
+    fit(mine, data, package=package, ckpt_path=ckpt_path, callbacks=[*callbacks, checkpoint], **options)
+    return state(mine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_training_ends_with_the_same_bits(package, accumulate, tmp_path):
+    options = {"package": package, "accumulate_grad_batches": accumulate}
+    whole = trained(tmp_path / "a", resumable(), **options)
+    per_epoch = 4 // accumulate
+    for step in sorted({1, per_epoch - 1 or 1, per_epoch, per_epoch + 1, 3 * per_epoch - 1}):
+        again = trained(tmp_path / f"b{step}", resumable(), tmp_path / "a" / f"step={step}.ckpt", **options)
+        assert not differences(whole, again), step
+    assert int(whole["criterion.weights.steps"]) == 3 * per_epoch and whole["views._extra_state"].tolist() == [3, 12]
+
+
+@pytest.mark.slow
+def test_workers_and_their_views_go_on_in_mid_epoch(tmp_path):
+    whole = trained(tmp_path / "a", resumable(workers=2))
+    assert not differences(whole, trained(tmp_path / "b", resumable(workers=2), tmp_path / "a" / "step=6.ckpt"))
+
+
+def test_torchs_own_loader_resumes_at_the_end_of_an_epoch_alone(tmp_path):
+    whole = trained(tmp_path / "a", loader(3))
+    assert not differences(whole, trained(tmp_path / "b", loader(3), tmp_path / "a" / "step=4.ckpt"))
+    with pytest.warns(UserWarning, match="your dataloader is not resumable"):
+        again = trained(tmp_path / "c", loader(3), tmp_path / "a" / "step=3.ckpt")
+    assert differences(whole, again)
+
+
+@pytest.mark.parametrize("name", ["EMAWeightAveraging", "WeightAveraging"])
+def test_averaged_weights_leave_lambda_and_the_draws_alone(name, tmp_path):
+    def averaging():
+        kind = getattr(importlib.import_module("lightning.pytorch.callbacks"), name)
+        return [kind(decay=0.5) if "EMA" in name else kind()]
+
+    raw = trained(tmp_path / "raw", resumable())
+    whole = trained(tmp_path / "a", resumable(), callbacks=averaging())
+    own = ["criterion.weights.steps", "criterion.weights.values", "views._extra_state"]
+    assert not set(own) & set(differences(raw, whole))
+    weight = "model.backbone.conv.weight"
+    steps = [torch.load(tmp_path / "raw" / f"step={k}.ckpt")["state_dict"] for k in range(1, 13)]
+    mean = steps[0][weight]
+    for k, s in enumerate(steps[1:], start=1):
+        mean = torch.lerp(mean, s[weight], 0.5 if "EMA" in name else 1 / (k + 1))
+    torch.testing.assert_close(whole[weight], mean)
+    saved = torch.load(tmp_path / "a" / "step=5.ckpt")
+    for found in (saved["state_dict"], saved["current_model_state"]):
+        assert not set(own) & set(differences(found, steps[4]))
+    again = trained(tmp_path / "b", resumable(), tmp_path / "a" / "step=5.ckpt", callbacks=averaging())
+    assert not differences(whole, again)
+
+
+# ---- precision and compiling
+
+
+@pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU.*")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true"])
+def test_precision(precision):
+    mine, expected = module(equivariance=True), module(equivariance=True)
+    found = fit(mine, precision=precision).callback_metrics
+    wanted = fit(expected).callback_metrics
+    assert mine.criterion.weights.values.dtype == torch.float64 and int(mine.criterion.weights.steps) == 3
+    assert mine.criterion.objective.temperature.dtype.itemsize >= 4
+    assert next(mine.equivariance.parameters()).dtype.itemsize >= 4
+    assert set(found) == set(wanted)
+    for name in ("loss", "entropy", "invariance/content"):
+        assert found[name].dtype == torch.float32
+        assert float(found[name]) == pytest.approx(float(wanted[name]), rel=0.02)
+    assert float(found["lambda/color"]) != float(found["lambda/color"].bfloat16())  # not rounded by Lightning
+    assert float(found["lambda/color"]) == pytest.approx(float(wanted["lambda/color"]), abs=1e-4)
+
+
+def test_half_precision_with_a_scaled_loss():
+    mine = module()
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    made = fit(mine, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert int(mine.criterion.weights.steps) == made.global_step == 3
+    expected = fit(module()).callback_metrics
+    assert float(made.callback_metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_compiled_model():
+    mine, expected = module(), module()
+    mine.model = torch.compile(mine.model, backend="aot_eager")
+    fit(mine), fit(expected)
+    assert not differences({k.replace("_orig_mod.", ""): v for k, v in state(mine).items()}, state(expected))
+    torch._dynamo.reset()
+
+
+def test_clipped_gradients():
+    mine = module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+    before = state(mine)["model.backbone.conv.weight"]
+    fit(mine, gradient_clip_val=1e-3, max_steps=1)
+    assert 0 < float((state(mine)["model.backbone.conv.weight"] - before).norm()) <= 1e-3
+    assert int(mine.criterion.weights.steps) == 1
+
+
+# ---- the loader
+
+
+def test_a_resumable_loader_refuses_what_no_state_holds():
+    for options in ({"generator": torch.Generator()}, {"persistent_workers": True, "num_workers": 1}):
+        with pytest.raises(ValueError, match="ResumableLoader: expected"):
+            ResumableLoader(Images(), **options)
+    with pytest.raises(ValueError, match="got an iterable data set"):
+        ResumableLoader(type("Stream", (IterableDataset,), {"__iter__": lambda self: iter([])})())
+
+
+def test_a_resumable_loader_begins_anew_where_an_epoch_was_left():
+    data = resumable()
+    iter(data)  # never begun: not an epoch
+    first = next(iter(data))[1].tolist()
+    second = [labels.tolist() for _, labels in data]
+    assert len(second) == len(data) == 4 and data.state_dict() == {"epoch": 1, "batches": 4}
+    before, again = [labels.tolist() for _, labels in resumable()], resumable()
+    assert [labels.tolist() for _, labels in again] == [first, *before[1:]]
+    assert [labels.tolist() for _, labels in again] == second != before
+    assert [labels.tolist() for _, labels in ResumableLoader(Images(), batch_size=3, shuffle=True, seed=2)] != before
+    third = resumable()
+    third.load_state_dict({"epoch": 1, "batches": 2})
+    rest = iter(third)
+    assert next(rest)[1].tolist() == second[2] and len(third) == 4
