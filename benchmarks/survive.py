@@ -4,8 +4,8 @@
 
 examples/imagenet.py trains a small network on pictures of noise and saves every step. A quarter of the kills waits
 until a checkpoint is being written. What is killed is the process, and with two processes one of the ranks or all of
-them with their launcher. In the end weights, probes, views' state and losses have to be equal bit for bit to those of an
-uninterrupted run, and no step may be missing in the log or stand in it twice.
+them with their launcher. In the end weights, probes, views' state and losses have to be equal bit for bit to those of
+an uninterrupted run, and no step may be missing in the log or stand in it twice.
 """
 
 import argparse

@@ -39,6 +39,9 @@ class ImageFiles(Dataset[tuple[Image.Image, int, str]]):
 
     Args:
         root: the folder.
+        short_side: pixels that images are needed at, such as the size of a `StructuredCollate` that comes after: JPEGs
+            of twice as many or more are decoded at 1/2, 1/4 or 1/8 of their size, which is several times as fast. None:
+            images as they are.
         broken: "raise", or "skip": a file that cannot be decoded (a truncated JPEG, an image beyond Pillow's pixel
             limit), is missing or may not be read is replaced by another image, with the label and name of that image.
             The replacement is the same in every epoch and worker, and different broken files get different ones where
@@ -62,8 +65,11 @@ class ImageFiles(Dataset[tuple[Image.Image, int, str]]):
             fault that does not concern one file alone, such as too many open files, with either.
     """
 
-    def __init__(self, root: str | Path, *, broken: Literal["raise", "skip"] = "raise") -> None:
+    def __init__(
+        self, root: str | Path, *, broken: Literal["raise", "skip"] = "raise", short_side: int | None = None
+    ) -> None:
         self.root = Path(root).expanduser()
+        self.short_side = None if short_side is None else _checks.width(short_side, "short_side")
         self.broken: Literal["raise", "skip"] = _checks.choice(broken, ("raise", "skip"), "broken")
         self._shown_root = _listing.printable(str(self.root))
         if not self.root.is_dir():
@@ -128,7 +134,7 @@ class ImageFiles(Dataset[tuple[Image.Image, int, str]]):
             if k in self._bad:
                 continue
             try:
-                image = pictures.read(self._listing.path(k))
+                image = pictures.read(self._listing.path(k), self.short_side)
             except Exception as error:  # decoders raise much more than OSError; see `pictures.read`
                 self._meet(k, error)
             else:

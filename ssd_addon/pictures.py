@@ -1,5 +1,6 @@
 """Image files, PIL images and arrays of every mode as upright 8-bit RGB, before anything is resized."""
 
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -34,23 +35,31 @@ _LOWER |= {f"{mode};16N": f"{mode};16{'B' if sys.byteorder == 'little' else 'L'}
 _LOWER["LA;16B"] = "RGBA"
 
 
-def read(path: str | Path) -> Image.Image:
+def read(path: str | Path, short: int | None = None) -> Image.Image:
     """The image of a file, as `rgb` makes it, without the metadata that would rotate it a second time.
+
+    Args:
+        path: of the file.
+        short: pixels that its short side is needed at, where that is less than it has: a JPEG is then decoded at 1/2,
+            1/4 or 1/8 of its size, the smallest that has as many.
 
     Raises:
         Exception: whatever Pillow's decoders raise for a broken file: OSError, SyntaxError, ValueError, struct.error,
             DecompressionBombError and others.
     """
     try:
-        return _read(path)
+        return _read(path, short)
     except Warning:  # where filters make warnings errors: Pillow warns of broken metadata, and the image may be fine
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of which DecompressionBombWarning is none
-            return _read(path)
+            return _read(path, short)
 
 
-def _read(path: str | Path) -> Image.Image:
+def _read(path: str | Path, short: int | None) -> Image.Image:
     with Image.open(path) as image:
+        if short is not None and min(image.size) >= 2 * short:
+            scale = short / min(image.size)
+            image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))  # type: ignore[arg-type]
         picture = rgb(image)
         if picture is image:
             picture = image.copy()

@@ -494,3 +494,33 @@ def test_a_root_that_is_gone_is_not_skipped_file_by_file(tmp_path):
 def test_broken_takes_two_words(tmp_path):
     with pytest.raises(ValueError, match="broken: expected one of 'raise', 'skip': got 'ignore'"):
         ImageFiles(tmp_path, broken="ignore")
+
+
+# ---- decoding at a reduced size
+
+
+@pytest.mark.parametrize(
+    "edge,decoded", [((400, 300), (400, 300)), ((640, 320), (320, 160)), ((1300, 1400), (325, 350))]
+)
+def test_jpegs_are_decoded_no_larger_than_needed(tmp_path, edge, decoded):
+    across = np.linspace(0, 255, edge[0], dtype=np.uint8)
+    picture = Image.fromarray(np.broadcast_to(across[None, :, None], (edge[1], edge[0], 3)).copy())
+    picture.save(tmp_path / "a.jpg", quality=95)
+    image, _, _ = ImageFiles(tmp_path, short_side=160)[0]
+    assert image.size == decoded and min(image.size) >= 160
+    whole, _, _ = ImageFiles(tmp_path)[0]
+    assert whole.size == edge
+    same = np.asarray(whole.resize(decoded, Image.Resampling.BOX), dtype=float) - np.asarray(image, dtype=float)
+    assert abs(same).mean() < 2
+
+
+def test_a_reduced_image_stands_upright_and_other_formats_stay(tmp_path):
+    picture = Image.fromarray(np.zeros((600, 800, 3), np.uint8))
+    exif = picture.getexif()
+    exif[274] = 6
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    picture.save(tmp_path / "b.png")
+    files = ImageFiles(tmp_path, short_side=100)
+    assert files[0][0].size == (150, 200) and files[1][0].size == (800, 600)
+    with pytest.raises(ValueError, match="short_side: expected a whole number, 1 or more"):
+        ImageFiles(tmp_path, short_side=0)
