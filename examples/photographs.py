@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssd_addon.collate import ImageFiles
+from ssd_addon.collate import ImageFiles, StructuredCollate
 from ssd_addon.metrics import OnlineProbes
 
 
@@ -39,6 +39,13 @@ class Photographs(Dataset):
         """At most so many samples, spread over the files, without those that stand in for a broken one."""
         rows = torch.linspace(0, len(self) - 1, min(most, len(self))).long().tolist()
         return [sample for i in rows if (sample := self.files[i])[2] == self.files.names[i]]
+
+
+def in_memory(folder: Path, size: int) -> tuple[Tensor, Tensor]:
+    """All images of class folders, [n, 3, size, size] uint8, and their classes [n]."""
+    files, collate = ImageFiles(folder), StructuredCollate(size)
+    images, labels, _ = collate([files[i] for i in range(len(files))])
+    return images, torch.as_tensor(labels)
 
 
 def summed(each: Tensor) -> Tensor:
