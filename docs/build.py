@@ -14,6 +14,8 @@ NAMES = {
     "batch": ("ViewBatch",),
     "collate": ("StructuredCollate", "ImageFiles"),
     "heads": ("StyleHeads",),
+    "stack": ("ProjectionHeads",),
+    "encoder": ("Encoder",),
     "embeddings": ("Embeddings",),
     "large_batch": ("two_pass",),
     "losses": (
@@ -52,8 +54,11 @@ NAMES = {
         "redundancy",
         "StyleIndex",
         "OnlineProbes",
+        "class_accuracy",
     ),
+    "auditing": ("audit", "write", "load_weights", "named_backbones"),
     "monitor": ("Monitor",),
+    "lightning": ("StructuredTraining", "StructuredStep"),
     "runs": (
         "load",
         "Opened",
@@ -63,6 +68,7 @@ NAMES = {
         "save_run",
         "restore_run",
         "ResumableSampler",
+        "ResumableLoader",
         "read_log",
         "cut_log",
     ),

@@ -13,6 +13,18 @@ SLACK = 1e-6
 """How far rounding may move a value out of [0, 1]."""
 
 
+class Diverged(ValueError):
+    """Embeddings that are not finite, or too large for the loss: a training loop may skip the step.
+
+    Attributes:
+        spaces: whose embeddings these are.
+    """
+
+    def __init__(self, message: str, spaces: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.spaces = tuple(spaces)
+
+
 def shape(t: Tensor) -> str:
     return "[" + ", ".join(map(str, t.shape)) + "]"
 
@@ -113,7 +125,8 @@ def embeddings(tensors: Mapping[str, Tensor], num_views: int, plan: str) -> tupl
         if t.ndim == 2:
             raise ValueError(
                 f"space {name!r}: expected views [V, B, d]: got {shape(t)}, a plain batch; "
-                "the loss compares views of an image, so give the heads views [V, B, ...]"
+                "the loss compares views of an image, so give the heads views [V, B, ...], or, where these are the "
+                "rows of all views [V*B, d], the plan beside them, criterion(z, transform.plan)"
             )
         if t.ndim != 3:
             raise ValueError(f"space {name!r}: expected [V, B, d]: got {t.ndim} dimensions {shape(t)}")

@@ -47,8 +47,11 @@ def stacked(views: Any) -> tuple[Any, tuple[int, int]]:
             raise ValueError(f"ViewBatch: expected views [V, B, ...]: got {_checks.shape(views)}")
         return views, (views.shape[0], views.shape[1])
     if not isinstance(views, Sequence) or not views or not all(isinstance(t, Tensor) and t.ndim > 1 for t in views):
+        hint = ""
+        if isinstance(views, list | tuple) and views and isinstance(views[0], Tensor | list | tuple | ViewBatch):
+            hint = "; of a loader's batch (views, labels, names) give the views, batch[0]"
         raise TypeError(
-            f"views: expected a tensor [V, B, ...] or a list of V tensors [B, ...]: got {type(views).__name__}"
+            f"views: expected a tensor [V, B, ...] or a list of V tensors [B, ...]: got {type(views).__name__}{hint}"
         )
     sizes = [len(t) for t in views]
     if len(set(sizes)) > 1:

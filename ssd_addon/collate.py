@@ -126,6 +126,12 @@ class StructuredCollate:
         return sample[0], sample[1], str(sample[2]) if len(sample) == 3 else ""
 
     def _fitted(self, image: object) -> Picture:
+        if isinstance(image, list | tuple) and len(image) and all(isinstance(x, Tensor) for x in image):
+            raise TypeError(
+                f"collate: expected an image, of which views are made afterwards: got a list of {len(image)} views, as "
+                "the data set's transform makes them; leave that transform out, or, where it is a StructuredTransform, "
+                "this collate function"
+            )
         if isinstance(image, np.ndarray):
             taken = pictures.from_array(image)
             if isinstance(taken, Tensor):

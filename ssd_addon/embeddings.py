@@ -164,6 +164,12 @@ def of_batch(tensors: Mapping[str, Tensor], batch: ViewBatch) -> Embeddings:
     )
 
 
+TOGETHER = (
+    "; criterion(z0, z1) is the form of losses of two views: here z holds the embeddings of all views, "
+    "z = heads(backbone(torch.cat(views))), and the plan says which of them are pairs, criterion(z, transform.plan)"
+)
+
+
 def as_embeddings(z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan | None = None) -> Embeddings:
     """What the loss was given, with its plan.
 
@@ -177,7 +183,7 @@ def as_embeddings(z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan | None = 
         TypeError: no mapping.
     """
     if not isinstance(z, Mapping):
-        raise TypeError(f"expected embeddings as a mapping space -> [V, B, d]: got {type(z).__name__}")
+        raise TypeError(f"expected embeddings as a mapping space -> [V, B, d]: got {type(z).__name__}{TOGETHER}")
     if batch is not None:
         return _with_batch(z, batch)
     if isinstance(z, Embeddings):
@@ -196,7 +202,12 @@ def as_embeddings(z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan | None = 
 
 def _with_batch(z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan) -> Embeddings:
     if not isinstance(batch, ViewBatch | ViewPlan):
-        raise TypeError(f"batch: expected a ViewBatch or its ViewPlan: got {type(batch).__name__}")
+        hint = ""
+        if isinstance(batch, Mapping) or (isinstance(batch, Tensor) and batch.is_floating_point()):
+            hint = TOGETHER
+        elif isinstance(getattr(batch, "plan", None), ViewPlan):
+            hint = "; give its plan, such as transform.plan"
+        raise TypeError(f"batch: expected a ViewBatch or its ViewPlan: got {type(batch).__name__}{hint}")
     plan = batch if isinstance(batch, ViewPlan) else batch.plan
     if isinstance(z, Embeddings) and z.plan is not None and not z.assumed and z.plan != plan:
         raise ValueError(f"batch: expected the embeddings' own plan, {z.plan}: got {plan}")

@@ -255,7 +255,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             return
         if isinstance(optimizer, torch.optim.LBFGS):
             raise RuntimeError("DualAscent: expected an optimizer that evaluates the loss once per step: got LBFGS")
-        terms, self._pending = _mean(self._pending), ()
+        terms, self._pending = Terms.mean(self._pending), ()
         self.criterion.weights.step(terms)
         self._trained = {k: v.clone() for k, v in self.criterion.weights.state_dict().items()}
 
@@ -367,30 +367,3 @@ def _named(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"{type(value).__name__} of {_checks.names(dict.fromkeys(type(v).__name__ for v in value))}"
     return f"tensor {_checks.shape(value)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _mean(parts: Sequence[Terms]) -> Terms:
-    """The terms of several batches as one: means over their rows, entropies over their images."""
-    if len(parts) == 1:
-        return parts[0]
-    rows = {n: torch.stack([p.rows[n] for p in parts]) for n in parts[0].rows}
-    total = torch.stack(list(rows.values())).sum(0)
-
-    def over(values: Sequence[Tensor], weight: Tensor) -> Tensor:
-        v, w = torch.stack(list(values)).double(), weight.double()
-        return (torch.where(w > 0, v, 0) * w).sum() / w.sum().clamp(min=1)
-
-    def by_space(field: str) -> dict[str, Tensor]:
-        return {n: over([getattr(p, field)[n] for p in parts], rows[n]) for n in rows}
-
-    content = [p.content_entropy for p in parts if p.content_entropy is not None]
-    return Terms(
-        loss=over([p.loss for p in parts], total),
-        invariance=by_space("invariance"),
-        entropy=over([p.entropy for p in parts], total),
-        content_entropy=over(content, total) if content else None,
-        constraint=by_space("constraint"),
-        rows={n: r.sum() for n, r in rows.items()},
-        effective_rank=by_space("effective_rank"),
-        backend=parts[-1].backend,
-    )

@@ -23,7 +23,9 @@ from ssd_addon.losses import FAMILIES, DualAscent, FamilyName
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def presets(name: str, *, size: int = 224, normalize: bool = True) -> dict[str, Any]:
+def presets(
+    name: str, *, size: int = 224, normalize: bool | Mapping[str, Sequence[float]] | None = True
+) -> dict[str, Any]:
     """Arguments of `StructuredViews` for photographs: `StructuredViews(**presets("color_spatial", size=224))`.
 
     Alternative partitions of one recipe (crop 0.08-1 bicubic, flip 0.5, jitter 0.4/0.4/0.2/0.1 with p 0.8, grey 0.2,
@@ -34,7 +36,11 @@ def presets(name: str, *, size: int = 224, normalize: bool = True) -> dict[str, 
         name: "color_spatial" (blur belongs to no space), "appearance_spatial" (blur with the colours), or
             "content_only" (ordinary two-view SSL).
         size: edge of the views in pixels.
-        normalize: end with the ImageNet mean and standard deviation.
+        normalize: end with the ImageNet mean and standard deviation, or with yours, {"mean": (...), "std": (...)}, as
+            lightly's transforms take them; False or None: views stay in [0, 1].
+
+    Raises:
+        ValueError: another name, a size below 1, another mapping than of mean and std.
 
     Source: the ImageNet recipe of Eastwood et al., arXiv 2311.08815 (groups) and BYOL/SimCLR (strengths).
     """
@@ -53,7 +59,7 @@ def presets(name: str, *, size: int = 224, normalize: bool = True) -> dict[str, 
         K.RandomResizedCrop((size, size), scale=(0.08, 1.0), resample="bicubic", cropping_mode="slice"),
         K.RandomHorizontalFlip(p=0.5),
     ]
-    end = [K.Normalize(torch.tensor(MEAN), torch.tensor(STD))] if normalize else []
+    end = _normalize(normalize)
     if name == "color_spatial":
         return {
             "groups": {"spatial": spatial, "color": color(0.0)},
@@ -72,6 +78,23 @@ def presets(name: str, *, size: int = 224, normalize: bool = True) -> dict[str, 
         "then": [*spatial, *color(0.0), *gaussian(1.0), *end],
         "key_then": [*spatial, *color(0.2), *gaussian(0.1), *end],
     }
+
+
+def _normalize(given: bool | Mapping[str, Sequence[float]] | None) -> list[nn.Module]:
+    if given is None or given is False:
+        return []
+    if given is True:
+        given = {"mean": MEAN, "std": STD}
+    if not isinstance(given, Mapping) or set(given) != {"mean", "std"}:
+        got = f"the keys {_checks.names(given)}" if isinstance(given, Mapping) else repr(given)
+        raise ValueError(f'normalize: expected True, False or {{"mean": (...), "std": (...)}}: got {got}')
+    mean, std = (torch.tensor([float(x) for x in given[k]]) for k in ("mean", "std"))
+    if mean.shape != std.shape or not bool((std > 0).all()):
+        raise ValueError(
+            f"normalize: expected a mean and a standard deviation above 0 of each channel: got {given['mean']} and "
+            f"{given['std']}"
+        )
+    return [K.Normalize(mean, std)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +147,7 @@ def recipe(
     family: FamilyName = "simclr",
     sets: Iterable[str] = (),
     size: int | None = None,
-    normalize: bool | None = None,
+    normalize: bool | Mapping[str, Sequence[float]] | None = None,
     content: int = 64,
     style: int = 32,
     tolerance: float | None = None,

@@ -27,7 +27,7 @@ class HeadStack(nn.Module):
     One product makes the first hidden layer of all heads, one batched product each further one; the norm of all heads
     is one layer over their channels, which is what each head would do alone (for layer norm, a group norm with a group
     per head). Weights are stored stacked (first layer [S*h, F], further ones [S, h, h'], norms and biases
-    one-dimensional).
+    one-dimensional). Names of biases end in "bias", by which frameworks leave them out of weight decay.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class HeadStack(nn.Module):
         bias = norm is None
         self.first = nn.Linear(in_features, s * hidden[0], bias=bias) if hidden else None
         self.norms = nn.ModuleList([_norm(norm, s, h) for h in hidden])
-        self.products, self.biases = nn.ParameterList(), nn.ParameterList()
-        for h_in, h_out in itertools.pairwise(hidden):
+        self.products, self.biases = nn.ParameterList(), nn.ParameterDict()
+        for k, (h_in, h_out) in enumerate(itertools.pairwise(hidden)):
             layers = [nn.Linear(h_in, h_out, bias=bias) for _ in widths]
             self.products.append(nn.Parameter(torch.stack([layer.weight.detach() for layer in layers])))
             if bias:
-                self.biases.append(nn.Parameter(torch.cat([layer.bias.detach() for layer in layers])))
+                self.biases[f"{k}_bias"] = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]))
         last = hidden[-1] if hidden else in_features
         self.last = nn.ModuleList([nn.Linear(last, d) for d in widths.values()])
 
@@ -55,7 +55,7 @@ class HeadStack(nn.Module):
         y = torch.relu(_normed(self.norms[0], self.first(x)))  # [N, S*h]
         for k, norm in enumerate(self.norms[1:]):
             per_head = torch.einsum("nsi,soi->nso", y.view(n, s, -1), self.products[k]).reshape(n, -1)
-            y = torch.relu(_normed(norm, per_head + self.biases[k] if len(self.biases) else per_head))
+            y = torch.relu(_normed(norm, per_head + self.biases[f"{k}_bias"] if len(self.biases) else per_head))
         each = y.view(n, s, -1).unbind(1)
         return {name: layer(h) for name, layer, h in zip(self.widths, self.last, each, strict=True)}
 
@@ -73,7 +73,7 @@ class HeadStack(nn.Module):
                 bias = whole(self.first.bias)[part] if self.first.bias is not None else None
             else:
                 weight = whole(self.products[i - 1])[k]
-                bias = whole(self.biases[i - 1])[part] if len(self.biases) else None
+                bias = whole(self.biases[f"{i - 1}_bias"])[part] if len(self.biases) else None
             layers += [_linear(weight, bias), *_single(norm, h, part), nn.ReLU()]
         last = self.last[k]
         assert isinstance(last, nn.Linear)
@@ -145,7 +145,8 @@ class ProjectionHeads(nn.Module):
         `criterion(heads(features), transform.plan)`.
         """
         if not isinstance(features, Tensor):
-            raise TypeError(f"features: expected a tensor [N, F] or [V, B, F]: got {type(features).__name__}")
+            hint = "; the features of all views are one tensor, backbone(torch.cat(views))"
+            raise TypeError(f"features: expected a tensor [N, F] or [V, B, F]: got {type(features).__name__}{hint}")
         if features.ndim not in (2, 3) or features.shape[-1] != self.in_features:
             hint = "; flatten(1) first" if features.ndim == 4 and features.shape[1] == self.in_features else ""
             raise ValueError(

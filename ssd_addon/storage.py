@@ -6,7 +6,9 @@ run writes {"heads", "model", "card", ...} with the rest of its state. Both are 
 
 import collections
 import copy
+import errno
 import os
+import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -144,13 +146,30 @@ def sharded_as(value: Any, like: Any) -> Any:
     return distribute_tensor(value.to(like.device, like.dtype), like.device_mesh, like.placements)
 
 
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EFBIG: "a file of this size is not allowed",
+}
+"""What writing fails with where there is no room, in words."""
+
+
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     target = Path(os.path.realpath(path))
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(content), beside)
+        with open(beside, "wb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(beside, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        if error.errno in FULL:
+            words = f"{FULL[error.errno]}, so nothing was written; {_free(target)}"
+            raise OSError(error.errno, f"{path}: {words}") from error
+        raise
     except RuntimeError as error:
         if type(error) is not RuntimeError:  # out of memory, no data on a meta device
             raise
@@ -158,6 +177,31 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
         raise OSError(f"{path}: expected a place where a file can be written whole: got {reason!r}") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last: a renamed file is there after a loss of power."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows has no handles of folders
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # nor do some network file systems
+        pass
+    finally:
+        os.close(handle)
+
+
+def _free(path: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free"
+    except OSError:
+        return "how much is free is not known"
+
+
+class Damaged(ValueError):
+    """A file that cannot be read: cut off, changed since it was written, or something else."""
 
 
 def read(path: str | Path, *, expected: str, with_parts: str | None = None, map_location: Any = "cpu") -> Stored:
@@ -184,7 +228,7 @@ def read(path: str | Path, *, expected: str, with_parts: str | None = None, map_
     try:
         content = _archive.load(path, map_location)
     except Exception as error:  # whatever a file's bytes make the reader say
-        raise ValueError(f"{path}: expected {expected}: could not be read ({_archive.reason(error)})") from error
+        raise Damaged(f"{path}: expected {expected}: could not be read ({_archive.reason(error)})") from error
     what = f"{path}: expected {with_parts or expected}, with its configuration and its weights"
     if not isinstance(content, Mapping):
         raise ValueError(f"{what}: got {type(content).__name__}")

@@ -162,7 +162,7 @@ class StructuredTransform:
         if sample.ndim != samples.ndim:
             raise ValueError(
                 f"sample: expected {samples.ndim} dimensions (sample_ndim), without the batch: got "
-                f"{_checks.shape(sample)}"
+                f"{_checks.shape(sample)}; StructuredViews takes whole batches"
             )
         x = checked(sample[None], samples)
         return x if self.views.fast else floats(x)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ssd_addon.auditing.measure import Audited
 from ssd_addon.auditing.verdict import Course, compared, courses, headline, sentences
 from ssd_addon.display import display
+from ssd_addon.metrics import ScoreTable
 from ssd_addon.report.document import document
 from ssd_addon.report.pictures import picture
 from ssd_addon.report.table import score_table, short_name
@@ -137,18 +138,26 @@ def _panel(key: str, found: Sequence[tuple[int, Audited, Course]]) -> str:
 
 
 def _tables(models: Sequence[Audited]) -> list[str]:
-    out = []
+    """The tables, those of two models beside each other."""
+    out = ["<section>", "<h2>The numbers</h2>"]
+    out += ["<h3>By group of augmentations</h3>", _pair(models, [m.table for m in models], "group of augmentations")]
+    if any(m.table.parts is not None for m in models):
+        out += ["<h3>By parameter</h3>", _pair(models, [m.table.parts for m in models], "parameter")]
+    if any(m.accuracy is not None for m in models):
+        out += ["<h3>Class accuracy</h3>", _pair(models, [m.accuracy for m in models], "classifier")]
     for m in models:
-        whose = f": {short_name(m.name)}" if len(models) > 1 else ""
-        out += ["<section>", f"<h2>The numbers{whose}</h2>"]
-        out += ["<h3>By group of augmentations</h3>", score_table(m.table, across="group of augmentations", corner=ROW)]
-        if m.table.parts is not None:
-            out += ["<h3>By parameter</h3>", score_table(m.table.parts, across="parameter", corner=ROW)]
-        if m.accuracy is not None:
-            out += ["<h3>Class accuracy</h3>", score_table(m.accuracy, across="classifier", corner=ROW)]
-        notes = "".join(f'<p class="note">{html(note)}</p>' for note in m.notes)
-        out += [notes, "</section>"]
-    return out
+        whose = f"{m.name}: " if len(models) > 1 else ""
+        out += [f'<p class="note">{html(whose + note)}</p>' for note in m.notes]
+    return [*out, "</section>"]
+
+
+def _pair(models: Sequence[Audited], tables: Sequence[ScoreTable | None], across: str) -> str:
+    cells = []
+    for m, t in zip(models, tables, strict=True):
+        head = f"<h4>{short_name(m.name)}</h4>" if len(models) > 1 else ""
+        body = '<p class="na">n/a</p>' if t is None else score_table(t, across=across, corner=ROW)
+        cells.append(f"<div>{head}{body}</div>")
+    return f'<div class="pair">{"".join(cells)}</div>' if len(models) > 1 else cells[0]
 
 
 def _strip(strip: Strip | None) -> str:

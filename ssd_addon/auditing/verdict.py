@@ -75,16 +75,16 @@ def headline(a: Audited) -> str:
     parts = []
     for state in dict.fromkeys(c.state for c in each if c.state.startswith("after ")):
         gone = [c.name for c in each if c.state == state]
-        parts.append(f"{listed(gone)} {'is' if len(gone) == 1 else 'are'} gone {state}")
+        parts.append(f"{listed(gone)} {'are' if _plural(gone) else 'is'} gone {state}")
     where = "in any layer" if a.layers else "in the features"
     if at_once := [c.name for c in each if c.state == AT_ONCE]:
         parts.append(f"{listed(at_once)} can be decoded from the pixels, but not {where}")
     if nowhere := [c.name for c in each if c.state == NOWHERE]:
         parts.append(f"{listed(nowhere)} cannot be decoded {where}, nor from the pixels")
     if weak := sorted((c for c in each if c.state == "weak"), key=lambda c: -c.features):
-        parts.append(f"{_scored(weak)} {'is' if len(weak) == 1 else 'are'} only weakly encoded")
+        parts.append(f"{_scored(weak)} {'are' if _plural([c.name for c in weak]) else 'is'} only weakly encoded")
     if kept := sorted((c for c in each if c.state == "survives"), key=lambda c: -c.features):
-        parts.append(f"{_scored(kept)} survive{'s' if len(kept) == 1 else ''}")
+        parts.append(f"{_scored(kept)} survive{'' if _plural([c.name for c in kept]) else 's'}")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
 
@@ -133,6 +133,11 @@ def compared(a: Audited, b: Audited) -> list[str]:
 def _interval(table: ScoreTable, key: str) -> tuple[float, float]:
     own = table.parts if table.parts is not None and ("backbone", key) in table.parts.scores else table
     return own.intervals.get(("backbone", key), (math.nan, math.nan))
+
+
+def _plural(names: Sequence[str]) -> bool:
+    """Whether a verb after these names of parameters is plural: several of them, or such as "translations"."""
+    return len(names) > 1 or names[0].endswith("s") or " and " in names[0]
 
 
 def _scored(each: Sequence[Course]) -> str:

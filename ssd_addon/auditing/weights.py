@@ -141,9 +141,9 @@ def _nearest(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     there = f"keys {_checks.names(list(state)[:4])}, ..."
     if len(missing) == len(wanted):
         return f"got none of its keys ({_checks.names(list(wanted)[:3])}, ...), but {there}"
-    return (
-        f"got {len(wanted) - len(missing)} of its {len(wanted)} tensors; missing are {_checks.names(missing[:4])}, ..."
-    )
+    more = ", ..." if len(missing) > 4 else ""
+    there = f"{len(wanted) - len(missing)} of its {len(wanted)} tensors"
+    return f"got {there}; missing are {_checks.names(missing[:4])}{more}"
 
 
 def named_backbones(

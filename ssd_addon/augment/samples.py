@@ -51,7 +51,8 @@ def checked(images: Any, samples: Samples) -> Tensor:
     """A batch of samples, in their range: uint8 (images alone) or floating point."""
     what, value_range = samples.name, samples.value_range
     if not isinstance(images, Tensor):
-        raise TypeError(f"{what}: expected a tensor {samples.shape}: got {type(images).__name__}")
+        hint = "; StructuredTransform takes one sample, as the transform of a data set, StructuredViews whole batches"
+        raise TypeError(f"{what}: expected a tensor {samples.shape}: got {type(images).__name__}{hint}")
     if images.ndim != samples.ndim + 1:
         raise ValueError(f"{what}: expected {samples.shape}: got {images.ndim} dimensions {_checks.shape(images)}")
     if 0 in images.shape:

@@ -12,7 +12,17 @@ from ssd_addon.augment.crop import is_crop
 from ssd_addon.augment.samples import Samples
 from ssd_addon.operations.choice import wrapped
 from ssd_addon.operations.draws import Parameters, Refused, Seed, Watch, generator, pick
-from ssd_addon.operations.trial import ERRORS, SHAPES, Traits, draws_beside, draws_late, no_batch, same, tried
+from ssd_addon.operations.trial import (
+    ERRORS,
+    SHAPES,
+    Traits,
+    draws_beside,
+    draws_late,
+    from_outside,
+    no_batch,
+    same,
+    tried,
+)
 from ssd_addon.operations.wrap import GATE, KorniaOperation, WrappedOperation
 
 THEN = "then"
@@ -58,6 +68,8 @@ class Step:
         except Refused as error:
             raise ValueError(f"{self.stage}: {self.key} {error}") from error
         except ERRORS as error:
+            if from_outside(error):
+                raise
             raise ValueError(
                 f"{self.stage}: {self.key} could not be drawn for images {list(shape)}: {error}"
             ) from error
@@ -100,6 +112,8 @@ class Step:
         try:
             y = self.operation.apply(x, parameters)
         except ERRORS as error:
+            if from_outside(error):
+                raise
             rgb = isinstance(self.operation, WrappedOperation) and x.ndim == 4 and x.shape[1] != 3
             hint = f" (most operations need RGB, 3 channels: the images have {x.shape[1]})" if rgb else ""
             raise ValueError(

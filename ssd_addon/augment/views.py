@@ -314,7 +314,13 @@ class StructuredViews(nn.Module):
 
 def _check_groups(groups: Groups, key_groups: Groups | None) -> None:
     if not isinstance(groups, Mapping):
-        raise TypeError(f"groups: expected a mapping name -> operations: got {type(groups).__name__}")
+        hint = '; a preset is unpacked, **presets("color_spatial")' if isinstance(groups, str) else ""
+        raise TypeError(f"groups: expected a mapping name -> operations: got {type(groups).__name__}{hint}")
+    if isinstance(groups.get("groups"), Mapping):
+        raise ValueError(
+            "groups: expected name -> operations: got a mapping of arguments; unpack it, "
+            'StructuredViews(**presets("color_spatial"))'
+        )
     for name in groups:
         if name in ("content", THEN):
             raise ValueError(f"groups: {name!r} is taken; name the group after what it changes, such as 'color'")

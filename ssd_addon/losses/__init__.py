@@ -8,6 +8,7 @@
 Imports with torch alone.
 """
 
+from ssd_addon._checks import Diverged
 from ssd_addon.losses.ascent import DualAscent
 from ssd_addon.losses.barlow import BarlowTwins
 from ssd_addon.losses.equivariance import EquivarianceLoss
@@ -24,6 +25,7 @@ __all__ = [
     "FAMILIES",
     "MMCR",
     "BarlowTwins",
+    "Diverged",
     "DualAscent",
     "EquivarianceLoss",
     "Family",

@@ -159,14 +159,16 @@ def _check_states(names: tuple[str, ...], states: list[list[int]], largest: Mapp
         where = f" on rank {rank}" if world > 1 else ""
         broken = [n for n, state in zip(names, found, strict=True) if state == NOT_FINITE]
         if broken:
-            raise ValueError(
+            raise _checks.Diverged(
                 f"embeddings: expected finite numbers: got NaN or infinity in the space {_checks.names(broken)}{where}"
-                "; a diverged step or an overflow in half precision are the usual causes"
+                "; a diverged step or an overflow in half precision are the usual causes",
+                broken,
             )
         huge = [n for n, state in zip(names, found, strict=True) if state == TOO_LARGE]
         if huge:
             limit = min(largest[n] for n in huge)
-            raise ValueError(
+            raise _checks.Diverged(
                 f"embeddings: expected numbers up to {limit:.1e}, whose squares the loss can sum: got larger ones in "
-                f"the space {_checks.names(huge)}{where}; the run has diverged"
+                f"the space {_checks.names(huge)}{where}; the run has diverged",
+                huge,
             )

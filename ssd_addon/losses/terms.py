@@ -1,6 +1,6 @@
 """The parts of the loss, for logging and for dual ascent."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,34 @@ class Terms:
         for key, values in by_space.items():
             out |= {f"{key}/{name}": value for name, value in values.items()}
         return out
+
+    @classmethod
+    def mean(cls, parts: Sequence["Terms"]) -> "Terms":
+        """The terms of several batches as one, such as those of an accumulated step: means over their rows, entropies
+        over their images. The loss is detached."""
+        if len(parts) == 1:
+            return parts[0]
+        rows = {n: torch.stack([p.rows[n] for p in parts]) for n in parts[0].rows}
+        total = torch.stack(list(rows.values())).sum(0)
+
+        def over(values: Sequence[Tensor], weight: Tensor) -> Tensor:
+            v, w = torch.stack([t.detach() for t in values]).double(), weight.double()
+            return (torch.where(w > 0, v, 0) * w).sum() / w.sum().clamp(min=1)
+
+        def by_space(field: str) -> dict[str, Tensor]:
+            return {n: over([getattr(p, field)[n] for p in parts], rows[n]) for n in rows}
+
+        content = [p.content_entropy for p in parts if p.content_entropy is not None]
+        return cls(
+            loss=over([p.loss for p in parts], total),
+            invariance=by_space("invariance"),
+            entropy=over([p.entropy for p in parts], total),
+            content_entropy=over(content, total) if content else None,
+            constraint=by_space("constraint"),
+            rows={n: r.sum() for n, r in rows.items()},
+            effective_rank=by_space("effective_rank"),
+            backend=parts[-1].backend,
+        )
 
 
 def terms_of(loss: Tensor, parts: Parts, s: Shards) -> Terms:

@@ -91,10 +91,11 @@ class OnlineProbes(nn.Module):
         if not checks_are_on("auto"):
             return {name: torch.where(ok, x, torch.nan) for (name, x), ok in zip(rows.items(), fine, strict=True)}
         if bad := [name for name, ok in zip(rows, fine.tolist(), strict=True) if not ok]:
-            raise ValueError(
+            raise _checks.Diverged(
                 f"features {bad[0]!r}: expected finite numbers whose squares float32 holds: got "
                 + ("too large ones" if bool(rows[bad[0]].isfinite().all()) else "NaN or infinity")
-                + ", so the network has diverged"
+                + ", so the network has diverged",
+                bad,
             )
         return rows
 

@@ -38,6 +38,12 @@ ERRORS: tuple[type[Exception], ...] = (
 """What operations raise where images do not suit them."""
 
 
+def from_outside(error: Exception) -> bool:
+    """Whether an error only happened to be raised while an operation ran: memory, or a data loader's dead worker, whose
+    signal raises wherever the main process is."""
+    return isinstance(error, torch.OutOfMemoryError) or str(error).startswith("DataLoader worker")
+
+
 class ChangesSize(Refused):
     """It does so only where it fires, on images of the size that it was tried on."""
 

@@ -11,11 +11,18 @@ its state.
 from ssd_addon.card import check_card
 from ssd_addon.runs.build import build_backbone, build_views, find
 from ssd_addon.runs.checkpoint import restore_run, save_run
+from ssd_addon.runs.guard import Guard, TooManySkipped, not_finite
+from ssd_addon.runs.keeping import Checkpoints, Lock
 from ssd_addon.runs.log import cut_log, read_log
 from ssd_addon.runs.open import Opened, load
 from ssd_addon.runs.sampler import ResumableLoader, ResumableSampler
 
 __all__ = [
+    "Checkpoints",
+    "Guard",
+    "Lock",
+    "TooManySkipped",
+    "not_finite",
     "Opened",
     "ResumableLoader",
     "ResumableSampler",

@@ -39,7 +39,7 @@ def images():
 
 
 def test_each_layer_says_what_it_holds(images):
-    table = audit(Stages(), images, GROUPS, layers=("first", "second", "third"), normalize=None)
+    table = audit(Stages(), images, GROUPS, layers=("first", "second", "third"), normalize=None, draws=2)
     assert table.spaces == ("pixels", "first", "second", "third", "backbone", "untrained")
     assert table.factors == ("color", "spatial") and table.unit == "pairs of views"
     light = "color/0.ColorJitter/brightness_factor"
@@ -68,28 +68,31 @@ def test_auditing_changes_nothing(images):
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.5)).train()
     before, kept = copy.deepcopy(net.state_dict()), images.clone()
     state = torch.get_rng_state()
-    first = audit(net, images, GROUPS, bootstrap=0)
-    again = audit(net, images, GROUPS, bootstrap=0)
+    first = audit(net, images, GROUPS, draws=1, bootstrap=0)
+    again = audit(net, images, GROUPS, draws=1, bootstrap=0)
     assert net.training and net[1].training and torch.equal(images, kept)
     assert all(torch.equal(t, before[k]) for k, t in net.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state) and not any(len(m._forward_hooks) for m in net.modules())
     assert first.scores == again.scores and not first.intervals
-    assert audit(net, images, GROUPS, bootstrap=0, seed=1).scores != first.scores
+    assert audit(net, images, GROUPS, draws=1, bootstrap=0, seed=1).scores != first.scores
 
 
 def test_images_of_any_form_give_the_same(images):
     net = nn.Conv2d(3, 4, 3)
-    whole = audit(net, images, GROUPS, bootstrap=0, batch_size=40)
+    whole = audit(net, images, GROUPS, draws=1, bootstrap=0, batch_size=40)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images), batch_size=40)
-    assert audit(net, loader, GROUPS, bootstrap=0).scores == whole.scores
-    assert audit(StyleHeads(net, {"content": 2}), images, GROUPS, bootstrap=0, batch_size=40).scores == whole.scores
+    assert audit(net, loader, GROUPS, draws=1, bootstrap=0).scores == whole.scores
+    assert (
+        audit(StyleHeads(net, {"content": 2}), images, GROUPS, draws=1, bootstrap=0, batch_size=40).scores
+        == whole.scores
+    )
     gray = images.mean(1, keepdim=True)
-    assert audit(net, gray, GROUPS, bootstrap=0).spaces == whole.spaces
+    assert audit(net, gray, GROUPS, draws=1, bootstrap=0).spaces == whole.spaces
 
 
 def test_the_preset_and_the_public_name(images):
     assert ssd_addon.audit is measure.audit is auditing.audit
-    table = ssd_addon.audit(nn.Conv2d(3, 4, 3), images[:40], size=16)
+    table = ssd_addon.audit(nn.Conv2d(3, 4, 3), images[:40], size=16, draws=2)
     assert table.factors == ("spatial", "color") and table["backbone", "color/0.ColorJitter/hue_factor"] <= 1
     assert table.spaces[0] == "pixels" and table.spaces[-2:] == ("backbone", "untrained")
 

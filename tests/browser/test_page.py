@@ -3,40 +3,20 @@
 Needs Debian's Chromium (or another, in the environment variable CHROMIUM); fails without one.
 """
 
-import os
-import shutil
 from pathlib import Path
 
 import pages
 import pytest
 import torch
-from playwright.sync_api import sync_playwright
+from chromium import SIZES, opened
 
 from ssd_addon import report
 from ssd_addon.metrics import StyleIndex, embed
 
-SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
-QUIET = (
-    "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update "
-    "disable-sync"
-)
 LOG = [
     {"step": s, "loss": 3.0 - s / 50, **{f"constraint/{n}": 1 / (s + 1) for n in ("content", "color", "spatial")}}
     for s in range(0, 60, 10)
 ]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    assert found, "expected Chromium (apt-get install chromium), or its path in CHROMIUM: got none"
-    with sync_playwright() as play:
-        chromium = play.chromium.launch(
-            executable_path=found, args=[f"--{flag}" for flag in (*QUIET.split(), "disable-sync")]
-        )
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +26,6 @@ def page_file(tmp_path_factory):
         out, pages.model, pages.squares(200), views=pages.views(), log=LOG, title="squares", about=[("images", "200")]
     )
     return out
-
-
-def opened(browser, file, size="desktop", **options):
-    """(page, what it complained of, what it asked for)."""
-    width, height = SIZES[size]
-    context = browser.new_context(viewport={"width": width, "height": height}, **options)
-    page = context.new_page()
-    complaints, requests = [], []
-    page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda e: complaints.append(str(e)))
-    page.on("request", lambda r: requests.append(r.url))
-    page.goto(Path(file).as_uri())
-    return page, complaints, requests
 
 
 def neighbours(page, row):

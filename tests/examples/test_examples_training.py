@@ -1,4 +1,4 @@
-"""examples/imagenet.py and examples/lightly_pipeline.py: a few steps of each, and what a long run depends on."""
+"""examples/imagenet.py: a few steps, and what a long run depends on."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from examples import imagenet, lightly_pipeline
+from examples import imagenet
 from ssd_addon import Monitor, StructuredViews, recipe
 
 pytestmark = [
@@ -285,21 +285,6 @@ def test_two_processes(data: Path) -> None:
     stored = torch.load(data.parent / "run" / "checkpoint.pt", weights_only=True)
     assert stored["config"]["processes"] == 2 and len(stored["rng"]) == 2
     assert stored["equivariance"] and "equivariance" in next(s for s in lines if "loss" in s)
-
-
-@pytest.mark.parametrize("family", ["simclr", "vicreg"])
-@pytest.mark.parametrize("method", ["lightly", "ours"])
-def test_lightly_pipeline(data: Path, tmp_path: Path, family: str, method: str) -> None:
-    options = ["--data", str(data), "--out", str(tmp_path), "--method", method, "--family", family]
-    module, numbers = lightly_pipeline.main([*options, "--steps", "2", "--batch-size", "4"])
-    assert module.global_step == 2 and np.isfinite(numbers["loss"])
-    if method == "ours":
-        assert {"entropy", "invariance/content", "invariance/spatial", "invariance/color"} <= numbers.keys()
-        (saved,) = tmp_path.glob("**/*.ckpt")
-        again = lightly_pipeline.After.load_from_checkpoint(saved, family=family, size=32)
-        assert torch.equal(again.views.get_extra_state(), module.views.get_extra_state()), "seed and call travel"
-        for a, b in zip(again.parameters(), module.parameters(), strict=True):
-            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(

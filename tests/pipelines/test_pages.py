@@ -10,7 +10,14 @@ SPEC = importlib.util.spec_from_file_location("diffs", ROOT / "docs" / "diffs.py
 diffs = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(diffs)
 PAGES = sorted(diffs.PAGES.glob("*.md"))
-LIMITS: dict[str, int] = {"lightning_simclr": 9}
+LIMITS: dict[str, int] = {
+    "lightning_simclr": 9,
+    "lightly_plain": 10,
+    "lightly_lightning": 10,
+    "lightly_distributed": 10,
+    "lightly_benchmark": 10,
+    "lightly_gpu": 15,
+}
 """Script -> lines that may be new in it; a page says the number."""
 
 

@@ -1,0 +1,181 @@
+"""Steps that are not finite, and signals: what a training loop asks at every step, agreed over ranks at once."""
+
+import signal
+from collections.abc import Iterable, Sequence
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ssd_addon import _checks
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class TooManySkipped(RuntimeError):
+    """More steps in a row were not finite than a run allows.
+
+    Attributes:
+        step: the last of them.
+        spaces: whose embeddings were not finite, where that is known.
+    """
+
+    def __init__(self, message: str, step: int, spaces: Sequence[str]) -> None:
+        super().__init__(message)
+        self.step, self.spaces = step, tuple(spaces)
+
+
+class Guard:
+    """Decides at every step, together with the other ranks, whether the optimizer may step and whether to stop.
+
+        with Guard([model, probes], max_skipped=3) as guard:
+            for step in ...:
+                guard.begin()
+                try:
+                    loss = ...
+                    loss.backward()
+                except Diverged as error:                the loss refuses embeddings that are not finite
+                    loss = error
+                if guard.fine(step, loss, parameters):
+                    optimizer.step()
+                if guard.stopping:                       SIGTERM or SIGINT on any rank
+                    save(); sys.exit(guard.exit_code)
+
+    A step that is not fine is skipped on every rank: buffers (statistics of batch norms) are put back to what they were
+    at `begin`, and gradients are set to None. Weights are never touched by it.
+
+    Args:
+        modules: whose buffers are kept.
+        max_skipped: steps in a row that may be skipped; one more raises `TooManySkipped`.
+        signals: that ask for a stop at the next step; a second SIGINT interrupts at once. () for none.
+    """
+
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        *,
+        max_skipped: int = 3,
+        signals: Sequence[signal.Signals] = SIGNALS,
+    ) -> None:
+        self.modules = list(modules)
+        self.max_skipped = _checks.count(max_skipped, "max_skipped")
+        self.skipped = 0
+        self.total = 0
+        self.stopping = 0
+        self._received = 0
+        self._signals, self._before = tuple(signals), {}  # type: ignore[var-annotated]
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    # ---- signals
+
+    def __enter__(self) -> "Guard":
+        for number in self._signals:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = number
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal, as shells have it: 143 after SIGTERM, 130 after SIGINT; 0 without one."""
+        return 128 + self.stopping if self.stopping else 0
+
+    # ---- steps
+
+    def begin(self) -> None:
+        """Keep what a step that fails would leave behind."""
+        if not self._kept:
+            self._kept = [(b, b.detach().clone()) for m in self.modules for b in m.buffers()]
+            return
+        for buffer, value in self._kept:
+            value.copy_(buffer.detach())
+
+    def fine(self, step: int, loss: Tensor | BaseException, parameters: Iterable[Tensor]) -> bool:
+        """Whether loss and gradients are finite on every rank; every rank has to ask.
+
+        Args:
+            step: for messages.
+            loss: of this rank, or the error that it raised, which every rank has to have met.
+            parameters: whose gradients are looked at.
+
+        Raises:
+            TooManySkipped: more than `max_skipped` steps in a row were not finite.
+        """
+        grads = [_local(p.grad) for p in parameters if p.grad is not None]
+        spaces: tuple[str, ...] = ()
+        if isinstance(loss, BaseException):
+            spaces = tuple(getattr(loss, "spaces", ()))
+            device = grads[0].device if grads else self._device()
+            bad = torch.ones((), device=device)
+        else:
+            norms = torch.stack([n.float().to(loss.device) for n in torch._foreach_norm(grads)]) if grads else None
+            total = loss.detach().float() if norms is None else loss.detach().float() + 0 * norms.sum()
+            bad = 1 - total.isfinite().float()
+        state = torch.stack([bad.float(), torch.full_like(bad, float(self._received))])
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(state, op=dist.ReduceOp.MAX)
+        failed, received = state.tolist()
+        self.stopping = int(received)
+        if not failed:
+            self.skipped = 0
+            return True
+        self._put_back()
+        for p in parameters_of(self.modules):
+            p.grad = None
+        self.skipped += 1
+        self.total += 1
+        if self.skipped > self.max_skipped:
+            whose = f" in the space {_checks.names(spaces)}" if spaces else ""
+            reason = f": {loss}" if isinstance(loss, BaseException) else ""
+            raise TooManySkipped(
+                f"step {step}: expected a finite loss and finite gradients: got {self.skipped} steps in a row without"
+                f"{whose}{reason}",
+                step,
+                spaces,
+            )
+        return False
+
+    def _put_back(self) -> None:
+        with torch.no_grad():
+            for buffer, value in self._kept:
+                buffer.copy_(value)
+
+    def _device(self) -> torch.device:
+        return next((p.device for p in parameters_of(self.modules)), torch.device("cpu"))
+
+
+def _local(grad: Any) -> Tensor:
+    """The part of a gradient that this rank holds, where it is sharded (FSDP2)."""
+    local: Tensor = grad.to_local() if hasattr(grad, "to_local") else grad
+    return local
+
+
+def parameters_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """Every parameter of these modules, once."""
+    return list({id(p): p for m in modules for p in m.parameters()}.values())
+
+
+def not_finite(state: Any, path: str = "") -> str:
+    """The place of the first floating-point tensor of a state that holds NaN or infinity, "" where all are finite."""
+    if isinstance(state, Tensor):
+        if state.is_floating_point() and not bool(state.isfinite().all()):
+            return path or "it"
+        return ""
+    items: Iterable[Any] = ()
+    if isinstance(state, dict):
+        items = state.items()
+    elif isinstance(state, list | tuple):
+        items = enumerate(state)
+    return next((bad for key, value in items if (bad := not_finite(value, f"{path}.{key}" if path else str(key)))), "")

@@ -1,0 +1,244 @@
+"""The audit's page and command: a verdict that claims what the numbers show, for one model and for two."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pages
+import pytest
+import torch
+from torch import nn
+
+from ssd_addon import auditing
+from ssd_addon.__main__ import main
+from ssd_addon.auditing import Audited, compared, headline, sentences
+from ssd_addon.auditing.verdict import courses
+from ssd_addon.metrics import ScoreTable, class_accuracy
+
+LAYERS = ("layer1", "layer2")
+ROWS = ("pixels", *LAYERS, "backbone", "untrained")
+
+
+def made(scores, name="net", layers=LAYERS, margin=0.05, accuracy=None):
+    """An audit of parameters name -> scores of the rows."""
+    rows = ("pixels", *layers, "backbone", "untrained")
+    cells = {(r, f"color/0.Op/{p}"): v for p, each in scores.items() for r, v in zip(rows, each, strict=True)}
+    keys = tuple(f"color/0.Op/{p}" for p in scores)
+    intervals = {cell: (v - margin, v + margin) for cell, v in cells.items()}
+    parts = ScoreTable(rows, keys, cells, intervals, {}, "kernel", (), 70, 30, "pairs of views")
+    groups = {(r, "color"): 0.5 for r in rows}
+    table = ScoreTable(rows, ("color",), groups, {}, {}, "kernel", (), 70, 30, "pairs of views", parts)
+    return Audited(name, table, accuracy, tuple(layers))
+
+
+def test_the_headline_says_what_became_of_each_parameter():
+    audit = made(
+        {
+            "hue_factor": (0.6, 0.7, 0.4, 0.02, 0.3),
+            "saturation_factor": (0.3, 0.01, 0.0, 0.0, 0.0),
+            "degrees": (0.0, 0.0, 0.01, 0.0, 0.0),
+            "contrast_factor": (0.9, 0.9, 0.6, 0.3, 0.3),
+            "brightness_factor": (0.9, 0.9, 0.8, 0.71, 0.2),
+            "gamma": (0.9, 0.9, 0.8, 0.9, 0.9),
+        }
+    )
+    assert headline(audit) == (
+        "Hue is gone after layer2; saturation can be decoded from the pixels, but not in any layer; degrees cannot be "
+        "decoded in any layer, nor from the pixels; contrast (R² = 0.30) is only weakly encoded; gamma (R² = 0.90) and "
+        "brightness (0.71) survive."
+    )
+    assert sentences(audit) == [
+        "Decoded worse than from an untrained copy: hue (0.00 against 0.30).",
+        "Decoded better than from an untrained copy: brightness (0.71 against 0.20).",
+    ]
+
+
+def test_verbs_follow_their_names():
+    one = made({"translations": (0.9, 0.9, 0.9, 0.9, 0.9)})
+    assert headline(one) == "Translations (R² = 0.90) survive."
+    assert headline(made({"src": (0.0, 0.3, 0.0, 0.0, 0.0)})) == "Op place and size are gone after layer1."
+    assert headline(made({"gamma": (0.0, 0.3, 0.0, 0.2, 0.0)})) == "Gamma (R² = 0.20) is only weakly encoded."
+
+
+def test_a_score_whose_interval_holds_0_is_none():
+    audit = made({"hue_factor": (0.3, 0.3, 0.3, 0.3, 0.3)}, margin=0.4)
+    assert "cannot be decoded in any layer" in headline(audit)
+    assert sentences(audit) == ["No parameter differs from an untrained copy by more than the 95 % intervals allow."]
+
+
+def test_without_layers_or_scores():
+    assert headline(made({"hue_factor": (0.6, 0.0, 0.3)}, layers=())) == (
+        "Hue can be decoded from the pixels, but not in the features."
+    )
+    assert "nothing can be said" in headline(made({"hue_factor": (math.nan,) * 5}))
+    a, b = made({"x": (0.0,) * 5}), made({"x": (0.0,) * 5}, name="other")
+    assert compared(a, b) == ["net and other keep equally much, as far as the 95 % intervals tell."]
+
+
+def test_parameters_of_one_name_are_told_apart():
+    cells = {(r, f"{g}/0.Op/p"): 0.5 for r in ROWS for g in ("color", "noise")}
+    parts = ScoreTable(ROWS, ("color/0.Op/p", "noise/0.Op/p"), cells, {}, {}, "kernel", (), 7, 3)
+    groups = {(r, g): 0.5 for r in ROWS for g in ("color", "noise")}
+    table = ScoreTable(ROWS, ("color", "noise"), groups, {}, {}, "kernel", (), 7, 3, parts=parts)
+    assert [c.name for c in courses(Audited("net", table, None, LAYERS))] == ["color's p", "noise's p"]
+
+
+def test_two_models_are_compared_beyond_their_intervals():
+    a = made({"hue_factor": (0.6, 0.7, 0.4, 0.6, 0.3), "gamma": (0.9, 0.9, 0.8, 0.55, 0.9)}, "A")
+    b = made({"hue_factor": (0.6, 0.7, 0.4, 0.1, 0.3), "gamma": (0.9, 0.9, 0.8, 0.6, 0.9)}, "B")
+    assert compared(a, b) == ["A keeps more than B of hue (0.60 against 0.10)."]
+
+
+# ---- the page
+
+
+class Light(nn.Module):
+    def __init__(self, size=3):
+        super().__init__()
+        self.first, self.weight = nn.Identity(), nn.Parameter(torch.arange(1.0, size + 1))
+
+    def forward(self, x):
+        x = self.first(x * self.weight.view(-1, 1, 1))
+        return torch.cat([x.amax((2, 3)), x.mean((2, 3))], 1)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    out = tmp_path_factory.mktemp("audit") / "audit.html"
+    data = pages.squares(80)
+    said = []
+    images = type(data)(data.images, {"class": data.factors["kind"]}, total=200)
+    nets = {"light <b>": Light(), "conv": nn.Conv2d(3, 4, 3)}
+    found = auditing.write(out, nets, images, pages.views(), layers=(), draws=2, say=said.append)
+    return out.read_text(), found, said
+
+
+def test_the_page_shows_both_models_and_their_numbers(written):
+    html, found, said = written
+    assert "light &lt;b&gt;" in html and "light <b>" not in html
+    kept = json.loads(re.search(r'id="findings">(.*?)</script>', html)[1])
+    assert [m["name"] for m in kept["models"]] == ["light <b>", "conv"]
+    table = ScoreTable.from_json(kept["models"][0]["table"])
+    assert table["backbone", "color"] == found[0].table["backbone", "color"] > 0.5
+    assert kept["models"][0]["verdict"] == [headline(found[0]), *sentences(found[0])]
+    assert found[0].accuracy["backbone", "k-NN"] <= 1 and "Class accuracy" in html
+    assert "80 of 200" in html and 'id="compared"' in html and html.count("<svg") == len(courses(found[0]))
+    assert said[0] == "auditing light <b>" and "class accuracy" in said and any("views" in line for line in said)
+
+
+def test_few_images_of_many_classes_have_no_accuracy(tmp_path):
+    data = pages.squares(30)
+    (found,) = auditing.write(
+        tmp_path / "a.html", {"net": Light()}, data.images, pages.views(), labels=torch.arange(30), draws=1
+    )
+    assert found.accuracy is None and "30 images of 30 classes are too few" in found.notes[-1]
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_one_or_two_models(count, tmp_path):
+    with pytest.raises(ValueError, match=f"backbones: expected one or two, name -> module: got {count}"):
+        auditing.write(tmp_path / "a.html", {str(k): Light() for k in range(count)}, pages.squares(20).images)
+
+
+# ---- class accuracy
+
+
+def test_class_accuracy_is_that_of_a_loop():
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (120,), generator=g)
+    z = torch.eye(3)[labels] + 0.7 * torch.randn(120, 3, generator=g)
+    table = class_accuracy({"z": z, "noise": torch.randn(120, 4, generator=g)}, labels, k=5)
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(0))
+    train, test = order[:60], order[60:]
+    right = 0
+    for i in test.tolist():
+        cosine = torch.nn.functional.cosine_similarity(z[train].double(), z[i].double()[None])
+        votes = torch.zeros(3, dtype=torch.float64)
+        for j in cosine.argsort(descending=True)[:5].tolist():
+            votes[labels[train[j]]] += math.exp(cosine[j] / 0.07)
+        right += int(votes.argmax() == labels[i])
+    assert table["z", "k-NN"] == pytest.approx(right / 60)
+    assert table["z", "linear probe"] > 0.5 > table["noise", "linear probe"]
+    low, high = table.intervals["z", "k-NN"]
+    assert low <= table["z", "k-NN"] <= high and "most frequent class" in table.notes["z", "linear probe"]
+
+
+@pytest.mark.parametrize(
+    "labels,message",
+    [
+        (torch.zeros(40, dtype=torch.long), "two classes or more on both sides of the split: got one class"),
+        (torch.rand(40), "expected classes, integers"),
+        (torch.zeros(30, dtype=torch.long), "a value for each of the 40 samples"),
+    ],
+)
+def test_class_accuracy_refuses_what_are_no_classes(labels, message):
+    with pytest.raises(ValueError, match=message):
+        class_accuracy({"z": torch.rand(40, 3)}, labels)
+
+
+# ---- the command
+
+
+@pytest.fixture
+def folder(tmp_path):
+    from torchvision.utils import save_image
+
+    data = pages.squares(40)
+    for i, x in enumerate(data.images):
+        (tmp_path / "data" / f"kind{i % 2}").mkdir(parents=True, exist_ok=True)
+        save_image(x, tmp_path / "data" / f"kind{i % 2}" / f"{i}.png")
+    (tmp_path / "net.py").write_text("from torch import nn\n\ndef make():\n    return nn.Conv2d(3, 4, 3)\n")
+    return tmp_path
+
+
+def test_the_command_writes_a_page_and_says_the_verdict(folder, capsys):
+    torch.save(
+        {"state_dict": {f"backbone.{k}": t for k, t in nn.Conv2d(3, 4, 3).state_dict().items()}}, folder / "w.pt"
+    )
+    arguments = [f"{folder}/net.py:make", "--data", str(folder / "data"), "--out", str(folder / "a.html")]
+    arguments += [
+        "--size",
+        "16",
+        "--draws",
+        "1",
+        "--weights",
+        str(folder / "w.pt"),
+        "--layers",
+        "",
+        "--normalize",
+        "none",
+    ]
+    assert main(["audit", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "2 tensors under 'backbone.'" in said and "written: " in said and "class accuracy" in said
+    assert (folder / "a.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--layers", "layer9"], "error: --layers: expected names of modules inside the backbone"),
+        (["--weights", "none.pt"], "error: none.pt: expected a file of weights: got no such file"),
+        (["--data", "nowhere"], "error: --data: expected a folder of images"),
+        (["--groups", "hue"], "error: preset: expected one of"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(folder, capsys, arguments, message):
+    given = {"--data": str(folder / "data"), "--out": str(folder / "a.html"), "--size": "16"}
+    given[arguments[0]] = arguments[1]
+    assert main(["audit", f"{folder}/net.py:make", *[w for pair in given.items() for w in pair]]) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_command_in_a_process_of_its_own(folder):
+    arguments = [f"{folder}/net.py:make"] * 2 + ["--data", str(folder / "data"), "--size", "16", "--draws", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ssd_addon", "audit", *arguments, "--out", "two.html"],
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "keep equally much" in done.stdout or "keeps more" in done.stdout

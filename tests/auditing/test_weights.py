@@ -1,0 +1,184 @@
+"""The weights of a backbone out of any file that a training left, never of another network and never in part."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from ssd_addon.auditing import load_weights, named_backbones
+from ssd_addon.auditing.weights import state_dict_of
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.relu, self.layer1 = (
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 6, 3),
+        )
+
+    def forward(self, x):
+        return self.layer1(self.relu(self.bn1(self.conv1(x)))).mean((2, 3))
+
+
+def trained():
+    torch.manual_seed(1)
+    net = Small()
+    net(torch.rand(4, 3, 8, 8))
+    return net
+
+
+def under(prefix, state):
+    return {f"{prefix}{k}": t for k, t in state.items()}
+
+
+def lightly(state):
+    """As a lightly module of Sequential(*list(net.children())) saves it under Lightning."""
+    names = {"conv1": "0", "bn1": "1", "relu": "2", "layer1": "3"}
+    numbered = {f"backbone.{names[k.split('.')[0]]}.{k.split('.')[1]}": t for k, t in state.items()}
+    return {"state_dict": numbered | {"projection_head.layers.0.weight": torch.rand(2, 6)}, "epoch": 3}
+
+
+FORMS = {
+    "a state dict": lambda s: s,
+    "a training script's": lambda s: {"model": under("module.", s), "optimizer": {"state": {}}, "epoch": 3},
+    "Lightning": lambda s: {"state_dict": under("model.backbone.", s) | {"criterion.temperature": torch.ones(())}},
+    "lightly": lightly,
+    "lightly, not under Lightning": lambda s: lightly(s)["state_dict"],
+    "compiled and averaged": lambda s: {"state_dict": under("_orig_mod.module.", s)},
+    "a teacher's": lambda s: {"teacher": under("backbone.", s), "student": under("other.", {"x": torch.ones(1)})},
+    "without counters": lambda s: {k: t for k, t in s.items() if "num_batches" not in k},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_are_found_in_every_form(form, tmp_path):
+    source, net = trained(), Small()
+    torch.save(FORMS[form](source.state_dict()), tmp_path / "w.pt")
+    said = load_weights(net, tmp_path / "w.pt")
+    assert all(torch.equal(t, net.state_dict()[k]) for k, t in source.state_dict().items() if "num_batches" not in k)
+    assert said.startswith(f"{len(source.state_dict()) - ('counters' in form)} tensors")
+
+
+def test_safetensors_are_read(tmp_path):
+    from safetensors.torch import save_file
+
+    source, net = trained(), Small()
+    save_file(under("backbone.", source.state_dict()), tmp_path / "w.safetensors")
+    load_weights(net, tmp_path / "w.safetensors")
+    assert torch.equal(net.conv1.weight, source.conv1.weight)
+
+
+def test_several_networks_in_a_file_are_told_apart_by_the_prefix(tmp_path):
+    one, two, net = trained(), Small(), Small()
+    torch.save(under("backbone.", one.state_dict()) | under("backbone_momentum.", two.state_dict()), tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"under the prefixes 'backbone\.', 'backbone_momentum\.'; name the one"):
+        load_weights(net, tmp_path / "w.pt")
+    for prefix in ("backbone_momentum", "backbone_momentum."):
+        load_weights(net, tmp_path / "w.pt", prefix=prefix)
+        assert torch.equal(net.conv1.weight, two.conv1.weight)
+    with pytest.raises(ValueError, match=r"under the prefix 'teacher\.': got them under 'backbone\.'"):
+        load_weights(net, tmp_path / "w.pt", prefix="teacher")
+
+
+def narrower(state):
+    return {k: t for k, t in state.items() if not k.startswith("layer1")}
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        (lambda s: narrower(s), r"got 7 of its 9 tensors; missing are layer1\.weight, layer1\.bias$"),
+        (
+            lambda s: {"other.weight": torch.ones(2), "b": torch.ones(1)},
+            r"got none of its keys \(conv1\.weight.*but keys",
+        ),
+        (lambda s: s | {"conv1.weight": torch.rand(4, 1, 3, 3)}, r"conv1\.weight \[4, 3, 3, 3\].*got \[4, 1, 3, 3\]"),
+        (lambda s: {"epoch": 3}, "expected a mapping of weights: got none in it"),
+        (lambda s: [1, 2], "expected a mapping of weights: got list"),
+    ],
+)
+def test_other_weights_are_refused_and_nothing_is_loaded(content, message, tmp_path):
+    net = Small()
+    before = copy.deepcopy(net.state_dict())
+    torch.save(content(trained().state_dict()), tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=message):
+        load_weights(net, tmp_path / "w.pt")
+    assert all(torch.equal(t, before[k]) for k, t in net.state_dict().items())
+
+
+def test_files_that_are_none_are_refused(tmp_path):
+    (tmp_path / "w.pt").write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"w\.pt: expected a file of weights: could not be read"):
+        state_dict_of(tmp_path / "w.pt")
+    with pytest.raises(FileNotFoundError, match="got no such file"):
+        state_dict_of(tmp_path / "none.pt")
+    with pytest.raises(FileNotFoundError, match="got a folder"):
+        state_dict_of(tmp_path)
+
+    class Code:
+        def __reduce__(self):
+            return print, ("run",)
+
+    torch.save({"state_dict": {"a": torch.ones(1)}, "hyper_parameters": Code()}, tmp_path / "code.pt")
+    with pytest.raises(ValueError, match="it holds more than tensors and plain data"):
+        state_dict_of(tmp_path / "code.pt")
+
+
+# ---- backbones by name
+
+
+@pytest.mark.parametrize("spec", ["torchvision:resnet18", "timm:resnet10t"])
+def test_a_librarys_model_takes_weights_with_and_without_its_classifier(spec, tmp_path):
+    home, name = spec.split(":")
+    source = torchvision.models.get_model(name) if home == "torchvision" else timm.create_model(name)
+    with torch.no_grad():
+        source.layer1[0].conv1.weight.fill_(0.25)
+    whole = source.state_dict()
+    for state in (whole, {k: t for k, t in whole.items() if not k.startswith("fc.")}, under("backbone.", whole)):
+        torch.save(state, tmp_path / "w.pt")
+        said: list[str] = []
+        (found,) = named_backbones([spec], weights=[tmp_path / "w.pt"], say=said.append).values()
+        assert torch.equal(found.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
+        assert "tensors" in said[0] and "others there" not in said[0]
+
+
+def test_two_backbones_have_names_that_tell_them_apart(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\ndef make():\n    return nn.Conv2d(3, 4, 3)\n\nready = nn.Conv2d(3, 4, 3)\n"
+    )
+    torch.save(nn.Conv2d(3, 4, 3).state_dict(), tmp_path / "w.pt")
+    spec = f"{tmp_path}/net.py:make"
+    assert list(named_backbones([spec, spec], weights=["-", tmp_path / "w.pt"])) == [spec, f"{spec} (w.pt)"]
+    assert list(named_backbones([spec, spec])) == [spec, f"{spec}, again"]
+    assert isinstance(next(iter(named_backbones([f"{tmp_path}/net.py:ready"]).values())), nn.Conv2d)
+    with pytest.raises(
+        ValueError, match="weights: expected a file for each of 2 models, in their order, - for none: got 1"
+    ):
+        named_backbones([spec, spec], weights=[tmp_path / "w.pt"])
+    with pytest.raises(ValueError, match="model: expected one or two: got 3"):
+        named_backbones([spec] * 3)
+    with pytest.raises(ValueError, match="pretrained: expected with torchvision:NAME or timm:NAME"):
+        named_backbones([spec], pretrained=True)
+
+
+def test_a_network_without_weights_says_so():
+    said: list[str] = []
+    named_backbones(["torchvision:resnet18"], say=said.append)
+    assert "untrained network" in said[0]
+
+
+def test_weights_that_cannot_be_downloaded_are_an_error_in_words(monkeypatch):
+    def offline(*_, **options):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(torchvision.models, "get_model", offline)
+    with pytest.raises(
+        OSError, match=r"pretrained: expected weights of 'torchvision:resnet18' that can be had.*no route"
+    ):
+        named_backbones(["torchvision:resnet18"], pretrained=True)
