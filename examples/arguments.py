@@ -39,3 +39,16 @@ def named_widths(text: str) -> dict[str, int]:
     if wrong := [name for name, equals, _ in pairs if not equals]:
         raise argparse.ArgumentTypeError(f"expected NAME=WIDTH,...: got {', '.join(wrong)} without a width")
     return {name: whole(width) for name, _, width in pairs}
+
+
+def edge(text: str) -> int:
+    """Pixels, at most 16384: a view of more takes gigabytes."""
+    if (pixels := whole(text)) > 2**14:
+        raise argparse.ArgumentTypeError(f"expected an edge of at most {2**14} pixels: got {text}")
+    return pixels
+
+
+def share(text: str) -> float:
+    if (value := number(text)) > 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1: got {text!r}")
+    return value

@@ -1,44 +1,186 @@
-"""Photographs for training and for scores, and what is counted over them on every rank."""
+"""Photographs for training and for scores, probes on them, and what is counted over them on every rank."""
 
+import hashlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 from ssd_addon.collate import ImageFiles, StructuredCollate
 from ssd_addon.metrics import OnlineProbes
+from ssd_addon.runs import ResumableSampler
+
+NONE = -1
 
 
 class Photographs(Dataset):
     """Image files, with a flag for each that was replaced because it is broken, whichever worker met it.
 
-    Where images are `scored`, each counts once: one in the place of a broken one has the label -1.
+    Where images are `scored`, each counts once: one in the place of a broken one has the label -1. What every worker is
+    reading is noted, for the error of one that was killed or that does not come to an end.
     """
 
-    def __init__(self, root: Path, broken: str, scored: bool = False) -> None:
+    def __init__(self, root: Path, broken: str, workers: int = 0, scored: bool = False) -> None:
         self.files, self.scored = ImageFiles(root, broken=broken), scored
         self.replaced = torch.zeros(len(self.files), dtype=torch.uint8).share_memory_()
+        self.reading = torch.full((max(1, workers),), NONE).share_memory_()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int):
-        image, label, name = self.files[index]
-        if name != self.files.names[index]:
+        worker = get_worker_info()
+        place = 0 if worker is None else worker.id
+        self.reading[place] = index
+        with warnings.catch_warnings(record=True) as met:
+            warnings.simplefilter("always")
+            image, label, name = self.files[index]
+        replaced = name != self.files.names[index]
+        for warning in met if not (replaced and self.replaced[index]) else ():  # of a broken file once, not every epoch
+            warnings.warn(warning.message, stacklevel=2)
+        if replaced:
             self.replaced[index] = 1
-            label = -1 if self.scored else label
+            label = NONE if self.scored else label
+        self.reading[place] = NONE
         return image, label, name
+
+    @property
+    def digest(self) -> str:
+        """Of the names of all files and their classes: another data set of the same size has another."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, label in zip(self.files.names, self.files.targets, strict=True):
+            digest.update(f"{name}\0{label}\0".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
 
     def broken(self, device: torch.device) -> Tensor:
         """The flags of all ranks; every rank has to call it."""
         return (summed(self.replaced.to(device, torch.int64)) > 0).to("cpu", torch.uint8)
 
+    def check_broken(self, flags: Tensor, most: float) -> None:
+        """End the run where more than this share of the files is broken."""
+        bad = flags.nonzero().flatten().tolist()
+        if len(bad) > most * len(self):
+            shown = ", ".join(self.files.names[i] for i in bad[:20]) + (", ..." if len(bad) > 20 else "")
+            raise SystemExit(
+                f"{self.files.root}: expected at most {most:.2%} broken files (--max-broken): got {len(bad)} of "
+                f"{len(self)}: {shown}"
+            )
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Errors of data-loader workers that were killed or time out name the files that they were reading."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            busy = [f"worker {k}: {self.files.names[i]}" for k, i in enumerate(self.reading.tolist()) if i != NONE]
+            raise RuntimeError(f"{error}; at that moment, {'; '.join(busy) or 'no worker was reading'}") from error
+
     def spread(self, most: int) -> list[tuple]:
         """At most so many samples, spread over the files, without those that stand in for a broken one."""
         rows = torch.linspace(0, len(self) - 1, min(most, len(self))).long().tolist()
-        return [sample for i in rows if (sample := self.files[i])[2] == self.files.names[i]]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the training says it
+            return [sample for i in rows if (sample := self.files[i])[2] == self.files.names[i]]
+
+
+class Loaders:
+    """Training images and, where there is a val folder, held-out ones, for one rank: uint8, of one size.
+
+    Attributes:
+        data, held_out: the photographs; held_out is None without a val folder.
+        steps: of an epoch, on every rank.
+        unscored: why no probe can be trained, "" where one can.
+    """
+
+    def __init__(self, args: Any, world: int, rank: int, pinned: bool) -> None:
+        folder = args.data / "train" if (args.data / "train").is_dir() else args.data
+        self.data, self.held_out = Photographs(folder, args.broken, args.workers), None
+        self.args, self.classes = args, len(self.data.files.classes)
+        self.sampler = ResumableSampler(self.data, world, rank, shuffle=True, seed=args.seed)
+        self.draws = torch.Generator()  # of the loaders: the global generator belongs to the model
+        common = {"num_workers": args.workers, "pin_memory": pinned, "generator": self.draws}
+        common |= {"timeout": args.timeout} if args.workers else {}
+        collate = StructuredCollate(args.load_size)
+        self.loader = DataLoader(
+            self.data, args.batch_size, sampler=self.sampler, collate_fn=collate, drop_last=True, **common
+        )
+        self.steps = len(self.loader) // args.accumulate
+        if not self.steps:
+            several = f" for each of the {args.accumulate} parts of a step" if args.accumulate > 1 else ""
+            raise ValueError(
+                f"expected at least one batch of {args.batch_size} x {world} images{several}: got {len(self.data)} "
+                "images"
+            )
+        targets = torch.tensor(self.data.files.targets)
+        self.unscored = ""
+        if self.classes < 2 or targets.bincount().max() < 2:
+            why = f"{self.classes} classes, {len(self.data)} images"
+            self.unscored = f"no probes: {why}, so no class has a second image to be recognized by"
+        elif (args.data / "val").is_dir():
+            self.held_out = Photographs(args.data / "val", args.broken, args.workers, scored=True)
+            if self.held_out.files.classes != self.data.files.classes:
+                raise ValueError(f"{args.data}: expected the same class folders in train and val")
+            mine = Subset(self.held_out, range(rank, len(self.held_out), world))
+            self.val = DataLoader(mine, args.batch_size, collate_fn=StructuredCollate(args.size), **common)
+
+    def epoch(self, epoch: int, begin: int) -> Iterator[Any]:
+        """The batches of an epoch from a step on."""
+        self.sampler.set_epoch(epoch)
+        self.sampler.start = begin * self.args.batch_size * self.args.accumulate
+        self.draws.manual_seed(self.args.seed + epoch)
+        return iter(self.loader)
+
+
+class Probing:
+    """Online linear probes with their optimizer and what they got right in this epoch, over ranks."""
+
+    def __init__(self, widths: dict[str, int], classes: int, device: torch.device, world: int) -> None:
+        self.probes = OnlineProbes(widths, classes).to(device)
+        ids = {"device_ids": [device.index] if device.type == "cuda" else None}
+        self.net = DistributedDataParallel(self.probes, **ids) if world > 1 else self.probes
+        self.optimizer = torch.optim.Adam(self.probes.parameters(), lr=3e-3)
+        self.counted = torch.zeros(1 + len(self.probes.names), dtype=torch.int64, device=device)
+        self.met = torch.zeros_like(self.counted)
+
+    def loss(self, features: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """The loss on queries; hits are noted."""
+        labels = labels.to(self.counted.device)
+        logits = self.net(features)
+        self.met += counts(self.probes, logits, labels)
+        return self.probes.loss(logits, labels)
+
+    def step(self, fine: bool) -> None:
+        """The optimizer's step, and what was noted since the last one counts, unless the step is skipped."""
+        if fine:
+            self.optimizer.step()
+            self.counted += self.met
+        self.optimizer.zero_grad()
+        self.met.zero_()
+
+    def accuracies(self, split: str, counted: Tensor) -> dict[str, float]:
+        """ "accuracy_SPLIT/SPACE" -> share of hits, over all ranks."""
+        images, *hits = summed(counted).tolist()
+        return {f"accuracy_{split}/{n}": h / max(1, images) for n, h in zip(self.probes.names, hits, strict=True)}
+
+    @torch.no_grad()
+    def scored(self, model: Any, loader: Any) -> Tensor:
+        """Images that have a label, and how many of them each probe classifies rightly."""
+        counted = torch.zeros_like(self.counted)
+        model.eval(), self.probes.eval()
+        for x, labels in loader:
+            z, features = model(x, features=True)
+            counted += counts(self.probes, self.probes({"backbone": features, **z}), labels.to(counted.device))
+        model.train(), self.probes.train()
+        return counted
 
 
 def in_memory(folder: Path, size: int) -> tuple[Tensor, Tensor]:
@@ -61,12 +203,3 @@ def counts(probes: OnlineProbes, logits: dict[str, Tensor], labels: Tensor) -> T
     own = labels >= 0
     hits = probes.hits({name: t[own] for name, t in logits.items()}, labels[own])
     return torch.cat([own.sum()[None], hits])
-
-
-def accuracies(probes: OnlineProbes, counted: dict[str, Tensor]) -> dict[str, float]:
-    """ "accuracy_SPLIT/SPACE" -> share of hits, over all ranks."""
-    scores = {}
-    for split, each in counted.items():
-        images, *hits = summed(each).tolist()
-        scores |= {f"accuracy_{split}/{n}": h / max(1, images) for n, h in zip(probes.names, hits, strict=True)}
-    return scores

@@ -29,33 +29,41 @@ class Trial:
         calls: name of a part -> how often it ran.
         last: names of the parts that ran once, and whose output is the module's, unchanged.
         output: what came out, of 2 samples; on the meta device where the module runs there.
+        idle: names of the trained parameters that the output does not depend on, where the run kept a graph.
     """
 
     ran: bool = False
     calls: dict[str, int] = field(default_factory=dict)
     last: set[str] = field(default_factory=set)
     output: Any = None
+    idle: set[str] = field(default_factory=set)
 
     def is_last(self, name: str) -> bool:
         """Does a part come last, or never run?"""
         return self.ran and (name in self.last or name not in self.calls)
 
 
-def trial(net: nn.Module, sample_ndim: int, sizes: Iterable[tuple[int, ...]] = ()) -> Trial:
-    """Run a copy of a module once, in eval mode, on the first input that suits it."""
-    return next(trials(net, sample_ndim, sizes), Trial())
+def trial(net: nn.Module, sample_ndim: int, sizes: Iterable[tuple[int, ...]] = (), *, graph: bool = False) -> Trial:
+    """Run a copy of a module once, in eval mode, on the first input that suits it.
+
+    Args:
+        graph: find the idle parameters too, where it runs without data.
+    """
+    return next(trials(net, sample_ndim, sizes, graph=graph), Trial())
 
 
-def trials(net: nn.Module, sample_ndim: int, sizes: Iterable[tuple[int, ...]] = ()) -> Iterator[Trial]:
+def trials(
+    net: nn.Module, sample_ndim: int, sizes: Iterable[tuple[int, ...]] = (), *, graph: bool = False
+) -> Iterator[Trial]:
     """Run copies of a module, in eval mode, on one input after the other that suits it."""
     if patched(net):
         return
     net, sizes, met = _uncompiled(net), tuple(sizes), False
     for size in (*sizes, *_sizes(net, sample_ndim, EDGES)):
-        twin = _twin(net, lambda t: torch.empty_like(t, device="meta"))
+        twin = _twin(net, _without_data)
         if twin is None:
             break
-        if (found := _run(twin, size)).ran:
+        if (found := _run(twin, size, graph)).ran:
             met = True
             yield found
     if met:
@@ -105,15 +113,29 @@ def patched(net: nn.Module) -> bool:
     return any(not isinstance(f, MethodType) or id(f.__self__) not in inside for f in patches)
 
 
-def replaced(module: nn.Module, path: str, new: nn.Module | None) -> nn.Module:
-    """A copy of a module with another part at a dotted path; everything beside the path is shared."""
-    head, _, rest = path.partition(".")
+def runs_without_data(net: nn.Module, do: Callable[[Any], Any]) -> bool:
+    """Does something work on a copy of a module whose tensors are on the meta device?"""
+    twin = None if patched(net) else _twin(_uncompiled(net), _without_data)
+    try:
+        return twin is not None and (do(twin), True)[1]
+    except Exception:  # whatever a library refuses with
+        return False
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A copy of a module whose parts and parameters can be replaced; the parts themselves are shared."""
     outer = copy.copy(module)
-    outer._modules = dict(module._modules)
+    outer._modules, outer._parameters = dict(module._modules), dict(module._parameters)
     for attribute, value in vars(module).items():  # a method that was bound anew, as accelerate does with forward
         if isinstance(value, MethodType) and value.__self__ is module:
             vars(outer)[attribute] = MethodType(value.__func__, outer)
-    inner = module._modules[head]
+    return outer
+
+
+def replaced(module: nn.Module, path: str, new: nn.Module | None) -> nn.Module:
+    """A copy of a module with another part at a dotted path; everything beside the path is shared."""
+    head, _, rest = path.partition(".")
+    outer, inner = copied(module), module._modules[head]
     outer._modules[head] = replaced(inner, rest, new) if rest and inner is not None else new
     return outer
 
@@ -151,12 +173,16 @@ def _twin(net: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> nn.Module | N
     return twin.eval()
 
 
-def _run(net: nn.Module, size: tuple[int, ...]) -> Trial:
+def _without_data(t: Tensor) -> Tensor:
+    return torch.empty_like(t, device="meta")
+
+
+def _run(net: nn.Module, size: tuple[int, ...], graph: bool = False) -> Trial:
     first = next((t for t in (*net.parameters(), *net.buffers()) if t.is_floating_point()), torch.empty(()))
     outputs: dict[str, list[tuple[Any, int]]] = {}
     handles = [part.register_forward_hook(_noting(names, outputs)) for part, names in _named(net) if "" not in names]
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(graph):
             y = net(torch.zeros(2, *size, device=first.device, dtype=first.dtype))
     except Exception:  # an input that does not suit it, or operations that need data
         return Trial()
@@ -167,7 +193,20 @@ def _run(net: nn.Module, size: tuple[int, ...]) -> Trial:
         name for name, ((out, version), *more) in outputs.items() if out is y and not more and version == _version(y)
     }
     calls = {name: len(each) for name, each in outputs.items()}
-    return Trial(True, calls, last, y)
+    idle = {n for n, p in net.named_parameters() if p.requires_grad} if graph and isinstance(y, Tensor) else set()
+    return Trial(True, calls, last, y, idle - _reached(net, y) if idle else idle)
+
+
+def _reached(net: nn.Module, y: Tensor) -> set[str]:
+    """The parameters that a tensor depends on."""
+    leaves, seen, todo = set(), set(), [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            leaves.add(id(getattr(node, "variable", None)))
+            todo += [before for before, _ in node.next_functions]
+    return {n for n, p in net.named_parameters(remove_duplicate=False) if id(p) in leaves}
 
 
 def _named(net: nn.Module) -> list[tuple[nn.Module, list[str]]]:

@@ -4,7 +4,6 @@ The caller's module is never altered: where something is taken off, the modules 
 parameters, which stay shared and are trained). Legend: F backbone width.
 """
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ssd_addon import _checks
-from ssd_addon.backbone_trial import Trial, patched, replaced, trial, tried_width
+from ssd_addon.backbone_trial import Trial, copied, patched, replaced, runs_without_data, trial, tried_width
 from ssd_addon.pooling import Pool, Pooling, picked
 
 CLASSIFIERS = ("fc", "heads", "head", "classifier")
@@ -225,9 +224,9 @@ class TimmFeatures(nn.Module):
 
 def _timm(made: Prepared, pool: str, in_features: int | None) -> None:
     model: Any = made.module
-    if pool == "cls" and not getattr(model, "num_prefix_tokens", 0):
-        raise ValueError(f"pool: expected a model with a class token for 'cls': got {made.name} without one")
     pooled = pool == "auto"
+    if pool == "cls":
+        pooled = _class_token_as_timm(made)
     if pool == "mean":
         pooled = _average_as_timm(made)
     made.module = TimmFeatures(made.module, pooled)
@@ -259,13 +258,34 @@ def _timm_classifiers(model: Any) -> list[str]:
     return found
 
 
+def _class_token_as_timm(made: Prepared) -> bool:
+    """Make a timm model return its class token: False where it is the first of the tokens that the model returns, True
+    where timm has to pick it (CrossViT and CoaT have one at every scale)."""
+    net: Any = made.module
+    prefix = getattr(net, "num_prefix_tokens", None)
+    tokens = {n.rpartition(".")[2]: p for n, p in net.named_parameters()}
+    if prefix:  # some have registers and no class token
+        found = prefix > (tokens["reg_token"].shape[1] if "reg_token" in tokens else 0)
+    else:
+        found = prefix is None and any(n.startswith("cls_token") for n in tokens) and _pools(net, "token")
+    if not found:
+        raise ValueError(f"pool: expected a model with a class token for 'cls': got {made.name} without one")
+    if prefix or isinstance(trial(TimmFeatures(net, False), 3, _timm_sizes(net)).output, Tensor):
+        return False
+    _pool_by(made, "token")
+    made.class_token = True
+    return True
+
+
 def _average_as_timm(made: Prepared) -> bool:
     """Make a timm model pool by its own average, without the class token; False where it has no such pooling."""
     net = made.module
     if isinstance(getattr(net, "global_pool", None), str):
-        made.module = copy.copy(net)
-        made.module._modules = dict(net._modules)
-        made.module.global_pool = "avg"  # type: ignore[assignment]
+        if not _pools(net, "avg"):
+            raise ValueError(
+                f"pool: expected 'auto' or 'cls' for timm's {made.name}, whose tokens timm does not average: got 'mean'"
+            )
+        _pool_by(made, "avg")
         if net._modules.get("attn_pool") is not None:
             made.module._modules["attn_pool"] = None
             made.dropped.append("model.attn_pool")
@@ -274,11 +294,25 @@ def _average_as_timm(made: Prepared) -> bool:
     return bool(kinds) and all("avg" in str(kind) for kind in kinds)
 
 
+def _pools(net: nn.Module, how: str) -> bool:
+    """Does timm let this model pool that way?"""
+    return runs_without_data(net, lambda twin: twin.reset_classifier(0, how))
+
+
+def _pool_by(made: Prepared, how: str) -> None:
+    made.module = copied(made.module)
+    made.module.global_pool = how  # type: ignore[assignment]
+
+
+def _timm_sizes(model: Any) -> list[tuple[int, ...]]:
+    size = _timm_config(model).get("input_size")
+    return [tuple(size)] if size else []
+
+
 def _drop_idle_parts(made: Prepared) -> None:
     """Take off the parts of a timm model's head that this pooling never runs: they would have no gradient."""
     net: Any = made.module
-    size = _timm_config(net.model).get("input_size")
-    seen = trial(net, 3, [tuple(size)] if size else ())
+    seen = trial(net, 3, _timm_sizes(net.model), graph=True)
     if not seen.ran:
         return
     for name, part in net.model.named_children():
@@ -287,3 +321,10 @@ def _drop_idle_parts(made: Prepared) -> None:
             runs = any(c == path or c.startswith(f"{path}.") for c in seen.calls)
             if not runs and any(True for _ in net.get_submodule(path).parameters()):
                 made.drop(path, nn.Identity(), "as this pooling does not run it")
+    idle = [name for name, _ in net.model.named_parameters(recurse=False) if f"model.{name}" in seen.idle]
+    if idle:  # EfficientViM weighs its classifiers; timm's own reset_classifier(0) freezes the weights
+        inner = copied(made.module.model)  # type: ignore[arg-type]
+        for name in idle:
+            inner._parameters[name] = nn.Parameter(getattr(inner, name).detach(), requires_grad=False)
+            made.changes.append(f"'model.{name}' frozen, as only the classifier uses it")
+        made.module = replaced(made.module, "model", inner)

@@ -66,8 +66,9 @@ class StyleHeads(nn.Module):
         norm: of the hidden layers: "batch" (BatchNorm), "layer" (LayerNorm, no statistics of the batch) or None (none,
             and hidden layers with a bias).
         pool: "auto" takes [N, F] as it is, averages maps and tokens (timm models pool as timm does); "mean" averages
-            (timm models as timm does, without the class token); "cls" takes the first token; "flatten" keeps every
-            position.
+            (timm models as timm does: without class token and registers, save where a model's own average includes
+            them, as VOLO's), and is refused where timm does not average; "cls" takes the class token; "flatten" keeps
+            every position.
         output: which part of what the backbone returns holds the features, where it returns a dictionary, a tuple or a
             Hugging Face ModelOutput: a key such as "last_hidden_state", or a place in the tuple.
         sample_ndim: dimensions of one sample: 3 for images, 1 for vectors. An input of one more is a plain batch,
@@ -241,7 +242,12 @@ class StyleHeads(nn.Module):
         """
         prefix = "model." if isinstance(self.backbone, TimmFeatures) else ""
         state = self.backbone.state_dict()
-        return {storage.bare(k).removeprefix(prefix): whole(t) for k, t in state.items()}
+
+        def own(key: str) -> str:  # a part that is called "module" is the library's own: wrappers of that name are off
+            return storage.bare(key, storage.INSIDE).removeprefix(prefix)
+
+        versions = {own(f"{path}.").rstrip("."): found for path, found in storage.versions(state).items()}
+        return storage.with_versions({own(k): whole(t) for k, t in state.items()}, versions)
 
     def freeze(self) -> "StyleHeads":
         """Freeze the backbone: no gradient, and evaluation mode whatever `train()` says, so that its batch statistics
@@ -345,7 +351,8 @@ class StyleHeads(nn.Module):
             state = storage.matched(state_dict, own, self._dropped)
             sizes = [{k: getattr(v, "shape", None) for k, v in each.items()} for each in (state, own)]
             with nullcontext() if sizes[0] == sizes[1] else storage.unchanged_on_error(self):
-                self.load_state_dict({k: storage.sharded_as(v, own.get(k)) for k, v in state.items()})
+                state = {k: storage.sharded_as(v, own.get(k)) for k, v in state.items()}
+                self.load_state_dict(storage.with_versions(state, storage.versions(own)))
         except RuntimeError as error:
             raise ValueError(
                 f"the checkpoint belongs to another backbone than {self.backbone_name}: {error}"

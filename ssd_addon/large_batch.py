@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from ssd_addon import _checks
 from ssd_addon.batch import ViewBatch
@@ -24,9 +26,13 @@ from ssd_addon.embeddings import Embeddings, of_batch
 def two_pass(model: nn.Module, batch: ViewBatch, criterion: Callable[[Embeddings], Tensor], *, chunk: int) -> Tensor:
     """The loss of the whole batch; its gradients are added to `.grad` of all parameters, as by `loss.backward()`.
 
-    Memory for activations is that of `chunk` images; the model runs twice. Over ranks give the criterion
-    `gather_distributed=True`: a DistributedDataParallel model then averages gradients once, after the last part.
-    Dropout draws the same in both runs. The parameters of the criterion (a learned temperature) get their gradient too.
+    Memory for activations is that of `chunk` images; the model runs twice. Dropout draws the same in both runs. The
+    parameters of the criterion (a learned temperature) get their gradient too.
+
+    Over ranks give the criterion `gather_distributed=True`. A DistributedDataParallel model averages gradients once,
+    after the last part, and ranks may hold different numbers of images; FSDP2 averages after every part, as it does not
+    keep whole gradients, and needs as many parts on every rank. Parameters of the criterion get their rank's gradient:
+    average it as after a backward pass of your own.
 
     >>> from ssd_addon import JointEntropyLoss, StyleHeads, ViewPlan
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -37,7 +43,7 @@ def two_pass(model: nn.Module, batch: ViewBatch, criterion: Callable[[Embeddings
     (torch.Size([]), tensor(True))
 
     Args:
-        model: `StyleHeads`, also inside DistributedDataParallel, or any module ViewBatch -> `Embeddings`.
+        model: `StyleHeads`, also inside DistributedDataParallel or FSDP2, or any module ViewBatch -> `Embeddings`.
         batch: of any plan.
         criterion: of the embeddings; a function may add terms, `lambda z: criterion(z) + equivariance(z, batch)`.
         chunk: images, with all their views, that go through the model at once.
@@ -50,11 +56,14 @@ def two_pass(model: nn.Module, batch: ViewBatch, criterion: Callable[[Embeddings
 
     Raises:
         TypeError: no `ViewBatch`, or a model that returns something else than `Embeddings`.
-        ValueError: chunk below 1.
+        ValueError: chunk below 1; a batch without images; DistributedDataParallel with static_graph=True; different
+            numbers of parts on the ranks, where the model communicates in its forward pass (FSDP, SyncBatchNorm).
     """
     if not isinstance(batch, ViewBatch):
         raise TypeError(f"batch: expected a ViewBatch: got {type(batch).__name__}")
     size = _checks.width(chunk, "chunk")
+    if not batch.images:
+        raise ValueError("batch: expected at least one image on every rank: got none")
     parts = [slice(i, min(i + size, batch.images)) for i in range(0, batch.images, size)]
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
     if norms and len(parts) > 1:
@@ -64,9 +73,10 @@ def two_pass(model: nn.Module, batch: ViewBatch, criterion: Callable[[Embeddings
             RuntimeWarning,
             stacklevel=2,
         )
+    _check_ranks(model, len(parts), batch.device)
     states: list[Any] = []
     found: list[Embeddings] = []
-    with torch.no_grad(), _kept(norms):
+    with torch.no_grad(), _untracked(norms):
         for part in parts:
             states.append(_generators(batch))
             z = model(batch.rows(part))
@@ -82,8 +92,7 @@ def two_pass(model: nn.Module, batch: ViewBatch, criterion: Callable[[Embeddings
     for i, (part, state) in enumerate(zip(parts, states, strict=True)):
         _set_generators(batch, state)
         last = i == len(parts) - 1
-        no_sync: Any = getattr(model, "no_sync", contextlib.nullcontext)  # of DistributedDataParallel
-        with contextlib.nullcontext() if last else no_sync(), torch.enable_grad():
+        with contextlib.nullcontext() if last else _not_averaged(model), torch.enable_grad():
             z = model(batch.rows(part))
             terms = [(z[n] * g[:, part].to(z[n].dtype)).sum() for n, g in grads.items() if g is not None]
             torch.stack([t.to(loss.dtype) for t in terms]).sum().backward()  # type: ignore[no-untyped-call]
@@ -91,15 +100,54 @@ def two_pass(model: nn.Module, batch: ViewBatch, criterion: Callable[[Embeddings
     return loss.detach()
 
 
+def _check_ranks(model: nn.Module, parts: int, device: torch.device) -> None:
+    """Refuse what torch's wrappers cannot do part by part, before a rank waits for another."""
+    if parts > 1 and any(m.static_graph for m in model.modules() if isinstance(m, DistributedDataParallel)):
+        raise ValueError(
+            "model: expected DistributedDataParallel without static_graph=True, which has to average the gradients of "
+            f"its first backward pass: got one with it, and {parts} parts"
+        )
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if ranks < 2 or not any(_communicates(m) for m in model.modules()):
+        return
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(ranks)]
+    dist.all_gather(counts, torch.tensor([parts], device=device))
+    numbers = [int(n) for n in counts]
+    if len(set(numbers)) > 1:
+        raise ValueError(
+            "chunk: expected as many parts on every rank for a model that communicates in its forward pass (FSDP, "
+            f"SyncBatchNorm): got {_checks.names(numbers)}; give every rank as many images (drop_last=True)"
+        )
+
+
+def _communicates(part: nn.Module) -> bool:
+    """Does a part of a model wait for other ranks in its forward pass?"""
+    kinds = {c.__name__ for c in type(part).__mro__}
+    synchronized = isinstance(part, nn.SyncBatchNorm) and part.training
+    return synchronized or bool(kinds & {"FSDPModule", "FullyShardedDataParallel"})
+
+
 @contextlib.contextmanager
-def _kept(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """The running statistics as they were."""
-    before = [(b, b.clone()) for m in norms for b in m.buffers(recurse=False)]
+def _not_averaged(model: nn.Module) -> Iterator[None]:
+    """Gradients stay with their rank: of DistributedDataParallel, wherever it stands in the model."""
+    with contextlib.ExitStack() as stack:
+        for m in model.modules():
+            if isinstance(m, DistributedDataParallel):
+                stack.enter_context(m.no_sync())
+        yield
+
+
+@contextlib.contextmanager
+def _untracked(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Running statistics do not move. What DistributedDataParallel sends to them from rank 0 stays."""
+    before = [m.track_running_stats for m in norms]
     try:
+        for m in norms:
+            m.track_running_stats = False
         yield
     finally:
-        for buffer, value in before:
-            buffer.copy_(value)
+        for m, tracked in zip(norms, before, strict=True):
+            m.track_running_stats = tracked
 
 
 def _generators(batch: ViewBatch) -> tuple[Tensor, Tensor | None]:

@@ -23,6 +23,8 @@ from ssd_addon import _archive, _checks
 
 WRAPPERS = ("module", "_orig_mod", "_forward_module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """What DDP, EMA, torch.compile, Fabric, activation checkpointing and FSDP put into the keys of what they wrap."""
+INSIDE = tuple(name for name in WRAPPERS if name.startswith("_"))
+"""Those that no library gives to a part of its own."""
 
 PLAIN = (bool, int, float, str, Tensor)
 LOADABLE = (complex, bytes, bytearray, torch.nn.Parameter, torch.dtype, torch.device, torch.layout)
@@ -285,6 +287,18 @@ def matched(state: Mapping[str, Any], wanted: Iterable[str], dropped: tuple[str,
     return found | rest
 
 
-def bare(key: str) -> str:
+def bare(key: str, wrappers: tuple[str, ...] = WRAPPERS) -> str:
     """A key without the names of what wraps the parts of a model."""
-    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
+    return ".".join(part for part in key.split(".") if part not in wrappers)
+
+
+def versions(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What modules note beside their weights: path -> {"version": ...}, as `Module.state_dict` keeps it."""
+    return dict(getattr(state, "_metadata", {}))
+
+
+def with_versions(state: Mapping[str, Any], versions: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict with these notes, which some modules (torchvision's MNASNet) do not load without."""
+    out = collections.OrderedDict(state)
+    out._metadata = collections.OrderedDict(versions)  # type: ignore[attr-defined]
+    return out

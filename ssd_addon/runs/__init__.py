@@ -13,26 +13,41 @@ from ssd_addon.runs.build import build_backbone, build_views, find
 from ssd_addon.runs.checkpoint import restore_run, save_run
 from ssd_addon.runs.guard import Guard, TooManySkipped, not_finite
 from ssd_addon.runs.keeping import Checkpoints, Lock
-from ssd_addon.runs.log import cut_log, read_log
+from ssd_addon.runs.log import cut_log, logged, read_log
 from ssd_addon.runs.open import Opened, load
 from ssd_addon.runs.sampler import ResumableLoader, ResumableSampler
+from ssd_addon.runs.state import (
+    checkpoint_activations,
+    init_ranks,
+    random_states,
+    set_random_states,
+    tensorboard,
+    whole_optimizer,
+)
 
 __all__ = [
     "Checkpoints",
     "Guard",
     "Lock",
-    "TooManySkipped",
-    "not_finite",
     "Opened",
     "ResumableLoader",
     "ResumableSampler",
+    "TooManySkipped",
     "build_backbone",
     "build_views",
     "check_card",
+    "checkpoint_activations",
     "cut_log",
     "find",
+    "init_ranks",
     "load",
+    "logged",
+    "not_finite",
+    "random_states",
     "read_log",
     "restore_run",
     "save_run",
+    "set_random_states",
+    "tensorboard",
+    "whole_optimizer",
 ]

@@ -22,7 +22,7 @@ class TooManySkipped(RuntimeError):
         spaces: whose embeddings were not finite, where that is known.
     """
 
-    def __init__(self, message: str, step: int, spaces: Sequence[str]) -> None:
+    def __init__(self, message: str, step: int, spaces: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.step, self.spaces = step, tuple(spaces)
 

@@ -1,7 +1,6 @@
 """examples/imagenet.py: a few steps, and what a long run depends on."""
 
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -10,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from imagenet_runs import ROOT, SMALL, draw, log_of, parameters_of, run, spoil
 from PIL import Image
 
 from examples import imagenet
-from ssd_addon import Monitor, StructuredViews, recipe
+from ssd_addon import Monitor, StructuredViews, StyleHeads, recipe
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,38 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*"),
     pytest.mark.filterwarnings("ignore:.*GPU available but not used.*"),
 ]
-
-ROOT = Path(__file__).parents[2]
-SMALL = "--backbone timm:test_resnet --size 32 --hidden 16 --widths content=16,spatial=8,color=8 --batch-size 4"
-SMALL += " --epochs 3 --warmup-epochs 1 --workers 0 --log-every 1"
-
-
-def draw(folder: Path, count: int) -> None:
-    """`count` pictures of noise, in three classes."""
-    noise = np.random.default_rng(count)
-    for k in range(count):
-        path = folder / "abc"[k % 3] / f"{k}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    draw(tmp_path / "data" / "train", 12)
-    draw(tmp_path / "data" / "val", 6)
-    return tmp_path / "data"
-
-
-def run(data: Path, out: str, *more: str) -> dict[str, float]:
-    return imagenet.main([*SMALL.split(), "--data", str(data), "--out", str(data.parent / out), *more])
-
-
-def log_of(data: Path, out: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (data.parent / out / "log.jsonl").read_text().splitlines()]
-
-
-def parameters_of(data: Path, out: str) -> dict[str, torch.Tensor]:
-    return torch.load(data.parent / out / "checkpoint.pt", weights_only=True)["model"]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +116,8 @@ def test_the_networks_of_the_equivariance_are_trained(data: Path) -> None:
 
 def test_parameters_move_and_one_dimensional_ones_do_not_decay(data: Path) -> None:
     args = imagenet.parse([*SMALL.split(), "--data", str(data)])
-    model = imagenet.build_model(args, dict.fromkeys(("content", "spatial", "color"), 2048))
+    spaces = dict.fromkeys(("content", "spatial", "color"), 2048)
+    model = StyleHeads(imagenet.build_backbone(args), spaces, hidden=args.hidden)
     matrices, vectors = imagenet.build_optimizer(args, model).param_groups
     assert matrices["weight_decay"] == 1e-6 and vectors["weight_decay"] == 0
     assert all(p.ndim > 1 for p in matrices["params"]) and all(p.ndim == 1 for p in vectors["params"])
@@ -183,11 +152,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(data: Path) -> None:
     both = [[s for s in log_of(data, out) if "loss" in s] for out in ("straight", "halves")]
     assert [s["loss"] for s in both[0]] == [s["loss"] for s in both[1]]
     assert [s["step"] for s in both[1]] == [1, 2, 3, 4]
-
-
-def spoil(folder: Path, files: int) -> None:
-    for path in sorted(folder.glob("*/*.png"))[:files]:
-        path.write_bytes(b"")
 
 
 @pytest.mark.filterwarnings("ignore:skipped")
