@@ -104,10 +104,13 @@ def block(name: str) -> list[str]:
     found = lines()
     if name == "seeds":
         cells = [c for columns in COLUMNS.values() for each in columns.values() for c in each]
-        widest = max(max(map(c, each)) - min(map(c, each)) for row, each in found.items() if row in ROWS for c in cells)
-        seeds = {len(each) for each in found.values()}
-        number = str(*seeds) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-        return [f"Means over {number} seeds, which differ by at most {shown(widest)} in any cell."]
+        spread = {row: max(max(map(c, found[row])) - min(map(c, found[row])) for c in cells) for row in ROWS}
+        widest, *others = sorted(spread, key=spread.__getitem__, reverse=True)
+        seeds = sorted({len(each) for each in found.values()})
+        return [
+            f"The numbers are means over {' or '.join(map(str, seeds))} seeds, which differ by at most",
+            f"{shown(spread[widest])} in the row *{ROWS[widest]}* and {shown(spread[others[0]])} in the others.",
+        ]
     rows = [row for row in ROWS if row in found]
     return table(COLUMNS[name], ["checkpoint", *rows] if name == "accuracy" else rows, found)
 
@@ -129,18 +132,20 @@ def draw() -> None:
             cells = parameter(own(name), name), parameter("backbone", name)
             space, backbone = (mean(found[row], cell) for cell in cells)
             axis.plot([space, backbone], [y, y], color="0.8", zorder=1)
-            for cell, color, face in zip(cells, ("#D55E00", "#0072B2"), ("#D55E00", "white"), strict=True):
+            for cell, color, face, size in zip(
+                cells, ("#D55E00", "#0072B2"), ("#D55E00", "white"), (9, 5), strict=True
+            ):
                 each = [cell(line) for line in found[row]]
                 axis.plot(each, [y] * len(each), "|", color=color, alpha=0.6)
-                axis.plot(mean(found[row], cell), y, "o", color=color, mfc=face, zorder=3)
+                axis.plot(mean(found[row], cell), y, "o", color=color, mfc=face, markersize=size, zorder=3)
         axis.set_title(name, fontsize=11)
         axis.set_xlim(-0.08, 1.02)
         axis.set_xticks([0, 0.5, 1])
         axis.grid(axis="x", color="0.92")
         axis.set_yticks(range(len(rows)), [ROWS[row] for row in rows])
         axis.tick_params(length=0)
-    axis.plot([], [], "o", color="#D55E00", label="its style space")
-    axis.plot([], [], "o", color="#0072B2", mfc="white", label="the backbone")
+    axis.plot([], [], "o", color="#D55E00", markersize=9, label="its style space")
+    axis.plot([], [], "o", color="#0072B2", mfc="white", markersize=5, label="the backbone")
     figure.legend(loc="outside lower right", ncols=2, frameon=False)
     figure.supxlabel("R² of the change between two views", fontsize=10)
     figure.savefig(PICTURE, dpi=120)

@@ -1,6 +1,8 @@
 """Heads alone on a frozen checkpoint: two steps of the example, and its page."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import frozen
 import numpy as np
@@ -16,6 +18,9 @@ from ssd_addon import StructuredViews, StyleHeads, recipe
 from ssd_addon.metrics import parameter_matrix
 
 pytestmark = pytest.mark.slow
+SPEC = importlib.util.spec_from_file_location("docs_frozen", Path(__file__).parents[2] / "docs" / "frozen.py")
+docs = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(docs)
 TINY = ["--checkpoint-steps", "2", "--steps", "2", "--batch-size", "8", "--draws", "1"]
 
 
@@ -73,3 +78,14 @@ def test_layers_are_averaged_in_cells_and_leave_no_hook():
     assert both(x).shape == (2, 4 * 4 + 5 * 4)
     assert not net[0]._forward_hooks
     assert StyleHeads(both, {"content": 4, "color": 2}).in_features == 36
+
+
+def test_the_page_shows_the_results_as_they_are(tmp_path, monkeypatch):
+    page = docs.PAGE.read_text(encoding="utf-8")
+    assert page == docs.filled(page), "run python docs/frozen.py"
+    assert {match[2] for match in docs.BLOCK.finditer(page)} == {*docs.COLUMNS, "seeds"}
+    assert {"checkpoint", *docs.ROWS} == {"checkpoint", *frozen.ROWS} == set(docs.lines())
+    monkeypatch.setattr(docs, "PICTURE", tmp_path / "frozen.png")
+    docs.draw()
+    with Image.open(tmp_path / "frozen.png") as picture:
+        assert picture.size[0] > 1000
