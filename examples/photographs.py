@@ -183,6 +183,13 @@ class Probing:
         return counted
 
 
+def in_memory(folder: Path, size: int) -> tuple[Tensor, Tensor]:
+    """All images of class folders, [n, 3, size, size] uint8, and their classes [n]."""
+    files, collate = ImageFiles(folder), StructuredCollate(size)
+    images, labels, _ = collate([files[i] for i in range(len(files))])
+    return images, torch.as_tensor(labels)
+
+
 def summed(each: Tensor) -> Tensor:
     """The sum over ranks, in a tensor of its own."""
     total = each.clone()

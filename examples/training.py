@@ -1,9 +1,9 @@
-"""What series.py and domains.py share: a training loop, the scores of what it made, and the files of a run."""
+"""What series.py, domains.py and frozen.py share: a training loop, the scores of what it made, the files of a run."""
 
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,23 @@ def train(
     lr: float,
     seed: int,
     every: int = 20,
+    hidden: Sequence[int] = (256,),
+    frozen: bool = False,
 ) -> tuple[StyleHeads, list[dict[str, Any]]]:
-    """A backbone with the recommended settings and AdamW; prints the progress, and returns the terms as they went."""
+    """A backbone with the recommended settings and AdamW; prints the progress, and returns the terms as they went.
+
+    Where the backbone is `frozen`, the heads alone are trained.
+    """
     generator = torch.Generator().manual_seed(seed)
     views(samples(2, generator)[0])  # which shows it what the samples are like
-    model = StyleHeads(net, r.spaces, hidden=(256,), sample_ndim=views.samples.ndim)
+    model = StyleHeads(net, r.spaces, hidden=hidden, sample_ndim=views.samples.ndim)
+    if frozen:
+        model.freeze()
     criterion = JointEntropyLoss(**r.loss)
+    model.on_sphere = criterion.on_sphere
     equivariance = EquivarianceLoss(r.spaces, views, **r.equivariance) if r.equivariance else None
     parameters = [*model.parameters(), *(equivariance.parameters() if equivariance else ())]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=lr, weight_decay=1e-4)
     log: list[dict[str, Any]] = []
     start, shown = time.monotonic(), 0.0
     for step in range(steps):
