@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from imagenet_options import build_backbone, build_optimizer, config_of, lr_at, parse
 from photographs import Loaders, Probing, summed
+from stages import stages, told
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -111,6 +112,10 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
         if not held_out:
             say("no val folder: probes report accuracy on training images (augmented queries) only")
     torch.manual_seed(args.seed + rank)
+    if args.stages:
+        found = stages(data, loaders.loader, loaders.loader.collate_fn, views, core, criterion, amp, device)
+        say("\n".join(told(found, args.workers)))
+        return found
 
     # Where the run stands, and what `python -m ssd_addon report` has to know.
     name = args.backbone if args.backbone.startswith("timm:") else f"torchvision:{args.backbone}"
@@ -129,9 +134,7 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
         state = {"step": step, "epoch": step // per_epoch, "rng": runs.random_states(device)}
         state |= {"counted": summed(probing.counted).cpu() if probing else None, "broken": data.broken(device)}
         if bad := runs.not_finite([core.state_dict(), *(part.state_dict() for part in parts.values())]):
-            raise runs.TooManySkipped(
-                f"step {step}: expected a finite state to save: got NaN or infinity in {bad}", step
-            )
+            raise runs.TooManySkipped(f"step {step}: expected a finite state to save: got NaN in {bad}", step)
 
         def write(path: Path) -> None:
             if rank == 0 or sharded:  # a sharded state is gathered by all ranks
@@ -153,9 +156,8 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
     samples = (held_out or data).spread(args.measure) if rank == 0 or sharded else []
     images = StructuredCollate(args.size)(samples)[0] if len(samples) >= 10 else None
     board = runs.tensorboard(args.out, after=step) if args.tensorboard and rank == 0 else None
-    monitor = Monitor(
-        log, tensorboard=board, views=None if images is None else views, images=images, batch_size=args.batch_size
-    )
+    measured = {"views": None if images is None else views, "images": images, "batch_size": args.batch_size}
+    monitor = Monitor(log, tensorboard=board, **measured)
     say(f"{len(data)} images, {classes} classes, {world} x {args.batch_size} a step, {per_epoch} steps an epoch")
 
     def normalized(x):

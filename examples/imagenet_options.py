@@ -16,7 +16,7 @@ from ssd_addon import presets
 BASE_LR = {"simclr": 0.5, "vicreg": 0.3, "barlow": 0.2}  # LARS, for a total batch of 256; AdamW takes 1e-3
 FREE = (
     "data", "out", "resume", "steps", "workers", "log_every", "save_every", "broken", "measure", "tensorboard", "keep",
-    "max_broken", "max_skipped", "timeout", "compile",
+    "max_broken", "max_skipped", "timeout", "compile", "stages",
 )  # fmt: skip
 """What may be another when a run is continued."""
 
@@ -78,6 +78,7 @@ def parse(argv: list[str] | None, text: str | None = None) -> argparse.Namespace
     p.add_argument("--timeout", type=whole, default=600, help="seconds after which a silent worker is an error")
     p.add_argument("--measure", type=count, default=500, help="images for every epoch's label-free matrix; 0: none")
     p.add_argument("--tensorboard", action="store_true", help="event files in OUT as well")
+    p.add_argument("--stages", action="store_true", help="print how many images a second each stage can do, and end")
     p.add_argument("--seed", type=count, default=0)
     p.add_argument("--log-every", type=whole, default=10)
     p.add_argument("--save-every", type=whole, default=1000, help="steps; also after every epoch")
