@@ -68,11 +68,11 @@ def run(data: Path, out: Path, processes: int, choose: random.Random | None) -> 
         time.sleep(0.01)
     writing = choose.random() < 0.25
     until = time.perf_counter() + choose.uniform(0, 1.5)
-    while process.poll() is None and time.perf_counter() < until:
-        if writing and any(out.glob(WRITING)):
-            break
-        time.sleep(0.0005)
-    how = "while a checkpoint was written" if any(out.glob(WRITING)) else "between writes"
+    before, met = set(out.glob(WRITING)), False  # what an earlier kill left
+    while process.poll() is None and not met and time.perf_counter() < until:
+        met = writing and bool(set(out.glob(WRITING)) - before)
+        time.sleep(0 if writing else 0.01)
+    how = "while a checkpoint was written" if met else "at any moment"
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if process.poll() is not None:
         reader.join()

@@ -17,6 +17,8 @@ from ssd_addon.report.text import html, name
 from ssd_addon.report.verdict import ENCODES, TRACE
 
 ROW = "Features"
+BESIDE = 4
+"""Columns, at most, of tables that stand beside each other."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +159,8 @@ def _pair(models: Sequence[Audited], tables: Sequence[ScoreTable | None], across
         head = f"<h4>{short_name(m.name)}</h4>" if len(models) > 1 else ""
         body = '<p class="na">n/a</p>' if t is None else score_table(t, across=across, corner=ROW)
         cells.append(f"<div>{head}{body}</div>")
-    return f'<div class="pair">{"".join(cells)}</div>' if len(models) > 1 else cells[0]
+    narrow = all(t is None or len(t.factors) <= BESIDE for t in tables)
+    return f'<div class="pair">{"".join(cells)}</div>' if len(models) > 1 and narrow else "".join(cells)
 
 
 def _strip(strip: Strip | None) -> str:

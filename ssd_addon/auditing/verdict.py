@@ -79,12 +79,12 @@ def headline(a: Audited) -> str:
     where = "in any layer" if a.layers else "in the features"
     if at_once := [c.name for c in each if c.state == AT_ONCE]:
         parts.append(f"{listed(at_once)} can be decoded from the pixels, but not {where}")
-    if nowhere := [c.name for c in each if c.state == NOWHERE]:
-        parts.append(f"{listed(nowhere)} cannot be decoded {where}, nor from the pixels")
     if weak := sorted((c for c in each if c.state == "weak"), key=lambda c: -c.features):
         parts.append(f"{_scored(weak)} {'are' if _plural([c.name for c in weak]) else 'is'} only weakly encoded")
     if kept := sorted((c for c in each if c.state == "survives"), key=lambda c: -c.features):
         parts.append(f"{_scored(kept)} survive{'' if _plural([c.name for c in kept]) else 's'}")
+    if nowhere := [c.name for c in each if c.state == NOWHERE]:
+        parts.append(f"{listed(nowhere)} cannot be decoded {where}, nor from the pixels")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
 

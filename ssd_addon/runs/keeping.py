@@ -73,7 +73,8 @@ class Checkpoints:
     def restore(
         self, read: Callable[[Path], Mapping[str, Any]], say: Callable[[str], None] | None = None
     ) -> Mapping[str, Any] | None:
-        """Continue from the newest checkpoint that is whole; None where there is none at all.
+        """Continue from the newest checkpoint that is whole; None where there is none at all. What a killed process
+        left half written is removed.
 
         Args:
             read: loads a file into the training and returns what is in it, with its "step"; such as `runs.restore_run`.
@@ -83,6 +84,8 @@ class Checkpoints:
             storage.Damaged: none of those that are there can be read.
             ValueError: what `read` refuses for another reason, such as another configuration.
         """
+        for left in self.folder.glob(".*checkpoint*.pt.*"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         there, reasons = self.there(), []
         for path in there:
             try:

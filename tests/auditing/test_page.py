@@ -45,9 +45,9 @@ def test_the_headline_says_what_became_of_each_parameter():
         }
     )
     assert headline(audit) == (
-        "Hue is gone after layer2; saturation can be decoded from the pixels, but not in any layer; degrees cannot be "
-        "decoded in any layer, nor from the pixels; contrast (R² = 0.30) is only weakly encoded; gamma (R² = 0.90) and "
-        "brightness (0.71) survive."
+        "Hue is gone after layer2; saturation can be decoded from the pixels, but not in any layer; contrast "
+        "(R² = 0.30) is only weakly encoded; gamma (R² = 0.90) and brightness (0.71) survive; degrees cannot be "
+        "decoded in any layer, nor from the pixels."
     )
     assert sentences(audit) == [
         "Decoded worse than from an untrained copy: hue (0.00 against 0.30).",

@@ -65,6 +65,22 @@ def test_a_run_goes_on_from_the_newest_that_is_whole(tmp_path):
         again.restore(read)
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    kept = runs.Checkpoints(tmp_path)
+    kept.save(10, write(10)), kept.save(20, write(20))
+    own = {p.name for p in tmp_path.iterdir()} | {".lock", "log.jsonl"}
+    for name in (
+        ".lock",
+        "log.jsonl",
+        ".checkpoint.pt.7.new",
+        "..checkpoint.pt.7.new.7.tmp",
+        ".checkpoint-10.pt.7.tmp",
+    ):
+        (tmp_path / name).write_bytes(b"half")
+    runs.Checkpoints(tmp_path).restore(read)
+    assert {p.name for p in tmp_path.iterdir()} == own
+
+
 def test_another_configuration_is_no_damage(tmp_path):
     kept = runs.Checkpoints(tmp_path)
     kept.save(10, write(10)), kept.save(20, write(20))
