@@ -72,7 +72,7 @@ def parse(argv: list[str] | None, text: str | None = None) -> argparse.Namespace
     p.add_argument("--strategy", choices=("ddp", "fsdp"), default="ddp", help="over processes")
     p.add_argument("--sync-batch-norm", action=argparse.BooleanOptionalAction, default=True, help="on GPUs")
     p.add_argument("--broken", choices=("skip", "raise"), default="raise", help="files that cannot be decoded")
-    p.add_argument("--max-broken", type=share, default=0.01, metavar="SHARE", help="of the files; more end the run")
+    p.add_argument("--max-broken", type=share, default=0.5, metavar="SHARE", help="of the files; more end the run")
     p.add_argument("--max-skipped", type=count, default=3, help="steps in a row that may be skipped as not finite")
     p.add_argument("--workers", type=count, default=8)
     p.add_argument("--timeout", type=whole, default=600, help="seconds after which a silent worker is an error")

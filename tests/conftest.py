@@ -9,6 +9,17 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import shapes
 
 shapes.check()
+
+
+@pytest.fixture(autouse=True)
+def environment_kept():
+    """Frameworks leave seeds and ranks in the environment, which other tests would go by."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)

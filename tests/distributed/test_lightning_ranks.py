@@ -189,6 +189,7 @@ def _worker(rank, folder, port):
     torch.set_num_threads(1)
     FOLDER[0] = Path(folder)
     warnings.simplefilter("ignore")
+    os.environ.pop("PL_GLOBAL_SEED", None)  # which another test may have set: Lightning's samplers take it
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(WORLD)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # the processes are Lightning's to use
     found = {}

@@ -229,9 +229,9 @@ def test_without_train_and_val_the_folder_itself(data: Path, capsys: pytest.Capt
     assert "no val folder: probes report accuracy on training images" in capsys.readouterr().out
     (data / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="expected images"):
-        run(data / "empty", "run")
+        run(data / "empty", "none")
     with pytest.raises(ValueError, match="expected at least one batch of 16 x 1 images: got 12 images"):
-        run(data, "run", "--batch-size", "16")
+        run(data, "large", "--batch-size", "16")
 
 
 @pytest.mark.distributed

@@ -500,7 +500,8 @@ def test_broken_takes_two_words(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "edge,decoded", [((400, 300), (400, 300)), ((640, 320), (320, 160)), ((1300, 1400), (325, 350))]
+    "edge,decoded",
+    [((400, 300), (400, 300)), ((640, 320), (320, 160)), ((800, 700), (200, 175)), ((1300, 1400), (163, 175))],
 )
 def test_jpegs_are_decoded_no_larger_than_needed(tmp_path, edge, decoded):
     across = np.linspace(0, 255, edge[0], dtype=np.uint8)

@@ -9,7 +9,7 @@ from lightning_modules import PACKAGES, SPACES, Images, differences, fit, heads,
 from torch.utils.data import DataLoader, IterableDataset
 
 from ssd_addon import JointEntropyLoss
-from ssd_addon.lightning import _mean
+from ssd_addon.losses import Terms
 from ssd_addon.losses.weights import Weights
 from ssd_addon.runs import ResumableLoader
 
@@ -29,7 +29,7 @@ def test_terms_of_several_batches_are_means_over_their_rows():
     drawn = views(plan="interleaved")
     criterion, model = JointEntropyLoss("vicreg", content_entropy=True), heads()
     parts = [criterion.terms(model(drawn(Images().images[rows]))) for rows in (slice(0, 5), slice(5, 7), slice(7, 12))]
-    mean = _mean(parts)
+    mean = Terms.mean(parts)
     for n in SPACES:
         rows = [float(p.rows[n]) for p in parts]
         expected = sum(float(p.constraint[n]) * r for p, r in zip(parts, rows, strict=True)) / sum(rows)
@@ -44,7 +44,7 @@ def test_a_space_without_a_row_in_one_batch_is_the_mean_of_the_others():
     drawn = views(plan="interleaved")
     terms = [JointEntropyLoss("vicreg").terms(heads()(drawn(Images().images[:4]))) for _ in range(2)]
     terms[0].rows["color"], terms[0].constraint["color"] = torch.tensor(0), torch.tensor(torch.nan)
-    assert float(_mean(terms).constraint["color"]) == pytest.approx(float(terms[1].constraint["color"]))
+    assert float(Terms.mean(terms).constraint["color"]) == pytest.approx(float(terms[1].constraint["color"]))
 
 
 def test_weights_of_a_kind_of_its_own_are_stepped_too():
