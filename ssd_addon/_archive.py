@@ -1,5 +1,6 @@
 """Files of torch.save, read with their checksums; what cannot be read says why."""
 
+import collections
 import io
 import os
 import pickle
@@ -14,10 +15,54 @@ _OLD_FORMAT = b"l\xfc\x9cF\xf9 j\xa8P\x19"
 """The number that torch.save wrote first before 1.6, and writes with _use_new_zipfile_serialization=False."""
 
 
-def load(path: str | Path, map_location: Any) -> Any:
-    """What torch.load reads with weights_only=True, if the checksums match; see `storage.read`."""
+def load(path: str | Path, map_location: Any, *, leave_out: bool = False) -> Any:
+    """What torch.load reads with weights_only=True, if the checksums match; see `storage.read`.
+
+    Args:
+        path: of the file.
+        map_location: where tensors go.
+        leave_out: put an `Inert` object in the place of everything that is neither a tensor nor plain data, such as the
+            hyperparameters of a training, instead of refusing the file. Nothing in the file is run either way.
+    """
     with open(path, "rb") as file:
-        return _loaded(file, map_location)
+        return _loaded(file, map_location, leave_out)
+
+
+class Inert:
+    """In the place of an object that was left out: takes whatever a pickle does to it, and does nothing."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None: ...
+    def __setstate__(self, state: Any) -> None: ...
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+    def append(self, value: Any) -> None: ...
+    def extend(self, values: Any) -> None: ...
+    def add(self, value: Any) -> None: ...
+    def __call__(self, *arguments: Any, **options: Any) -> "Inert":
+        return self
+
+
+KNOWN = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch", "Size"): torch.Size,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+}
+"""What a file of tensors is made of; it makes tensors and nothing else."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        return KNOWN.get((module, name), Inert)
+
+
+class _Pickle:
+    """What torch.load takes as a pickle module."""
+
+    Unpickler = _Unpickler
+    load = staticmethod(lambda file, **options: _Unpickler(file, **options).load())
+    __name__ = "pickle"
 
 
 def reason(error: Exception) -> str:
@@ -30,7 +75,7 @@ def reason(error: Exception) -> str:
     return text if isinstance(error, _Unreadable) else f"{type(error).__name__}: {text[:200]}".removesuffix(": ")
 
 
-def _loaded(file: io.BufferedReader, map_location: Any) -> Any:
+def _loaded(file: io.BufferedReader, map_location: Any, leave_out: bool = False) -> Any:
     start = file.read(64)
     file.seek(0)
     if not start.startswith(b"PK\x03\x04"):
@@ -41,8 +86,9 @@ def _loaded(file: io.BufferedReader, map_location: Any) -> Any:
         checked = _Checked(file)
     except zipfile.BadZipFile as error:
         raise _Unreadable("the end of its archive is missing or damaged, as in a file that was cut off") from error
+    how: dict[str, Any] = {"pickle_module": _Pickle, "weights_only": False} if leave_out else {"weights_only": True}
     try:
-        return torch.load(checked, map_location=map_location, weights_only=True, mmap=False)  # type: ignore[arg-type]
+        return torch.load(checked, map_location=map_location, mmap=False, **how)  # type: ignore[arg-type]
     finally:
         checked.verify()  # also where it could not be loaded, as damage explains it best
 

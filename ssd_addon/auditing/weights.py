@@ -89,7 +89,7 @@ def state_dict_of(path: str | Path) -> dict[str, Tensor]:
         content = load_file(str(path))
     else:
         try:
-            content = _archive.load(path, "cpu")
+            content = _archive.load(path, "cpu", leave_out=True)
         except Exception as error:  # whatever a file's bytes make the reader say
             raise ValueError(
                 f"{path}: expected a file of weights: could not be read ({_archive.reason(error)})"

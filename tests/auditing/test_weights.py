@@ -1,6 +1,7 @@
 """The weights of a backbone out of any file that a training left, never of another network and never in part."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import timm
@@ -121,13 +122,46 @@ def test_files_that_are_none_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="got a folder"):
         state_dict_of(tmp_path)
 
-    class Code:
-        def __reduce__(self):
-            return print, ("run",)
 
-    torch.save({"state_dict": {"a": torch.ones(1)}, "hyper_parameters": Code()}, tmp_path / "code.pt")
-    with pytest.raises(ValueError, match="it holds more than tensors and plain data"):
-        state_dict_of(tmp_path / "code.pt")
+class Code:
+    """Runs when it is unpickled."""
+
+    ran = 0
+
+    def __reduce__(self):
+        return type(self)._run, ("now",)
+
+    @classmethod
+    def _run(cls, *_):
+        cls.ran += 1
+        return cls()
+
+
+class Settings(dict):
+    """As omegaconf's and argparse's containers of hyperparameters."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.flags = [Path("x"), {1, 2}]
+
+
+def test_hyperparameters_of_any_kind_are_left_out_and_nothing_is_run(tmp_path):
+    source, net = trained(), Small()
+    beside = {"hyper_parameters": Settings(path=Path("x"), layer=nn.ReLU), "code": Code(), "epoch": 3}
+    torch.save(beside | {"state_dict": under("backbone.", source.state_dict())}, tmp_path / "w.ckpt")
+    assert load_weights(net, tmp_path / "w.ckpt").startswith("9 tensors under 'backbone.'")
+    assert torch.equal(net.conv1.weight, source.conv1.weight) and Code.ran == 0
+    torch.save(
+        {k: nn.Parameter(t) if t.is_floating_point() else t for k, t in source.state_dict().items()}, tmp_path / "p.pt"
+    )
+    load_weights(net, tmp_path / "p.pt")
+    torch.save({"state_dict": Code()}, tmp_path / "code.pt")
+    with pytest.raises(ValueError, match="expected a mapping of weights: got none in it"):
+        load_weights(net, tmp_path / "code.pt")
+    assert Code.ran == 0
+    torch.save(under("backbone.", source.half().state_dict()), tmp_path / "half.pt")
+    load_weights(net, tmp_path / "half.pt")
+    assert net.conv1.weight.dtype == torch.float32
 
 
 # ---- backbones by name
