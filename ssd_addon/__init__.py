@@ -126,10 +126,10 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of ours
 
     def __getattr__(name: str) -> Any:
         """Names are resolved when asked for, so that the loss needs torch alone (PEP 562)."""
-        if name in _HOME:
-            return getattr(import_module(f"ssd_addon.{_HOME[name]}"), name)
-        if name in _MODULES:
-            return import_module(f"ssd_addon.{name}")
+        if name in _HOME or name in _MODULES:
+            with import_module("ssd_addon._optional").needs(f"ssd_addon.{name}"):
+                module = import_module(f"ssd_addon.{_HOME.get(name, name)}")
+            return getattr(module, name) if name in _HOME else module
         raise AttributeError(f"module 'ssd_addon' has no attribute {name!r}: it has {', '.join(__all__)}")
 
 

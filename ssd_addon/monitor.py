@@ -250,7 +250,9 @@ class Monitor:
                 except ImportError:
                     continue
             else:
-                raise ImportError("lightning(): expected lightning or pytorch_lightning to be installed: got neither")
+                raise ImportError(
+                    "lightning() needs lightning or pytorch_lightning, and neither is installed: pip install lightning"
+                )
         monitor = self
 
         class MonitorCallback(base):  # type: ignore[misc, valid-type]

@@ -13,12 +13,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import kornia.augmentation as K
 import torch
 from torch import nn
 
 from ssd_addon import _checks
+from ssd_addon._optional import needs
 from ssd_addon.losses import FAMILIES, DualAscent, FamilyName
+
+with needs("ssd_addon.recipes"):
+    import kornia.augmentation as K
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

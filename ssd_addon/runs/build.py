@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ssd_addon import _checks
+from ssd_addon._optional import needs
 from ssd_addon.augment import StructuredViews
 from ssd_addon.recipes import presets
 
@@ -36,14 +37,16 @@ def build_backbone(spec: str, *, code: bool = False, pretrained: bool = False) -
     if not name:
         raise ValueError(f"backbone: expected torchvision:NAME, timm:NAME or FILE.py:NAME: got {spec!r}")
     if home == "torchvision":
-        models = importlib.import_module("torchvision.models")
+        with needs(f"backbone {spec!r}"):
+            models = importlib.import_module("torchvision.models")
         if name not in models.list_models(module=models):  # classification; the others load weights of their own
             raise ValueError(f"backbone: torchvision has no classification model {name!r} (see torchvision.models)")
         with _downloading(spec, pretrained):
             model: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None)
         return model
     if home == "timm":
-        timm = importlib.import_module("timm")
+        with needs(f"backbone {spec!r}"):
+            timm = importlib.import_module("timm")
         if ":" in name or "/" in name or not timm.is_model(name):  # names of hubs and folders are no architectures
             raise ValueError(f"backbone: timm has no model {name!r}")
         try:

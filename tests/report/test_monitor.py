@@ -592,7 +592,9 @@ def test_which_lightning(monkeypatch):
     assert isinstance(Monitor(None).lightning(), Other)
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
-    with pytest.raises(ImportError, match="expected lightning or pytorch_lightning to be installed: got neither"):
+    with pytest.raises(
+        ImportError, match="needs lightning or pytorch_lightning, and neither is installed: pip install lightning"
+    ):
         Monitor(None).lightning()
 
 
