@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 60
+TRAINS = re.compile(r"step \d+/")
 WRITING = ".*checkpoint.pt*"
 """Files that are there while a checkpoint is written."""
 SMALL = (
@@ -64,7 +66,7 @@ def run(data: Path, out: Path, processes: int, choose: random.Random | None) -> 
     if choose is None:
         reader.join()
         return ("ended" if process.wait() == 0 else "failed"), "".join(lines)
-    while process.poll() is None and not any("step " in line for line in list(lines)):  # torch takes seconds to import
+    while process.poll() is None and not any(TRAINS.search(line) for line in list(lines)):  # importing takes seconds
         time.sleep(0.01)
     writing = choose.random() < 0.25
     until = time.perf_counter() + choose.uniform(0, 1.5)
