@@ -154,6 +154,30 @@ def survive(processes: int, kills: int, seed: int) -> dict:
     }
 
 
+def page(about: dict) -> str:
+    """The figures as a page."""
+    rows = []
+    for each in about["results"]:
+        kills = ", ".join(f"{n} {how}" for how, n in sorted(each["kills"].items()))
+        same = f"{each['tensors that differ']} tensors, {each['logs that differ']} logs"
+        rows.append(f"| {each['processes']} | {sum(each['kills'].values())} ({kills}) | {each['runs']} | {same} |")
+    return "\n".join(
+        [
+            "<!-- written by benchmarks/survive.py -->",
+            "",
+            "# Runs that were killed",
+            "",
+            f"Every run has {about['results'][0]['steps of each run']} steps, saves each of them, and is compared in "
+            f"the end with one that was never killed. torch {about['torch'].split('+')[0]}, CPU, gloo.",
+            "",
+            "| processes | kills | runs | what differs |",
+            "|--:|---|--:|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--kills", type=int, default=50)
@@ -167,6 +191,7 @@ def main() -> None:
     if args.out:
         about = {"torch": torch.__version__, "results": found}
         (args.out / "survive.json").write_text(json.dumps(about, indent=1) + "\n")
+        (args.out / "survive.md").write_text(page(about))
     if any(each["tensors that differ"] or each["logs that differ"] for each in found):
         sys.exit("a run that was killed differs from one that was not")
 

@@ -280,11 +280,14 @@ def flagged(message: str, args: argparse.Namespace) -> str:
     message = re.sub(rf"\b({'|'.join(FLAGS)})=(?=')", r"--\1 ", message)
     match = re.match(r"(\w+): ", message)
     name = "" if match is None else ARGUMENTS.get(match[1], match[1]).replace("_", "-")
-    given = name in FLAGS and getattr(args, name.replace("-", "_")) is not None
+    if args.command == "audit" and name == "backbone":  # which is no flag there
+        return f"MODEL: {message[message.index(': ') + 2 :]}"
+    given = name in FLAGS and getattr(args, name.replace("-", "_"), None) is not None
     if match is not None and given:
         return f"--{name}: {message[match.end() :]}"
     expected, _, got = message.partition(": got ")
-    by_size = "images that the model takes" in expected and "channel" not in got
+    takes = "images that the model takes" in expected or "images that the backbone takes" in expected
+    by_size = takes and "channel" not in got
     return f"{message}; if that is because of their size, --size brings them to another" if by_size else message
 
 

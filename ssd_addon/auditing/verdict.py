@@ -137,7 +137,8 @@ def _interval(table: ScoreTable, key: str) -> tuple[float, float]:
 
 def _plural(names: Sequence[str]) -> bool:
     """Whether a verb after these names of parameters is plural: several of them, or such as "translations"."""
-    return len(names) > 1 or names[0].endswith("s") or " and " in names[0]
+    one = names[0]
+    return len(names) > 1 or (one.endswith("s") and not one.endswith("ss")) or " and " in one
 
 
 def _scored(each: Sequence[Course]) -> str:

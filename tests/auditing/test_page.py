@@ -58,6 +58,7 @@ def test_the_headline_says_what_became_of_each_parameter():
 def test_verbs_follow_their_names():
     one = made({"translations": (0.9, 0.9, 0.9, 0.9, 0.9)})
     assert headline(one) == "Translations (R² = 0.90) survive."
+    assert headline(made({"brightness_factor": (0.9,) * 5})) == "Brightness (R² = 0.90) survives."
     assert headline(made({"src": (0.0, 0.3, 0.0, 0.0, 0.0)})) == "Op place and size are gone after layer1."
     assert headline(made({"gamma": (0.0, 0.3, 0.0, 0.2, 0.0)})) == "Gamma (R² = 0.20) is only weakly encoded."
 
@@ -223,6 +224,7 @@ def test_the_command_writes_a_page_and_says_the_verdict(folder, capsys):
         (["--weights", "none.pt"], "error: none.pt: expected a file of weights: got no such file"),
         (["--data", "nowhere"], "error: --data: expected a folder of images"),
         (["--groups", "hue"], "error: preset: expected one of"),
+        (["--samples", "8"], "error: images: expected at least 10"),
     ],
 )
 def test_a_wrong_flag_is_one_line(folder, capsys, arguments, message):
@@ -231,6 +233,13 @@ def test_a_wrong_flag_is_one_line(folder, capsys, arguments, message):
     assert main(["audit", f"{folder}/net.py:make", *[w for pair in given.items() for w in pair]]) == 1
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("model", ["resnet18", "torchvision:resnet5", "timm:none", "nowhere.py:make"])
+def test_a_wrong_model_is_one_line(folder, capsys, model):
+    assert main(["audit", model, "--data", str(folder / "data"), "--out", str(folder / "a.html")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: MODEL: ") and err.count("\n") == 1
 
 
 @pytest.mark.slow
