@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from imagenet_options import build_backbone, build_optimizer, config_of, lr_at, parse
 from photographs import Loaders, Probing, summed
-from stages import stages, told
+from stages import described, stages
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -114,7 +114,7 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
     torch.manual_seed(args.seed + rank)
     if args.stages:
         found = stages(data, loaders.loader, loaders.loader.collate_fn, views, core, criterion, amp, device)
-        say("\n".join(told(found, args.workers)))
+        say("\n".join(described(found, args.workers)))
         return found
 
     # Where the run stands, and what `python -m ssd_addon report` has to know.
@@ -185,7 +185,7 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
     if step and step % per_epoch == 0 and not runs.logged(log, step, "epoch"):  # killed while it was scored
         record = end_of_epoch(step // per_epoch - 1)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = [core, criterion, *([equivariance] if equivariance else []), *([probing.probes] if probing else [])]
+    kept = [core, criterion, *([equivariance] if equivariance else [])]
     first, started = step, time.perf_counter()
     with runs.Guard(kept, max_skipped=args.max_skipped) as guard:
         while step < stop and not guard.stopping:
@@ -198,7 +198,7 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 guard.begin()
-                each, responses, seen = [], [], views.get_extra_state()
+                each, responses, queries, seen = [], [], [], views.get_extra_state()
                 for k in range(args.accumulate):
                     with data.watched():
                         images, labels, names = next(batches)
@@ -216,13 +216,12 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
                             terms = criterion.terms(z, batch)
                             response = respond(z, batch) if respond else torch.zeros((), device=device)
                             scaler.scale((terms.loss + response) / args.accumulate).backward()
-                            if probing:
-                                own = {"backbone": features[0].detach(), **{n: t[0].detach() for n, t in z.items()}}
-                                (probing.loss(own, labels) / args.accumulate).backward()
                     except Diverged as error:
                         each = error
                         break
                     each.append(terms), responses.append(response.detach())
+                    own = {"backbone": features[0].detach(), **{n: t[0].detach() for n, t in z.items()}}
+                    queries.append((own, labels))
                 found = each if isinstance(each, Diverged) else torch.stack([t.loss.detach() for t in each]).sum()
                 scaled = scaler.is_enabled() and scaler.get_scale() >= 1  # the scaler skips what overflows in float16
                 try:
@@ -238,9 +237,9 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
                     criterion.weights.step(terms)
                     if ema:
                         ema.update_parameters(core)
+                    if probing:  # after the verdict, on which all ranks agree: its gradients are exchanged too
+                        probing.step(queries)
                 optimizer.zero_grad()
-                if probing:
-                    probing.step(fine)
                 step += 1
                 if not fine:
                     say(f"step {step}/{stop}  skipped: loss or gradients are not finite ({guard.skipped} in a row)")

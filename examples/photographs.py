@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,22 +149,16 @@ class Probing:
         self.net = DistributedDataParallel(self.probes, **ids) if world > 1 else self.probes
         self.optimizer = torch.optim.Adam(self.probes.parameters(), lr=3e-3)
         self.counted = torch.zeros(1 + len(self.probes.names), dtype=torch.int64, device=device)
-        self.met = torch.zeros_like(self.counted)
 
-    def loss(self, features: dict[str, Tensor], labels: Tensor) -> Tensor:
-        """The loss on queries; hits are noted."""
-        labels = labels.to(self.counted.device)
-        logits = self.net(features)
-        self.met += counts(self.probes, logits, labels)
-        return self.probes.loss(logits, labels)
-
-    def step(self, fine: bool) -> None:
-        """The optimizer's step, and what was noted since the last one counts, unless the step is skipped."""
-        if fine:
-            self.optimizer.step()
-            self.counted += self.met
+    def step(self, queries: Sequence[tuple[dict[str, Tensor], Tensor]]) -> None:
+        """A step of the probes on (features, labels) of the parts of a training step; hits are counted."""
         self.optimizer.zero_grad()
-        self.met.zero_()
+        for features, labels in queries:
+            labels = labels.to(self.counted.device)
+            logits = self.net(features)
+            (self.probes.loss(logits, labels) / len(queries)).backward()
+            self.counted += counts(self.probes, logits, labels)
+        self.optimizer.step()
 
     def accuracies(self, split: str, counted: Tensor) -> dict[str, float]:
         """ "accuracy_SPLIT/SPACE" -> share of hits, over all ranks."""

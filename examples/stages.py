@@ -82,7 +82,7 @@ def stages(
     return {name: round(value, 1) for name, value in found.items()}
 
 
-def told(found: dict[str, float], workers: int) -> list[str]:
+def described(found: dict[str, float], workers: int) -> list[str]:
     """The rates as lines, and what bounds the run: the loader works beside the device, views and network in turn."""
     device = 1 / (1 / found["views"] + 1 / found["forward and backward"])
     if workers:

@@ -99,7 +99,7 @@ def tried_width(net: nn.Module, sample_ndim: int, pool: str, pick: Callable[[Any
     if len(first) == 2:
         return first[1]
     one, end = first[1] == other[1], first[-1] == other[-1]
-    if len(shapes) == 1 and len(first) == 4:  # one size alone suits it: a square of positions tells
+    if len(shapes) == 1 and len(first) == 4:  # one size alone suits it: equal edges are positions
         one = not (first[1] == first[2] != first[3])
     if len(first) == 4:
         return first[1] if one else first[-1] if end else None

@@ -182,7 +182,7 @@ def job_statistics(rank, failures):
 
 
 def job_refusals(rank, failures):
-    """A model that communicates in its forward pass needs as many parts on every rank; both ranks are told."""
+    """A model that communicates in its forward pass needs as many parts on every rank; both ranks raise the error."""
     parts, _ = batches("shared_query", SIZES["unequal"])
     criterion = JointEntropyLoss(gather_distributed=True)
     for name, model in {"FSDP2": sharded(make()), "SyncBatchNorm": make(norm=nn.SyncBatchNorm)}.items():

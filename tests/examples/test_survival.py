@@ -277,6 +277,22 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(data):
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_skip_together_what_one_of_them_meets(data, strategy):
+    options = ("--steps", "6", "--epochs", "9", "--batch-size", "2", "--strategy", strategy)
+    arguments = command(data, *options, processes=2)
+    arguments[arguments.index("examples/imagenet.py")] = "tests/support/poisoned.py"
+    more = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
+    done = subprocess.run(
+        arguments, cwd=ROOT, env=ENVIRONMENT | more, capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    entries = log_of(data, "run")
+    assert [s["step"] for s in entries if "skipped" in s] == [2, 4]
+    assert [s["step"] for s in entries if "loss" in s] == [1, 3, 5, 6] and not runs.not_finite(stored(data, "run"))
+
+
+@pytest.mark.distributed
 def test_sharded_weights_are_those_of_one_process(data):
     """FSDP2 on two gloo ranks: a run that is stopped and continued equals one that is not."""
     options = ("--strategy", "fsdp", "--batch-size", "2", "--backbone", "timm:test_vit", "--size", "160")
