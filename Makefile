@@ -2,13 +2,14 @@
 # make test           environment, install with what the tests need, lint, types, tests: about seven minutes on two cores
 #                     beside the install
 # make test-fast      the tests that need milliseconds: neither slow nor distributed, about three minutes
+# make environments   the recipes of frameworks that need an environment of their own, two minutes
 # make test-browser   the report in a real browser; needs Chromium (apt-get install chromium, or its path in CHROMIUM)
 
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: demo test test-fast test-browser lint types unit wheel benchmark clean
+.PHONY: demo test test-fast test-browser lint types unit environments wheel benchmark clean
 
 demo: $(STAMP)
 	$(PY) examples/synthetic.py --dataset sprites --minutes 3 --out runs/demo
@@ -33,6 +34,10 @@ test-fast: $(STAMP)
 
 test-browser: $(STAMP)
 	$(PY) -m pytest tests/browser
+
+environments: $(STAMP)
+	PY=$(PY) sh tests/environments/huggingface.sh
+	PY=$(PY) sh tests/environments/stable_pretraining.sh
 
 wheel: $(STAMP)
 	PY=$(PY) sh tests/wheel.sh
