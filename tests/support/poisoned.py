@@ -23,5 +23,6 @@ class Poisoned(JointEntropyLoss):
         return found
 
 
-imagenet.JointEntropyLoss = Poisoned
-imagenet.main(sys.argv[1:])
+if __name__ == "__main__":
+    imagenet.JointEntropyLoss = Poisoned
+    imagenet.main(sys.argv[1:])
