@@ -171,36 +171,36 @@ def _triton(
     """[E, n]"""
     from ssd_addon.kernels import operators
 
-    tau = _scalar(temperature, torch.float32, z.device)
     if s.total < 2:
         return z.sum() * 0 + z.new_full((2 if prefix else 1, z.shape[0]), math.nan, dtype=torch.float32)
+    tau = _scalar(temperature, torch.float32, z.device) if isinstance(temperature, Tensor) else None
+    value = 0.0 if isinstance(temperature, Tensor) else temperature
     bound: float | None = None
+    longest: Tensor | None = None
     if known is not None:
-        longest = torch.full((), known.longest, dtype=torch.float32, device=z.device)
         bound = largest_exponent(known.longest * known.longest, known.temperature)
     else:
         longest = _dist.maximum(longest_row(z), s.group)
-        longest = longest.masked_fill(~(longest <= UNIT_ROW), math.nan)
         if not isinstance(temperature, Tensor):
             bound = largest_exponent(UNIT_ROW * UNIT_ROW, temperature)
-    ids = _int32_ids(ids, s, known)
+    ids = _narrow_ids(ids, s, known)
     maximum, exact = constant_shift(bound, s.total) is None, needs_two_parts(bound)
+    given = (z, ids, tau, longest, value, known.longest if known is not None else 0.0, prefix, maximum, exact)
     if s.group is None:
-        alone: Tensor = operators.negative_lse(z, ids, tau, longest, prefix, maximum, exact)
+        alone: Tensor = operators.negative_lse(*given)[0]
         return alone
-    out: Tensor = operators.LseOverRanks.apply(z, ids, tau, longest, prefix, maximum, exact, s)
+    out: Tensor = operators.LseOverRanks.apply(*given, s)
     return out
 
 
-def _int32_ids(ids: Tensor, s: _dist.Shards, known: Known | None) -> Tensor:
-    """Ids in int32, numbered anew where they may not fit; over ranks that waits until they are gathered, in int64."""
+def _narrow_ids(ids: Tensor, s: _dist.Shards, known: Known | None) -> Tensor:
+    """Ids that fit int32, numbered anew where they may not; over ranks that waits until they are gathered, in int64."""
     limit = torch.iinfo(torch.int32)
-    if known is not None and limit.min <= known.id_low and known.id_high <= limit.max:
-        return ids.to(torch.int32)
-    if s.group is not None:
-        return ids.to(torch.int64)
     fit = ids.dtype.itemsize < 4 or ids.dtype == torch.int32
-    return ids.to(torch.int32) if fit else relabeled(ids)
+    fit = fit or (known is not None and limit.min <= known.id_low and known.id_high <= limit.max)
+    if s.group is not None:
+        return ids.to(torch.int32 if fit else torch.int64)
+    return ids if fit else relabeled(ids)
 
 
 # ------------------------------------------------------------------------------------------------- checks
