@@ -99,7 +99,7 @@ def negative_lse(
     else:
         shards, _ = _dist.shards(z.shape[0], [], z.device, group)
     out = log_sums(z, image_ids, temperature, prefix=prefix, backend=backend, shards=shards, known=known, chunk=chunk)
-    return out[:, 0] if prefix is None else out
+    return out.reshape(-1) if prefix is None else out
 
 
 def log_sums(
@@ -272,28 +272,27 @@ def _checked(
     """Check the values of all ranks, with one read and one collective: every rank reads the same and decides alike."""
     dtype, rows = compute_dtype(z.dtype), z.detach()
     kind = torch.promote_types(dtype, temperature.dtype) if isinstance(temperature, Tensor) else dtype
-    # NaN is the smallest and the largest entry at once.
-    found = [*rows.aminmax(), longest_row(rows)] if rows.numel() else [rows.new_zeros(())] * 3
+    found = [longest_row(rows).to(kind).reshape(1)]  # not finite where an entry is not, or where its square overflows
     if group is not None or isinstance(temperature, Tensor):
-        found.append(_scalar(temperature, kind, z.device).detach())
-    floats = _dist.to_bits(torch.stack([t.to(kind) for t in found]))
+        found.append(_scalar(temperature, kind, z.device).detach().reshape(1))
+    floats = map(_dist.to_bits, found)
     ends = ids.to(torch.int64).aminmax(dim=0, keepdim=True) if len(ids) else _no_ids(z.device)
-    shards, headers = _dist.shards(z.shape[0], torch.cat([*ends, floats]), z.device, group)
+    shards, headers = _dist.shards(z.shape[0], torch.cat([*ends, *floats]), z.device, group)
     values = [_dist.from_bits(h[2:], kind) for h in headers]
-    taus = [temperature] if not isinstance(temperature, Tensor) and group is None else [v[3] for v in values]
+    taus = [temperature] if not isinstance(temperature, Tensor) and group is None else [v[1] for v in values]
     check_temperatures(taus, dtype)
     if shards.total < 2:
         raise ValueError(
             f"negative_lse: expected the rows of at least 2 images, a row needs a negative: got {shards.total}"
         )
-    _check_rows(values, taus, z.shape[1], dtype)
+    _check_lengths([v[0] for v in values], taus, rows, group)
     low, high = min(h[0] for h in headers), max(h[1] for h in headers)
     if low == high:
         raise ValueError(
             f"negative_lse: expected the rows of at least 2 images, so that each has a negative: all {shards.total} "
             f"rows carry the image id {high}"
         )
-    return shards, Known(max(v[2] for v in values), min(taus), low, high)
+    return shards, Known(max(v[0] for v in values), min(taus), low, high)
 
 
 def _no_ids(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -302,20 +301,22 @@ def _no_ids(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.full((1,), limit.max, device=device), torch.full((1,), limit.min, device=device)
 
 
-def _check_rows(values: list[list[float]], taus: list[float], width: int, dtype: torch.dtype) -> None:
-    """values: by rank the smallest and the largest entry of the rows."""
+def _check_lengths(longest: list[float], taus: list[float], rows: Tensor, group: ProcessGroup | None) -> None:
+    """longest: by rank the longest row; rows: of this rank, looked at again where something is wrong."""
+    dtype = compute_dtype(rows.dtype)
     most = torch.finfo(dtype).max
-    infinite = [r for r, (low, high, *_) in enumerate(values) if not (math.isfinite(low) and math.isfinite(high))]
+    long = [r for r, (x, tau) in enumerate(zip(longest, taus, strict=True)) if not x * x / min(tau, 1.0) <= most]
+    if not long:
+        return
+    states = _dist.exchange((~rows.isfinite()).any().long().reshape(1), group)
+    infinite = [r for r, (broken,) in enumerate(states) if broken]
     if infinite:
-        raise ValueError(f"negative_lse, z: expected finite values: got NaN or infinity{_on_ranks(infinite, values)}")
-    squares = [max(low * low, high * high) * width for low, high, *_ in values]
-    long = [r for r, (square, tau) in enumerate(zip(squares, taus, strict=True)) if square / min(tau, 1.0) > most]
-    if long:
-        raise ValueError(
-            "negative_lse, z: expected rows whose squared length over the temperature "
-            f"{str(dtype).removeprefix('torch.')} can hold: got longer rows{_on_ranks(long, values)}"
-        )
+        raise ValueError(f"negative_lse, z: expected finite values: got NaN or infinity{_on_ranks(infinite, longest)}")
+    raise ValueError(
+        "negative_lse, z: expected rows whose squared length over the temperature "
+        f"{str(dtype).removeprefix('torch.')} can hold: got longer rows{_on_ranks(long, longest)}"
+    )
 
 
-def _on_ranks(bad: list[int], every: list[list[float]]) -> str:
+def _on_ranks(bad: list[int], every: list[float]) -> str:
     return f" on rank {', '.join(map(str, bad))}" if len(every) > 1 else ""
