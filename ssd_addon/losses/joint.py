@@ -171,9 +171,13 @@ class JointEntropyLoss(nn.Module):
                 header.known,
             )
             parts = self.objective.parts(rows)
-            on_device = {n: w.to(device, dtype, copy=True) if isinstance(w, Tensor) else w for n, w in lambdas.items()}
-            terms = [w * parts.invariance[n] for n, w in on_device.items()]
-            loss = torch.stack(terms).sum() / len(plan.spaces) + parts.entropy
+            loss, share = parts.entropy, 1 / len(plan.spaces)
+            for name, w in lambdas.items():
+                c = parts.invariance[name]
+                if isinstance(w, Tensor):
+                    loss = torch.addcmul(loss, w.to(device, dtype, copy=True), c, value=share)
+                else:
+                    loss = torch.add(loss, c, alpha=w * share)
             if parts.content_entropy is not None:
                 loss = loss + parts.content_entropy
             if header.valid is not None:

@@ -71,9 +71,9 @@ class SimCLR(Objective):
             found = []
             for p in pairs:
                 cosine = next(rest)
-                found.append(mean_of_rows(cosine, -cosine, p, rows.trim, s))
+                found.append(mean_of_rows(cosine, cosine.neg, p, rows.trim, s))
             mean, count[name] = mean_over_keys(found, s)
-            invariance[name] = -mean / tau
+            invariance[name] = -mean / tau if isinstance(tau, Tensor) else mean * (-1 / tau)
             constraint[name] = 1 - mean
         v, b, d = joint.shape
         lse = log_sums(
@@ -85,7 +85,7 @@ class SimCLR(Objective):
             shards=s.times(v),
             known=self._known(rows, v * s.total, joint.dtype),
         ).view(v * b, 2 if rows.content_entropy else 1)  # -1 would not do: a rank may hold no row
-        entropy = s.mean(lse.sum(dim=0), v * s.total)
+        entropy = s.mean(lse.sum(dim=0), v * s.total).unbind()
         return Parts(
             invariance,
             constraint,
