@@ -207,7 +207,9 @@ def similarity_bound(temperature: float | Tensor, known: Known | None, floor: fl
     if known is not None:
         return largest_exponent(known.longest * known.longest, known.temperature)
     least = floor if isinstance(temperature, Tensor) else temperature
-    return None if least is None else largest_exponent(UNIT_ROW * UNIT_ROW, least)
+    bound = None if least is None else largest_exponent(UNIT_ROW * UNIT_ROW, least)
+    # A floor says what the range is, not what the temperature is: alone it does not call for two fp16 parts.
+    return None if isinstance(temperature, Tensor) and needs_two_parts(bound) else bound
 
 
 def _eager(z: Tensor, ids: Tensor, tau: Tensor, levels: Levels, s: _dist.Shards, known: Known | None) -> Tensor:
