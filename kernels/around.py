@@ -87,7 +87,9 @@ def prepare_kernel(
         if i + k == 0:
             scale, shift = a * a * LOG2E / tau, tl.maximum(longest * longest / tau + (log_n - EXPONENT), 0.0) * LOG2E
             o_p = tl.arange(0, 16)
-            tl.store(p_numbers + o_p, tl.where(o_p < 8, tl.where(o_p < 4, scale, shift), tl.where(o_p < 12, a / tau, a)))
+            tl.store(
+                p_numbers + o_p, tl.where(o_p < 8, tl.where(o_p < 4, scale, shift), tl.where(o_p < 12, a / tau, a))
+            )
         o_k = k * b_K + tl.arange(0, b_K)
         second = k * b_K >= k0
         source = tl.where(second, o_k - k0 + d0, o_k)

@@ -14,10 +14,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ssd_addon.kernels import around, launch_around, table, tiles
-from ssd_addon.kernels.launch_around import ROWS, modes, on_device_of, with_bounds
+from ssd_addon.kernels import around, choice, launch_around, tiles
+from ssd_addon.kernels.dispatch import capturing
+from ssd_addon.kernels.fast_product import add_product
+from ssd_addon.kernels.launch_around import ROWS, configuration, modes, on_device_of, with_bounds
 from ssd_addon.kernels.operands import LONGEST, Columns, Scaled, pointer, round_up
-from ssd_addon.kernels.table import Configuration
 
 WEIGHT_SCALE = 2.0**14
 """|W| <= 2 per level, and fp16 ends at 65504."""
@@ -28,14 +29,19 @@ PRODUCT_SCALE = LONGEST**2 / WEIGHT_SCALE
 STRIP_ELEMENTS = 2**23
 """Partial sums of a strip: slots x rows, so 32 MiB; twice that with the columns behind it."""
 
+WEIGHT_BYTES = 512 * 2**20
+"""All of W: both levels, in fp16 or float32."""
+
+SMALLEST_BLOCK = 1024
+"""Rows of a block of W that are not halved again, however little memory is free: 2 to 8 MiB."""
+
 INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
 
 
 def why_not(device: torch.device) -> str | None:
     """Why the kernels cannot run on this device, or None."""
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return None if major >= 8 else f"it needs compute capability 8.0 or higher, and {device} has {major}.{minor}"
+        return choice.why_not(choice.gpu_of(device), str(device))
     if device.type == "cpu" and INTERPRETED:
         return None
     return f"it needs a CUDA device, or TRITON_INTERPRET=1 in the environment on a CPU: the rows are on {str(device)!r}"
@@ -46,8 +52,25 @@ def block_rows(d: int, unit: int) -> int:
     return max(min(int(8.6e6 / max(d, 1)), 16384), 2048) // unit * unit
 
 
-def _configuration(x: Tensor, mode: str, width: int) -> Configuration:
-    return table.configuration(table.architecture(x.device), mode, width)
+def affordable_rows(rows: int, entry: int, free: int) -> int:
+    """At most so many rows of a block of W that all of W takes WEIGHT_BYTES, and a quarter of the memory that is free.
+
+    Args:
+        rows: wanted.
+        entry: bytes of an entry of W, of all levels together.
+        free: bytes that can be allocated.
+    """
+    while rows > SMALLEST_BLOCK and rows * rows * entry > min(WEIGHT_BYTES, free // 4):
+        rows //= 2
+    return rows
+
+
+def _free_memory(x: Tensor) -> int:
+    """Bytes that can be allocated; where a graph is captured nobody asks the driver."""
+    if not x.is_cuda or capturing(x.device):
+        return 4 * WEIGHT_BYTES
+    free, _ = torch.cuda.mem_get_info(x.device)
+    return int(free + torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device))
 
 
 # ------------------------------------------------------------------------------------------------ log-sums
@@ -64,7 +87,7 @@ def sums(a: Scaled, b: Scaled | None, columns: Columns, maximum: bool) -> Tensor
     """
     symmetric = b is None
     b_, n, e = a if b is None else b, a.n, len(columns.ends)
-    c = _configuration(a.x, modes(columns.prefix, maximum)[0], columns.d)
+    c = configuration(a.x.device, modes(columns.prefix, maximum)[0], columns.d)
     unit, ends = c.block_n // c.block_m, columns.operand_ends
     tiles_m, tiles_n = triton.cdiv(n, c.block_m), triton.cdiv(b_.n, c.block_n)
     strip = max(STRIP_ELEMENTS // max(b_.n * e, 1) // unit, 1) * unit
@@ -109,7 +132,7 @@ def gradient(
     """
     maximum, symmetric = log is not None, b is None
     n, d = a.n, columns.ends[-1]
-    c = _configuration(a.x, modes(columns.prefix, maximum)[1], columns.d)
+    c = configuration(a.x.device, modes(columns.prefix, maximum)[1], columns.d)
     if c.block_m != block_m:
         ratio = c.block_n // c.block_m
         own = with_bounds(a.x, a.ids, c.block_m, ratio).bounds
@@ -119,7 +142,11 @@ def gradient(
     b_, levels, ends = a if b is None else b, columns.levels, columns.operand_ends
     e, w_scale = len(levels), weight_scale(columns)
     log, every_log = (g, every_g) if log is None or every_log is None else (log, every_log)
-    size = block_rows(columns.d, c.block_n)
+    entry = e * (4 if columns.exact else 2)
+    wanted = min(block_rows(columns.d, c.block_n), round_up(max(n, b_.n), c.block_n))
+    small = wanted * wanted * entry <= WEIGHT_BYTES // 8  # too little to ask the driver about
+    free = 4 * WEIGHT_BYTES if small else _free_memory(a.x)
+    size = max(affordable_rows(wanted, entry, free) // c.block_n, 1) * c.block_n
     # Whole tiles, so that nothing is masked where it is stored.
     room_size = round_up(min(size, n), c.block_n) * round_up(min(size, b_.n), c.block_n)
     room = [launch_around.empty(a.x, (room_size,), torch.float32 if columns.exact else torch.float16) for _ in levels]
@@ -165,7 +192,7 @@ def _block_pairs(n: int, n_all: int, size: int, symmetric: bool) -> Iterator[tup
 
 def product_shape(device: torch.device, m: int, n: int, k: int) -> tuple[tuple[int, int], int]:
     """Of the matrix <a_i, b_j> of m and n rows of k columns, in whole tiles; and how many tiles these are."""
-    f = table.configuration(table.architecture(device), "products", k)
+    f = configuration(device, "products", k)
     tiles_ = triton.cdiv(m, f.block_m) * triton.cdiv(n, f.block_n)
     return (round_up(m, f.block_n), round_up(n, f.block_n)), tiles_
 
@@ -184,7 +211,7 @@ def products(
         k: columns that the operands were made of.
     """
     symmetric, pair = b is None, c is not None
-    f = _configuration(a, "products", k)
+    f = configuration(a.device, "products", k)
     b_ = a if b is None else b
     c_ = a if c is None else c
     d_ = d if d is not None else (c_ if pair else b_)
@@ -204,28 +231,3 @@ def products(
             b_M=f.block_m, b_N=f.block_n, b_K=f.block_k, **f.options(),
         )  # fmt: skip
     return total, w, second
-
-
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b, summed in float32: fp16 operands on CUDA, through float32 elsewhere."""
-    if a.is_cuda and a.dtype == torch.float16:
-        # torch 2.8 and 2.9 have the first but refuse a float32 `out`, older ones have neither; all refuse float32 sums
-        # where the user allows fp16 ones. They refuse before anything runs, so the next one may be tried.
-        for name, product in (("addmm", _addmm_in_place), ("mm", _mm_and_add)):
-            if name not in _REFUSED:
-                try:
-                    return product(out, a, b)
-                except (RuntimeError, AttributeError):
-                    _REFUSED.add(name)
-    out.addmm_(a.float(), b.float())
-
-
-_REFUSED: set[str] = set()
-
-
-def _addmm_in_place(out: Tensor, a: Tensor, b: Tensor) -> None:
-    torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
-
-
-def _mm_and_add(out: Tensor, a: Tensor, b: Tensor) -> None:
-    out += torch.ops.aten.mm.dtype(a, b, torch.float32)

@@ -15,8 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ssd_addon.kernels import around, table
+from ssd_addon.kernels import around, cache, table
 from ssd_addon.kernels.operands import Columns, Scaled, round_up
+from ssd_addon.kernels.table import Configuration
 
 ROWS = 64
 """Rows of a program of the kernels that read one or two numbers a row."""
@@ -25,6 +26,12 @@ ROWS = 64
 def empty(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """Where a kernel writes, on the device of x; the tests fill it with NaN."""
     return x.new_empty(shape, dtype=dtype)
+
+
+def configuration(device: torch.device, mode: str, width: int) -> Configuration:
+    """Of the tiles for rows of so many columns, as the user's cache or the table has it."""
+    own = cache.of_device(device)
+    return table.configuration(table.architecture(device), mode, width, None if own is None else own["configurations"])
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -36,7 +43,7 @@ def layout(device: torch.device, d: int, prefix: int, maximum: bool, exact: bool
 
     One layout for forward and backward.
     """
-    sums_, weights = (table.configuration(table.architecture(device), m, d) for m in modes(prefix, maximum))
+    sums_, weights = (configuration(device, m, d) for m in modes(prefix, maximum))
     return Columns(d, prefix, max(sums_.block_k, weights.block_k), exact), sums_.block_m, sums_.block_n // sums_.block_m
 
 
@@ -159,7 +166,7 @@ def finish(
 
 def product_layout(device: torch.device, k: int) -> tuple[Columns, int, int]:
     """How products lay out rows of k columns; see `layout`."""
-    f = table.configuration(table.architecture(device), "products", k)
+    f = configuration(device, "products", k)
     return Columns(k, 0, f.block_k), f.block_m, f.block_n // f.block_m
 
 

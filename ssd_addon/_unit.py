@@ -23,7 +23,7 @@ Pairs = tuple[tuple[int, int, int], ...]
 
 
 def joint_and_cosines(
-    z: Sequence[Tensor], pairs: Pairs, types: Sequence[torch.dtype] | None = None
+    z: Sequence[Tensor], pairs: Pairs, types: Sequence[torch.dtype] | None = None, fused: bool = False
 ) -> tuple[Joint, PairRows]:
     """Joint rows [V, B, sum of d_s] of unit length, and the cosines [P, B] of the pairs (view a, view b, space s).
 
@@ -35,10 +35,16 @@ def joint_and_cosines(
     Args:
         z: spaces [V, B, d_s], all of one type.
         types: the type in which each space came, before it was promoted for the loss; None: its type in z.
+        fused: by a Triton kernel, where triton runs. For float32, with the pairs of each space in a row.
     """
     smallest = tuple(map(without_direction, (t.dtype for t in z) if types is None else types))
     if torch.compiler.is_compiling():  # the compiler makes its own plan for memory
         return _plain(z, pairs, smallest)
+    if fused:
+        from ssd_addon.kernels.unit import FusedUnit
+
+        joint, cosines = FusedUnit.apply(pairs, smallest, *z)
+        return joint, cosines
     joint, cosines = _JointAndCosines.apply(pairs, smallest, *z)
     return joint, cosines
 
@@ -70,10 +76,25 @@ def _plain(z: Sequence[Tensor], pairs: Pairs, smallest: Sequence[float] | None =
     return torch.cat(unit, dim=-1) / math.sqrt(len(z)), cosines
 
 
+def _divisors(lengths: Tensor) -> Tensor:
+    """What rows are divided by, [S, V, B, 1], from their lengths [S, V, B]."""
+    return lengths.clamp(min=EPS).mul_(math.sqrt(len(lengths)))[..., None]
+
+
 def _row_products(a: Matrix, b: Matrix) -> Vector:
-    """<a_i, b_i> [B] of a, b [B, d], a few rows at a time."""
-    rows = range(0, len(a), ROWS)
-    return torch.cat([(a[r : r + ROWS] * b[r : r + ROWS]).sum(dim=-1) for r in rows]) if len(a) else a.new_zeros(0)
+    """<a_i, b_i> [B] of a, b [B, d]; on a CPU a few rows at a time, which stay in the cache."""
+    if len(a) <= ROWS or a.device.type != "cpu":
+        return (a * b).sum(dim=-1)
+    return torch.cat([(a[r : r + ROWS] * b[r : r + ROWS]).sum(dim=-1) for r in range(0, len(a), ROWS)])
+
+
+def second_derivative(ctx: "_JointContext", z: Sequence[Tensor], *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient by space of (joint, cosines) as a differentiable function of z and of both gradients."""
+    needed = ctx.needs_input_grad[2:]
+    out = outside_autocast(lambda *t: _plain(t, ctx.pairs, ctx.smallest), *z)
+    inputs = [t for t, need in zip(z, needed, strict=True) if need]
+    each = iter(torch.autograd.grad(out, inputs, grads, create_graph=True))
+    return tuple(next(each) if need else None for need in needed)
 
 
 class _JointContext(Context):
@@ -87,31 +108,32 @@ class _JointAndCosines(torch.autograd.Function):
     def forward(ctx: _JointContext, pairs: Pairs, smallest: tuple[float, ...], *z: Tensor) -> tuple[Tensor, Tensor]:
         s = len(z)
         joint = z[0].new_empty((*z[0].shape[:2], sum(t.shape[-1] for t in z)))
-        columns, lengths, start = [], [], 0
-        for t in z:
+        lengths = joint.new_empty((s, *joint.shape[:2]))
+        columns, start = [], 0
+        for t, length in zip(z, lengths, strict=True):
             columns.append(slice(start, start + t.shape[-1]))
-            length: Tensor = torch.linalg.vector_norm(t, dim=-1, keepdim=True)
-            lengths.append(length.masked_fill_(length.isinf(), math.nan))  # x / inf would be 0, a wrong number
-            torch.div(t, length.clamp(min=EPS) * math.sqrt(s), out=joint[..., columns[-1]])
+            torch.linalg.vector_norm(t, dim=-1, out=length)
             start += t.shape[-1]
+        lengths.masked_fill_(lengths.isinf(), math.nan)  # x / inf would be 0, a wrong number
+        for t, divisor, c in zip(z, _divisors(lengths), columns, strict=True):
+            torch.div(t, divisor, out=joint[..., c])
         rows = [_row_products(joint[a, :, columns[k]], joint[b, :, columns[k]]) for a, b, k in pairs]
-        ctx.save_for_backward(joint, *lengths, *z)
+        ctx.save_for_backward(joint, lengths, *z)
         ctx.pairs, ctx.smallest, ctx.columns = pairs, smallest, columns
-        return joint, torch.stack(rows) * s
+        return joint, torch.stack(rows).mul_(s)
 
     @staticmethod
     @backward_without_autocast
     def backward(ctx: _JointContext, grad: Tensor, grad_cosines: Tensor) -> tuple[Tensor | None, ...]:
-        joint, *rest = ctx.saved_tensors
-        s = len(rest) // 2
-        lengths, z, needed = rest[:s], rest[s:], ctx.needs_input_grad[2:]
+        joint, lengths, *z = ctx.saved_tensors
+        s, needed = len(z), ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # create_graph=True: a second derivative is wanted
-            out = outside_autocast(lambda *t: _plain(t, ctx.pairs, ctx.smallest), *z)
-            inputs = [t for t, need in zip(z, needed, strict=True) if need]
-            each = iter(torch.autograd.grad(out, inputs, (grad, grad_cosines), create_graph=True))
-            return None, None, *(next(each) if need else None for need in needed)
+            return None, None, *second_derivative(ctx, z, grad, grad_cosines)
         found: list[Tensor | None] = []
-        for k, (t, c, length) in enumerate(zip(z, ctx.columns, lengths, strict=True)):
+        divisors = _divisors(lengths)
+        # A row shorter than EPS was divided by EPS, and its length has no gradient.
+        factors = torch.where(lengths > EPS, -float(s), 0.0)
+        for k, c in enumerate(ctx.columns):
             if not needed[k]:
                 found.append(None)
                 continue
@@ -120,11 +142,9 @@ class _JointAndCosines(torch.autograd.Function):
                 if space == k:
                     dz[a].addcmul_(joint[b, :, c], g[:, None], value=s)
                     dz[b].addcmul_(joint[a, :, c], g[:, None], value=s)
-            for v in range(t.shape[0]):
-                # A row shorter than EPS was divided by EPS, and its length has no gradient.
-                along = torch.where(length[v] > EPS, _row_products(joint[v, :, c], dz[v])[:, None], 0)
-                dz[v].addcmul_(joint[v, :, c], along, value=-s).div_(length[v].clamp(min=EPS) * math.sqrt(s))
-                if ctx.smallest[k] >= 0:
-                    dz[v].masked_fill_(length[v] <= ctx.smallest[k], 0)
+            along = torch.stack([_row_products(joint[v, :, c], d) for v, d in enumerate(dz)]).mul_(factors[k])
+            dz.addcmul_(joint[..., c], along[..., None]).div_(divisors[k])
+            if ctx.smallest[k] >= 0:
+                dz.masked_fill_(lengths[k, ..., None] <= ctx.smallest[k], 0)
             found.append(dz)
         return None, None, *found

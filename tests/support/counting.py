@@ -54,8 +54,8 @@ class Counted(TorchDispatchMode):
 
 
 NO_LAUNCH = {
-    "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "_unsafe_view", "_reshape_alias",
-    "lift_fresh", "is_same_size", "promote_types", "result_type",
+    "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "_unsafe_view",
+    "_reshape_alias", "lift_fresh", "is_same_size", "promote_types", "result_type",
 }  # fmt: skip
 """Beside views: they allocate or describe, and nothing runs on the device."""
 TILES = {"sums_kernel", "weights_kernel", "products_kernel"}
