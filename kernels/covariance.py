@@ -126,7 +126,8 @@ class _Whole(torch.autograd.Function):
         ctx.group = group
         ctx.save_for_backward(c, x, *(() if y is None else (y,)))
         # By rows: one pass, with no loss of digits over the million entries.
-        return torch.linalg.vector_norm(c, dim=1).square().sum()
+        lengths: Tensor = torch.linalg.vector_norm(c, dim=1)
+        return lengths.square().sum()
 
     @staticmethod
     @backward_without_autocast

@@ -9,7 +9,7 @@ level by level, so that the matrix library too finds aligned rows where D or a p
 Legend: n rows, D columns, K columns of an operand (padded). Needs torch alone.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -105,9 +105,9 @@ class Scaled:
     numbers: Tensor
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """As an operator returns them."""
-        return tuple(getattr(self, f.name) for f in fields(self))
+        return self.x, self.other, self.rows, self.ids, self.bounds, self.numbers
 
     @property
     def n(self) -> int:

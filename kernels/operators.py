@@ -393,7 +393,7 @@ class EnergyOverRanks(torch.autograd.Function):
         def gradient(weights: Tensor, rows: Tensor) -> Tensor:
             b = _operand(rows.T)
             return launch_around.finish(
-                _product(weights, b.x), columns, x.shape, x.dtype, constant, grad, top, b.a, across=True
+                _product(weights, b.x), columns, (len(x), x.shape[1]), x.dtype, constant, grad, top, b.a, across=True
             )[0]
 
         dx = gradient(half, y)

@@ -44,7 +44,8 @@ class FusedUnit(torch.autograd.Function):
         joint, lengths, *z = ctx.saved_tensors
         if torch.is_grad_enabled():
             return None, None, *second_derivative(ctx, z, grad, grad_cosines)
-        (v, b), spaces, found = joint.shape[:2], len(z), []
+        (v, b), spaces = joint.shape[:2], len(z)
+        found: list[Tensor | None] = []
         for k, (columns, first, views) in enumerate(_places(ctx.pairs, z)):
             if not ctx.needs_input_grad[2 + k]:
                 found.append(None)

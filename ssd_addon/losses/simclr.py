@@ -82,8 +82,14 @@ class SimCLR(Objective):
         v, b = content.shape[:2]
         known = self._known(rows, v * s.total, content.dtype)
         bound = similarity_bound(tau, known, self.temperature_floor)
-        on_device = {"dtype": content.dtype, "device": content.device}
-        backend = log_sums_backend(rows.backend, s.times(v), triton_from=rows.triton_from, bound=bound, **on_device)
+        backend = log_sums_backend(
+            rows.backend,
+            s.times(v),
+            dtype=content.dtype,
+            device=content.device,
+            triton_from=rows.triton_from,
+            bound=bound,
+        )
         joint, cosines = joint_and_cosines(list(z.values()), flat, types, backend == "triton")  # [V, B, D], [pairs, B]
         count: dict[str, int | Tensor]
         if not rows.trim and all(len(pairs) == 1 and pairs[0].mask is None for pairs in rows.pairs.values()):
