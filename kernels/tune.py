@@ -310,11 +310,11 @@ def timings(f: Callable[[], Any], device: torch.device, repeats: tuple[int, int]
     found: list[float] = []
     until = time.monotonic() + seconds
     while len(found) < repeats[0] or (len(found) < repeats[1] and time.monotonic() < until):
-        found.append(_once(f, device))
+        found.append(once(f, device))
     return found
 
 
-def _once(f: Callable[[], Any], device: torch.device) -> float:
+def once(f: Callable[[], Any], device: torch.device) -> float:
     if device.type != "cuda":
         start = time.perf_counter()
         f()
