@@ -64,18 +64,18 @@ def through_float32(out: Tensor, a: Tensor, b: Tensor) -> None:
     """In TF32, which holds every fp16 number exactly, and in parts, so that no second W is allocated."""
     rows = max(COPY_ELEMENTS // max(a.shape[1], 1), 1)
     wide = b.float()
-    with tf32():
+    with float32_products(True):
         for start in range(0, a.shape[0], rows):
             out[start : start + rows].addmm_(a[start : start + rows].float(), wide)
 
 
 @contextlib.contextmanager
-def tf32() -> Iterator[None]:
-    """Float32 products on CUDA may run in TF32; the user's setting comes back."""
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Float32 products on CUDA run in TF32, or on no account; the user's setting comes back."""
     matmul = torch.backends.cuda.matmul
     name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
     before = getattr(matmul, name)
-    setattr(matmul, name, "tf32" if name == "fp32_precision" else True)
+    setattr(matmul, name, ("tf32" if tf32 else "ieee") if name == "fp32_precision" else tf32)
     try:
         yield
     finally:

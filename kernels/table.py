@@ -64,12 +64,14 @@ def configuration(arch: str, mode: str, width: int, own: Mapping[str, Any] | Non
 
 def is_configuration(values: Any) -> bool:
     """Whether a list from a file can be a `Configuration` that the kernels compile with."""
-    if not isinstance(values, list) or len(values) not in (7, 8):
+    fields = Configuration._fields
+    if not isinstance(values, list) or not 7 <= len(values) <= len(fields):
         return False
-    *sizes, descriptor, group = values[:7]
-    if not all(type(v) is int for v in (*sizes, group, *values[7:])) or type(descriptor) is not bool:
+    kinds = [Configuration.__annotations__[name] for name in fields]
+    if any(type(v) is not kind for v, kind in zip(values, kinds, strict=False)):
         return False
-    m, n, k, warps, stages = sizes
-    powers = all(v > 0 and v & (v - 1) == 0 for v in (m, n, k, warps))
-    fit = 16 <= m <= 256 and 16 <= k <= 256 and n in (m, 2 * m) and warps <= 16 and 1 <= stages <= 8
-    return powers and fit and 1 <= group <= 64 and all(0 <= v <= 255 for v in values[7:])
+    c = Configuration(*values)
+    powers = all(v > 0 and v & (v - 1) == 0 for v in (c.block_m, c.block_n, c.block_k, c.warps))
+    square = c.block_n in (c.block_m, 2 * c.block_m) or bool(getattr(c, "resident", False))
+    fit = all(16 <= v <= 256 for v in (c.block_m, c.block_n, c.block_k)) and c.warps <= 16 and 1 <= c.stages <= 8
+    return powers and square and fit and 1 <= c.group <= 64 and 0 <= c.registers <= 255

@@ -121,7 +121,7 @@ def test_products_through_float32_run_in_tf32_and_in_parts(monkeypatch, old):
     fast_product.through_float32(out[:, 2:7], a, b)
     torch.testing.assert_close(out[:, 2:7], 1 + a.float() @ b.float())
     assert out[:, :2].eq(1).all() and seen == [(4, True), (4, True), (3, True)] and not setting()
-    with pytest.raises(ZeroDivisionError), fast_product.tf32():
+    with pytest.raises(ZeroDivisionError), fast_product.float32_products(True):
         _ = 1 / 0
     assert not setting()
 
