@@ -1,9 +1,9 @@
 """Instructions of a compiled kernel by part: before its loop, in it, and after it. Reads what `nvdisasm -c` prints.
 
 A kernel's product loops are the cycles of its control flow that hold tensor-core instructions. "prologue" is the
-shortest way from the entry to the first of them, "loop" one turn of each, "epilogue" the shortest way from there to the
-end: what a tile executes that takes no optional branch (the comparison of image ids, a store across the diagonal).
-"whole" counts every instruction behind the first loop that can be reached, branches included. All counts are per warp.
+shortest way from the entry to the first of them, "loop" the shortest turn of each, "epilogue" the shortest way from
+there to the end: what a tile executes that takes no optional branch (the comparison of image ids, a store across the
+diagonal). "whole" counts every instruction that can be reached behind the first loop. All counts are per warp.
 """
 
 import heapq
@@ -12,6 +12,7 @@ from collections import Counter
 from typing import NamedTuple
 
 MMA = re.compile(r"^(HMMA|HGMMA|UTC\w*MMA)\b")
+JUMP = ("BRA", "CALL.REL.NOINC")  # the latter where ptxas lays a loop's end far from it
 WIDE = {"128": 4, "64": 2}
 PARTS = ("prologue", "loop", "epilogue", "whole")
 KINDS = ("total", "mma", "shfl", "mufu", "bar", "exchanged", "spills")
@@ -39,7 +40,7 @@ def blocks(text: str) -> list[Block]:
     for index, (names, _, operation, _) in enumerate(lines):
         if begin or names:
             starts.append(index)
-        begin = operation.startswith(("BRA", "EXIT"))
+        begin = operation.startswith((*JUMP, "EXIT"))
     place = {name: starts.index(index) for index, (names, *_) in enumerate(lines) for name in names}
     found_blocks = []
     for number, start in enumerate(starts):
@@ -47,8 +48,8 @@ def blocks(text: str) -> list[Block]:
         _, predicate, operation, target = lines[stop - 1]
         # BRA.U and the like carry their condition as an operand
         conditional = bool(predicate) or operation.startswith(("BRA.U", "BRA.DIV"))
-        follows = [place[target]] if operation.startswith("BRA") and target in place else []
-        if (conditional or not operation.startswith(("BRA", "EXIT"))) and number + 1 < len(starts):
+        follows = [place[target]] if operation.startswith(JUMP) and target in place else []
+        if (conditional or not operation.startswith((*JUMP, "EXIT"))) and number + 1 < len(starts):
             follows.append(number + 1)
         found_blocks.append(Block([line[2] for line in lines[start:stop]], follows))
     return found_blocks
@@ -122,14 +123,22 @@ def parts(text: str) -> dict[str, dict[str, int]]:
     def operations(chosen: list[int]) -> list[str]:
         return [o for k in chosen for o in every[k].instructions]
 
+    def outside(loop: set[int]) -> set[int]:
+        return set(range(len(every))) - loop
+
     found: dict[str, list[str]] = {part: [] for part in PARTS}
     starts, part = {0}, "prologue"
     for loop in loops:
         heads = {k for k in loop if any(k in every[p].follows for p in range(len(every)) if p not in loop)}
         found[part] += operations(shortest(every, starts, heads, set()))
-        found["loop"] += operations(sorted(loop))
+        turns = [[h, *shortest(every, {f for f in every[h].follows if f in loop}, {h}, outside(loop))] for h in heads]
+        turn = min(turns, key=lambda turn: len(operations(turn)))
+        # On sm_100 one elected thread issues the products, in a branch of its own.
+        elected = [k for k in sorted(loop - set(turn)) if any(MMA.match(o) for o in every[k].instructions)]
+        found["loop"] += operations(turn) + [o for o in operations(elected) if MMA.match(o)]
         starts, part = {f for k in loop for f in every[k].follows if f not in loop}, "epilogue"
-    tails = [(shortest(every, starts, {end}, set()), end) for end in ends if end in starts or _leads(every, starts, end)]
+    within = starts.union(*(reached(every, s) for s in starts))
+    tails = [(shortest(every, starts, {end}, set()), end) for end in ends & within]
     way, end = min(tails, key=lambda t: len(operations(t[0])) + len(every[t[1]].instructions))
     found[part] += operations([*way, end])
     if loops:
@@ -137,7 +146,3 @@ def parts(text: str) -> dict[str, dict[str, int]]:
         behind = reached(every, min(loops[0])) - inside
         found["whole"] = operations(sorted(behind))
     return {name: count(o) for name, o in found.items()}
-
-
-def _leads(every: list[Block], starts: set[int], end: int) -> bool:
-    return any(end in reached(every, s) for s in starts)

@@ -64,7 +64,7 @@ def resident_kernel(
     else:
         x = tl.load(a + tl.minimum(o_m, n_m - 1).to(tl.int64)[:, None] * stride_a + o_k[None, :])
     dx = tl.zeros((b_M, b_K), tl.float32)
-    for j in range(0, tl.cdiv(n_n, b_N)):
+    for j in range(tl.cdiv(n_n, b_N)):
         o_n = j * b_N + tl.arange(0, b_N)
         m_n = o_n < n_n
         if DESCRIPTOR:
