@@ -12,7 +12,11 @@ from collections import Counter
 from typing import NamedTuple
 
 MMA = re.compile(r"^(HMMA|HGMMA|UTC\w*MMA)\b")
-JUMP = ("BRA", "CALL.REL.NOINC")  # the latter where ptxas lays a loop's end far from it
+JUMP = (
+    "BRA",
+    "BRX",
+    "CALL.REL.NOINC",
+)  # the latter also where ptxas lays a loop's end far from it, and nothing returns
 WIDE = {"128": 4, "64": 2}
 PARTS = ("prologue", "loop", "epilogue", "whole")
 KINDS = ("total", "mma", "shfl", "mufu", "bar", "exchanged", "spills")
@@ -25,7 +29,7 @@ class Block(NamedTuple):
 
 def blocks(text: str) -> list[Block]:
     """Basic blocks of the first function of a disassembly."""
-    lines: list[tuple[list[str], str, str, str]] = []  # labels, predicate, operation, target
+    lines: list[tuple[list[str], str, str, list[str]]] = []  # labels, predicate, operation, targets
     labels: list[str] = []
     for line in text.splitlines():
         if lines and line.lstrip().startswith(".section"):
@@ -33,23 +37,24 @@ def blocks(text: str) -> list[Block]:
         if found := re.match(r"(\.L_\w+):", line):
             labels.append(found[1])
         elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", line):
-            target = re.search(r"\((\.L_\w+)\)", found[3])
-            lines.append((labels, found[1] or "", found[2], target[1] if target else ""))
+            lines.append((labels, found[1] or "", found[2], re.findall(r"\.L_\w+", found[3])))
             labels = []
     starts, begin = [], True
     for index, (names, _, operation, _) in enumerate(lines):
         if begin or names:
             starts.append(index)
-        begin = operation.startswith((*JUMP, "EXIT"))
+        begin = operation.startswith((*JUMP, "EXIT", "RET"))
     place = {name: starts.index(index) for index, (names, *_) in enumerate(lines) for name in names}
+    returns = any(operation.startswith("RET") for _, _, operation, _ in lines)
     found_blocks = []
     for number, start in enumerate(starts):
         stop = starts[number + 1] if number + 1 < len(starts) else len(lines)
-        _, predicate, operation, target = lines[stop - 1]
+        _, predicate, operation, targets = lines[stop - 1]
         # BRA.U and the like carry their condition as an operand
         conditional = bool(predicate) or operation.startswith(("BRA.U", "BRA.DIV"))
-        follows = [place[target]] if operation.startswith(JUMP) and target in place else []
-        if (conditional or not operation.startswith((*JUMP, "EXIT"))) and number + 1 < len(starts):
+        conditional = conditional or (returns and operation.startswith("CALL"))
+        follows = [place[t] for t in targets if t in place] if operation.startswith(JUMP) else []
+        if (conditional or not operation.startswith((*JUMP, "EXIT", "RET"))) and number + 1 < len(starts):
             follows.append(number + 1)
         found_blocks.append(Block([line[2] for line in lines[start:stop]], follows))
     return found_blocks
@@ -118,7 +123,7 @@ def parts(text: str) -> dict[str, dict[str, int]]:
     """Counts by part and kind of a disassembled kernel; without a product loop all is prologue."""
     every = blocks(text)
     loops = product_loops(every)
-    ends = {k for k, b in enumerate(every) if b.instructions[-1].startswith("EXIT") and k + 1 not in b.follows}
+    exits = {k for k, b in enumerate(every) if b.instructions[-1].startswith("EXIT")}
 
     def operations(chosen: list[int]) -> list[str]:
         return [o for k in chosen for o in every[k].instructions]
@@ -138,7 +143,9 @@ def parts(text: str) -> dict[str, dict[str, int]]:
         found["loop"] += operations(turn) + [o for o in operations(elected) if MMA.match(o)]
         starts, part = {f for k in loop for f in every[k].follows if f not in loop}, "epilogue"
     within = starts.union(*(reached(every, s) for s in starts))
-    tails = [(shortest(every, starts, {end}, set()), end) for end in ends & within]
+    # A conditional exit is an early one, unless the kernel ends by no other.
+    ends = {k for k in exits & within if not every[k].follows} or exits & within
+    tails = [(shortest(every, starts, {end}, set()), end) for end in ends]
     way, end = min(tails, key=lambda t: len(operations(t[0])) + len(every[t[1]].instructions))
     found[part] += operations([*way, end])
     if loops:

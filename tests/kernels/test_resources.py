@@ -180,3 +180,19 @@ def test_without_a_loop_all_is_prologue():
     text = DISASSEMBLY.replace("HMMA", "FFMA")
     parts = sass.parts(text)
     assert parts["prologue"]["total"] == 3 + 5 and parts["loop"]["total"] == parts["whole"]["total"] == 0
+
+
+def test_a_jump_by_a_register_leads_to_all_its_targets():
+    jump = """BRX R4 -0xd0 (*"BRANCH_TARGETS .L_x_6,.L_x_4"*)"""
+    text = DISASSEMBLY.replace("@P0 BRA `(.L_x_4)", jump).replace(
+        "BAR.SYNC.DEFER_BLOCKING", "BRA `(.L_x_4) ;\n.L_x_6:\n /*00e8*/ BAR"
+    )
+    assert sass.parts(text)["epilogue"]["total"] == 5
+
+
+def test_a_call_that_returns_is_passed_by():
+    """A division's slow path is a function of its own; its instructions are not of the shortest way."""
+    called = DISASSEMBLY.replace("@P0 BRA `(.L_x_4)", "CALL.REL.NOINC `(.L_x_5)")
+    called = called.replace("BRA `(.L_x_5)", "RET.REL.NODEC R2 `(kernel)")
+    parts = sass.parts(called)
+    assert parts["epilogue"]["total"] == 7 and parts["whole"]["total"] == 8
