@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
-from ssd_addon.collate import ImageFiles, StructuredCollate
+from ssd_addon import NativeCrops, StructuredCollate, StructuredViews
+from ssd_addon.collate import ImageFiles
 from ssd_addon.metrics import OnlineProbes
 from ssd_addon.runs import ResumableSampler
 
@@ -93,7 +94,10 @@ class Photographs(Dataset):
 
 
 class Loaders:
-    """Training images and, where there is a val folder, held-out ones, for one rank: uint8, of one size.
+    """Training images and, where there is a val folder, held-out ones, for one rank: uint8.
+
+    Of training images the workers make the crops of all `views`, each from the image at its own size; with a load size
+    they make images of one size, which are cropped later, with fewer pixels.
 
     Attributes:
         data, held_out: the photographs; held_out is None without a val folder.
@@ -101,15 +105,16 @@ class Loaders:
         unscored: why no probe can be trained, "" where one can.
     """
 
-    def __init__(self, args: Any, world: int, rank: int, pinned: bool) -> None:
+    def __init__(self, args: Any, views: StructuredViews, world: int, rank: int, pinned: bool) -> None:
         folder = args.data / "train" if (args.data / "train").is_dir() else args.data
-        self.data, self.held_out = Photographs(folder, args.broken, args.load_size, args.workers), None
+        collate = StructuredCollate(args.load_size) if args.load_size else NativeCrops(views)
+        least = args.load_size or collate.short_side
+        self.data, self.held_out = Photographs(folder, args.broken, least, args.workers), None
         self.args, self.classes = args, len(self.data.files.classes)
         self.sampler = ResumableSampler(self.data, world, rank, shuffle=True, seed=args.seed)
         self.draws = torch.Generator()  # of the loaders: the global generator belongs to the model
         common = {"num_workers": args.workers, "pin_memory": pinned, "generator": self.draws}
         common |= {"timeout": args.timeout} if args.workers else {}
-        collate = StructuredCollate(args.load_size)
         self.loader = DataLoader(
             self.data, args.batch_size, sampler=self.sampler, collate_fn=collate, drop_last=True, **common
         )

@@ -40,8 +40,8 @@ class ImageFiles(Dataset[tuple[Image.Image, int, str]]):
     Args:
         root: the folder.
         short_side: pixels that images are needed at, such as the size of a `StructuredCollate` that comes after: JPEGs
-            of twice as many or more are decoded at 1/2, 1/4 or 1/8 of their size, which is several times as fast. None:
-            images as they are.
+            of twice as many or more are decoded at 1/2, 1/4 or 1/8 of their size, which is several times as fast, and
+            other formats reduced by a whole number, which takes less memory. None: images as they are.
         broken: "raise", or "skip": a file that cannot be decoded (a truncated JPEG, an image beyond Pillow's pixel
             limit), is missing or may not be read is replaced by another image, with the label and name of that image.
             The replacement is the same in every epoch and worker, and different broken files get different ones where
