@@ -53,14 +53,13 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
     if saved.there() and not args.resume:
         raise FileExistsError(f"{args.out} holds the checkpoint of another run: give --resume, or another --out")
 
-    # Views and data. The loader makes the crops, of uint8; the other operations run on the device.
+    # Views and data. The loader makes the crops (uint8), the device does the other operations.
     preset = "content_only" if args.method == "content-only" else args.preset
     given = {"family": args.family, "sets": args.cross_image, "size": args.size}
     made = recipe(preset, **given)
     views = StructuredViews(**made.views, plan=args.plan, seed=args.seed)
     loaders = Loaders(args, views, world, rank, gpu)
-    data, held_out, classes = loaders.data, loaders.held_out, loaders.classes
-    per_epoch = loaders.steps
+    data, held_out, classes, per_epoch = loaders.data, loaders.held_out, loaders.classes, loaders.steps
     total, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
     stop = min(total, args.steps or total)
 

@@ -58,6 +58,12 @@ def parse(argv: list[str] | None, text: str | None = None) -> argparse.Namespace
         help="make photographs squares of this edge before they are cropped, on the device: less work for the workers, "
         "coarser crops (default: workers crop every photograph at its full resolution)",
     )
+    p.add_argument(
+        "--decode",
+        choices=("pil", "torchcodec"),
+        default="pil",
+        help="torchcodec: faster for JPEGs at full size",
+    )
     p.add_argument("--batch-size", type=whole, default=64, help="images per process")
     p.add_argument("--accumulate", type=whole, default=1, metavar="N", help="batches whose gradients make one step")
     p.add_argument("--epochs", type=whole, default=100)

@@ -28,10 +28,11 @@ class Photographs(Dataset):
     reading is noted, for the error of one that was killed or that does not come to an end.
     """
 
-    def __init__(self, root: Path, broken: str, size: int, workers: int = 0, scored: bool = False) -> None:
-        self.files, self.scored = ImageFiles(root, broken=broken, short_side=size), scored
+    def __init__(self, root: Path, args: Any, size: int, scored: bool = False) -> None:
+        self.files = ImageFiles(root, broken=args.broken, short_side=size, decode=args.decode)
+        self.scored = scored
         self.replaced = torch.zeros(len(self.files), dtype=torch.uint8).share_memory_()
-        self.reading = torch.full((max(1, workers),), NONE).share_memory_()
+        self.reading = torch.full((max(1, args.workers),), NONE).share_memory_()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -109,7 +110,7 @@ class Loaders:
         folder = args.data / "train" if (args.data / "train").is_dir() else args.data
         collate = StructuredCollate(args.load_size) if args.load_size else NativeCrops(views)
         least = args.load_size or collate.short_side
-        self.data, self.held_out = Photographs(folder, args.broken, least, args.workers), None
+        self.data, self.held_out = Photographs(folder, args, least), None
         self.args, self.classes = args, len(self.data.files.classes)
         self.sampler = ResumableSampler(self.data, world, rank, shuffle=True, seed=args.seed)
         self.draws = torch.Generator()  # of the loaders: the global generator belongs to the model
@@ -131,7 +132,7 @@ class Loaders:
             why = f"{self.classes} classes, {len(self.data)} images"
             self.unscored = f"no probes: {why}, so no class has a second image to be recognized by"
         elif (args.data / "val").is_dir():
-            self.held_out = Photographs(args.data / "val", args.broken, args.size, args.workers, scored=True)
+            self.held_out = Photographs(args.data / "val", args, args.size, scored=True)
             if self.held_out.files.classes != self.data.files.classes:
                 raise ValueError(f"{args.data}: expected the same class folders in train and val")
             mine = Subset(self.held_out, range(rank, len(self.held_out), world))

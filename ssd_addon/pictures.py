@@ -1,11 +1,13 @@
 """Image files, PIL images and arrays of every mode as upright 8-bit RGB, before anything is resized."""
 
+import io
 import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from ssd_addon import _checks
+from ssd_addon._optional import needs
 
 Levels = npt.NDArray[np.uint8]
 
@@ -37,11 +40,11 @@ _LOWER |= {f"{mode};16N": f"{mode};16{'B' if sys.byteorder == 'little' else 'L'}
 _LOWER["LA;16B"] = "RGBA"
 
 
-def read(path: str | Path, short: int | None = None) -> Image.Image:
+def read(path: str | Path | IO[bytes], short: int | None = None) -> Image.Image:
     """The image of a file, as `rgb` makes it, without the metadata that would rotate it a second time.
 
     Args:
-        path: of the file.
+        path: of the file, or the file itself.
         short: pixels that its short side is needed at, where that is less than it has: a JPEG is then decoded at 1/2,
             1/4 or 1/8 of its size, the smallest that has as many; other images are decoded, and each becomes the mean
             of its blocks of 2 x 2, 3 x 3, ... pixels.
@@ -58,7 +61,7 @@ def read(path: str | Path, short: int | None = None) -> Image.Image:
             return _read(path, short)
 
 
-def _read(path: str | Path, short: int | None) -> Image.Image:
+def _read(path: str | Path | IO[bytes], short: int | None) -> Image.Image:
     with Image.open(path) as image:
         if short is not None and min(image.size) >= 2 * short:
             scale = short / min(image.size)
@@ -71,6 +74,27 @@ def _read(path: str | Path, short: int | None) -> Image.Image:
     for key in _ORIENTED:
         picture.info.pop(key, None)
     return picture
+
+
+def torchcodec_decoders() -> Any:
+    with needs("decode='torchcodec'"):
+        return import_module("torchcodec.decoders")
+
+
+def read_by_torchcodec(path: str | Path, short: int | None = None) -> Tensor:
+    """The same as a tensor [3, H, W] uint8; JPEGs by torchcodec, everything that it does not do by Pillow.
+
+    Torchcodec decodes no other size than that of the file and does not turn images upright, so files that are to be
+    reduced, turned or converted from CMYK go to Pillow, as do other formats.
+    """
+    data = Path(path).read_bytes()
+    with Image.open(io.BytesIO(data)) as image:
+        jpeg = image.format == "JPEG" and image.mode in ("L", "RGB") and _orientation(image) == 1
+        fits = short is None or min(image.size) < 2 * short
+    if jpeg and fits:
+        levels: Tensor = torchcodec_decoders().decode_jpeg(data, mode="RGB")
+        return levels
+    return tensor(read(io.BytesIO(data), short))
 
 
 def rgb(image: Image.Image) -> Image.Image:
