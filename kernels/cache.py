@@ -23,7 +23,17 @@ from ssd_addon.kernels import choice, table
 from ssd_addon.kernels.choice import Gpu
 
 FORMAT = 1
-SOURCES = ("tiles.py", "launch.py", "around.py", "launch_around.py", "operands.py", "operators.py", "streaming.py")
+SOURCES = (
+    "tiles.py",
+    "resident.py",
+    "launch.py",
+    "around.py",
+    "launch_around.py",
+    "operands.py",
+    "operators.py",
+    "energies.py",
+    "streaming.py",
+)
 """What a measurement depends on."""
 
 

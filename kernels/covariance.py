@@ -88,15 +88,15 @@ def by_rows(n: int, d: int, group: ProcessGroup | None) -> bool:
 
 
 def _triton(x: Tensor, y: Tensor | None, group: ProcessGroup | None) -> Tensor:
-    from ssd_addon.kernels import operators
+    from ssd_addon.kernels import energies
 
     out: Tensor
     if group is not None:
-        out = operators.EnergyOverRanks.apply(x, y, group)
+        out = energies.EnergyOverRanks.apply(x, y, group)
         return out
     if not x.shape[0]:
         return (x.sum() + (0 if y is None else y.sum())).float() * 0
-    out = operators.off_diagonal_energy(x, y, by_rows(x.shape[0], x.shape[1], group))[0]
+    out = energies.off_diagonal_energy(x, y, by_rows(x.shape[0], x.shape[1], group))[0]
     return out
 
 

@@ -14,10 +14,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ssd_addon.kernels import around, choice, launch_around, tiles
+from ssd_addon.kernels import around, choice, launch_around, resident, tiles
 from ssd_addon.kernels.dispatch import capturing
 from ssd_addon.kernels.fast_product import add_product
-from ssd_addon.kernels.launch_around import ROWS, configuration, modes, on_device_of, with_bounds
+from ssd_addon.kernels.launch_around import ROWS, configuration, modes, on_device_of, weights_configuration, with_bounds
 from ssd_addon.kernels.operands import LONGEST, Columns, Scaled, pointer, round_up
 
 WEIGHT_SCALE = 2.0**14
@@ -132,16 +132,24 @@ def gradient(
     """
     maximum, symmetric = log is not None, b is None
     n, d = a.n, columns.ends[-1]
-    c = configuration(a.x.device, modes(columns.prefix, maximum)[1], columns.d)
-    if c.block_m != block_m:
-        ratio = c.block_n // c.block_m
+    c = weights_configuration(a.x.device, columns.d, columns.prefix, maximum, columns.exact)
+    ratio = max(c.block_n // c.block_m, 1)
+    own, bounds = a.bounds, (a if b is None else b).bounds
+    if c.block_m != block_m:  # the tiles of the sums have another height
         own = with_bounds(a.x, a.ids, c.block_m, ratio).bounds
         bounds = own if b is None else with_bounds(b.x, b.ids, c.block_m, ratio).bounds
-    else:
-        own, bounds = a.bounds, (a if b is None else b).bounds
     b_, levels, ends = a if b is None else b, columns.levels, columns.operand_ends
     e, w_scale = len(levels), weight_scale(columns)
     log, every_log = (g, every_g) if log is None or every_log is None else (log, every_log)
+    if c.resident:
+        if columns.prefix:
+            raise ValueError("a configuration that keeps the gradient in registers: expected one space: got a prefix")
+        if c.block_n != c.block_m:  # one row of tiles against another height of columns
+            bounds = with_bounds(b_.x, b_.ids, c.block_n, 1).bounds
+        out = launch_around.empty(a.x, (n, d))
+        with on_device_of(a.x):
+            resident.gradient(a, b_, own, bounds, log, every_log, g, every_g, maximum, w_scale, c, out)
+        return out
     entry = e * (4 if columns.exact else 2)
     wanted = min(block_rows(columns.d, c.block_n), round_up(max(n, b_.n), c.block_n))
     small = wanted * wanted * entry <= WEIGHT_BYTES // 8  # too little to ask the driver about

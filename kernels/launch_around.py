@@ -43,8 +43,17 @@ def layout(device: torch.device, d: int, prefix: int, maximum: bool, exact: bool
 
     One layout for forward and backward.
     """
-    sums_, weights = (configuration(device, m, d) for m in modes(prefix, maximum))
-    return Columns(d, prefix, max(sums_.block_k, weights.block_k), exact), sums_.block_m, sums_.block_n // sums_.block_m
+    sums = configuration(device, modes(prefix, maximum)[0], d)
+    weights = weights_configuration(device, d, prefix, maximum, exact)
+    wide = max(triton.next_power_of_2(d), 16) if weights.resident else weights.block_k
+    return Columns(d, prefix, max(sums.block_k, wide), exact), sums.block_m, sums.block_n // sums.block_m
+
+
+def weights_configuration(device: torch.device, d: int, prefix: int, maximum: bool, exact: bool) -> Configuration:
+    """Of the gradient. Two fp16 parts take that of rows which are too wide to stay in registers."""
+    mode = modes(prefix, maximum)[1]
+    c = configuration(device, mode, d)
+    return configuration(device, mode, c.block_k + 1) if c.resident and exact else c
 
 
 def modes(prefix: int, maximum: bool) -> tuple[str, str]:
@@ -88,6 +97,21 @@ def prepare(
     if n:
         _prepare(z, ids, out, columns, block_m, tau, longest, limit, total)
     return out
+
+
+def check_layout(a: Scaled, columns: Columns, block_m: int, ratio: int) -> None:
+    """Refuse operands of other tiles: they would be read beyond their end.
+
+    Raises:
+        RuntimeError: the tiles have changed since the forward pass.
+    """
+    tiles = round_up(triton.cdiv(a.n, block_m) + ratio, 4)
+    if a.x.shape[1] != columns.operand_ends[-1] or a.bounds.shape[1] != tiles:
+        raise RuntimeError(
+            "negative_lse, backward: expected the tiles of the forward pass, which a measurement or another table has "
+            f"changed since: got operands of {a.x.shape[1]} columns for {columns.operand_ends[-1]}, and "
+            f"{a.bounds.shape[1]} tiles for {tiles}"
+        )
 
 
 def with_bounds(x: Tensor, ids: Tensor, block_m: int, ratio: int) -> Scaled:

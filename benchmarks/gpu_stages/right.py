@@ -15,7 +15,6 @@ import triton
 from gpu_stages import peers
 from gpu_stages.here import TAU, Here, left, synchronize
 from ssd_addon.kernels import check, choice, negative_lse, off_diagonal_energy, operators, tune
-from ssd_addon.kernels.operands import scaled_rows
 
 
 def machine() -> dict[str, Any]:
@@ -86,12 +85,12 @@ def other_paths() -> dict[str, Any]:
     b = z.bfloat16()
     b_want = negative_lse(b.double(), ids, TAU, backend="streaming")
     r["bfloat16"] = (negative_lse(b, ids, TAU, backend="triton") - b_want).abs().max().item()
-    one, tau = torch.ones((), device=Here.device), torch.tensor(TAU, device=Here.device)
-    x, g = scaled_rows(z, one, exact=False), torch.ones(1, n, device=Here.device)
-    lse = operators.lse_rows(x, None, ids, ids, tau, one, 0, False)
-    r["rectangle"] = (operators.lse_rows(x, x.clone(), ids, ids, tau, one, 0, False) - lse).abs().max().item()
-    dx = operators.lse_rows_grad(x, None, ids, ids, tau, one, lse, lse, g, g, 0, False)
-    other = operators.lse_rows_grad(x, x.clone(), ids, ids, tau, one, lse, lse, g, g, 0, False)
+    x = list(operators.prepared(z, ids, None, None, TAU, 1.0, n, 0, False, False))
+    g, form = torch.ones(1, n, device=Here.device), (d, 0, False, False)
+    lse = operators.lse_rows(x, [], *form)
+    r["rectangle"] = (operators.lse_rows(x, [t.clone() for t in x], *form) - lse).abs().max().item()
+    dx, _ = operators.lse_rows_grad(g, lse, x, [], 0, *form, False, torch.float32)
+    other, _ = operators.lse_rows_grad(g, lse, x, [t.clone() for t in x], 0, *form, False, torch.float32)
     r["rectangle, gradient"] = ((other - dx).norm() / dx.norm()).item()
     r["ok"] = r["split"] < 2e-3 and r["float32"] < 1e-3 and r["bfloat16"] < 3e-3 and r["rectangle"] < 1e-4
     r["ok"] = r["ok"] and r["rectangle, gradient"] < 2e-3

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ssd_addon import Embeddings, JointEntropyLoss, StyleHeads, ViewPlan
-from ssd_addon.kernels import dispatch, launch, negative_lse, off_diagonal_energy, operators, table
+from ssd_addon.kernels import dispatch, energies, launch, negative_lse, off_diagonal_energy, operators, table
 
 # The interpreter computes with numpy, which warns of what is masked afterwards (a row's similarity to its own image).
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -358,8 +358,8 @@ def samples():
     some = list(prepared(z[:20], ids[:20], 0.1, 5, True))
     lse, lse_two = operators.lse_rows(x, [], 12, 0, False, False), operators.lse_rows(two, [], 12, 5, True, False)
     a, b = x[0][:20], x[0][11:]
-    _, *columns = operators.off_diagonal_energy(z, None, False)
-    _, *rows = operators.off_diagonal_energy(z, z + 1, True)
+    _, *columns = energies.off_diagonal_energy(z, None, False)
+    _, *rows = energies.off_diagonal_energy(z, z + 1, True)
     kind = torch.float16
     return {
         "negative_lse": (leaf, ids, t, None, 0.0, 1.0, 0, False, False),

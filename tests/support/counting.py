@@ -8,7 +8,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import GridExecutor
 
-from ssd_addon.kernels import launch, operators
+from ssd_addon.kernels import energies, launch
 
 OPERATORS = {
     "_local_scalar_dense", "equal", "nonzero", "masked_select", "bincount",
@@ -75,9 +75,9 @@ class Launches(TorchDispatchMode):
 
     def __enter__(self):
         if not self._depth:
-            self._run, self._product = GridExecutor.__call__, operators.add_product
+            self._run, self._product = GridExecutor.__call__, energies.add_product
             GridExecutor.__call__ = functools.partialmethod(_launched, self, self._run)
-            launch.add_product = operators.add_product = self._multiplied
+            launch.add_product = energies.add_product = self._multiplied
         self._depth += 1
         return super().__enter__()
 
@@ -86,7 +86,7 @@ class Launches(TorchDispatchMode):
         self._depth -= 1
         if not self._depth:
             GridExecutor.__call__ = self._run
-            launch.add_product = operators.add_product = self._product
+            launch.add_product = energies.add_product = self._product
 
     def _multiplied(self, *args):
         self.products += 1
