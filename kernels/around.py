@@ -168,7 +168,8 @@ def fold_kernel(
         tl.store(p_top + base + o_n, top, mask=m_n & (o_n >= stop))
     else:
         top = tl.zeros((b_N,), tl.float32) + tl.load(p_shift)
-    lse = tl.where(total == 0.0, float("nan"), (tl.log2(total) + top) / LOG2E)
+    nothing = total == 0.0
+    lse = tl.where(nothing, float("nan"), (tl.log2(tl.where(nothing, 1.0, total)) + top) / LOG2E)
     tl.store(p_lse + base + o_n, lse, mask=near)
 
 

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from ssd_addon import _dist
 from ssd_addon._autocast import Context, backward_without_autocast
 from ssd_addon.kernels import launch, launch_around
+from ssd_addon.kernels.direct import chosen, direct, traced
 from ssd_addon.kernels.fast_product import add_product
 from ssd_addon.kernels.launch import PRODUCT_SCALE, WEIGHT_SCALE
 from ssd_addon.kernels.operands import Scaled, longest_row
@@ -40,12 +41,10 @@ def _(a, b, c, d, skip_diagonal, half, k):  # type: ignore[no-untyped-def]
 
 def _operand(x: Tensor) -> Scaled:
     """Rows of x [m, K] for a product; they are scaled by the longest of them."""
-    columns, block_m, ratio = launch_around.product_layout(x.device, x.shape[1])
-    return launch_around.prepare(x, None, columns, block_m, ratio, longest=longest_row(x))
+    return launch_around.prepare(x, None, launch_around.product_layout(x.device, x.shape[1]), longest=longest_row(x))
 
 
-@torch.library.custom_op("ssd_addon::off_diagonal_energy", mutates_args=())
-def off_diagonal_energy(x: Tensor, y: Tensor | None, by_rows: bool) -> Eight:
+def _off_diagonal_energy(x: Tensor, y: Tensor | None, by_rows: bool) -> Eight:
     """sum_{k != l} (X^T Y)_kl^2 (0-dim float32) of x, y [n, D]; y None means x. And what the backward needs.
 
     by_rows: through ||X^T Y||_F^2 = <X X^T, Y Y^T> and sum_k C_kk^2; else through X^T Y. Behind the energy come, in
@@ -68,13 +67,15 @@ def off_diagonal_energy(x: Tensor, y: Tensor | None, by_rows: bool) -> Eight:
     return energy, w, second, a.x, other, diagonal, a.numbers, numbers
 
 
+off_diagonal_energy = torch.library.custom_op("ssd_addon::off_diagonal_energy", _off_diagonal_energy, mutates_args=())
+
+
 @off_diagonal_energy.register_fake
 def _(x, y, by_rows):  # type: ignore[no-untyped-def]
     m, k = x.shape if by_rows else x.T.shape
-    columns, *tile = launch_around.product_layout(x.device, k)
     size, _ = launch.product_shape(x.device, m, m, k)
     half, full = {"dtype": torch.float16}, {"dtype": torch.float32}
-    a = launch_around.new_scaled(x, m, columns, *tile)
+    a = launch_around.new_scaled(x, m, launch_around.product_layout(x.device, k))
     return (
         x.new_empty((), **full),
         x.new_empty(size, **half),
@@ -87,17 +88,19 @@ def _(x, y, by_rows):  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.custom_op("ssd_addon::off_diagonal_energy_backward", mutates_args=())
-def off_diagonal_energy_backward(
-    grad: Tensor, w: Tensor, second: Tensor, a: Tensor, b: Tensor, diagonal: Tensor, numbers: Tensor,
+def _off_diagonal_energy_backward(
+    grad: Tensor, energy: Tensor, w: Tensor, second: Tensor, a: Tensor, b: Tensor, diagonal: Tensor, numbers: Tensor,
     numbers_b: Tensor, n: int, d: int, by_rows: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dx, dy [n, D] in a type); without b dx is all of the gradient and dy has no entries."""
+    """(dx, dy [n, D] in a type); without b dx is all of the gradient and dy has no entries.
+
+    energy: not read; the gradient depends on x through it, so that a second derivative is refused and not left out.
+    """
     alone, m = not b.numel(), a.shape[0]
     w, second = w[:m, :m], second[:m, :m]
     ax = numbers[12]
     by, b_ = (ax, a) if alone else (numbers_b[12], b)
-    columns = launch_around.product_layout(a.device, d)[0] if by_rows else launch_around.plain(d)
+    columns = launch_around.product_layout(a.device, d).columns if by_rows else launch_around.plain(d)
     constant = 4.0 if alone else 2.0
 
     def gradient(weights: Tensor, rows: Tensor, own: Tensor, other: Tensor) -> Tensor:
@@ -115,8 +118,13 @@ def off_diagonal_energy_backward(
     return dx, grad.new_empty(0) if alone else gradient(w.T, a, by, ax)
 
 
+off_diagonal_energy_backward = torch.library.custom_op(
+    "ssd_addon::off_diagonal_energy_backward", _off_diagonal_energy_backward, mutates_args=()
+)
+
+
 @off_diagonal_energy_backward.register_fake
-def _(grad, w, second, a, b, diagonal, numbers, numbers_b, n, d, by_rows, dtype):  # type: ignore[no-untyped-def]
+def _(grad, energy, w, second, a, b, diagonal, numbers, numbers_b, n, d, by_rows, dtype):  # type: ignore[no-untyped-def]
     return a.new_empty((n, d), dtype=dtype), grad.new_empty(0) if not b.numel() else a.new_empty((n, d), dtype=dtype)
 
 
@@ -136,7 +144,7 @@ def _save_energy(ctx: _EnergyContext, inputs: tuple[Tensor, Tensor | None, bool]
     x, y, by_rows = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output)
     ctx.static, ctx.alone = (x.shape[0], x.shape[1], by_rows, x.dtype), y is None
 
 
@@ -144,12 +152,20 @@ def _save_energy(ctx: _EnergyContext, inputs: tuple[Tensor, Tensor | None, bool]
 def _differentiate_energy(ctx: _EnergyContext, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None
-    dx, dy = off_diagonal_energy_backward(grad, *ctx.saved_tensors, *ctx.static)
+    gradient = chosen(off_diagonal_energy_backward, _off_diagonal_energy_backward)
+    dx, dy = gradient(grad, *ctx.saved_tensors, *ctx.static)
     return dx, None if ctx.alone else dy, None
 
 
 off_diagonal_energy.register_autograd(_differentiate_energy, setup_context=_save_energy)
 off_diagonal_energy_backward.register_autograd(no_second_derivative("off_diagonal_energy"))
+_direct = direct(_off_diagonal_energy, _save_energy, _differentiate_energy)
+
+
+def energy(x: Tensor, y: Tensor | None, by_rows: bool) -> Tensor:
+    """The energy of `off_diagonal_energy`, as an operator only where something traces."""
+    out: Tensor = (off_diagonal_energy if traced() else _direct)(x, y, by_rows)[0]
+    return out
 
 
 class _EnergyOverRanksContext(Context):

@@ -17,8 +17,8 @@ from torch import Tensor
 from ssd_addon.kernels import around, choice, launch_around, resident, tiles
 from ssd_addon.kernels.dispatch import capturing
 from ssd_addon.kernels.fast_product import add_product
-from ssd_addon.kernels.launch_around import ROWS, configuration, modes, on_device_of, weights_configuration, with_bounds
-from ssd_addon.kernels.operands import LONGEST, Columns, Scaled, pointer, round_up
+from ssd_addon.kernels.launch_around import ROWS, configuration, on_device_of, with_bounds
+from ssd_addon.kernels.operands import LONGEST, Columns, Layout, Scaled, cdiv, pointer, round_up
 
 WEIGHT_SCALE = 2.0**14
 """|W| <= 2 per level, and fp16 ends at 65504."""
@@ -49,7 +49,14 @@ def why_not(device: torch.device) -> str | None:
 
 def block_rows(d: int, unit: int) -> int:
     """Rows C of a block of W: C x C entries of fp16, 8 to 512 MiB."""
-    return max(min(int(8.6e6 / max(d, 1)), 16384), 2048) // unit * unit
+    return aligned(max(min(int(8.6e6 / max(d, 1)), 16384), 2048), unit)
+
+
+def aligned(rows: int, unit: int) -> int:
+    """At most so many rows, whole tiles of `unit`. Where that leaves any, a multiple of 512: then all that belongs to a
+    block, its tiles' bounds of ids too, begins at an aligned address, and one compiled variant serves all blocks.
+    """
+    return max(rows // 512 * 512 or rows // unit * unit, unit)
 
 
 def affordable_rows(rows: int, entry: int, free: int) -> int:
@@ -76,27 +83,26 @@ def _free_memory(x: Tensor) -> int:
 # ------------------------------------------------------------------------------------------------ log-sums
 
 
-def sums(a: Scaled, b: Scaled | None, columns: Columns, maximum: bool) -> Tensor:
+def sums(a: Scaled, b: Scaled | None, how: Layout, maximum: bool) -> Tensor:
     """Log-sums over the other images' rows, [E, n], NaN where there is none.
 
     Args:
         a: the n local rows.
         b: all N rows; None means a, and only the upper triangle is computed.
-        columns: the layout of both.
+        how: the layout of both.
         maximum: take the maximum of each tile's rows instead of the shift.
     """
     symmetric = b is None
-    b_, n, e = a if b is None else b, a.n, len(columns.ends)
-    c = configuration(a.x.device, modes(columns.prefix, maximum)[0], columns.d)
-    unit, ends = c.block_n // c.block_m, columns.operand_ends
-    tiles_m, tiles_n = triton.cdiv(n, c.block_m), triton.cdiv(b_.n, c.block_n)
+    c, ends = how.sums, how.columns.operand_ends
+    b_, n, e, unit = a if b is None else b, a.n, len(ends), c.block_n // c.block_m
+    tiles_m, tiles_n = cdiv(n, c.block_m), cdiv(b_.n, c.block_n)
     strip = max(STRIP_ELEMENTS // max(b_.n * e, 1) // unit, 1) * unit
     total, top, lse = (launch_around.empty(a.x, (e, n)) for _ in range(3))
     with on_device_of(a.x):
         for first in range(0, tiles_m, strip):
             count = min(strip, tiles_m - first)
             start, stop = first * c.block_m, min((first + count) * c.block_m, n)
-            slots = triton.cdiv(b_.n, c.block_m) - (first if symmetric else 0)
+            slots = cdiv(b_.n, c.block_m) - (first if symmetric else 0)
             behind = b_.n - stop if symmetric else 0
             near, far = launch_around.empty(a.x, (e, slots, stop - start)), launch_around.empty(a.x, (e, count, behind))
             near_top = launch_around.empty(a.x, (e, slots, stop - start)) if maximum else None
@@ -111,7 +117,7 @@ def sums(a: Scaled, b: Scaled | None, columns: Columns, maximum: bool) -> Tensor
                 b_M=c.block_m, b_N=c.block_n, b_K=c.block_k, **c.options(),
             )  # fmt: skip
             end = n if symmetric else stop
-            around.fold_kernel[(triton.cdiv(end - start, ROWS), e)](
+            around.fold_kernel[(cdiv(end - start, ROWS), e)](
                 near, near_top, far, far_top, total, top, lse, a.shift, n, start, stop, end, slots,
                 count if behind else 0, FIRST=not (symmetric and first), b_T=16, b_N=ROWS,
             )  # fmt: skip
@@ -120,24 +126,23 @@ def sums(a: Scaled, b: Scaled | None, columns: Columns, maximum: bool) -> Tensor
 
 def gradient(
     a: Scaled, b: Scaled | None, log: Tensor | None, every_log: Tensor | None, g: Tensor, every_g: Tensor,
-    columns: Columns, block_m: int,
+    how: Layout,
 ) -> Tensor:  # fmt: skip
     """sum_j W_ij x_j of the local rows, [n, padded D] float32; over `weight_scale` and times a / tau the gradient.
 
     Args:
-        a, b, columns: as in `sums`.
+        a, b, how: as in `sums`.
         log, every_log: [E, n], [E, N] lse in units of log 2; None: g and every_g hold the factor 2^(shift - lse).
         g, every_g: [E, n], [E, N] as `coefficients` makes them.
-        block_m: rows of a tile that the bounds of a and b are of.
     """
-    maximum, symmetric = log is not None, b is None
+    maximum, symmetric, columns, c = log is not None, b is None, how.columns, how.weights
     n, d = a.n, columns.ends[-1]
-    c = weights_configuration(a.x.device, columns.d, columns.prefix, maximum, columns.exact)
-    ratio = max(c.block_n // c.block_m, 1)
     own, bounds = a.bounds, (a if b is None else b).bounds
-    if c.block_m != block_m:  # the tiles of the sums have another height
-        own = with_bounds(a.x, a.ids, c.block_m, ratio).bounds
-        bounds = own if b is None else with_bounds(b.x, b.ids, c.block_m, ratio).bounds
+    if c.block_m != how.block_m:  # the tiles of the sums have another height
+        own, bounds = (
+            with_bounds(t.x, t.ids, c.block_m, cdiv(t.n, c.block_m) + max(c.block_n // c.block_m, 1)).bounds
+            for t in (a, a if b is None else b)
+        )
     b_, levels, ends = a if b is None else b, columns.levels, columns.operand_ends
     e, w_scale = len(levels), weight_scale(columns)
     log, every_log = (g, every_g) if log is None or every_log is None else (log, every_log)
@@ -145,7 +150,7 @@ def gradient(
         if columns.prefix:
             raise ValueError("a configuration that keeps the gradient in registers: expected one space: got a prefix")
         if c.block_n != c.block_m:  # one row of tiles against another height of columns
-            bounds = with_bounds(b_.x, b_.ids, c.block_n, 1).bounds
+            bounds = with_bounds(b_.x, b_.ids, c.block_n, cdiv(b_.n, c.block_n)).bounds
         out = launch_around.empty(a.x, (n, d))
         with on_device_of(a.x):
             resident.gradient(a, b_, own, bounds, log, every_log, g, every_g, maximum, w_scale, c, out)
@@ -154,7 +159,8 @@ def gradient(
     wanted = min(block_rows(columns.d, c.block_n), round_up(max(n, b_.n), c.block_n))
     small = wanted * wanted * entry <= WEIGHT_BYTES // 8  # too little to ask the driver about
     free = 4 * WEIGHT_BYTES if small else _free_memory(a.x)
-    size = max(affordable_rows(wanted, entry, free) // c.block_n, 1) * c.block_n
+    size = affordable_rows(wanted, entry, free)
+    size = wanted if size == wanted else aligned(size, c.block_n)
     # Whole tiles, so that nothing is masked where it is stored.
     room_size = round_up(min(size, n), c.block_n) * round_up(min(size, b_.n), c.block_n)
     room = [launch_around.empty(a.x, (room_size,), torch.float32 if columns.exact else torch.float16) for _ in levels]
@@ -165,7 +171,7 @@ def gradient(
             pitch = round_up(w, c.block_n)
             blocks = [r[: h * pitch].view(h, pitch)[:, :w] for r in room]
             across = symmetric and i == j
-            t_m, t_n = triton.cdiv(h, c.block_m), triton.cdiv(w, c.block_n)
+            t_m, t_n = cdiv(h, c.block_m), cdiv(w, c.block_n)
             t_i, t_j = i.start // c.block_m, j.start // c.block_m
             tiles.weights_kernel[(t_m * t_n,)](
                 pointer(a.x[i], c, c.block_m), pointer(b_.second[j], c, c.block_n), a.ids[i], b_.ids[j],
@@ -201,7 +207,7 @@ def _block_pairs(n: int, n_all: int, size: int, symmetric: bool) -> Iterator[tup
 def product_shape(device: torch.device, m: int, n: int, k: int) -> tuple[tuple[int, int], int]:
     """Of the matrix <a_i, b_j> of m and n rows of k columns, in whole tiles; and how many tiles these are."""
     f = configuration(device, "products", k)
-    tiles_ = triton.cdiv(m, f.block_m) * triton.cdiv(n, f.block_n)
+    tiles_ = cdiv(m, f.block_m) * cdiv(n, f.block_n)
     return (round_up(m, f.block_n), round_up(n, f.block_n)), tiles_
 
 
@@ -224,7 +230,7 @@ def products(
     c_ = a if c is None else c
     d_ = d if d is not None else (c_ if pair else b_)
     m, n = a.shape[0], b_.shape[0]
-    t_m, t_n = triton.cdiv(m, f.block_m), triton.cdiv(n, f.block_n)
+    t_m, t_n = cdiv(m, f.block_m), cdiv(n, f.block_n)
     kind = torch.float16 if half else torch.float32
     size, programs = product_shape(a.device, m, n, k)
     w = launch_around.empty(a, size, kind)

@@ -16,8 +16,11 @@ import triton
 from torch import Tensor
 
 from ssd_addon.kernels import around, cache, table
-from ssd_addon.kernels.operands import Columns, Scaled, round_up
+from ssd_addon.kernels.operands import Columns, Layout, Scaled, cdiv
 from ssd_addon.kernels.table import Configuration
+
+WIDE = 64
+"""Columns at a time of the kernels that go over whole rows."""
 
 ROWS = 64
 """Rows of a program of the kernels that read one or two numbers a row."""
@@ -38,86 +41,69 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def layout(device: torch.device, d: int, prefix: int, maximum: bool, exact: bool) -> tuple[Columns, int, int]:
-    """How log-sums lay out rows of d columns: the columns, the rows of a tile, and how many tiles stand for one more.
-
-    One layout for forward and backward.
-    """
-    sums = configuration(device, modes(prefix, maximum)[0], d)
-    weights = weights_configuration(device, d, prefix, maximum, exact)
+def layout(device: torch.device, d: int, prefix: int, maximum: bool, exact: bool) -> Layout:
+    """Of log-sums over rows of d columns."""
+    form = ("_two" if prefix else "") + ("_maximum" if maximum else "")
+    sums, weights = configuration(device, "sums" + form, d), configuration(device, "weights" + form, d)
+    if weights.resident and exact:  # two fp16 parts take that of rows which are too wide to stay in registers
+        weights = configuration(device, "weights" + form, weights.block_k + 1)
     wide = max(triton.next_power_of_2(d), 16) if weights.resident else weights.block_k
-    return Columns(d, prefix, max(sums.block_k, wide), exact), sums.block_m, sums.block_n // sums.block_m
+    return Layout(Columns(d, prefix, max(sums.block_k, wide), exact), sums, weights)
 
 
-def weights_configuration(device: torch.device, d: int, prefix: int, maximum: bool, exact: bool) -> Configuration:
-    """Of the gradient. Two fp16 parts take that of rows which are too wide to stay in registers."""
-    mode = modes(prefix, maximum)[1]
-    c = configuration(device, mode, d)
-    return configuration(device, mode, c.block_k + 1) if c.resident and exact else c
-
-
-def modes(prefix: int, maximum: bool) -> tuple[str, str]:
-    tail = ("_two" if prefix else "") + ("_maximum" if maximum else "")
-    return "sums" + tail, "weights" + tail
-
-
-def new_scaled(z: Tensor, n: int, columns: Columns, block_m: int, ratio: int) -> Scaled:
+def new_scaled(z: Tensor, n: int, how: Layout) -> Scaled:
     """Rows of this layout, not yet filled; z gives the device."""
+    columns = how.columns
     k, exact = columns.operand_ends[-1], columns.exact
     return Scaled(
         x=z.new_zeros((n, k), dtype=torch.float16) if exact else empty(z, (n, k), torch.float16),
         other=z.new_zeros((n if exact else 0, k), dtype=torch.float16) if exact else empty(z, (0,), torch.float16),
         rows=empty(z, (n, columns.ends[-1]) if exact else (0,)),
         ids=empty(z, (n,), torch.int32),
-        bounds=_new_bounds(z, n, block_m, ratio),
+        bounds=empty(z, (2, how.tiles(n)), torch.int32),
         numbers=empty(z, (16,)),
     )
 
 
-def _new_bounds(z: Tensor, n: int, block_m: int, ratio: int) -> Tensor:
-    # A column tile may reach one tile of rows further. Whole 16 bytes, so that the second row is aligned.
-    return empty(z, (2, round_up(triton.cdiv(n, block_m) + ratio, 4)), torch.int32)
-
-
 def prepare(
-    z: Tensor, ids: Tensor | None, columns: Columns, block_m: int, ratio: int, *, tau: Tensor | float = 1.0,
-    longest: Tensor | float, limit: float = math.inf, total: int = 1,
+    z: Tensor, ids: Tensor | None, how: Layout, *, tau: Tensor | float = 1.0, longest: Tensor | float,
+    limit: float = math.inf, total: int = 1,
 ) -> Scaled:  # fmt: skip
     """The rows z [n, D], of any floating type and any strides, as the tiles read them.
 
     Args:
         ids: [n] integers that fit int32; None: for products, which compare none.
-        columns, block_m, ratio: as `layout` gives them.
+        how: the layout.
         tau: temperature, for scale and shift.
         longest: length of the longest row; where it is above `limit` everything is NaN.
         total: rows over all ranks, for the shift.
     """
     n = z.shape[0]
-    out = new_scaled(z, n, columns, block_m, ratio)
+    out = new_scaled(z, n, how)
     if n:
-        _prepare(z, ids, out, columns, block_m, tau, longest, limit, total)
+        _prepare(z, ids, out, how.columns, how.block_m, tau, longest, limit, total)
     return out
 
 
-def check_layout(a: Scaled, columns: Columns, block_m: int, ratio: int) -> None:
+def check_layout(a: Scaled, how: Layout) -> None:
     """Refuse operands of other tiles: they would be read beyond their end.
 
     Raises:
         RuntimeError: the tiles have changed since the forward pass.
     """
-    tiles = round_up(triton.cdiv(a.n, block_m) + ratio, 4)
-    if a.x.shape[1] != columns.operand_ends[-1] or a.bounds.shape[1] != tiles:
+    k, tiles = how.columns.operand_ends[-1], how.tiles(a.n)
+    if a.x.shape[1] != k or a.bounds.shape[1] != tiles:
         raise RuntimeError(
             "negative_lse, backward: expected the tiles of the forward pass, which a measurement or another table has "
-            f"changed since: got operands of {a.x.shape[1]} columns for {columns.operand_ends[-1]}, and "
+            f"changed since: got operands of {a.x.shape[1]} columns for {k}, and "
             f"{a.bounds.shape[1]} tiles for {tiles}"
         )
 
 
-def with_bounds(x: Tensor, ids: Tensor, block_m: int, ratio: int) -> Scaled:
-    """Rows x that are prepared already, with their ids and bounds alone."""
+def with_bounds(x: Tensor, ids: Tensor, block_m: int, tiles: int) -> Scaled:
+    """Rows x that are prepared already, with their ids and the bounds of so many tiles of block_m rows alone."""
     n, none = x.shape[0], x.new_empty(0)
-    out = Scaled(x, none, none, empty(x, (n,), torch.int32), _new_bounds(x, n, block_m, ratio), none)
+    out = Scaled(x, none, none, empty(x, (n,), torch.int32), empty(x, (2, tiles), torch.int32), none)
     if n:
         _prepare(None, ids, out, None, block_m, 1.0, 1.0, math.inf, 1)
     return out
@@ -128,9 +114,9 @@ def _prepare(
     tau: Tensor | float, longest: Tensor | float, limit: float, total: int,
 ) -> None:  # fmt: skip
     n = out.n
-    tiles_m = triton.cdiv(n, block_m) if ids is None else out.bounds.shape[1]
+    tiles_m = cdiv(n, block_m) if ids is None else out.bounds.shape[1]
     ends = (1,) if columns is None else columns.ends
-    block, first, d = (1, 1, 1) if columns is None else (columns.block, columns.first, columns.d)
+    block, first, d = (1, 1, 1) if columns is None else (min(columns.block, WIDE), columns.first, columns.d)
     blocks = ends[-1] // block
     low, high = out.bounds
     exact = out.rows if columns is not None and columns.exact else None
@@ -154,7 +140,7 @@ def coefficients(grad: Tensor, lse: Tensor, shift: Tensor | None) -> tuple[Tenso
     g, log = empty(grad, (e, n)), None if shift is not None else empty(grad, (e, n))
     unit = empty(grad, (1,))
     with on_device_of(grad):
-        around.coefficients_kernel[(triton.cdiv(n, ROWS), e)](
+        around.coefficients_kernel[(cdiv(n, ROWS), e)](
             grad, lse, torch.linalg.vector_norm(grad, math.inf), shift, g, log, unit, n, *grad.stride(), lse.stride(0),
             b_N=ROWS,
         )  # fmt: skip
@@ -173,9 +159,10 @@ def finish(
         rows, sums: also returns -(1/2) times the first factor times the sum of rows * dz, where `sums`.
         term: (diagonal [D], constant c): less c * first * fourth factor * rows * diagonal.
     """
-    (n, d), blocks = shape, columns.ends[-1] // columns.block
+    (n, d), block = shape, min(columns.block, WIDE)
+    blocks = columns.ends[-1] // block
     dz, block_m = empty(dx, shape, dtype), 32
-    programs = triton.cdiv(n, block_m) * blocks
+    programs = cdiv(n, block_m) * blocks
     part = empty(dx, (programs,)) if sums else None
     padded = (*factors, *(None,) * (4 - len(factors)))
     stride, stride_c = reversed(dx.stride()) if across else dx.stride()
@@ -183,15 +170,15 @@ def finish(
         around.finish_kernel[(programs,)](
             dx, dz, *padded, rows, part, rows if term else None, term[0] if term else None,
             constant, term[1] if term else 0.0, n, columns.first, d, columns.ends[0], stride, stride_c,
-            0 if rows is None else rows.stride(0), blocks, b_M=block_m, b_K=columns.block,
+            0 if rows is None else rows.stride(0), blocks, b_M=block_m, b_K=block,
         )  # fmt: skip
     return dz, None if part is None else part.sum()
 
 
-def product_layout(device: torch.device, k: int) -> tuple[Columns, int, int]:
-    """How products lay out rows of k columns; see `layout`."""
+def product_layout(device: torch.device, k: int) -> Layout:
+    """Of products of rows of k columns."""
     f = configuration(device, "products", k)
-    return Columns(k, 0, f.block_k), f.block_m, f.block_n // f.block_m
+    return Layout(Columns(k, 0, f.block_k), f, f)
 
 
 def plain(d: int) -> Columns:

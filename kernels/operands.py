@@ -9,8 +9,9 @@ level by level, so that the matrix library too finds aligned rows where D or a p
 Legend: n rows, D columns, K columns of an operand (padded). Needs torch alone.
 """
 
+import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ LONGEST = 256.0
 
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+def cdiv(n: int, size: int) -> int:
+    """Pieces of a size that hold n; triton's own takes 3 us."""
+    return -(-n // size)
 
 
 def longest_row(z: Tensor) -> Tensor:
@@ -62,12 +68,12 @@ class Columns:
     block: int
     exact: bool = False
 
-    @property
+    @functools.cached_property
     def first(self) -> int:
         """Columns of the first level."""
         return self.prefix or self.d
 
-    @property
+    @functools.cached_property
     def ends(self) -> tuple[int, ...]:
         """Where each level ends in the padded rows."""
         first = round_up(self.first, self.block)
@@ -78,10 +84,33 @@ class Columns:
         """First and last column of each level in the padded rows."""
         return list(zip((0, *self.ends), self.ends, strict=False))
 
-    @property
+    @functools.cached_property
     def operand_ends(self) -> tuple[int, ...]:
         """Where each level ends in the operand of the tiles."""
         return Columns(3 * self.d, 3 * self.prefix, self.block).ends if self.exact else self.ends
+
+
+class Layout(NamedTuple):
+    """How forward and backward lay out their operands: one layout for both.
+
+    Attributes:
+        columns: where the columns lie.
+        sums, weights: the tiles of the log-sums and of their gradient; products have one kind.
+    """
+
+    columns: Columns
+    sums: Configuration
+    weights: Configuration
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a tile that has bounds of its own."""
+        return self.sums.block_m
+
+    def tiles(self, n: int) -> int:
+        """Bounds of n rows: a column tile may reach one tile of rows further. Whole 16 bytes, so that the second row
+        of them is aligned."""
+        return round_up(cdiv(n, self.block_m) + self.sums.block_n // self.block_m, 4)
 
 
 @dataclass(frozen=True)

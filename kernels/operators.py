@@ -17,6 +17,7 @@ from torch import Tensor
 from ssd_addon import _dist
 from ssd_addon._autocast import Context, backward_without_autocast
 from ssd_addon.kernels import launch, launch_around
+from ssd_addon.kernels.direct import chosen, direct, traced
 from ssd_addon.kernels.operands import Scaled, relabeled
 from ssd_addon.kernels.ranges import UNIT_ROW
 
@@ -43,9 +44,9 @@ def _prepared(
     tau, longest: 0-dim float32; their values count where they are None. A length that is on the device has not been
     checked: where it is above that of unit rows everything is NaN.
     """
-    columns, block_m, ratio = launch_around.layout(z.device, z.shape[1], prefix, maximum, exact)
+    how = launch_around.layout(z.device, z.shape[1], prefix, maximum, exact)
     return launch_around.prepare(
-        z, ids, columns, block_m, ratio, tau=tau_value if tau is None else tau,
+        z, ids, how, tau=tau_value if tau is None else tau,
         longest=longest_value if longest is None else longest, limit=float("inf") if longest is None else UNIT_ROW,
         total=total,
     ).tensors  # fmt: skip
@@ -56,30 +57,29 @@ prepared = torch.library.custom_op("ssd_addon::prepared", _prepared, mutates_arg
 
 @prepared.register_fake
 def _(z, ids, tau, longest, tau_value, longest_value, total, prefix, maximum, exact):  # type: ignore[no-untyped-def]
-    columns, *tile = launch_around.layout(z.device, z.shape[1], prefix, maximum, exact)
-    return launch_around.new_scaled(z, z.shape[0], columns, *tile).tensors
+    how = launch_around.layout(z.device, z.shape[1], prefix, maximum, exact)
+    return launch_around.new_scaled(z, z.shape[0], how).tensors
 
 
 @torch.library.custom_op("ssd_addon::with_bounds", mutates_args=())
 def with_bounds(x: Tensor, ids: Tensor, d: int, prefix: int, maximum: bool) -> tuple[Tensor, Tensor]:
     """ids in int32 and their bounds in every tile, for operands x that were prepared elsewhere from d columns."""
-    _, block_m, ratio = launch_around.layout(x.device, d, prefix, maximum, False)
-    done = launch_around.with_bounds(x, ids, block_m, ratio)
+    how = launch_around.layout(x.device, d, prefix, maximum, False)
+    done = launch_around.with_bounds(x, ids, how.block_m, how.tiles(x.shape[0]))
     return done.ids, done.bounds
 
 
 @with_bounds.register_fake
 def _(x, ids, d, prefix, maximum):  # type: ignore[no-untyped-def]
-    columns, *tile = launch_around.layout(x.device, d, prefix, maximum, False)
-    like = launch_around.new_scaled(x, x.shape[0], columns, *tile)
+    like = launch_around.new_scaled(x, x.shape[0], launch_around.layout(x.device, d, prefix, maximum, False))
     return like.ids, like.bounds
 
 
 def _lse_rows(a: Sequence[Tensor], b: Sequence[Tensor], d: int, prefix: int, maximum: bool, exact: bool) -> Tensor:
     """[E, n] log-sums of the rows a over the rows b (empty: over a), both as `prepared` returns them."""
     one = Scaled(*a)
-    columns, *_ = launch_around.layout(one.x.device, d, prefix, maximum, exact)
-    return launch.sums(one, Scaled(*b) if b else None, columns, maximum)
+    how = launch_around.layout(one.x.device, d, prefix, maximum, exact)
+    return launch.sums(one, Scaled(*b) if b else None, how, maximum)
 
 
 lse_rows = torch.library.custom_op("ssd_addon::lse_rows", _lse_rows, mutates_args=())
@@ -90,8 +90,7 @@ def _(a, b, d, prefix, maximum, exact):  # type: ignore[no-untyped-def]
     return a[0].new_empty((2 if prefix else 1, a[0].shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("ssd_addon::lse_rows_grad", mutates_args=())
-def lse_rows_grad(
+def _lse_rows_grad(
     grad: Tensor, lse: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], offset: int, d: int, prefix: int,
     maximum: bool, exact: bool, needs_tau: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -100,18 +99,19 @@ def lse_rows_grad(
     offset: where the rows of a begin in b.
     """
     one = Scaled(*a)
-    columns, block_m, ratio = launch_around.layout(lse.device, d, prefix, maximum, exact)
-    launch_around.check_layout(one, columns, block_m, ratio)
+    how = launch_around.layout(lse.device, d, prefix, maximum, exact)
+    launch_around.check_layout(one, how)
     g, log, unit = launch_around.coefficients(grad, lse, None if maximum else one.shift)
     own = slice(offset, offset + one.n)
-    dx = launch.gradient(
-        one, Scaled(*b) if b else None, None if log is None else log[:, own], log, g[:, own], g, columns, block_m
-    )
+    dx = launch.gradient(one, Scaled(*b) if b else None, None if log is None else log[:, own], log, g[:, own], g, how)
     dz, dtau = launch_around.finish(
-        dx, columns, (one.n, d), dtype, 1 / launch.weight_scale(columns), one.factor, unit, rows=one.summed,
+        dx, how.columns, (one.n, d), dtype, 1 / launch.weight_scale(how.columns), one.factor, unit, rows=one.summed,
         sums=needs_tau,
     )  # fmt: skip
     return dz, lse.new_empty(0) if dtau is None else dtau
+
+
+lse_rows_grad = torch.library.custom_op("ssd_addon::lse_rows_grad", _lse_rows_grad, mutates_args=())
 
 
 @lse_rows_grad.register_fake
@@ -119,8 +119,7 @@ def _(grad, lse, a, b, offset, d, prefix, maximum, exact, needs_tau, dtype):  # 
     return lse.new_empty((a[0].shape[0], d), dtype=dtype), lse.new_empty(() if needs_tau else (0,))
 
 
-@torch.library.custom_op("ssd_addon::negative_lse", mutates_args=())
-def negative_lse(
+def _negative_lse(
     z: Tensor, ids: Tensor, tau: Tensor | None, longest: Tensor | None, tau_value: float, longest_value: float,
     prefix: int, maximum: bool, exact: bool,
 ) -> Seven:  # fmt: skip
@@ -129,11 +128,14 @@ def negative_lse(
     return _lse_rows(a, [], z.shape[1], prefix, maximum, exact), *a
 
 
+negative_lse = torch.library.custom_op("ssd_addon::negative_lse", _negative_lse, mutates_args=())
+
+
 @negative_lse.register_fake
 def _(z, ids, tau, longest, tau_value, longest_value, prefix, maximum, exact):  # type: ignore[no-untyped-def]
-    columns, *tile = launch_around.layout(z.device, z.shape[1], prefix, maximum, exact)
+    how = launch_around.layout(z.device, z.shape[1], prefix, maximum, exact)
     lse = z.new_empty((2 if prefix else 1, z.shape[0]), dtype=torch.float32)
-    return lse, *launch_around.new_scaled(z, z.shape[0], columns, *tile).tensors
+    return lse, *launch_around.new_scaled(z, z.shape[0], how).tensors
 
 
 class _LseContext(Context):
@@ -155,12 +157,20 @@ def _differentiate_lse(ctx: _LseContext, grad: Tensor | None, *_: Tensor | None)
         return (None,) * 9
     lse, *a = ctx.saved_tensors
     needs_tau = ctx.needs_input_grad[2]
-    dz, dtau = lse_rows_grad(grad, lse, a, [], 0, *ctx.static, needs_tau, ctx.dtype)
+    gradient = chosen(lse_rows_grad, _lse_rows_grad)
+    dz, dtau = gradient(grad, lse, a, [], 0, *ctx.static, needs_tau, ctx.dtype)
     return dz, None, dtau if needs_tau else None, *(None,) * 6
 
 
 negative_lse.register_autograd(_differentiate_lse, setup_context=_save_lse)
 lse_rows_grad.register_autograd(no_second_derivative("negative_lse"))
+_direct = direct(_negative_lse, _save_lse, _differentiate_lse)
+
+
+def log_sums(*given: Any) -> Tensor:
+    """The log-sums [E, N] of `negative_lse`, as an operator only where something traces."""
+    out: Tensor = (negative_lse if traced() else _direct)(*given)[0]
+    return out
 
 
 class _LseOverRanksContext(Context):

@@ -243,8 +243,7 @@ def _triton(
     maximum, exact = constant_shift(bound, s.total) is None, needs_two_parts(bound)
     given = (z, ids, tau, longest, value, known.longest if known is not None else 0.0, prefix, maximum, exact)
     if s.group is None:
-        alone: Tensor = operators.negative_lse(*given)[0]
-        return alone
+        return operators.log_sums(*given)
     out: Tensor = operators.LseOverRanks.apply(*given, s)
     return out
 

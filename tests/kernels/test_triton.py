@@ -358,8 +358,8 @@ def samples():
     some = list(prepared(z[:20], ids[:20], 0.1, 5, True))
     lse, lse_two = operators.lse_rows(x, [], 12, 0, False, False), operators.lse_rows(two, [], 12, 5, True, False)
     a, b = x[0][:20], x[0][11:]
-    _, *columns = energies.off_diagonal_energy(z, None, False)
-    _, *rows = energies.off_diagonal_energy(z, z + 1, True)
+    columns = energies.off_diagonal_energy(z, None, False)
+    rows = energies.off_diagonal_energy(z, z + 1, True)
     kind = torch.float16
     return {
         "negative_lse": (leaf, ids, t, None, 0.0, 1.0, 0, False, False),
