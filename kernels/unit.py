@@ -4,14 +4,13 @@ Legend: V views, B images, S spaces.
 """
 
 import math
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from ssd_addon._autocast import backward_without_autocast
-from ssd_addon._unit import Pairs, second_derivative
+from ssd_addon._unit import JointContext, Pairs, columns_of, differentiable
 from ssd_addon.kernels import unit_tiles
 from ssd_addon.kernels.launch_around import empty, on_device_of
 
@@ -22,35 +21,41 @@ class FusedUnit(torch.autograd.Function):
     """`_unit.joint_and_cosines` in float32. pairs: those of a space one after the other; views below 256."""
 
     @staticmethod
-    def forward(ctx: Any, pairs: Pairs, smallest: tuple[float, ...], *z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: JointContext, pairs: Pairs, smallest: tuple[float, ...], *z: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         (v, b), spaces = z[0].shape[:2], len(z)
         joint = empty(z[0], (v, b, sum(t.shape[-1] for t in z)))
         lengths, cosines = empty(joint, (spaces, v, b)), empty(joint, (len(pairs), b))
-        ctx.save_for_backward(joint, lengths, *z)
-        ctx.pairs, ctx.smallest = pairs, smallest
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(joint, lengths)
+        ctx.pairs, ctx.smallest, ctx.columns = pairs, smallest, columns_of([t.shape[-1] for t in z])
         if b:
             with on_device_of(joint):
-                for t, length, (columns, first, views) in zip(z, lengths, _places(pairs, z), strict=True):
-                    own = joint[..., columns]
+                for t, length, c, (first, views) in zip(z, lengths, ctx.columns, _places(pairs, spaces), strict=True):
+                    own = joint[..., c]
                     unit_tiles.unit_kernel[(triton.cdiv(b, IMAGES),)](
                         t, own, length, cosines[first:], b, t.shape[-1], *t.stride(), *own.stride()[:2],
                         math.sqrt(spaces), VIEWS=v, **_static(views),
                     )  # fmt: skip
-        return joint, cosines
+        return joint, cosines, lengths
 
     @staticmethod
     @backward_without_autocast
-    def backward(ctx: Any, grad: Tensor, grad_cosines: Tensor) -> tuple[Tensor | None, ...]:
-        joint, lengths, *z = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return None, None, *second_derivative(ctx, z, grad, grad_cosines)
-        (v, b), spaces = joint.shape[:2], len(z)
+    def backward(
+        ctx: JointContext, grad: Tensor | None, grad_cosines: Tensor | None, grad_lengths: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        joint, lengths = ctx.saved_tensors
+        if torch.is_grad_enabled() or grad is None or grad_cosines is None or grad_lengths is not None:
+            return None, None, *differentiable(ctx, joint, lengths, grad, grad_cosines, grad_lengths)
+        (v, b), spaces = joint.shape[:2], len(lengths)
         found: list[Tensor | None] = []
-        for k, (columns, first, views) in enumerate(_places(ctx.pairs, z)):
+        for k, (c, (first, views)) in enumerate(zip(ctx.columns, _places(ctx.pairs, spaces), strict=True)):
             if not ctx.needs_input_grad[2 + k]:
                 found.append(None)
                 continue
-            dz, own, g = empty(joint, (v, b, z[k].shape[-1])), joint[..., columns], grad[..., columns]
+            own, g = joint[..., c], grad[..., c]
+            dz = empty(joint, (v, b, own.shape[-1]))
             if b:
                 with on_device_of(joint):
                     unit_tiles.unit_grad_kernel[(triton.cdiv(b, IMAGES),)](
@@ -62,14 +67,12 @@ class FusedUnit(torch.autograd.Function):
         return None, None, *found
 
 
-def _places(pairs: Pairs, z: Any) -> list[tuple[slice, int, list[tuple[int, int]]]]:
-    """By space its columns in the joint embedding, its first pair, and the views of its pairs."""
-    out, start = [], 0
-    for k, t in enumerate(z):
+def _places(pairs: Pairs, spaces: int) -> list[tuple[int, list[tuple[int, int]]]]:
+    """By space its first pair, and the views of its pairs."""
+    out = []
+    for k in range(spaces):
         own = [q for q, (_, _, space) in enumerate(pairs) if space == k]
-        columns = slice(start, start + t.shape[-1])
-        out.append((columns, own[0] if own else 0, [pairs[q][:2] for q in own]))
-        start = columns.stop
+        out.append((own[0] if own else 0, [pairs[q][:2] for q in own]))
     return out
 
 

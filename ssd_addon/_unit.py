@@ -4,16 +4,17 @@
     cosines[p, i] = <u_s[a, i], u_s[b, i]>     for the pairs p = (a, b, s)
 
 Chained from torch's own functions, a step of two views keeps seven copies of the joint embedding; here it is two beside
-the gradient itself: the joint embedding, and the entropy's gradient. Legend: V views, B images, S spaces.
+the gradient itself: the joint embedding, and the entropy's gradient. The spaces are not kept. Legend: V views, B images, S spaces.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ssd_addon._autocast import Context, backward_without_autocast, outside_autocast
+from ssd_addon._autocast import Context, backward_without_autocast
 from ssd_addon._shapes import Joint, Matrices, Matrix, PairRows, Vector
 
 EPS = 1e-12  # of the length, as in torch.nn.functional.normalize
@@ -43,9 +44,9 @@ def joint_and_cosines(
     if fused:
         from ssd_addon.kernels.unit import FusedUnit
 
-        joint, cosines = FusedUnit.apply(pairs, smallest, *z)
+        joint, cosines, _ = FusedUnit.apply(pairs, smallest, *z)
         return joint, cosines
-    joint, cosines = _JointAndCosines.apply(pairs, smallest, *z)
+    joint, cosines, _ = _JointAndCosines.apply(pairs, smallest, *z)
     return joint, cosines
 
 
@@ -76,6 +77,12 @@ def _plain(z: Sequence[Tensor], pairs: Pairs, smallest: Sequence[float] | None =
     return torch.cat(unit, dim=-1) / math.sqrt(len(z)), cosines
 
 
+def columns_of(widths: Sequence[int]) -> list[slice]:
+    """Of each space in the joint embedding."""
+    ends = list(itertools.accumulate(widths))
+    return [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
+
+
 def _divisors(lengths: Tensor) -> Tensor:
     """What rows are divided by, [S, V, B, 1], from their lengths [S, V, B]."""
     return lengths.clamp(min=EPS).mul_(math.sqrt(len(lengths)))[..., None]
@@ -88,16 +95,43 @@ def _row_products(a: Matrix, b: Matrix) -> Vector:
     return torch.cat([(a[r : r + ROWS] * b[r : r + ROWS]).sum(dim=-1) for r in range(0, len(a), ROWS)])
 
 
-def second_derivative(ctx: "_JointContext", z: Sequence[Tensor], *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradient by space of (joint, cosines) as a differentiable function of z and of both gradients."""
-    needed = ctx.needs_input_grad[2:]
-    out = outside_autocast(lambda *t: _plain(t, ctx.pairs, ctx.smallest), *z)
-    inputs = [t for t, need in zip(z, needed, strict=True) if need]
-    each = iter(torch.autograd.grad(out, inputs, grads, create_graph=True))
-    return tuple(next(each) if need else None for need in needed)
+def differentiable(
+    ctx: "JointContext", joint: Tensor, lengths: Tensor, grad: Tensor | None, grad_cosines: Tensor | None,
+    grad_lengths: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradient of (joint, cosines, lengths) by space, as a differentiable function of all that it is made of.
+
+    joint and lengths are results of z, and the second derivative goes through them: z itself need not be kept.
+    """
+    found: list[Tensor | None] = []
+    s = len(lengths)
+    for k, (c, need) in enumerate(zip(ctx.columns, ctx.needs_input_grad[2:], strict=True)):
+        if not need:
+            found.append(None)
+            continue
+        u, length = joint[..., c], lengths[k, ..., None]
+        views = list((torch.zeros_like(u) if grad is None else grad[..., c]).unbind(0))
+        for q, (a, b, space) in enumerate(ctx.pairs):
+            if space == k and grad_cosines is not None:
+                g = s * grad_cosines[q, :, None]
+                views[a], views[b] = views[a] + g * u[b], views[b] + g * u[a]
+        g, divisor = torch.stack(views), length.clamp(min=EPS) * math.sqrt(s)
+        along = s * (g * u).sum(dim=-1, keepdim=True)
+        dz = (g - torch.where(length > EPS, along, 0) * u) / divisor
+        if grad_lengths is not None:
+            dz = dz + _along_length(grad_lengths[k], u, length, divisor)
+        found.append(torch.where(length <= ctx.smallest[k], 0, dz) if ctx.smallest[k] >= 0 else dz)
+    return tuple(found)
 
 
-class _JointContext(Context):
+def _along_length(grad: Tensor, u: Tensor, length: Tensor, divisor: Tensor) -> Tensor:
+    """grad * z / |z|, 0 for a row of zeros."""
+    return grad[..., None] * u * (divisor / length.clamp(min=torch.finfo(u.dtype).tiny))
+
+
+class JointContext(Context):
+    """What both forms keep beside the joint embedding and the lengths of its rows."""
+
     pairs: Pairs
     smallest: tuple[float, ...]
     columns: list[slice]  # of each space in the joint embedding
@@ -105,30 +139,33 @@ class _JointContext(Context):
 
 class _JointAndCosines(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _JointContext, pairs: Pairs, smallest: tuple[float, ...], *z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: JointContext, pairs: Pairs, smallest: tuple[float, ...], *z: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         s = len(z)
         joint = z[0].new_empty((*z[0].shape[:2], sum(t.shape[-1] for t in z)))
         lengths = joint.new_empty((s, *joint.shape[:2]))
-        columns, start = [], 0
+        columns = columns_of([t.shape[-1] for t in z])
         for t, length in zip(z, lengths, strict=True):
-            columns.append(slice(start, start + t.shape[-1]))
             torch.linalg.vector_norm(t, dim=-1, out=length)
-            start += t.shape[-1]
         lengths.masked_fill_(lengths.isinf(), math.nan)  # x / inf would be 0, a wrong number
         for t, divisor, c in zip(z, _divisors(lengths), columns, strict=True):
             torch.div(t, divisor, out=joint[..., c])
         rows = [_row_products(joint[a, :, columns[k]], joint[b, :, columns[k]]) for a, b, k in pairs]
-        ctx.save_for_backward(joint, lengths, *z)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(joint, lengths)
         ctx.pairs, ctx.smallest, ctx.columns = pairs, smallest, columns
-        return joint, torch.stack(rows).mul_(s)
+        return joint, torch.stack(rows).mul_(s), lengths
 
     @staticmethod
     @backward_without_autocast
-    def backward(ctx: _JointContext, grad: Tensor, grad_cosines: Tensor) -> tuple[Tensor | None, ...]:
-        joint, lengths, *z = ctx.saved_tensors
-        s, needed = len(z), ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():  # create_graph=True: a second derivative is wanted
-            return None, None, *second_derivative(ctx, z, grad, grad_cosines)
+    def backward(
+        ctx: JointContext, grad: Tensor | None, grad_cosines: Tensor | None, grad_lengths: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        joint, lengths = ctx.saved_tensors
+        s, needed = len(lengths), ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled() or grad_lengths is not None:  # create_graph=True, or the pass that follows it
+            return None, None, *differentiable(ctx, joint, lengths, grad, grad_cosines, grad_lengths)
         found: list[Tensor | None] = []
         divisors = _divisors(lengths)
         # A row shorter than EPS was divided by EPS, and its length has no gradient.
@@ -137,8 +174,9 @@ class _JointAndCosines(torch.autograd.Function):
             if not needed[k]:
                 found.append(None)
                 continue
-            dz = grad[..., c].clone(memory_format=torch.contiguous_format)
-            for g, (a, b, space) in zip(grad_cosines, ctx.pairs, strict=True):
+            own = joint[..., c]
+            dz = torch.zeros_like(own) if grad is None else grad[..., c].clone(memory_format=torch.contiguous_format)
+            for g, (a, b, space) in zip(() if grad_cosines is None else grad_cosines, ctx.pairs, strict=False):
                 if space == k:
                     dz[a].addcmul_(joint[b, :, c], g[:, None], value=s)
                     dz[b].addcmul_(joint[a, :, c], g[:, None], value=s)
