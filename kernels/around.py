@@ -59,9 +59,10 @@ def prepare_kernel(
     blocks,
     EXACT: tl.constexpr,
     b_M: tl.constexpr,
+    b_R: tl.constexpr,
     b_K: tl.constexpr,
 ):
-    """Tile (i, k) of the operand: b_M rows, b_K columns.
+    """Tile (i, k) of the operand: b_M rows, b_R at a time, and b_K columns.
 
     z None: ids alone. p_given_ids None: rows alone. tau, longest: used where their pointers are None. Longer rows than
     `limit` make everything NaN. Columns: d0 of the first level padded to k0, then the rest. EXACT: p_rows holds the
@@ -93,24 +94,26 @@ def prepare_kernel(
         o_k = k * b_K + tl.arange(0, b_K)
         second = k * b_K >= k0
         source = tl.where(second, o_k - k0 + d0, o_k)
-        m_m, m_k = (o_m < n)[:, None], (source < tl.where(second, d, d0))[None, :]
-        row = o_m.to(tl.int64)[:, None]
-        value = tl.load(z + row * stride_z + source.to(tl.int64)[None, :] * stride_zc, mask=m_m & m_k, other=0.0)
-        value = value.to(tl.float32) * inverse
-        high = value.to(tl.float16)
-        if EXACT:
-            low = (value - high.to(tl.float32)).to(tl.float16)
-            tl.store(p_rows + row * stride_rows + o_k[None, :], value, mask=m_m)
-            width = tl.where(second, d - d0, d0)
-            place = row * stride_x + tl.where(second, s0 + o_k - k0, o_k)[None, :]
-            tl.store(p_x + place, high, mask=m_m & m_k)
-            tl.store(p_x + place + width, high, mask=m_m & m_k)
-            tl.store(p_x + place + 2 * width, low, mask=m_m & m_k)
-            tl.store(p_other + place, high, mask=m_m & m_k)
-            tl.store(p_other + place + width, low, mask=m_m & m_k)
-            tl.store(p_other + place + 2 * width, high, mask=m_m & m_k)
-        else:
-            tl.store(p_x + row * stride_x + o_k[None, :], high, mask=m_m)
+        m_k = (source < tl.where(second, d, d0))[None, :]
+        width, target = tl.where(second, d - d0, d0), tl.where(second, s0 + o_k - k0, o_k)[None, :]
+        for r in range(0, b_M, b_R):  # a few rows at a time: the registers do not hold the tile's addresses
+            o_r = i * b_M + r + tl.arange(0, b_R)
+            m_r, row = (o_r < n)[:, None], o_r.to(tl.int64)[:, None]
+            value = tl.load(z + row * stride_z + source.to(tl.int64)[None, :] * stride_zc, mask=m_r & m_k, other=0.0)
+            value = value.to(tl.float32) * inverse
+            high = value.to(tl.float16)
+            if EXACT:
+                low = (value - high.to(tl.float32)).to(tl.float16)
+                tl.store(p_rows + row * stride_rows + o_k[None, :], value, mask=m_r)
+                place = row * stride_x + target
+                tl.store(p_x + place, high, mask=m_r & m_k)
+                tl.store(p_x + place + width, high, mask=m_r & m_k)
+                tl.store(p_x + place + 2 * width, low, mask=m_r & m_k)
+                tl.store(p_other + place, high, mask=m_r & m_k)
+                tl.store(p_other + place + width, low, mask=m_r & m_k)
+                tl.store(p_other + place + 2 * width, high, mask=m_r & m_k)
+            else:
+                tl.store(p_x + row * stride_x + o_k[None, :], high, mask=m_r)
 
 
 @triton.jit(do_not_specialize=["n", "start", "stop", "end", "slots", "count"])

@@ -128,7 +128,7 @@ def _prepare(
             limit, math.log(total), n, first, d, ends[0], 0 if columns is None else columns.operand_ends[0],
             *((0, 0) if z is None else z.stride()), 0 if ids is None else ids.stride(0), out.x.stride(0),
             0 if exact is None else exact.stride(0), blocks,
-            EXACT=exact is not None, b_M=block_m, b_K=block,
+            EXACT=exact is not None, b_M=block_m, b_R=min(block_m, 16), b_K=block,
         )  # fmt: skip
 
 

@@ -4,7 +4,8 @@
     cosines[p, i] = <u_s[a, i], u_s[b, i]>     for the pairs p = (a, b, s)
 
 Chained from torch's own functions, a step of two views keeps seven copies of the joint embedding; here it is two beside
-the gradient itself: the joint embedding, and the entropy's gradient. The spaces are not kept. Legend: V views, B images, S spaces.
+the gradient itself: the joint embedding, and the entropy's gradient. The spaces are not kept.
+Legend: V views, B images, S spaces.
 """
 
 import itertools
