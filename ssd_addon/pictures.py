@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +35,11 @@ _LOWER |= {f"{mode};16N": f"{mode};16{'B' if sys.byteorder == 'little' else 'L'}
 _LOWER["LA;16B"] = "RGBA"
 
 
-def read(path: str | Path, short: int | None = None) -> Image.Image:
+def read(path: str | Path | BinaryIO, short: int | None = None) -> Image.Image:
     """The image of a file, as `rgb` makes it, without the metadata that would rotate it a second time.
 
     Args:
-        path: of the file.
+        path: of the file, or a file that is open for reading bytes.
         short: pixels that its short side is needed at, where that is less than it has: a JPEG is then decoded at 1/2,
             1/4 or 1/8 of its size, the smallest that has as many.
 
@@ -55,7 +55,7 @@ def read(path: str | Path, short: int | None = None) -> Image.Image:
             return _read(path, short)
 
 
-def _read(path: str | Path, short: int | None) -> Image.Image:
+def _read(path: str | Path | BinaryIO, short: int | None) -> Image.Image:
     with Image.open(path) as image:
         if short is not None and min(image.size) >= 2 * short:
             scale = short / min(image.size)
