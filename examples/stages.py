@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from photographs import Photographs
+from shard_files import ShardFiles
 from torch import Tensor, nn
 
 from ssd_addon import StructuredCollate
@@ -41,7 +42,8 @@ def stages(
         return done / (time.perf_counter() - started)
 
     def read(k: int) -> int:
-        Path(files.samples[k % len(files)][0]).read_bytes()
+        k %= len(files)
+        files.stored(k) if isinstance(files, ShardFiles) else Path(files.samples[k][0]).read_bytes()
         return 1
 
     def decode(k: int) -> int:
