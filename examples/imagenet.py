@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 8 --max-restarts 3 examples/imagenet.py --data DIR --out runs/imagenet --resume \
         --batch-size 64 --load-size 288
 
-DIR holds train/CLASS/*.jpg and, for the probes, val/CLASS/*.jpg; without train/ the folder itself is trained on. The
-defaults are the paper's recipe: ResNet-50, 100 epochs, LARS with 10 warm-up epochs, a total batch of 512.
+DIR holds train/CLASS/*.jpg and, for the probes, val/CLASS/*.jpg, or shards of these (shards.py); without train/ the
+folder itself is trained on. The defaults are the paper's recipe: ResNet-50, 100 epochs, LARS with 10 warm-up epochs, a
+total batch of 512.
 
 Small and quick, on a CPU, 4,000 photographs of 32 pixels in ten classes (from CIFAR-10):
 

@@ -173,9 +173,10 @@ class _Chunks:
     """Reads samples of litdata's chunks by their numbers."""
 
     def __init__(self, root: Path) -> None:
-        import litdata
+        from litdata import StreamingDataset
 
-        self.samples = litdata.StreamingDataset(str(root.resolve()), shuffle=False, drop_last=True)
+        # By default up to 256 neighbors of a sample are read with it, which is of no use in a random order.
+        self.samples = StreamingDataset(str(root.resolve()), batch_decode=0, shuffle=False, drop_last=True)
 
     def __call__(self, shard: int, start: int, size: int) -> bytes:
         try:

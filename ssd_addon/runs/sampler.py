@@ -72,7 +72,7 @@ class ShardSampler(ResumableSampler):
         place = torch.randperm(int(self.shards.max()) + 1, generator=drawn)[self.shards]
         draws = torch.rand(len(place), generator=drawn, dtype=torch.float64)
         order = place.argsort(stable=True)
-        order = order.repeat(-(-self.total_size // len(order)))[: self.total_size]  # as many for every rank
+        order = order.repeat(-(-self.total_size // len(order)))  # as many for every rank
         order = order[self.rank * self.num_samples : (self.rank + 1) * self.num_samples]
         window = place[order].unique_consecutive(return_inverse=True)[1] // self.mixed
         mixed = draws[order].argsort()

@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import subprocess
 import sys
 import tarfile
@@ -89,6 +90,25 @@ def test_every_byte_is_read_back_in_the_order_of_the_folder(tmp_path, kind):
     image, label, name = found[files.names.index("é class/a.b.JPEG")]
     assert image.mode == "RGB" and image.size == (9, 5) and label == 3 and name == "é class/a.b.JPEG"
     assert said[-1].startswith("14 of 14 images") and not (tmp_path / "out" / "train.part").exists()
+
+
+def test_processes_read_for_themselves_and_keep_few_shards_open(data, kind, monkeypatch):
+    monkeypatch.setattr(shard_files, "OPEN", 2)
+    files = ShardFiles(shards_of(data, kind) / "train")
+    contents = [files.stored(k) for k in range(len(files))]
+    assert len(getattr(files._reader[1], "open", ())) <= 2
+
+    class Stored(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(files)
+
+        def __getitem__(self, k):
+            return files.stored(k), files._reader[0]
+
+    read = list(torch.utils.data.DataLoader(Stored(), None, num_workers=2))
+    assert [content for content, _ in read] == contents
+    assert len({process for _, process in read} | {files._reader[0]}) == 3
+    assert pickle.loads(pickle.dumps(files)).stored(3) == contents[3]
 
 
 def test_shards_are_samples_of_all_classes(tmp_path):
