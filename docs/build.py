@@ -13,6 +13,7 @@ NAMES = {
     "plan": ("ViewPlan",),
     "batch": ("ViewBatch",),
     "collate": ("StructuredCollate", "ImageFiles"),
+    "crops": ("NativeCrops", "Cropped"),
     "heads": ("StyleHeads",),
     "stack": ("ProjectionHeads",),
     "encoder": ("Encoder",),

@@ -51,7 +51,19 @@ def parse(argv: list[str] | None, text: str | None = None) -> argparse.Namespace
     )
     p.add_argument("--equivariance", type=number, metavar="WEIGHT", help="of EquivarianceLoss (paper: 0, without)")
     p.add_argument("--size", type=edge, default=224, help="edge of the views in pixels")
-    p.add_argument("--load-size", type=edge, help="edge that photographs are loaded at, before crops (default: --size)")
+    p.add_argument(
+        "--load-size",
+        type=edge,
+        metavar="EDGE",
+        help="make photographs squares of this edge before they are cropped, on the device: less work for the workers, "
+        "coarser crops (default: workers crop every photograph at its full resolution)",
+    )
+    p.add_argument(
+        "--decode",
+        choices=("pil", "torchcodec"),
+        default="pil",
+        help="torchcodec: faster for JPEGs at full size",
+    )
     p.add_argument("--batch-size", type=whole, default=64, help="images per process")
     p.add_argument("--accumulate", type=whole, default=1, metavar="N", help="batches whose gradients make one step")
     p.add_argument("--epochs", type=whole, default=100)
@@ -90,7 +102,6 @@ def parse(argv: list[str] | None, text: str | None = None) -> argparse.Namespace
     p.add_argument("--save-every", type=whole, default=1000, help="steps; also after every epoch")
     p.add_argument("--keep", type=whole, default=3, help="checkpoints, with the newest")
     args = p.parse_args(argv)
-    args.load_size = args.load_size or args.size
     if args.lr is None:
         args.lr = BASE_LR[args.family] if args.optimizer == "lars" else 1e-3
     if args.precision == "auto":

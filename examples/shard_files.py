@@ -9,7 +9,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import IO, Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -146,7 +146,7 @@ class ShardFiles(ImageFiles):
             raise OSError(f"expected {size} bytes as they were written: got {len(data)} bytes, not the same")
         return data
 
-    def _source(self, k: int) -> BinaryIO:
+    def _source(self, k: int) -> IO[bytes]:
         return BytesIO(self.stored(k))
 
 

@@ -11,15 +11,13 @@ from photographs import Photographs
 from shard_files import ShardFiles
 from torch import Tensor, nn
 
-from ssd_addon import StructuredCollate
-
 SECONDS = 3.0
 
 
 def stages(
     data: Photographs,
     loader: Iterable[Any],
-    collate: StructuredCollate,
+    collate: Callable[[Any], Any],
     views: Callable[[Tensor], Any],
     model: nn.Module,
     criterion: nn.Module,
@@ -47,8 +45,8 @@ def stages(
         return 1
 
     def decode(k: int) -> int:
-        collate([files[k % len(files)]])
-        return 1
+        collate([files[k % len(files)], files[(k + 1) % len(files)]])
+        return 2
 
     made = views(batch.to(device))
 

@@ -10,6 +10,7 @@ PACKAGES = {
     "numpy": "numpy",
     "PIL": "pillow",
     "timm": "timm",
+    "torchcodec": "torchcodec",
     "torchvision": "torchvision",
 }
 """Package -> what pip calls it."""
