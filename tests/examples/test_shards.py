@@ -93,6 +93,16 @@ def test_every_byte_is_read_back_in_the_order_of_the_folder(tmp_path, kind):
     assert said[-1].startswith("14 of 14 images") and not (tmp_path / "out" / "train.part").exists()
 
 
+def test_torchcodec_decodes_from_shards(tmp_path):
+    pytest.importorskip("torchcodec")
+    (tmp_path / "photographs" / "a").mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photographs" / "a" / "0.jpg")
+    files = ImageFiles(tmp_path / "photographs", decode="torchcodec")
+    write(files, tmp_path / "out", "webdataset")
+    assert torch.equal(ShardFiles(tmp_path / "out", decode="torchcodec")[0][0], files[0][0])
+
+
 def test_processes_read_for_themselves_and_keep_few_shards_open(data, kind, monkeypatch):
     monkeypatch.setattr(shard_files, "OPEN", 2)
     files = ShardFiles(shards_of(data, kind) / "train")
