@@ -148,6 +148,11 @@ def test_cross_image_keys_show_the_same_place_of_another_image():
     assert torch.equal(cropped.sizes[2], sizes[batch.image_ids[2]])
     pixel = 1 / sizes[batch.image_ids[2]].min(dim=1).values[:, None]
     assert bool(((boxes_of(batch, 2) - boxes_of(batch, 0)).abs() <= 1.01 * pixel).all())
+    for k, source in enumerate(batch.image_ids[2].tolist()):  # and it is cut from that image
+        (left, top), (right, bottom) = cropped.boxes[2, k, [0, 2]].long().tolist()
+        box = torch.from_numpy(np.array(pictures()[source]))[top : bottom + 1, left : right + 1].permute(2, 0, 1)
+        expected = F.resize(box, [16, 16], v2.InterpolationMode.BICUBIC, antialias=True)
+        assert torch.equal(cropped.pixels[2, k], expected)
 
 
 def test_constrained_crops_stay_near_the_query():
@@ -164,6 +169,19 @@ def test_constrained_crops_stay_near_the_query():
     middle = (color[:, :2] + color[:, 2:]) / 2
     assert bool((middle > query[:, :2] - 0.01).all() and (middle < query[:, 2:] + 0.01).all())
     assert torch.equal(boxes_of(batch, 2), query)
+    content = area(boxes_of(batch, 1)) / area(query)  # which is free, as is every key of content
+    assert content.min() < 0.5 and content.max() > 2
+    assert NativeCrops(views).short_side == 74  # 16 / sqrt(0.08 x 0.8 x 3 / 4), and 66 for crops that are free
+    assert NativeCrops(made()).short_side == 66
+
+
+def test_keys_crop_by_their_own_operation():
+    groups = {"spatial": [crop(scale=(0.9, 1.0), ratio=(1, 1))], "color": [K.ColorJitter(0.4)]}
+    views = StructuredViews(groups, key_groups={"spatial": [crop(scale=(0.1, 0.2), ratio=(1, 1))]}, seed=0)
+    cropped, _, _ = NativeCrops(views)(samples([(50, 50)] * 8))
+    extent = cropped.boxes[:, :, 2, 0] - cropped.boxes[:, :, 0, 0] + 1
+    assert bool((extent[[0, 2]] > 45).all()) and bool((extent[[1, 3]] < 24).all())
+    assert NativeCrops(views).short_side == 51  # 16 / sqrt(0.1)
 
 
 def test_presets_and_their_keys_of_their_own():
