@@ -68,7 +68,7 @@ NAMES = {
         "check_card",
         "save_run",
         "restore_run",
-        "ResumableSampler",
+        "ResumableSampler", "ShardSampler",
         "ResumableLoader",
         "read_log",
         "cut_log",
