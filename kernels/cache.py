@@ -24,7 +24,8 @@ from ssd_addon.kernels.choice import Gpu
 
 FORMAT = 1
 NOT_MEASURED = {
-    "__init__.py", "cache.py", "check.py", "choice.py", "color_tiles.py", "colors.py", "dispatch.py", "tune.py",
+    "__init__.py", "cache.py", "check.py", "choice.py", "color_tiles.py", "colors.py", "dispatch.py", "timing.py",
+    "tune.py",
 }  # fmt: skip
 """Files of this folder on which no measurement depends."""
 
