@@ -69,6 +69,7 @@ NAMES = {
         "save_run",
         "restore_run",
         "ResumableSampler",
+        "ShardSampler",
         "ResumableLoader",
         "read_log",
         "cut_log",

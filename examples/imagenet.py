@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 --max-restarts 3 examples/imagenet.py --data DIR --out runs/imagenet --resume \
         --batch-size 64
 
-DIR holds train/CLASS/*.jpg and, for the probes, val/CLASS/*.jpg; without train/ the folder itself is trained on. The
+DIR holds train/CLASS/*.jpg and, for the probes, val/CLASS/*.jpg, or is such a folder; or shards (shards.py). The
 defaults are the paper's recipe: ResNet-50, 100 epochs, LARS with 10 warm-up epochs, a total batch of 512.
 
 Small and quick, on a CPU, 4,000 photographs of 32 pixels in ten classes (from CIFAR-10):

@@ -86,6 +86,12 @@ def parse(argv: list[str] | None, text: str | None = None) -> argparse.Namespace
     p.add_argument("--broken", choices=("skip", "raise"), default="raise", help="files that cannot be decoded")
     p.add_argument("--max-broken", type=share, default=0.5, metavar="SHARE", help="of the files; more end the run")
     p.add_argument("--max-skipped", type=count, default=3, help="steps in a row that may be skipped as not finite")
+    p.add_argument(
+        "--mix-shards",
+        type=whole,
+        metavar="N",
+        help="with shards as data: read and mix N at a time (default: all in one random order, as from folders)",
+    )
     p.add_argument("--workers", type=count, default=8)
     p.add_argument("--timeout", type=whole, default=600, help="seconds after which a silent worker is an error")
     p.add_argument("--measure", type=count, default=500, help="images for every epoch's label-free matrix; 0: none")

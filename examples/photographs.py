@@ -9,28 +9,29 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from shard_files import ShardFiles, image_files
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 from ssd_addon import NativeCrops, StructuredCollate, StructuredViews
-from ssd_addon.collate import ImageFiles
 from ssd_addon.metrics import OnlineProbes
-from ssd_addon.runs import ResumableSampler
+from ssd_addon.runs import ResumableSampler, ShardSampler
 
 NONE = -1
 
 
 class Photographs(Dataset):
-    """Image files, with a flag for each that was replaced because it is broken, whichever worker met it.
+    """Images in files or shards, with a flag for each that was replaced because it is broken, whichever worker met it.
 
     Where images are `scored`, each counts once: one in the place of a broken one has the label -1. What every worker is
     reading is noted, for the error of one that was killed or that does not come to an end.
     """
 
     def __init__(self, root: Path, args: Any, size: int, scored: bool = False) -> None:
-        self.files = ImageFiles(root, broken=args.broken, short_side=size, decode=args.decode)
+        self.files = image_files(root, broken=args.broken, short_side=size, decode=args.decode)
         self.scored = scored
+        self.layout = b""  # of the shards, where the order depends on it
         self.replaced = torch.zeros(len(self.files), dtype=torch.uint8).share_memory_()
         self.reading = torch.full((max(1, args.workers),), NONE).share_memory_()
 
@@ -59,6 +60,7 @@ class Photographs(Dataset):
         digest = hashlib.blake2b(digest_size=16)
         for name, label in zip(self.files.names, self.files.targets, strict=True):
             digest.update(f"{name}\0{label}\0".encode("utf-8", "surrogateescape"))
+        digest.update(self.layout)
         return digest.hexdigest()
 
     def broken(self, device: torch.device) -> Tensor:
@@ -113,6 +115,8 @@ class Loaders:
         self.data, self.held_out = Photographs(folder, args, least), None
         self.args, self.classes = args, len(self.data.files.classes)
         self.sampler = ResumableSampler(self.data, world, rank, shuffle=True, seed=args.seed)
+        if args.mix_shards:
+            self.sampler = self._few_shards(args.mix_shards, world, rank, args.seed)
         self.draws = torch.Generator()  # of the loaders: the global generator belongs to the model
         common = {"num_workers": args.workers, "pin_memory": pinned, "generator": self.draws}
         common |= {"timeout": args.timeout} if args.workers else {}
@@ -137,6 +141,13 @@ class Loaders:
                 raise ValueError(f"{args.data}: expected the same class folders in train and val")
             mine = Subset(self.held_out, range(rank, len(self.held_out), world))
             self.val = DataLoader(mine, args.batch_size, collate_fn=StructuredCollate(args.size), **common)
+
+    def _few_shards(self, mixed: int, world: int, rank: int, seed: int) -> ShardSampler:
+        files = self.data.files
+        if not isinstance(files, ShardFiles):
+            raise ValueError(f"--mix-shards: expected shards, as examples/shards.py writes them: got {files!r}")
+        files.ahead, self.data.layout = True, files.shards.tobytes()
+        return ShardSampler(files.shards, mixed=mixed, num_replicas=world, rank=rank, seed=seed)
 
     def epoch(self, epoch: int, begin: int) -> Iterator[Any]:
         """The batches of an epoch from a step on."""
@@ -184,8 +195,8 @@ class Probing:
 
 
 def in_memory(folder: Path, size: int) -> tuple[Tensor, Tensor]:
-    """All images of class folders, [n, 3, size, size] uint8, and their classes [n]."""
-    files, collate = ImageFiles(folder), StructuredCollate(size)
+    """All images of class folders or shards, [n, 3, size, size] uint8, and their classes [n]."""
+    files, collate = image_files(folder), StructuredCollate(size)
     images, labels, _ = collate([files[i] for i in range(len(files))])
     return images, torch.as_tensor(labels)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from photographs import Photographs
+from shard_files import ShardFiles
 from torch import Tensor, nn
 
 SECONDS = 3.0
@@ -39,7 +40,8 @@ def stages(
         return done / (time.perf_counter() - started)
 
     def read(k: int) -> int:
-        Path(files.samples[k % len(files)][0]).read_bytes()
+        k %= len(files)
+        files.stored(k) if isinstance(files, ShardFiles) else Path(files.samples[k][0]).read_bytes()
         return 1
 
     def decode(k: int) -> int:

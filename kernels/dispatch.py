@@ -101,9 +101,13 @@ def _rows_for_triton(device: torch.device, width: int, came_as: torch.dtype, pre
     return needed if right else NEVER
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _settled(device: torch.device, width: int, came_as: torch.dtype, prefix: int) -> int:
+    """Called while a compiler traces, and not traced itself."""
     return _rows_for_triton(device, width, came_as, prefix, 0)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler with this file.
+_settled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def tf32_allowed() -> bool:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 PACKAGES = {
     "kornia": "kornia",
+    "litdata": "litdata",
     "matplotlib": "matplotlib",
     "numpy": "numpy",
     "PIL": "pillow",

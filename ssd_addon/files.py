@@ -6,7 +6,7 @@ import random
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from PIL import Image
 from torch import Tensor
@@ -85,7 +85,7 @@ class ImageFiles(Dataset[tuple[Image.Image | Tensor, int, str]]):
         self._shown_root = _listing.printable(str(self.root))
         if not self.root.is_dir():
             raise FileNotFoundError(f"expected a folder of images: got {self._shown_root}, which is not a folder")
-        self._listing, left_out, empty, self.repeated = _listing.scan(self.root)
+        self._listing, left_out, empty, self.repeated = self._scan()
         self.left_out: dict[str, int] = dict(left_out)
         self._bad: set[int] = set()
         if not len(self):
@@ -125,6 +125,14 @@ class ImageFiles(Dataset[tuple[Image.Image | Tensor, int, str]]):
     def skipped(self) -> int:
         return len(self._bad)
 
+    def _scan(self) -> _listing.Scan:
+        """The images there are; a subclass may have them elsewhere than in files."""
+        return _listing.scan(self.root)
+
+    def _source(self, k: int) -> Path | IO[bytes]:
+        """What Pillow opens for an image."""
+        return self._listing.path(k)
+
     def __len__(self) -> int:
         return len(self._listing)
 
@@ -146,7 +154,7 @@ class ImageFiles(Dataset[tuple[Image.Image | Tensor, int, str]]):
             if k in self._bad:
                 continue
             try:
-                image = read(self._listing.path(k), self.short_side)
+                image = read(self._source(k), self.short_side)
             except Exception as error:  # decoders raise much more than OSError; see `pictures.read`
                 self._meet(k, error)
             else:

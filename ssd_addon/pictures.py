@@ -81,13 +81,13 @@ def torchcodec_decoders() -> Any:
         return import_module("torchcodec.decoders")
 
 
-def read_by_torchcodec(path: str | Path, short: int | None = None) -> Tensor:
+def read_by_torchcodec(path: str | Path | IO[bytes], short: int | None = None) -> Tensor:
     """The same as a tensor [3, H, W] uint8; JPEGs by torchcodec, everything that it does not do by Pillow.
 
     Torchcodec decodes no other size than that of the file and does not turn images upright, so files that are to be
     reduced, turned or converted from CMYK go to Pillow, as do other formats.
     """
-    data = Path(path).read_bytes()
+    data = Path(path).read_bytes() if isinstance(path, str | Path) else path.read()
     with Image.open(io.BytesIO(data)) as image:
         jpeg = image.format == "JPEG" and image.mode in ("L", "RGB") and _orientation(image) == 1
         fits = short is None or min(image.size) < 2 * short

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ssd_addon.kernels import choice, negative_lse, tune
+from ssd_addon.kernels import choice, negative_lse, timing, tune
 
 TAU = 0.1
 AIMS = {
@@ -73,7 +73,7 @@ def times(methods: dict[str, Callable[[], Any]], seconds: float = 4.0, most: int
     until = time.monotonic() + (0.0 if Here.rehearsal else seconds)
     for repeat in range(2 if Here.rehearsal else most):
         for name in found if repeat % 2 == 0 else reversed(list(found)):
-            found[name].append(tune.once(methods[name], Here.device))
+            found[name].append(timing.once(methods[name], Here.device))
         if time.monotonic() > until and repeat >= 4:
             break
     for name, ms in found.items():

@@ -15,6 +15,7 @@ from imagenet_runs import ROOT, SMALL, draw, log_of, run, spoil
 
 from examples import imagenet
 from ssd_addon import JointEntropyLoss, StructuredViews, presets, runs
+from ssd_addon.collate import ImageFiles
 from ssd_addon.crops import Cropped
 
 pytestmark = pytest.mark.slow
@@ -311,28 +312,24 @@ def test_sharded_weights_are_those_of_one_process(data):
 
 
 def test_a_worker_that_hangs_names_its_file(data, monkeypatch):
-    from examples import photographs
-
     def hangs(self, index):
         if self.names[index].endswith("5.png"):
             time.sleep(60)
         return original(self, index)
 
-    original = photographs.ImageFiles.__getitem__
-    monkeypatch.setattr(photographs.ImageFiles, "__getitem__", hangs)
+    original = ImageFiles.__getitem__
+    monkeypatch.setattr(ImageFiles, "__getitem__", hangs)
     with pytest.raises(RuntimeError, match=r"timed out after 3 seconds; at that moment, worker \d: c/5\.png"):
         run(data, "run", "--steps", "3", "--workers", "1", "--timeout", "3", *ALONE)
 
 
 def test_a_worker_that_is_killed_names_its_file(data, monkeypatch):
-    from examples import photographs
-
     def dies(self, index):
         if self.names[index].endswith("5.png"):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, index)
 
-    original = photographs.ImageFiles.__getitem__
-    monkeypatch.setattr(photographs.ImageFiles, "__getitem__", dies)
+    original = ImageFiles.__getitem__
+    monkeypatch.setattr(ImageFiles, "__getitem__", dies)
     with pytest.raises(RuntimeError, match=r"DataLoader worker.*worker \d: c/5\.png"):
         run(data, "run", "--steps", "3", "--workers", "1", *ALONE)

@@ -148,3 +148,14 @@ def test_the_command_can_be_rehearsed(monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "a rehearsal, which nothing reads" in said and "sums, D = 8: " in said
     assert [f.suffix for f in (tmp_path / "kernels").iterdir()] == [".json"]
+
+
+def test_a_kernel_that_keeps_the_gradient_in_registers_is_timed_beside_the_others():
+    """Its figure stands for the products of the others too, which are therefore in theirs."""
+    high = table.Configuration(32, 16, 16, 4, 2, False, 1, 0, True)
+    with tune.shrunk(SHORT):
+        step = tune.Step(CPU, SHORT, "weights", 8)
+        assert "ms" in step.timed(high)
+        with tune.using({"weights": {"inf": list(high)}}), tune.recorded(tune.KERNELS["weights"], True) as launches:
+            step.run()
+    assert len(launches) == 1 and table.is_configuration(list(high))
