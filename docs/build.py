@@ -14,7 +14,7 @@ NAMES = {
     "batch": ("ViewBatch",),
     "collate": ("StructuredCollate", "ImageFiles"),
     "heads": ("StyleHeads",),
-    "stack": ("ProjectionHeads",),
+    "projection": ("ProjectionHeads",),
     "encoder": ("Encoder",),
     "embeddings": ("Embeddings",),
     "large_batch": ("two_pass",),
