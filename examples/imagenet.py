@@ -83,6 +83,8 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
     if args.compile:
         core.backbone.compile()
     ids = {"device_ids": [device.index] if gpu else None}
+    if ema and sharded:
+        fully_shard(ema.module)
     model = fully_shard(core) if sharded else DistributedDataParallel(core, **ids) if world > 1 else core
     loss = {"family": args.family} if paper else made.loss
     if args.dual_ascent is not None and "weights" not in loss:
@@ -124,7 +126,7 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
     log, step = args.out / "log.jsonl", 0
     config = config_of(args) | {"processes": world, "images": len(data), "classes": classes, "device": device.type}
     config["files"] = data.digest
-    parts = {"optimizer": runs.whole_optimizer(core, optimizer) if sharded else optimizer, "scaler": scaler}
+    parts = {"optimizer": runs.whole_optimizer(trained, optimizer) if sharded else optimizer, "scaler": scaler}
     parts |= {"views": views, "criterion": criterion}
     parts |= {"equivariance": equivariance} if equivariance else {}
     parts |= {"probes": probing.probes, "probe_optimizer": probing.optimizer} if probing else {}

@@ -86,7 +86,7 @@ def restore_run(
     with storage.unchanged_on_error(*parts.values()):
         for name, part in parts.items():
             try:
-                part.load_state_dict(stored[name])
+                part.load_state_dict(_laid_out_as(stored[name], part))
             except Exception as error:  # whatever a part says of a state that is not its own
                 raise ValueError(f"{path}: expected a state that fits {name!r} ({error})") from error
         try:
@@ -94,6 +94,16 @@ def restore_run(
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return stored
+
+
+def _laid_out_as(state: Any, part: Part) -> Any:
+    """A stored state, sharded where the part is a module that is."""
+    if not isinstance(part, nn.Module) or not isinstance(state, Mapping):
+        return state
+    own = part.state_dict()
+    if not any(hasattr(t, "full_tensor") for t in own.values()):
+        return state
+    return {k: storage.sharded_as(v, own.get(k)) for k, v in state.items()}
 
 
 def _trains(module: nn.Module, parts: Mapping[str, Part]) -> str | None:
