@@ -92,12 +92,12 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
         loss["weights"] = DualAscent(core.spaces, **rise)
     criterion = JointEntropyLoss(**loss, gather_distributed=True).to(device)
     core.on_sphere = criterion.on_sphere
-    equivariance = respond = None
-    weight = args.equivariance
+    equivariance, respond, weight = None, None, args.equivariance
     if weight is None:
         weight = 0.0 if paper or made.equivariance is None else made.equivariance["weight"]
     if weight:
-        equivariance = EquivarianceLoss(core.spaces, views, family=args.family, weight=weight).to(device)
+        term = {"family": args.family, "weight": weight, "gather_distributed": True}
+        equivariance = EquivarianceLoss(core.spaces, views, **term).to(device)
         respond = DistributedDataParallel(equivariance) if world > 1 else equivariance  # its inputs are in place
     trained = core if equivariance is None else nn.ModuleList([core, equivariance])
     optimizer, peak = build_optimizer(args, trained), args.lr * args.batch_size * world * args.accumulate / 256
