@@ -26,6 +26,7 @@ from ssd_addon.projection import (
     Norm,
     ProjectionHeads,
     Projections,
+    check_stored,
     checked_hidden,
     checked_spaces,
     whole,
@@ -329,6 +330,7 @@ class StyleHeads(ReadsStacked):
         """
         config = dict(stored.config)
         try:
+            check_stored(config, stored.state_dict)
             model = cls(backbone, config.pop("spaces"), **config)
         except (TypeError, ValueError) as error:
             raise ValueError(f"its configuration does not make a StyleHeads ({error})") from error

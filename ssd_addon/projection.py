@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ssd_addon import _checks
+from ssd_addon import _checks, _limits
 from ssd_addon._types import as_weights
 from ssd_addon.embeddings import Embeddings
 from ssd_addon.plan import ViewPlan
@@ -56,6 +56,9 @@ class Projections(nn.Module):
         self, in_features: int, spaces: Mapping[str, int], hidden: Mapping[str, tuple[int, ...]], norm: Norm | None
     ) -> None:
         super().__init__()
+        if torch.get_default_device().type == "cpu":
+            size = weights_of(in_features, spaces, hidden) * torch.finfo(torch.get_default_dtype()).bits // 8
+            _limits.fits(size, "heads", "weights")
         self.hidden, self.norm, self._keys = dict(hidden), norm, {n: _key(n) for n in spaces}
         linears: dict[str, list[nn.Linear]] = {n: [] for n in spaces}
         for members in self.alike():  # layer by layer: the same seed gives the weights that it always gave
@@ -89,6 +92,26 @@ class Projections(nn.Module):
     def key(self, name: str) -> str:
         """What stands for a space in the keys of the state_dict."""
         return self._keys[name]
+
+
+def weights_of(in_features: int, spaces: Mapping[str, int], hidden: Mapping[str, tuple[int, ...]]) -> int:
+    """How many weights the matrices of all heads have."""
+    edges = [(in_features, *hidden[n], d) for n, d in spaces.items()]
+    return sum(a * b for each in edges for a, b in itertools.pairwise(each))
+
+
+def check_stored(config: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Refuse a file's configuration of far more weights than are in the file.
+
+    Raises:
+        ValueError, TypeError: such a one, or one that is none.
+    """
+    spaces = checked_spaces(config["spaces"])
+    hidden = checked_hidden(config["hidden"], spaces)
+    wanted = weights_of(_checks.width(config["in_features"], "in_features"), spaces, hidden)
+    there = sum(t.numel() for t in state.values() if isinstance(t, Tensor))
+    if wanted > 4 * there + 10**6:
+        raise ValueError(f"expected heads of at most the {there:,} numbers in the file: got some of {wanted:,}")
 
 
 def _key(name: str) -> str:
