@@ -2,9 +2,9 @@
 
     python examples/imagenet.py --data DIR --out runs/imagenet                          # one GPU, or a patient CPU
     torchrun --nproc-per-node 8 --max-restarts 3 examples/imagenet.py --data DIR --out runs/imagenet --resume \
-        --batch-size 64 --load-size 288
+        --batch-size 64
 
-DIR holds train/CLASS/*.jpg and, for the probes, val/CLASS/*.jpg; without train/ the folder itself is trained on. The
+DIR holds train/CLASS/*.jpg and, for the probes, val/CLASS/*.jpg, or is such a folder; or shards (shards.py). The
 defaults are the paper's recipe: ResNet-50, 100 epochs, LARS with 10 warm-up epochs, a total batch of 512.
 
 Small and quick, on a CPU, 4,000 photographs of 32 pixels in ten classes (from CIFAR-10):
@@ -53,20 +53,21 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
     if saved.there() and not args.resume:
         raise FileExistsError(f"{args.out} holds the checkpoint of another run: give --resume, or another --out")
 
-    # Data. The loader hands over uint8 images of one size; the views are made on the device.
-    loaders = Loaders(args, world, rank, gpu)
-    data, held_out, classes = loaders.data, loaders.held_out, loaders.classes
-    per_epoch = loaders.steps
+    # Views and data. The loader makes the crops (uint8), the device does the other operations.
+    preset = "content_only" if args.method == "content-only" else args.preset
+    given = {"family": args.family, "sets": args.cross_image, "size": args.size}
+    made = recipe(preset, **given)
+    views = StructuredViews(**made.views, plan=args.plan, seed=args.seed)
+    loaders = Loaders(args, views, world, rank, gpu)
+    data, held_out, classes, per_epoch = loaders.data, loaders.held_out, loaders.classes, loaders.steps
     total, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
     stop = min(total, args.steps or total)
 
-    # Views, model, loss.
-    preset = "content_only" if args.method == "content-only" else args.preset
+    # Model and loss.
     paper, rise = args.recipe == "paper", {}
     if not paper and args.dual_ascent is not None and args.family == "simclr" and preset != "content_only":
         rise = {"tolerance": args.dual_ascent, "warmup_steps": int(warmup)}
-    made = recipe(preset, family=args.family, sets=args.cross_image, size=args.size, **rise)
-    views = StructuredViews(**made.views, plan=args.plan, seed=args.seed)
+        made = recipe(preset, **given, **rise)
     torch.manual_seed(args.seed)
     widths = dict.fromkeys(views.plan.spaces, 2048) if paper else made.spaces
     core = StyleHeads(build_backbone(args), widths | args.widths, hidden=args.hidden)
@@ -229,6 +230,7 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
                 try:
                     fine = guard.fine(step, found, () if scaled else parameters)
                 except runs.TooManySkipped:
+                    images = images if isinstance(images, torch.Tensor) else images.state_dict()
                     bad = {"images": images, "labels": labels, "names": list(names), "views": seen, "step": step}
                     torch.save(bad | {"model": core.state_dict()}, args.out / f"not-finite-{step}-rank{rank}.pt")
                     raise

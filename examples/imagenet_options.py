@@ -51,7 +51,19 @@ def parse(argv: list[str] | None, text: str | None = None) -> argparse.Namespace
     )
     p.add_argument("--equivariance", type=number, metavar="WEIGHT", help="of EquivarianceLoss (paper: 0, without)")
     p.add_argument("--size", type=edge, default=224, help="edge of the views in pixels")
-    p.add_argument("--load-size", type=edge, help="edge that photographs are loaded at, before crops (default: --size)")
+    p.add_argument(
+        "--load-size",
+        type=edge,
+        metavar="EDGE",
+        help="make photographs squares of this edge before they are cropped, on the device: less work for the workers, "
+        "coarser crops (default: workers crop every photograph at its full resolution)",
+    )
+    p.add_argument(
+        "--decode",
+        choices=("pil", "torchcodec"),
+        default="pil",
+        help="torchcodec: faster for JPEGs at full size",
+    )
     p.add_argument("--batch-size", type=whole, default=64, help="images per process")
     p.add_argument("--accumulate", type=whole, default=1, metavar="N", help="batches whose gradients make one step")
     p.add_argument("--epochs", type=whole, default=100)
@@ -74,6 +86,12 @@ def parse(argv: list[str] | None, text: str | None = None) -> argparse.Namespace
     p.add_argument("--broken", choices=("skip", "raise"), default="raise", help="files that cannot be decoded")
     p.add_argument("--max-broken", type=share, default=0.5, metavar="SHARE", help="of the files; more end the run")
     p.add_argument("--max-skipped", type=count, default=3, help="steps in a row that may be skipped as not finite")
+    p.add_argument(
+        "--mix-shards",
+        type=whole,
+        metavar="N",
+        help="with shards as data: read and mix N at a time (default: all in one random order, as from folders)",
+    )
     p.add_argument("--workers", type=count, default=8)
     p.add_argument("--timeout", type=whole, default=600, help="seconds after which a silent worker is an error")
     p.add_argument("--measure", type=count, default=500, help="images for every epoch's label-free matrix; 0: none")
@@ -84,7 +102,6 @@ def parse(argv: list[str] | None, text: str | None = None) -> argparse.Namespace
     p.add_argument("--save-every", type=whole, default=1000, help="steps; also after every epoch")
     p.add_argument("--keep", type=whole, default=3, help="checkpoints, with the newest")
     args = p.parse_args(argv)
-    args.load_size = args.load_size or args.size
     if args.lr is None:
         args.lr = BASE_LR[args.family] if args.optimizer == "lars" else 1e-3
     if args.precision == "auto":

@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from arguments import count, share, whole
+from shard_files import image_files
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ssd_addon import StructuredCollate, runs
-from ssd_addon.collate import ImageFiles
 from ssd_addon.metrics import embed, parameter_matrix
 from ssd_addon.metrics.images import scaled
 
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict:
     size = args.size or opened.card.get("size") or 224
     embedded, kept = {}, []
     for split in ("train", "val"):
-        files = ImageFiles(args.data / split, short_side=size)
+        files = image_files(args.data / split, short_side=size)
         loader = DataLoader(files, args.batch_size, collate_fn=StructuredCollate(size), num_workers=args.workers)
         parts: list[dict[str, Tensor]] = []
         for images, _, _ in loader:

@@ -9,28 +9,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from shard_files import ShardFiles, image_files
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
-from ssd_addon.collate import ImageFiles, StructuredCollate
+from ssd_addon import NativeCrops, StructuredCollate, StructuredViews
 from ssd_addon.metrics import OnlineProbes
-from ssd_addon.runs import ResumableSampler
+from ssd_addon.runs import ResumableSampler, ShardSampler
 
 NONE = -1
 
 
 class Photographs(Dataset):
-    """Image files, with a flag for each that was replaced because it is broken, whichever worker met it.
+    """Images in files or shards, with a flag for each that was replaced because it is broken, whichever worker met it.
 
     Where images are `scored`, each counts once: one in the place of a broken one has the label -1. What every worker is
     reading is noted, for the error of one that was killed or that does not come to an end.
     """
 
-    def __init__(self, root: Path, broken: str, size: int, workers: int = 0, scored: bool = False) -> None:
-        self.files, self.scored = ImageFiles(root, broken=broken, short_side=size), scored
+    def __init__(self, root: Path, args: Any, size: int, scored: bool = False) -> None:
+        self.files = image_files(root, broken=args.broken, short_side=size, decode=args.decode)
+        self.scored = scored
+        self.layout = b""  # of the shards, where the order depends on it
         self.replaced = torch.zeros(len(self.files), dtype=torch.uint8).share_memory_()
-        self.reading = torch.full((max(1, workers),), NONE).share_memory_()
+        self.reading = torch.full((max(1, args.workers),), NONE).share_memory_()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -57,6 +60,7 @@ class Photographs(Dataset):
         digest = hashlib.blake2b(digest_size=16)
         for name, label in zip(self.files.names, self.files.targets, strict=True):
             digest.update(f"{name}\0{label}\0".encode("utf-8", "surrogateescape"))
+        digest.update(self.layout)
         return digest.hexdigest()
 
     def broken(self, device: torch.device) -> Tensor:
@@ -93,7 +97,10 @@ class Photographs(Dataset):
 
 
 class Loaders:
-    """Training images and, where there is a val folder, held-out ones, for one rank: uint8, of one size.
+    """Training images and, where there is a val folder, held-out ones, for one rank: uint8.
+
+    Of training images the workers make the crops of all `views`, each from the image at its own size; with a load size
+    they make images of one size, which are cropped later, with fewer pixels.
 
     Attributes:
         data, held_out: the photographs; held_out is None without a val folder.
@@ -101,15 +108,18 @@ class Loaders:
         unscored: why no probe can be trained, "" where one can.
     """
 
-    def __init__(self, args: Any, world: int, rank: int, pinned: bool) -> None:
+    def __init__(self, args: Any, views: StructuredViews, world: int, rank: int, pinned: bool) -> None:
         folder = args.data / "train" if (args.data / "train").is_dir() else args.data
-        self.data, self.held_out = Photographs(folder, args.broken, args.load_size, args.workers), None
+        collate = StructuredCollate(args.load_size) if args.load_size else NativeCrops(views)
+        least = args.load_size or collate.short_side
+        self.data, self.held_out = Photographs(folder, args, least), None
         self.args, self.classes = args, len(self.data.files.classes)
         self.sampler = ResumableSampler(self.data, world, rank, shuffle=True, seed=args.seed)
+        if args.mix_shards:
+            self.sampler = self._few_shards(args.mix_shards, world, rank, args.seed)
         self.draws = torch.Generator()  # of the loaders: the global generator belongs to the model
         common = {"num_workers": args.workers, "pin_memory": pinned, "generator": self.draws}
         common |= {"timeout": args.timeout} if args.workers else {}
-        collate = StructuredCollate(args.load_size)
         self.loader = DataLoader(
             self.data, args.batch_size, sampler=self.sampler, collate_fn=collate, drop_last=True, **common
         )
@@ -126,11 +136,18 @@ class Loaders:
             why = f"{self.classes} classes, {len(self.data)} images"
             self.unscored = f"no probes: {why}, so no class has a second image to be recognized by"
         elif (args.data / "val").is_dir():
-            self.held_out = Photographs(args.data / "val", args.broken, args.size, args.workers, scored=True)
+            self.held_out = Photographs(args.data / "val", args, args.size, scored=True)
             if self.held_out.files.classes != self.data.files.classes:
                 raise ValueError(f"{args.data}: expected the same class folders in train and val")
             mine = Subset(self.held_out, range(rank, len(self.held_out), world))
             self.val = DataLoader(mine, args.batch_size, collate_fn=StructuredCollate(args.size), **common)
+
+    def _few_shards(self, mixed: int, world: int, rank: int, seed: int) -> ShardSampler:
+        files = self.data.files
+        if not isinstance(files, ShardFiles):
+            raise ValueError(f"--mix-shards: expected shards, as examples/shards.py writes them: got {files!r}")
+        files.ahead, self.data.layout = True, files.shards.tobytes()
+        return ShardSampler(files.shards, mixed=mixed, num_replicas=world, rank=rank, seed=seed)
 
     def epoch(self, epoch: int, begin: int) -> Iterator[Any]:
         """The batches of an epoch from a step on."""
@@ -178,8 +195,8 @@ class Probing:
 
 
 def in_memory(folder: Path, size: int) -> tuple[Tensor, Tensor]:
-    """All images of class folders, [n, 3, size, size] uint8, and their classes [n]."""
-    files, collate = ImageFiles(folder), StructuredCollate(size)
+    """All images of class folders or shards, [n, 3, size, size] uint8, and their classes [n]."""
+    files, collate = image_files(folder), StructuredCollate(size)
     images, labels, _ = collate([files[i] for i in range(len(files))])
     return images, torch.as_tensor(labels)
 

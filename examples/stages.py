@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from photographs import Photographs
+from shard_files import ShardFiles
 from torch import Tensor, nn
-
-from ssd_addon import StructuredCollate
 
 SECONDS = 3.0
 
@@ -18,7 +17,7 @@ SECONDS = 3.0
 def stages(
     data: Photographs,
     loader: Iterable[Any],
-    collate: StructuredCollate,
+    collate: Callable[[Any], Any],
     views: Callable[[Tensor], Any],
     model: nn.Module,
     criterion: nn.Module,
@@ -41,12 +40,13 @@ def stages(
         return done / (time.perf_counter() - started)
 
     def read(k: int) -> int:
-        Path(files.samples[k % len(files)][0]).read_bytes()
+        k %= len(files)
+        files.stored(k) if isinstance(files, ShardFiles) else Path(files.samples[k][0]).read_bytes()
         return 1
 
     def decode(k: int) -> int:
-        collate([files[k % len(files)]])
-        return 1
+        collate([files[k % len(files)], files[(k + 1) % len(files)]])
+        return 2
 
     made = views(batch.to(device))
 

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ssd_addon.kernels import table, tiles
+from ssd_addon.kernels import resident, table, tiles
 from ssd_addon.kernels.operands import LONGEST, Operand, column_levels, pointer, round_up, stacked
 from ssd_addon.kernels.table import Configuration
 
@@ -52,8 +52,8 @@ def empty(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32)
     return x.new_empty(shape, dtype=dtype)
 
 
-def _configuration(x: Tensor, mode: str) -> Configuration:
-    return table.configuration(table.architecture(x.device), mode, x.shape[1])
+def _configuration(x: Tensor, mode: str, width: int | None = None) -> Configuration:
+    return table.configuration(table.architecture(x.device), mode, x.shape[1] if width is None else width)
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -140,7 +140,12 @@ def gradient(
     n, d = x.shape
     levels = column_levels(prefix, d)
     exact = x.dtype == torch.float32
-    c = _configuration(x, ("weights_two" if prefix else "weights") + ("_maximum" if maximum else ""))
+    mode = ("weights_two" if prefix else "weights") + ("_maximum" if maximum else "")
+    c = _configuration(x, mode)
+    if c.resident and exact:
+        c = _configuration(x, mode, c.block_k + 1)  # two fp16 parts: as for rows that are too wide to be resident
+    if c.resident:
+        return _resident(x, every, ids, every_ids, scale, shift, lse, every_lse, g, every_g, prefix, maximum, c)
     a, b = _operands(x, every, ids, every_ids, levels, c)
     if every is None:
         every, every_lse, every_g = x, lse, g
@@ -173,6 +178,24 @@ def gradient(
                 if symmetric and not across:
                     add_product(dx[j, k:stop], weights.T, x[i, k:stop])
     return dx.div_(w_scale)
+
+
+def _resident(
+    x: Tensor, every: Tensor | None, ids: Tensor, every_ids: Tensor, scale: Tensor, shift: Tensor, lse: Tensor,
+    every_lse: Tensor, g: Tensor, every_g: Tensor, prefix: int, maximum: bool, c: Configuration,
+) -> Tensor:  # fmt: skip
+    """`gradient` without W in memory."""
+    if prefix:
+        raise ValueError("a configuration that keeps the gradient in registers: expected one space: got a prefix")
+    if every is None:
+        every, every_lse, every_g = x, lse, g
+    out = empty(x, (x.shape[0], x.shape[1]))
+    with _on_device_of(x):
+        resident.gradient(
+            x, every, ids.contiguous(), every_ids.contiguous(), scale, shift, lse, every_lse, g, every_g, maximum,
+            WEIGHT_SCALE, c, out,
+        )  # fmt: skip
+    return out.div_(WEIGHT_SCALE)
 
 
 def _operands(

@@ -17,13 +17,14 @@ class Configuration(NamedTuple):
     """Shape of a tile and how it is run."""
 
     block_m: int  # rows of a tile
-    block_n: int  # columns: block_m, or twice that
+    block_n: int  # columns: block_m, or twice that (resident: any)
     block_k: int  # columns of the operands that are in shared memory at a time
     warps: int
     stages: int  # of the pipeline that loads them
     descriptor: bool  # tensor descriptors (sm_90) instead of pointers
     group: int  # row tiles that share a column tile in the L2 cache
     registers: int = 0  # most per thread, 0 leaves it to the compiler: fewer let more programs share a multiprocessor
+    resident: bool = False  # weights: their gradient stays in registers (`resident`), for up to block_k columns of z
 
     def options(self) -> dict[str, int]:
         """What a launch takes beside the constants."""
@@ -61,3 +62,10 @@ def smallest_rows(arch: str, width: int) -> float:
     """From so many rows on "auto" picks triton, as measured on that architecture; infinity where nobody measured."""
     entries = table()["auto"].get(arch)
     return math.inf if not entries else float(bucket(entries, width))
+
+
+def candidates(arch: str, mode: str, width: int) -> list[Configuration]:
+    """What is worth timing beside `configuration`; only those of a bucket above 128 take rows of any width."""
+    every = table()["candidates"]
+    buckets = {**every["default"], **every.get(arch, {})}.get(mode, {})
+    return [Configuration(*c) for size, values in buckets.items() if width <= float(size) for c in values]

@@ -101,6 +101,18 @@ def _reduce(s, shift, p_sum, p_max, o_out, m_out, axis: tl.constexpr, MAXIMUM: t
         tl.store(p_sum + o_out, tl.sum(s, axis), mask=m_out)  # s: exponentiated once for both axes
 
 
+@triton.jit
+def column_sums(s, b_M: tl.constexpr, b_N: tl.constexpr):
+    """sum_i s_ij, [b_N], by halves: tl.sum would shuffle every column of a tile through 8 lanes (kernels/README.md)."""
+    # Rows r and r + 8 are in one thread as the tensor cores leave them, so that half the tile changes its layout.
+    x, y = s.reshape(b_M // 16, 2, 8, b_N).permute(0, 2, 3, 1).split()
+    s = (x + y).reshape(b_M // 2, b_N)
+    for h in tl.static_range(3):
+        x, y = s.reshape(2, b_M // 2 ** (h + 2), b_N).permute(1, 2, 0).split()
+        s = x + y
+    return tl.sum(s, 0)
+
+
 @triton.jit(do_not_specialize=["n_m", "n_n", "first", "tiles_m", "tiles_n"])
 def sums_kernel(
     a,
@@ -197,7 +209,7 @@ def sums_kernel(
                 tl.store(p_near_max + o_in, top, mask=inside)
                 tl.store(p_far_max + o_far, top, mask=outside)
             else:
-                total = tl.sum(s, 0)
+                total = column_sums(s, b_M, b_N)
             tl.store(p_near + o_in, total, mask=inside)
             tl.store(p_far + o_far, total, mask=outside)
 

@@ -2,6 +2,7 @@
 
 views = StructuredViews({"color": [...], "spatial": [...]})          images -> structured views      augment
 StructuredTransform({"color": [...]})                                the same in data-loader workers  transform
+NativeCrops(views)                                                   crops at full resolution, in workers  crops
 batch = views(images)                                                ViewBatch [V, B, C, H, W]       batch
 model = StyleHeads(backbone, {"content": 256, "color": 64, ...})     backbone -> one space a group   heads
 z = model(batch)                                                     Embeddings name -> [V, B, d]    embeddings
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from ssd_addon.augment import StructuredViews as StructuredViews
     from ssd_addon.batch import ViewBatch as ViewBatch
     from ssd_addon.collate import StructuredCollate as StructuredCollate
+    from ssd_addon.crops import NativeCrops as NativeCrops
     from ssd_addon.embeddings import Embeddings as Embeddings
     from ssd_addon.heads import StyleHeads as StyleHeads
     from ssd_addon.large_batch import two_pass as two_pass
@@ -63,6 +65,7 @@ _HOME = {
     "ViewBatch": "batch",
     "Embeddings": "embeddings",
     "StructuredCollate": "collate",
+    "NativeCrops": "crops",
     "StyleHeads": "heads",
     "JointEntropyLoss": "losses",
     "DualAscent": "losses",
@@ -93,6 +96,7 @@ __all__ = [
     "EquivarianceLoss",
     "JointEntropyLoss",
     "Monitor",
+    "NativeCrops",
     "Recipe",
     "StructuredCollate",
     "StructuredTransform",

@@ -5,10 +5,12 @@ from contextlib import contextmanager
 
 PACKAGES = {
     "kornia": "kornia",
+    "litdata": "litdata",
     "matplotlib": "matplotlib",
     "numpy": "numpy",
     "PIL": "pillow",
     "timm": "timm",
+    "torchcodec": "torchcodec",
     "torchvision": "torchvision",
 }
 """Package -> what pip calls it."""

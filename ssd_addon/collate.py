@@ -87,66 +87,29 @@ class StructuredCollate:
         self.image_key, self.label_key = image_key, label_key
 
     def __call__(self, samples: Sequence[Any]) -> tuple[Tensor | ViewBatch, Any, list[str]]:
-        if not samples:
-            raise ValueError("collate: expected at least one sample: got an empty batch")
+        check_samples(samples)
         images, labels, names = [], [], []
         made: Callable[[Sequence[Any]], ViewBatch] | None = getattr(self.views, "collated", None)
         for sample in samples:
-            image, label, name = self._taken_apart(sample)
+            image, label, name = taken_apart(sample, self.image_key, self.label_key)
             images.append(image if made is not None else _centered(self._fitted(image), *self.size))
             labels.append(label)
             names.append(name)
         if made is not None:
-            return made(images), _labels(labels), names
+            return made(images), labels_of(labels), names
         if any(i.dtype != torch.uint8 for i in images):
             images = [i.float() / 255 if i.dtype == torch.uint8 else i.float() for i in images]
         channels = sorted({i.shape[0] for i in images})
         if len(channels) > 1:
             raise ValueError(f"collate: expected one number of channels in a batch: got {channels}")
         batch = torch.stack(images)
-        return batch if self.views is None else self.views(batch), _labels(labels), names
-
-    def _taken_apart(self, sample: Any) -> tuple[Any, Any, str]:
-        """(image, label, name) of a sample."""
-        if isinstance(sample, Mapping):
-            image = _column(sample, self.image_key, IMAGE_KEYS, "image_key")
-            label = None
-            if self.label_key is not False:
-                label = _column(sample, self.label_key, LABEL_KEYS, "label_key")
-            return image, label, str(sample.get("name", ""))
-        if self.image_key is not None or self.label_key is not None:
-            raise TypeError(
-                "collate: expected samples as mappings, as image_key or label_key is given: got "
-                f"{type(sample).__name__}"
-            )
-        if not isinstance(sample, tuple | list) or not 2 <= len(sample) <= 3:
-            got = f"{len(sample)} items" if isinstance(sample, tuple | list) else type(sample).__name__
-            raise TypeError(
-                "collate: expected samples (image, label), (image, label, name) or mappings with an image and a label: "
-                f"got {got}"
-            )
-        return sample[0], sample[1], str(sample[2]) if len(sample) == 3 else ""
+        return batch if self.views is None else self.views(batch), labels_of(labels), names
 
     def _fitted(self, image: object) -> Picture:
-        if isinstance(image, list | tuple) and len(image) and all(isinstance(x, Tensor) for x in image):
-            raise TypeError(
-                f"collate: expected an image, of which views are made afterwards: got a list of {len(image)} views, as "
-                "the data set's transform makes them; leave that transform out, or, where it is a StructuredTransform, "
-                "this collate function"
-            )
-        if isinstance(image, np.ndarray):
-            taken = pictures.from_array(image)
-            if isinstance(taken, Tensor):
-                return self._resized_tensor(taken)
-            return torch.cat([self._resized_picture(picture) for picture in taken])
-        if isinstance(image, Image.Image):
-            return self._resized_picture(pictures.rgb(image))
-        if isinstance(image, Tensor):
-            return self._resized_tensor(image)
-        hint = ""
-        if isinstance(image, Mapping) or (isinstance(image, list) and not any(isinstance(x, Tensor) for x in image)):
-            hint = '; of datasets, cast_column("image", Image(decode=True)) or with_format("numpy") gives one'
-        raise TypeError(f"collate: expected a PIL image, an array or a tensor: got {type(image).__name__}{hint}")
+        taken = pictures.taken(image)
+        if isinstance(taken, Tensor):
+            return self._resized_tensor(taken)
+        return torch.cat([self._resized_picture(picture) for picture in taken])
 
     def _resized_picture(self, picture: Image.Image) -> Tensor:
         """A PIL image, RGB or of one channel, as uint8 [C, h, w]."""
@@ -157,16 +120,6 @@ class StructuredCollate:
         return levels[None] if levels.ndim == 2 else levels.permute(2, 0, 1).contiguous()
 
     def _resized_tensor(self, image: Picture) -> Resized:
-        if image.ndim != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
-            raise TypeError(
-                f"collate: expected an image [C, H, W], uint8 or floating point: got {image.dtype} "
-                f"{_checks.shape(image)}"
-            )
-        if not image.numel():
-            raise ValueError(f"collate: expected an image [C, H, W] of at least one pixel: got {_checks.shape(image)}")
-        if image.is_floating_point():
-            expected = "collate: expected an image of uint8, or floating point in [0, 1]"
-            _checks.in_unit_range(image, expected, "; Normalize belongs into the views' `then`")
         new = self._resolution(image.shape[1], image.shape[2])
         if new == tuple(image.shape[1:]):
             return image
@@ -189,6 +142,32 @@ def _centered(t: Picture, h: int, w: int) -> Resized:
     return F.pad(t, (dw // 2, dw - dw // 2, dh // 2, dh - dh // 2)) if dh or dw else t
 
 
+def check_samples(samples: Sequence[Any]) -> None:
+    if not samples:
+        raise ValueError("collate: expected at least one sample: got an empty batch")
+
+
+def taken_apart(sample: Any, image_key: str | None, label_key: str | Literal[False] | None) -> tuple[Any, Any, str]:
+    """(image, label, name) of a sample."""
+    if isinstance(sample, Mapping):
+        image = _column(sample, image_key, IMAGE_KEYS, "image_key")
+        label = None
+        if label_key is not False:
+            label = _column(sample, label_key, LABEL_KEYS, "label_key")
+        return image, label, str(sample.get("name", ""))
+    if image_key is not None or label_key is not None:
+        raise TypeError(
+            f"collate: expected samples as mappings, as image_key or label_key is given: got {type(sample).__name__}"
+        )
+    if not isinstance(sample, tuple | list) or not 2 <= len(sample) <= 3:
+        got = f"{len(sample)} items" if isinstance(sample, tuple | list) else type(sample).__name__
+        raise TypeError(
+            "collate: expected samples (image, label), (image, label, name) or mappings with an image and a label: "
+            f"got {got}"
+        )
+    return sample[0], sample[1], str(sample[2]) if len(sample) == 3 else ""
+
+
 def _column(row: Mapping[str, Any], key: str | None, usual: tuple[str, ...], argument: str) -> Any:
     """What a row has under a key, or under the one of the usual names that it has."""
     found = [k for k in (usual if key is None else (key,)) if k in row]
@@ -201,7 +180,7 @@ def _column(row: Mapping[str, Any], key: str | None, usual: tuple[str, ...], arg
     )
 
 
-def _labels(labels: list[Any]) -> Any:
+def labels_of(labels: list[Any]) -> Any:
     if all(isinstance(x, Tensor) for x in labels):
         shapes = sorted({_checks.shape(x) for x in labels})
         if len(shapes) > 1:

@@ -1,11 +1,13 @@
 """Image files, PIL images and arrays of every mode as upright 8-bit RGB, before anything is resized."""
 
+import io
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,9 @@ import torch
 from PIL import ExifTags, Image, ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
+
+from ssd_addon import _checks
+from ssd_addon._optional import needs
 
 Levels = npt.NDArray[np.uint8]
 
@@ -35,13 +40,14 @@ _LOWER |= {f"{mode};16N": f"{mode};16{'B' if sys.byteorder == 'little' else 'L'}
 _LOWER["LA;16B"] = "RGBA"
 
 
-def read(path: str | Path, short: int | None = None) -> Image.Image:
+def read(path: str | Path | IO[bytes], short: int | None = None) -> Image.Image:
     """The image of a file, as `rgb` makes it, without the metadata that would rotate it a second time.
 
     Args:
-        path: of the file.
+        path: of the file, or the file itself.
         short: pixels that its short side is needed at, where that is less than it has: a JPEG is then decoded at 1/2,
-            1/4 or 1/8 of its size, the smallest that has as many.
+            1/4 or 1/8 of its size, the smallest that has as many; other images are decoded, and each becomes the mean
+            of its blocks of 2 x 2, 3 x 3, ... pixels.
 
     Raises:
         Exception: whatever Pillow's decoders raise for a broken file: OSError, SyntaxError, ValueError, struct.error,
@@ -55,17 +61,40 @@ def read(path: str | Path, short: int | None = None) -> Image.Image:
             return _read(path, short)
 
 
-def _read(path: str | Path, short: int | None) -> Image.Image:
+def _read(path: str | Path | IO[bytes], short: int | None) -> Image.Image:
     with Image.open(path) as image:
         if short is not None and min(image.size) >= 2 * short:
             scale = short / min(image.size)
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))  # type: ignore[arg-type]
         picture = rgb(image)
-        if picture is image:
+        if short is not None and min(picture.size) >= 2 * short:
+            picture = picture.reduce(min(picture.size) // short)
+        elif picture is image:
             picture = image.copy()
     for key in _ORIENTED:
         picture.info.pop(key, None)
     return picture
+
+
+def torchcodec_decoders() -> Any:
+    with needs("decode='torchcodec'"):
+        return import_module("torchcodec.decoders")
+
+
+def read_by_torchcodec(path: str | Path | IO[bytes], short: int | None = None) -> Tensor:
+    """The same as a tensor [3, H, W] uint8; JPEGs by torchcodec, everything that it does not do by Pillow.
+
+    Torchcodec decodes no other size than that of the file and does not turn images upright, so files that are to be
+    reduced, turned or converted from CMYK go to Pillow, as do other formats.
+    """
+    data = Path(path).read_bytes() if isinstance(path, str | Path) else path.read()
+    with Image.open(io.BytesIO(data)) as image:
+        jpeg = image.format == "JPEG" and image.mode in ("L", "RGB") and _orientation(image) == 1
+        fits = short is None or min(image.size) < 2 * short
+    if jpeg and fits:
+        levels: Tensor = torchcodec_decoders().decode_jpeg(data, mode="RGB")
+        return levels
+    return tensor(read(io.BytesIO(data), short))
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -246,3 +275,53 @@ def from_array(array: npt.NDArray[Any]) -> list[Image.Image] | Tensor:
     if channels == 4:
         return pixels[:3] * pixels[3:]
     return pixels.expand(3, -1, -1) if channels == 1 else pixels
+
+
+# ---- samples of a data set
+
+
+def taken(image: object) -> list[Image.Image] | Tensor:
+    """An image of a data set: PIL images, RGB or of one channel each, or a tensor [C, H, W], uint8 or in [0, 1].
+
+    Raises:
+        TypeError: what is no image, another number of dimensions or type.
+        ValueError: no pixels, floats outside [0, 1] or NaN, and as `rgb` and `from_array`.
+    """
+    if isinstance(image, Image.Image):
+        return [rgb(image)]
+    if isinstance(image, np.ndarray):
+        return from_array(image)
+    if isinstance(image, Tensor):
+        return _checked(image)
+    if isinstance(image, list | tuple) and len(image) and all(isinstance(x, Tensor) for x in image):
+        raise TypeError(
+            f"collate: expected an image, of which views are made afterwards: got a list of {len(image)} views, as "
+            "the data set's transform makes them; leave that transform out, or, where it is a StructuredTransform, "
+            "this collate function"
+        )
+    hint = ""
+    if isinstance(image, Mapping) or (isinstance(image, list) and not any(isinstance(x, Tensor) for x in image)):
+        hint = '; of datasets, cast_column("image", Image(decode=True)) or with_format("numpy") gives one'
+    raise TypeError(f"collate: expected a PIL image, an array or a tensor: got {type(image).__name__}{hint}")
+
+
+def tensor(image: object) -> Tensor:
+    """The same as a tensor [C, H, W] at its own size: uint8, channels last in memory, or floats in [0, 1]."""
+    found = taken(image)
+    if isinstance(found, Tensor):
+        return found
+    planes = [torch.from_numpy(np.array(picture)) for picture in found]
+    return planes[0].permute(2, 0, 1) if len(planes) == 1 else torch.stack(planes)
+
+
+def _checked(image: Tensor) -> Tensor:
+    if image.ndim != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
+        raise TypeError(
+            f"collate: expected an image [C, H, W], uint8 or floating point: got {image.dtype} {_checks.shape(image)}"
+        )
+    if not image.numel():
+        raise ValueError(f"collate: expected an image [C, H, W] of at least one pixel: got {_checks.shape(image)}")
+    if image.is_floating_point():
+        expected = "collate: expected an image of uint8, or floating point in [0, 1]"
+        _checks.in_unit_range(image, expected, "; Normalize belongs into the views' `then`")
+    return image

@@ -7,10 +7,6 @@
 Crops see each image at its own resolution, before a batch is made. Legend: V views, C channels, [H, W] size.
 """
 
-import functools
-import hashlib
-import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,11 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import default_collate
 
 from ssd_addon import _checks, pictures
 from ssd_addon.augment.samples import Samples, checked, floats
 from ssd_addon.augment.stages import Stage
+from ssd_addon.augment.turns import Turns
 from ssd_addon.augment.views import StructuredViews
 from ssd_addon.batch import ViewBatch, ViewParameters
 from ssd_addon.plan import PlanKind, ViewPlan
@@ -93,8 +90,7 @@ class StructuredTransform:
             value_range=value_range,
         )
         self.parameters = bool(parameters)
-        self._epoch: int | None = None
-        self._met: Counter[int] = Counter()
+        self._turns = Turns()
 
     @property
     def plan(self) -> ViewPlan:
@@ -109,7 +105,7 @@ class StructuredTransform:
     @torch.no_grad()
     def __call__(self, sample: Any) -> Any:
         x = self._batch(sample)
-        drawn = self.views.drawing.views(tuple(x.shape), (self.views.seed, self.views.rank, *self._turn(x)), None)
+        drawn = self.views.drawing.views(tuple(x.shape), (self.views.seed, self.views.rank, *self._turns([x])), None)
         made = self.views._made(x, [None] * len(drawn), drawn)
         views = [view[0] for view in made]
         return (views, [_first(p) for p in drawn]) if self.parameters else views
@@ -131,30 +127,11 @@ class StructuredTransform:
         parameters = [] if None in drawn else [ViewParameters(p) for p in default_collate(drawn)]
         return ViewBatch(stacked, self.plan, parameters=parameters)
 
-    def _turn(self, x: Tensor) -> tuple[int, ...]:
-        """By what the draws of a sample differ from those of others, and of the same sample at another time."""
-        worker = get_worker_info()
-        if worker is None or _persistent():
-            return (int(torch.randint(2**62, ())),)
-        digest = _digest(x)
-        epoch = worker.seed - worker.id
-        if epoch != self._epoch:
-            self._epoch, self._met = epoch, Counter()
-        self._met[digest] += 1  # a sample that a sampler draws twice in an epoch
-        return epoch, digest, self._met[digest]
-
     def _batch(self, sample: Any) -> Tensor:
         """The sample as a batch of one, uint8 or float32."""
         samples: Samples = self.views.samples
-        if isinstance(sample, Image.Image):
-            sample = torch.from_numpy(np.array(pictures.rgb(sample))).permute(2, 0, 1)
-        elif isinstance(sample, np.ndarray) and samples.ndim == 3:
-            taken = pictures.from_array(sample)
-            if isinstance(taken, Tensor):
-                sample = taken
-            else:
-                planes = [torch.from_numpy(np.array(p)) for p in taken]
-                sample = planes[0].permute(2, 0, 1) if len(planes) == 1 else torch.stack(planes)
+        if isinstance(sample, Image.Image) or (isinstance(sample, np.ndarray) and samples.ndim == 3):
+            sample = pictures.tensor(sample)
         elif isinstance(sample, np.ndarray):
             sample = torch.from_numpy(sample)
         if not isinstance(sample, Tensor):
@@ -170,25 +147,6 @@ class StructuredTransform:
     def __repr__(self) -> str:
         groups = {n: [s.key for s in stage.query] for n, stage in self.stages.items()}
         return f"StructuredTransform({self.plan}: {groups})"
-
-
-def _digest(x: Tensor) -> int:
-    """A number for the values of a sample; of every fourth along long dimensions, enough to tell samples apart."""
-    for axis, n in enumerate(x.shape):
-        if n >= 64:
-            x = x.index_select(axis, torch.arange(0, n, 4))
-    return int.from_bytes(hashlib.blake2b(x.contiguous().numpy().tobytes(), digest_size=8).digest(), "little")
-
-
-@functools.cache
-def _persistent() -> bool:
-    """Does this worker of a DataLoader live for several epochs? Its loop knows; where it cannot be asked, yes."""
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "_worker_loop":
-            return bool(frame.f_locals.get("persistent_workers", True))
-        frame = frame.f_back  # type: ignore[assignment]
-    return True
 
 
 def _first(p: ViewParameters) -> dict[str, Any]:

@@ -6,12 +6,52 @@ import kornia.augmentation as K
 import torch
 from torch import Tensor, nn
 
+TRIES = 10
+
 
 def is_crop(op: nn.Module | None) -> bool:
     return isinstance(op, K.RandomResizedCrop | K.RandomCrop)
 
 
-def near(box: Tensor, a: float, op: Any, image: tuple[int, int], g: torch.Generator) -> Tensor:
+def resized_crops(sizes: Tensor, op: Any, g: torch.Generator) -> Tensor:
+    """Corners [B, 4, 2] (x, y), inclusive, of RandomResizedCrop on images of any sizes.
+
+    The area is uniform in the operation's scale, as a share of the image, the logarithm of the aspect in its ratio;
+    the first of ten tries that fits into the image counts, otherwise its largest central box within the ratio.
+
+    Args:
+        sizes: [B, 2] height and width.
+        op: Kornia's RandomResizedCrop.
+        g: what to draw from.
+
+    Source: the rule of torchvision's and Kornia's RandomResizedCrop.
+    """
+    b, (h, w) = len(sizes), sizes.double().T
+    scale, ratio = (
+        torch.as_tensor(t, dtype=torch.float64) for t in (op._param_generator.scale, op._param_generator.ratio)
+    )
+    u = torch.rand(b, TRIES, 2, dtype=torch.float64, generator=g)
+    area = (h * w)[:, None] * (scale[0] + (scale[1] - scale[0]) * u[..., 0])
+    aspect = (ratio[0].log() + (ratio[1] / ratio[0]).log() * u[..., 1]).exp()
+    tried = torch.stack([(area / aspect).sqrt(), (area * aspect).sqrt()], dim=2).round()  # [B, TRIES, (height, width)]
+    fits = ((tried >= 1) & (tried <= sizes[:, None])).all(dim=2)
+    found = tried[torch.arange(b), fits.int().argmax(dim=1)]
+    central = torch.stack([torch.minimum(h, (w / ratio[0]).round()), torch.minimum(w, (h * ratio[1]).round())], dim=1)
+    some = fits.any(dim=1, keepdim=True)
+    size = torch.where(some, found, central.clamp(min=1))
+    room = sizes.double() - size
+    anywhere = torch.rand(b, 2, dtype=torch.float64, generator=g) * (room + 1)
+    start = torch.where(some, torch.minimum(anywhere, room), room / 2).floor()
+    return corners(start.flip(1), size.flip(1))
+
+
+def corners(start: Tensor, size: Tensor) -> Tensor:
+    """[B, 4, 2] (x, y), inclusive, clockwise from the upper left one, of boxes of a start and size [B, 2] (x, y)."""
+    (x0, y0), (x1, y1) = start.unbind(1), (start + size - 1).unbind(1)
+    return torch.stack([torch.stack(c, dim=1) for c in ((x0, y0), (x1, y0), (x1, y1), (x0, y1))], dim=1)
+
+
+def near(box: Tensor, a: float, op: Any, image: tuple[int, int] | Tensor, g: torch.Generator) -> Tensor:
     """Corners [B, 4, 2] (x, y) of crops near the query's: area, aspect and center as in docs/method.md.
 
     The area is a factor of 1 - a to 1 + a of the query's, the aspect is drawn anew from the operation's range, the
@@ -21,10 +61,10 @@ def near(box: Tensor, a: float, op: Any, image: tuple[int, int], g: torch.Genera
         box: the query's corners [B, 4, 2], inclusive.
         a: as above.
         op: the RandomResizedCrop whose aspect range is used.
-        image: height and width.
+        image: height and width; of each image [B, 2].
         g: what to draw from.
     """
-    b, (h, w) = len(box), image
+    b = len(box)
     low, high = box[:, 0].double(), box[:, 2].double() + 1  # (x, y), exclusive
     ratio = torch.as_tensor(op._param_generator.ratio, dtype=torch.float64).log()
     u = torch.rand(b, 4, dtype=torch.float64, generator=g)
@@ -32,13 +72,10 @@ def near(box: Tensor, a: float, op: Any, image: tuple[int, int], g: torch.Genera
     area = extent.prod(dim=1) * (1 - a + 2 * a * u[:, 0])
     aspect = (ratio[0] + (ratio[1] - ratio[0]) * u[:, 1]).exp()
     size = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=1)
-    limit = torch.tensor([w, h], dtype=torch.float64)
+    limit = torch.as_tensor(image, dtype=torch.float64).expand(b, 2).flip(1)
     size = torch.minimum(size, limit)  # where one edge meets the image, the other one keeps the area
     size = torch.minimum(torch.maximum(size, area[:, None] / size.flip(1).clamp(min=1)), limit).round()
     size = torch.minimum(size.clamp(min=1), limit)
     start = low + extent * u[:, 2:] - size / 2
     start = torch.minimum(start.round().clamp(min=0), limit - size)
-    stop = start + size - 1
-    x0, y0, x1, y1 = start[:, 0], start[:, 1], stop[:, 0], stop[:, 1]
-    corners = [torch.stack(c, dim=1) for c in ((x0, y0), (x1, y0), (x1, y1), (x0, y1))]
-    return torch.stack(corners, dim=1)
+    return corners(start, size)

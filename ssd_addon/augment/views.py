@@ -24,6 +24,7 @@ from ssd_addon import _checks
 from ssd_addon._shapes import Batch
 from ssd_addon.augment.drawing import Drawing
 from ssd_addon.augment.fast.work import Fast
+from ssd_addon.augment.native import Cropped, finished
 from ssd_addon.augment.samples import Samples, checked, checked_range, floats
 from ssd_addon.augment.stages import THEN, Stage, check_order
 from ssd_addon.batch import ViewBatch, ViewParameters
@@ -120,17 +121,18 @@ class StructuredViews(nn.Module):
 
     if TYPE_CHECKING:
 
-        def __call__(self, images: Tensor) -> ViewBatch: ...
+        def __call__(self, images: Tensor | Cropped) -> ViewBatch: ...
 
     @torch.no_grad()
-    def forward(self, images: Batch) -> ViewBatch:
-        """Views of a batch of images [B, C, H, W], uint8 or floating point in [0, 1]."""
+    def forward(self, images: Batch | Cropped) -> ViewBatch:
+        """Views of a batch of images [B, C, H, W], uint8 or floating point in [0, 1], or of `Cropped` views."""
+        if isinstance(images, Cropped):
+            return finished(self, images)
         x = self._taken(images)
         b = x.shape[0]
-        seed = (self.seed, self.rank, _worker_seed(), self.call)
         index = self.plan.default_space_index(b, call=self.call) if self.plan.kind == "interleaved" else None
         sources, ids = self.drawing.sources(b, index)
-        self.call += 1
+        seed = self.next_draw()
         self._seen = tuple(x.shape[1:])
         parameters = self.drawing.views(tuple(x.shape), seed, index)
         out = ViewBatch(
@@ -198,6 +200,11 @@ class StructuredViews(nn.Module):
             "operations that take RGB images: got others" if self.samples.ndim == 3 else "to know the samples' shape"
         )
         raise ValueError(f"parameter_sizes: expected {takes}; call the views first")
+
+    def next_draw(self) -> tuple[int, ...]:
+        """What the draws of this call are seeded with; the next call has another."""
+        self.call += 1
+        return self.seed, self.rank, _worker_seed(), self.call - 1
 
     @property
     def rank(self) -> int:

@@ -15,7 +15,7 @@ from ssd_addon.runs.guard import Guard, TooManySkipped, not_finite
 from ssd_addon.runs.keeping import Checkpoints, Lock
 from ssd_addon.runs.log import cut_log, logged, read_log
 from ssd_addon.runs.open import Opened, load
-from ssd_addon.runs.sampler import ResumableLoader, ResumableSampler
+from ssd_addon.runs.sampler import ResumableLoader, ResumableSampler, ShardSampler
 from ssd_addon.runs.state import (
     checkpoint_activations,
     init_ranks,
@@ -32,6 +32,7 @@ __all__ = [
     "Opened",
     "ResumableLoader",
     "ResumableSampler",
+    "ShardSampler",
     "TooManySkipped",
     "build_backbone",
     "build_views",

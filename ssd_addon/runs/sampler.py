@@ -1,11 +1,12 @@
 """A sampler and a data loader that a run can go on from in mid-epoch."""
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 
@@ -22,6 +23,60 @@ class ResumableSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(list(super().__iter__())[self.start :])
+
+
+class ShardSampler(ResumableSampler):
+    """The order of samples that lie in shards, read a few shards at a time, which can begin within an epoch.
+
+    Each epoch puts the shards into a new order and gives each rank a contiguous part of equal length, so that ranks
+    share at most the shards at the borders. A rank mixes the samples of `mixed` shards at a time. Two samples of shards
+    that are far apart in the order are thus never in one batch of a rank: this is as good as a full shuffle only where
+    each shard is a random sample of the whole. The order depends on (seed, epoch, ranks) alone, not on workers.
+
+    >>> sampler = ShardSampler([0, 0, 1, 1, 2, 2], mixed=1, num_replicas=1, rank=0)
+    >>> order = list(sampler)
+    >>> sorted(order), [i // 2 == j // 2 for i, j in zip(order[::2], order[1::2])]
+    ([0, 1, 2, 3, 4, 5], [True, True, True])
+    >>> sampler.start = 4
+    >>> list(sampler) == order[4:]
+    True
+
+    Args:
+        shards: number of the shard of every sample.
+        mixed: shards whose samples are mixed.
+        num_replicas, rank: processes, and which of them this is (None: as torch.distributed says).
+        seed: of the order; the same on all ranks.
+
+    Raises:
+        ValueError: no samples, or fewer than one shard to mix.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[int] | Tensor,
+        *,
+        mixed: int,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.shards = torch.as_tensor(shards, dtype=torch.int64)
+        if not len(self.shards) or mixed < 1:
+            got = f"{len(self.shards)} samples, mixed={mixed}"
+            raise ValueError(f"ShardSampler: expected samples, and at least one shard to mix: got {got}")
+        self.mixed = mixed
+        super().__init__(self.shards, num_replicas, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = torch.Generator().manual_seed(self.seed + self.epoch)
+        place = torch.randperm(int(self.shards.max()) + 1, generator=drawn)[self.shards]
+        draws = torch.rand(len(place), generator=drawn, dtype=torch.float64)
+        order = place.argsort(stable=True)
+        order = order.repeat(-(-self.total_size // len(order)))  # as many for every rank
+        order = order[self.rank * self.num_samples : (self.rank + 1) * self.num_samples]
+        window = place[order].unique_consecutive(return_inverse=True)[1] // self.mixed
+        mixed = draws[order].argsort()
+        return iter(order[mixed[window[mixed].argsort(stable=True)]].tolist()[self.start :])
 
 
 class _Seeded(torch.Generator):

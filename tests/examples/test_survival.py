@@ -14,7 +14,9 @@ import torch
 from imagenet_runs import ROOT, SMALL, draw, log_of, run, spoil
 
 from examples import imagenet
-from ssd_addon import JointEntropyLoss, runs
+from ssd_addon import JointEntropyLoss, StructuredViews, presets, runs
+from ssd_addon.collate import ImageFiles
+from ssd_addon.crops import Cropped
 
 pytestmark = pytest.mark.slow
 ALONE = ("--measure", "0")
@@ -66,8 +68,12 @@ def test_too_many_end_the_run_with_a_batch_that_shows_why(data, poison, capsys):
         run(data, "run", "--steps", "9", "--max-skipped", "2", "--save-every", "1", *ALONE)
     assert end.value.code == 4 and "step 4: " in (said := capsys.readouterr().err) and "in the space color" in said
     assert not runs.not_finite(stored(data, "run"))
-    batch = torch.load(data.parent / "run" / "not-finite-4-rank0.pt", weights_only=False)
-    assert batch["images"].dtype == torch.uint8 and len(batch["names"]) == 4 and not runs.not_finite(batch["model"])
+    batch = torch.load(data.parent / "run" / "not-finite-4-rank0.pt", weights_only=True)
+    assert batch["images"]["pixels"].dtype == torch.uint8 and len(batch["names"]) == 4
+    assert not runs.not_finite(batch["model"])
+    views = StructuredViews(**presets("color_spatial", size=32))
+    views.set_extra_state(batch["views"])
+    assert views(Cropped(**batch["images"], plan=views.plan)).views.shape == (4, 4, 3, 32, 32)
 
 
 def test_a_state_that_is_not_finite_is_never_saved(data, monkeypatch, capsys):
@@ -306,28 +312,24 @@ def test_sharded_weights_are_those_of_one_process(data):
 
 
 def test_a_worker_that_hangs_names_its_file(data, monkeypatch):
-    from examples import photographs
-
     def hangs(self, index):
         if self.names[index].endswith("5.png"):
             time.sleep(60)
         return original(self, index)
 
-    original = photographs.ImageFiles.__getitem__
-    monkeypatch.setattr(photographs.ImageFiles, "__getitem__", hangs)
+    original = ImageFiles.__getitem__
+    monkeypatch.setattr(ImageFiles, "__getitem__", hangs)
     with pytest.raises(RuntimeError, match=r"timed out after 3 seconds; at that moment, worker \d: c/5\.png"):
         run(data, "run", "--steps", "3", "--workers", "1", "--timeout", "3", *ALONE)
 
 
 def test_a_worker_that_is_killed_names_its_file(data, monkeypatch):
-    from examples import photographs
-
     def dies(self, index):
         if self.names[index].endswith("5.png"):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, index)
 
-    original = photographs.ImageFiles.__getitem__
-    monkeypatch.setattr(photographs.ImageFiles, "__getitem__", dies)
+    original = ImageFiles.__getitem__
+    monkeypatch.setattr(ImageFiles, "__getitem__", dies)
     with pytest.raises(RuntimeError, match=r"DataLoader worker.*worker \d: c/5\.png"):
         run(data, "run", "--steps", "3", "--workers", "1", *ALONE)

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import struct
+import sys
 import tracemalloc
 import warnings
 import zlib
@@ -515,13 +516,49 @@ def test_jpegs_are_decoded_no_larger_than_needed(tmp_path, edge, decoded):
     assert abs(same).mean() < 2
 
 
-def test_a_reduced_image_stands_upright_and_other_formats_stay(tmp_path):
+def test_a_reduced_image_stands_upright_in_every_format(tmp_path):
     picture = Image.fromarray(np.zeros((600, 800, 3), np.uint8))
     exif = picture.getexif()
     exif[274] = 6
     picture.save(tmp_path / "a.jpg", exif=exif)
     picture.save(tmp_path / "b.png")
     files = ImageFiles(tmp_path, short_side=100)
-    assert files[0][0].size == (150, 200) and files[1][0].size == (800, 600)
+    assert files[0][0].size == (150, 200) and files[1][0].size == (134, 100)
     with pytest.raises(ValueError, match="short_side: expected a whole number, 1 or more"):
         ImageFiles(tmp_path, short_side=0)
+
+
+def test_torchcodec_gives_pillows_pixels_and_leaves_it_what_it_does_not_do(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    exif = picture.getexif()
+    exif[274] = 6
+    picture.save(tmp_path / "a.jpg")
+    picture.save(tmp_path / "b-turned.jpg", exif=exif)
+    picture.convert("CMYK").save(tmp_path / "c-cmyk.jpg")
+    picture.convert("L").save(tmp_path / "d-gray.jpg")
+    picture.save(tmp_path / "e.png")
+    fast, slow = ImageFiles(tmp_path, decode="torchcodec"), ImageFiles(tmp_path)
+    for (x, *_), (image, *_) in zip(fast, slow, strict=True):
+        assert x.dtype == torch.uint8 and torch.equal(x.permute(1, 2, 0), torch.from_numpy(np.array(image)))
+    reduced = ImageFiles(tmp_path, decode="torchcodec", short_side=10)
+    assert all(min(x.shape[1:]) == 10 for x, *_ in reduced)
+    monkeypatch.setattr("torchcodec.decoders.decode_jpeg", lambda data, mode: torch.zeros(3, 4, 4).byte())
+    assert [tuple(x.shape[1:]) for x, *_ in fast] == [(4, 4), (60, 40), (40, 60), (4, 4), (40, 60)]
+
+
+def test_a_broken_jpeg_and_a_missing_torchcodec(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    for name in "ab":
+        Image.fromarray(noise).save(tmp_path / f"{name}.jpg")
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OSError, match=r"a\.jpg: expected an image: could not be decoded"):
+        ImageFiles(tmp_path, decode="torchcodec")[0]
+    with pytest.warns(RuntimeWarning, match=r"skipped .*a\.jpg"):
+        assert ImageFiles(tmp_path, decode="torchcodec", broken="skip")[0][2] == "b.jpg"
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(ImportError, match="decode='torchcodec' needs torchcodec, which is not installed: pip install"):
+        ImageFiles(tmp_path, decode="torchcodec")
+    with pytest.raises(ValueError, match="decode: expected"):
+        ImageFiles(tmp_path, decode="turbo")

@@ -41,6 +41,11 @@ class Placement:
         box = torch.tensor([0, 0, *size]).repeat(n, 1)
         return cls(box, torch.zeros(n, 2, dtype=torch.bool), size)
 
+    def shows_all_of(self, source: Tensor) -> bool:
+        """Does every row show its whole image, pixel by pixel?"""
+        size = tuple(source.shape[-2:])
+        return self.size == size and bool((self.box == torch.tensor([0, 0, *size])).all())
+
     def rows(self, rows: Tensor) -> "Placement":
         return replace(self, box=self.box[rows], mirrored=self.mirrored[rows])
 
@@ -71,18 +76,17 @@ def pixels(place: Placement, source: Tensor, index: Tensor) -> Tensor:
     if source.device.type != "cpu":
         return _by_matrices(place, source, index)
     if source.dtype == torch.uint8:
-        levels = _cut(place, source, index)
+        levels = cut(place, source, index)
         out = torch.empty(levels.shape, dtype=torch.float32)
         return out.copy_(levels).div_(255)
-    out = _cut(place, source, index)
+    out = cut(place, source, index)
     return out.clamp_(0, 1) if place.filter == "bicubic" else out
 
 
-def _cut(place: Placement, source: Tensor, index: Tensor) -> Tensor:
+def cut(place: Placement, source: Tensor, index: Tensor) -> Tensor:
     """The rows in the type and the memory order of the source."""
     n, channels, size = len(index), source.shape[1], place.size
-    whole = place.filter is None and size == tuple(source.shape[-2:])
-    if whole and not bool(place.mirrored.any()):
+    if place.shows_all_of(source) and not bool(place.mirrored.any()):
         return source.index_select(0, index)
     layout = torch.channels_last if source.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     out = torch.empty((n, channels, *size), dtype=source.dtype, memory_format=layout)
@@ -135,7 +139,7 @@ def _by_matrices(place: Placement, source: Tensor, index: Tensor) -> Tensor:
     device = source.device
     image = source[index.to(device)]
     x = image.float() / 255 if source.dtype == torch.uint8 else image
-    if place.filter is not None or place.size != tuple(source.shape[-2:]):
+    if not place.shows_all_of(source):
         top, left, height, width = place.box.to(device).unbind(1)
         rows = matrices(top, height, source.shape[-2], place.size[0], place.filter)
         columns = matrices(left, width, source.shape[-1], place.size[1], place.filter)

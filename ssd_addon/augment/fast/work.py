@@ -175,13 +175,13 @@ class Fast:
         return lines + ([f"keys: {self.lane(keyed, channels)}"] if any(keyed) else [])
 
     def make(self, images: Tensor, sources: Sequence[Tensor | None], parameters: Sequence[ViewParameters]) -> Tensor:
-        """All views [V, B, C, H, W] of images [B, C, H, W], uint8 or float32 in [0, 1].
+        """All views [V, B, C, H, W] of images [S, C, H, W], uint8 or float32 in [0, 1].
 
         Args:
-            sources: of each view the image of each row, None for its own.
+            sources: of each view the image of each row [B], None for its own.
             parameters: of each view.
         """
-        v, b = len(parameters), len(images)
+        v, b = len(parameters), len(images if sources[0] is None else sources[0])
         if images.device.type == "cpu" and images.dtype == torch.uint8:
             images = images.contiguous(memory_format=torch.channels_last)
         own = torch.arange(b)
