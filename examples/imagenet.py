@@ -83,10 +83,9 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
     ema = AveragedModel(core, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     if args.compile:
         core.backbone.compile()
-    ids = {"device_ids": [device.index] if gpu else None}
-    if ema and sharded:
-        fully_shard(ema.module)
-    model = fully_shard(core) if sharded else DistributedDataParallel(core, **ids) if world > 1 else core
+    for part in [core, *([ema.module] if ema else [])] if sharded else []:
+        fully_shard(part)
+    model = core if sharded or world == 1 else DistributedDataParallel(core, device_ids=[device.index] if gpu else None)
     loss = {"family": args.family} if paper else made.loss
     if args.dual_ascent is not None and "weights" not in loss:
         rise = {"tolerance": args.dual_ascent, "step_size": 0.01, "warmup_steps": int(warmup)}
@@ -188,9 +187,8 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
     if step and step % per_epoch == 0 and not runs.logged(log, step, "epoch"):  # killed while it was scored
         record = end_of_epoch(step // per_epoch - 1)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = [core, criterion, *([equivariance] if equivariance else [])]
     first, started = step, time.perf_counter()
-    with runs.Guard(kept, max_skipped=args.max_skipped) as guard:
+    with runs.Guard([trained, criterion], max_skipped=args.max_skipped) as guard:
         while step < stop and not guard.stopping:
             epoch = step // per_epoch
             if probing and step % per_epoch == 0:

@@ -115,7 +115,7 @@ def parse(argv: list[str] | None, text: str | None = None) -> argparse.Namespace
         p.error(f"--widths: expected content and names of groups ({there}): got {', '.join(wrong)}")
     for what, images, pixels, each in (
         ("--size: expected views of a batch", args.batch_size, args.size, (len(groups) + 2) * 3 * 4),
-        ("--load-size: expected images of a batch", args.batch_size, args.load_size, 3),
+        ("--load-size: expected images of a batch", args.batch_size, args.load_size or args.size, 3),
         ("--measure: expected images", args.measure, args.size, 3),
     ):
         if wrong := too_large(images * each * pixels**2):
