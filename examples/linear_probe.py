@@ -11,8 +11,8 @@ evaluation mode and is not trained. Whole images are embedded once; on them ever
 - the linear probe again with a part of the labels, the same share of every class.
 
 OUT gets a JSON object: "probes" (space -> measure -> accuracy on val) and, where the run says how its views are drawn,
-"parameters" (which augmentations each space encodes, `metrics.parameter_matrix`). Expect a minute for 4,000 photographs
-of 32 pixels on two cores.
+"parameters" (which augmentations each space encodes, `metrics.parameter_matrix`; for content-only runs, those of the
+preset color_spatial). Expect a minute for 4,000 photographs of 32 pixels on two cores.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from shard_files import image_files
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ssd_addon import StructuredCollate, runs
+from ssd_addon import StructuredCollate, StructuredViews, presets, runs
 from ssd_addon.metrics import embed, parameter_matrix
 from ssd_addon.metrics.images import scaled
 
@@ -124,8 +124,10 @@ def main(argv: list[str] | None = None) -> dict:
         print(space, "  ".join(f"{name} {value:.3f}" for name, value in found[space].items()), flush=True)
     out: dict = {"probes": found, "images": {"train": len(y), "val": len(y_new)}}
     measured = torch.cat(kept)[: args.measure] if kept else torch.zeros(0)
-    if opened.views is not None and len(opened.views.plan.spaces) > 1 and len(measured) >= 10:
-        table = parameter_matrix(opened.model, opened.views, measured, backbone=True)
+    if opened.views is not None and len(measured) >= 10:
+        alone = len(opened.views.plan.spaces) == 1  # content-only: what does it keep of the same groups?
+        views = StructuredViews(**presets("color_spatial", size=size), seed=args.seed) if alone else opened.views
+        table = parameter_matrix(opened.model, views, measured, backbone=True)
         print(table, flush=True)
         out["parameters"] = table.to_json()
     if args.out:

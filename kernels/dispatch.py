@@ -5,7 +5,8 @@ from typing import Literal, get_args
 
 import torch
 
-from ssd_addon.kernels import table
+from ssd_addon.kernels import cache, choice, table
+from ssd_addon.kernels.choice import NEVER
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -17,6 +18,8 @@ EAGER_BYTES = 64 * 2**20
 """Up to this size of the matrix that eager materializes, eager is the choice of "auto"."""
 CPU_EAGER_BYTES = 256 * 2**10
 """The same for the log-sums on a CPU, where streaming is the faster one from about 256 rows on (docs/benchmarks.md)."""
+KINDS = ("cuda",)
+"""Kinds of devices on which "auto" considers triton; the tests add the interpreter's."""
 
 
 def choose_backend(
@@ -26,7 +29,7 @@ def choose_backend(
     dtype: torch.dtype,
     device: torch.device | None = None,
     rows: int = 0,
-    width: int = 0,
+    triton_from: int = NEVER,
 ) -> Runnable:
     """Resolve "auto" and refuse what cannot run.
 
@@ -35,8 +38,8 @@ def choose_backend(
         matrix_elements: entries of the matrix that eager would keep (N x N, or D x D).
         dtype: type that the arithmetic runs in.
         device: where the rows are; None checks the name alone.
-        rows, width: N and D of the log-sums (0 rows: covariances), by which "auto" picks triton on CUDA where
-            table.json has it measured as faster, and streaming on a CPU from a smaller matrix on.
+        rows: N of the log-sums over all ranks (0: covariances), which "auto" streams from a smaller matrix on on a CPU.
+        triton_from: from so many rows on "auto" takes triton: `rows_for_triton`, the largest of all ranks.
 
     Raises:
         ValueError: an unknown name, or a named backend that cannot run here; the message says what can.
@@ -52,18 +55,74 @@ def choose_backend(
             )
     if backend != "auto":
         return backend
-    if (
-        device is not None
-        and device.type == "cuda"
-        and rows >= table.smallest_rows(table.architecture(device), width)
-        and why_no_triton(device, dtype) is None
-    ):
+    if rows >= triton_from:
         return "triton"
     log_sums_on_cpu = rows > 0 and device is not None and device.type == "cpu"
     limit = min(EAGER_BYTES, CPU_EAGER_BYTES) if log_sums_on_cpu else EAGER_BYTES
     if dtype == torch.float64 or matrix_elements * dtype.itemsize <= limit:
         return "eager"
     return "streaming"
+
+
+def rows_for_triton(
+    backend: Backend, device: torch.device, width: int, *, came_as: torch.dtype, prefix: int, rows: int
+) -> int:
+    """From how many rows on "auto" takes triton for the log-sums in this process; NEVER where it does not.
+
+    It does where the kernels can run, are as precise as the embeddings that came (`choice.precise_enough`), are faster
+    (`choice.decide`), and have passed their check, which this function runs where `rows` are enough. Ranks exchange
+    what they get here and go by the largest, so that all of them take the same backend.
+
+    Args:
+        backend: what the caller asked for.
+        device, width: of the rows, D.
+        came_as: the type in which embeddings came, before they were promoted; the widest of several.
+        prefix: columns of the first level, or 0.
+        rows: N over all ranks, as far as this process can tell.
+    """
+    if backend != "auto" or device.type not in KINDS:
+        return NEVER
+    if torch.compiler.is_compiling():  # a compiler traces no files, and nothing may run: what was settled before holds
+        settled: int = _settled(device, width, came_as, prefix)
+        return settled
+    return _rows_for_triton(device, width, came_as, prefix, rows)
+
+
+def _rows_for_triton(device: torch.device, width: int, came_as: torch.dtype, prefix: int, rows: int) -> int:
+    """rows 0: run no check."""
+    tf32 = tf32_allowed()
+    if not choice.precise_enough(came_as, tf32) or why_no_triton(device, torch.float32) is not None:
+        return NEVER
+    from ssd_addon.kernels import check
+
+    measured, gpu = cache.of_device(device), choice.gpu_of(device)
+    needed = choice.decide(gpu, width, tf32=tf32, measured=measured, packaged=table.table())
+    right = check.known(device, width, prefix) or (rows >= needed and check.passed(device, width, prefix))
+    return needed if right else NEVER
+
+
+def _settled(device: torch.device, width: int, came_as: torch.dtype, prefix: int) -> int:
+    """Called while a compiler traces, and not traced itself."""
+    return _rows_for_triton(device, width, came_as, prefix, 0)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler with this file.
+_settled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def tf32_allowed() -> bool:
+    """Whether the user lets CUDA compute float32 products in TF32: `torch.set_float32_matmul_precision("high")`,
+    `torch.backends.cuda.matmul.allow_tf32 = True`, or `fp32_precision = "tf32"`."""
+    matmul = torch.backends.cuda.matmul
+    now = getattr(matmul, "fp32_precision", None)  # from torch 2.9 on; the older setting may then not be read
+    if now in ("tf32", "ieee"):
+        return bool(now == "tf32")
+    return bool(matmul.allow_tf32)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what runs now goes into a CUDA graph, so that nothing can be read back."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -16,7 +16,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ssd_addon.kernels import resident, table, tiles
+from ssd_addon.kernels import cache, choice, resident, table, tiles
+from ssd_addon.kernels.dispatch import capturing
+from ssd_addon.kernels.fast_product import add_product
 from ssd_addon.kernels.operands import LONGEST, Operand, column_levels, pointer, round_up, stacked
 from ssd_addon.kernels.table import Configuration
 
@@ -29,14 +31,19 @@ PRODUCT_SCALE = LONGEST**2 / WEIGHT_SCALE
 STRIP_ELEMENTS = 2**23
 """Partial sums of a strip: slots x rows, so 32 MiB; twice that with the columns behind it."""
 
+WEIGHT_BYTES = 512 * 2**20
+"""All of W: both levels, in fp16 or float32."""
+
+SMALLEST_BLOCK = 1024
+"""Rows of a block of W that are not halved again, however little memory is free: 2 to 8 MiB."""
+
 INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
 
 
 def why_not(device: torch.device) -> str | None:
     """Why the kernels cannot run on this device, or None."""
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return None if major >= 8 else f"it needs compute capability 8.0 or higher, and {device} has {major}.{minor}"
+        return choice.why_not(choice.gpu_of(device), str(device))
     if device.type == "cpu" and INTERPRETED:
         return None
     return f"it needs a CUDA device, or TRITON_INTERPRET=1 in the environment on a CPU: the rows are on {str(device)!r}"
@@ -47,13 +54,36 @@ def block_rows(d: int, unit: int) -> int:
     return max(min(int(8.6e6 / max(d, 1)), 16384), 2048) // unit * unit
 
 
+def affordable_rows(rows: int, entry: int, free: int) -> int:
+    """At most so many rows of a block of W that all of W takes WEIGHT_BYTES, and a quarter of the memory that is free.
+
+    Args:
+        rows: wanted.
+        entry: bytes of an entry of W, of all levels together.
+        free: bytes that can be allocated.
+    """
+    while rows > SMALLEST_BLOCK and rows * rows * entry > min(WEIGHT_BYTES, free // 4):
+        rows //= 2
+    return rows
+
+
+def _free_memory(x: Tensor) -> int:
+    """Bytes that can be allocated; where a graph is captured nobody asks the driver."""
+    if not x.is_cuda or capturing(x.device):
+        return 4 * WEIGHT_BYTES
+    free, _ = torch.cuda.mem_get_info(x.device)
+    return int(free + torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device))
+
+
 def empty(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """Where a kernel writes, on the device of x; the tests fill it with NaN."""
     return x.new_empty(shape, dtype=dtype)
 
 
 def _configuration(x: Tensor, mode: str, width: int | None = None) -> Configuration:
-    return table.configuration(table.architecture(x.device), mode, x.shape[1] if width is None else width)
+    own = cache.of_device(x.device)
+    tiles_here = None if own is None else own["configurations"]
+    return table.configuration(table.architecture(x.device), mode, x.shape[1] if width is None else width, tiles_here)
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -151,7 +181,10 @@ def gradient(
         every, every_lse, every_g = x, lse, g
     e = len(levels)
     w_scale = 1.0 if exact else WEIGHT_SCALE / e
-    size = block_rows(d, c.block_n)
+    wanted = min(block_rows(d, c.block_n), round_up(max(n, b.n), c.block_n))
+    small = wanted * wanted * e * (4 if exact else 2) <= WEIGHT_BYTES // 8  # too little to ask the driver about
+    free = 4 * WEIGHT_BYTES if small else _free_memory(x)
+    size = max(affordable_rows(wanted, e * (4 if exact else 2), free) // c.block_n, 1) * c.block_n
     # Whole tiles, so that nothing is masked where it is stored.
     room_size = round_up(min(size, n), c.block_n) * round_up(min(size, b.n), c.block_n)
     room = [empty(x, (room_size,), torch.float32 if exact else torch.float16) for _ in levels]
@@ -255,28 +288,3 @@ def products(
             b_M=f.block_m, b_N=f.block_n, b_K=f.block_k, **f.options(),
         )  # fmt: skip
     return total.sum(dtype=torch.float64), w[:m, :n].contiguous(), second[:m, :n].contiguous() if pair else second
-
-
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b, summed in float32: fp16 operands on CUDA, through float32 elsewhere."""
-    if a.is_cuda and a.dtype == torch.float16:
-        # torch 2.8 and 2.9 have the first but refuse a float32 `out`, older ones have neither; all refuse float32 sums
-        # where the user allows fp16 ones. They refuse before anything runs, so the next one may be tried.
-        for name, product in (("addmm", _addmm_in_place), ("mm", _mm_and_add)):
-            if name not in _REFUSED:
-                try:
-                    return product(out, a, b)
-                except (RuntimeError, AttributeError):
-                    _REFUSED.add(name)
-    out.addmm_(a.float(), b.float())
-
-
-_REFUSED: set[str] = set()
-
-
-def _addmm_in_place(out: Tensor, a: Tensor, b: Tensor) -> None:
-    torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
-
-
-def _mm_and_add(out: Tensor, a: Tensor, b: Tensor) -> None:
-    out += torch.ops.aten.mm.dtype(a, b, torch.float32)

@@ -18,7 +18,8 @@ from torch.distributed import ProcessGroup
 from ssd_addon import _dist
 from ssd_addon._autocast import Context, backward_without_autocast
 from ssd_addon.kernels import launch
-from ssd_addon.kernels.launch import PRODUCT_SCALE, WEIGHT_SCALE, add_product
+from ssd_addon.kernels.fast_product import add_product
+from ssd_addon.kernels.launch import PRODUCT_SCALE, WEIGHT_SCALE
 from ssd_addon.kernels.operands import longest_row, normalized, relabeled, row_scale, scaled_rows, similarity_scale
 from ssd_addon.kernels.ranges import LOG2E, shift_on_device
 

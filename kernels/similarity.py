@@ -23,7 +23,15 @@ from torch.distributed import ProcessGroup
 from ssd_addon import _checks, _dist
 from ssd_addon._autocast import autocast_off, matmul
 from ssd_addon._shapes import Matrix, Vector
-from ssd_addon.kernels.dispatch import Backend, Runnable, checks_are_on, choose_backend, compute_dtype
+from ssd_addon.kernels.choice import NEVER
+from ssd_addon.kernels.dispatch import (
+    Backend,
+    Runnable,
+    checks_are_on,
+    choose_backend,
+    compute_dtype,
+    rows_for_triton,
+)
 from ssd_addon.kernels.operands import longest_row, relabeled
 from ssd_addon.kernels.ranges import UNIT_ROW, constant_shift, largest_exponent, needs_two_parts
 from ssd_addon.kernels.streaming import Levels, Streaming, streaming_lse
@@ -60,6 +68,7 @@ def negative_lse(
     backend: Backend = "auto",
     group: ProcessGroup | None = None,
     validate: bool | Literal["auto"] = "auto",
+    temperature_floor: float | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """log sum over the rows of other images of exp(<z_i, z_j> / temperature), for every row i.
@@ -80,6 +89,10 @@ def negative_lse(
             backward assumes that gradients are averaged over ranks.
         validate: raise on NaN, infinities and rows without a negative, on all ranks alike; it takes one read from the
             device. Off, these rows come out as NaN, and with "triton" rows longer than 1 make everything NaN.
+        temperature_floor: a temperature that a tensor never goes below. Where its value is not read (validate=False,
+            torch.compile, CUDA graphs) the triton backend then takes the faster form of its sums that a number gets;
+            0.0134 or more is needed for it at N = 32,768. A temperature below the floor is refused, or, where it is
+            not read, makes everything NaN, with every backend.
         chunk: rows of a block of the streaming backend; None chooses by cache. Any value gives the same result
             to rounding.
 
@@ -91,14 +104,30 @@ def negative_lse(
             prefix outside 1..D-1, no row of another image, NaN or infinity.
     """
     _check_arguments(z, image_ids, temperature, prefix)
+    check_floor(temperature, temperature_floor)
     if not isinstance(temperature, Tensor):
         _check_range(temperature, compute_dtype(z.dtype))
     known = None
+    rows, device = z.shape[0] * _dist.world_size(group), z.device
+    here = rows_for_triton(backend, device, z.shape[1], came_as=z.dtype, prefix=prefix or 0, rows=rows)
     if checks_are_on(validate):
-        shards, known = _checked(z, image_ids, temperature, group)
+        shards, known, triton_from = _checked(z, image_ids, temperature, group, here)
+        check_floor(known.temperature, temperature_floor)
     else:
-        shards, _ = _dist.shards(z.shape[0], [], z.device, group)
-    out = log_sums(z, image_ids, temperature, prefix=prefix, backend=backend, shards=shards, known=known, chunk=chunk)
+        shards, headers = _dist.shards(z.shape[0], [here], device, group)
+        triton_from = max(h[0] for h in headers)
+    out = log_sums(
+        z,
+        image_ids,
+        temperature,
+        prefix=prefix,
+        backend=backend,
+        shards=shards,
+        known=known,
+        chunk=chunk,
+        triton_from=triton_from,
+        temperature_floor=temperature_floor,
+    )
     return out[:, 0] if prefix is None else out
 
 
@@ -112,22 +141,28 @@ def log_sums(
     shards: _dist.Shards,
     known: Known | None,
     chunk: int | None = None,
+    triton_from: int = NEVER,
+    temperature_floor: float | None = None,
 ) -> Tensor:
     """`negative_lse` without its checks, [n, E]: for a caller who has checked the input and exchanged sizes over ranks.
 
     Args:
-        z, image_ids, temperature, prefix, backend, chunk: as in `negative_lse`; correct, and finite where `known` is
-            given.
+        z, image_ids, temperature, prefix, backend, chunk, temperature_floor: as in `negative_lse`; correct, and finite
+            where `known` is given.
         shards: how the rows lie over ranks.
         known: with it nothing is read back from the device. None: values were not checked, or cannot be read. The
             streaming backend then reads the longest row and a temperature that is a tensor; triton reads nothing, and
             rows longer than 1 make everything NaN.
+        triton_from: `dispatch.rows_for_triton`, the largest of all ranks.
     """
     dtype = compute_dtype(z.dtype)
-    name = log_sums_backend(backend, shards, z.shape[1], dtype=dtype, device=z.device)
+    bound = similarity_bound(temperature, known, temperature_floor)
+    name = log_sums_backend(backend, shards, dtype=dtype, device=z.device, triton_from=triton_from, bound=bound)
     with autocast_off(z.device):
+        if known is None and temperature_floor is not None and isinstance(temperature, Tensor):
+            temperature = temperature.masked_fill(~(temperature >= temperature_floor), math.nan)
         if name == "triton":
-            return _triton(z, image_ids, temperature, prefix or 0, shards, known).T
+            return _triton(z, image_ids, temperature, prefix or 0, shards, known, bound).T
         rows, tau = z.to(dtype), _scalar(temperature, dtype, z.device)
         levels = ((0, z.shape[1]),) if prefix is None else ((0, prefix), (prefix, z.shape[1]))
         if name == "eager":
@@ -142,12 +177,39 @@ def log_sums(
 
 
 def log_sums_backend(
-    backend: Backend, shards: _dist.Shards, width: int, *, dtype: torch.dtype, device: torch.device
+    backend: Backend,
+    shards: _dist.Shards,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    triton_from: int = NEVER,
+    bound: float | None = None,
 ) -> Runnable:
-    """What `log_sums` runs for rows of `width` columns; the same on every rank of a group."""
+    """What `log_sums` runs; the same on every rank of a group.
+
+    Args:
+        bound: of |s_ij|, where it is known. "auto" leaves what fp16 products cannot resolve to float32.
+    """
     # By the largest shard: every rank must come to the same choice, as the collectives of the backends differ.
     elements = max(shards.sizes) * shards.total
-    return choose_backend(backend, matrix_elements=elements, dtype=dtype, device=device, rows=shards.total, width=width)
+    return choose_backend(
+        backend,
+        matrix_elements=elements,
+        dtype=dtype,
+        device=device,
+        rows=shards.total,
+        triton_from=NEVER if needs_two_parts(bound) else triton_from,
+    )
+
+
+def similarity_bound(temperature: float | Tensor, known: Known | None, floor: float | None) -> float | None:
+    """R/tau, the bound of |s_ij|, as far as the host knows it. Lengths that were not read are checked on the device."""
+    if known is not None:
+        return largest_exponent(known.longest * known.longest, known.temperature)
+    least = floor if isinstance(temperature, Tensor) else temperature
+    bound = None if least is None else largest_exponent(UNIT_ROW * UNIT_ROW, least)
+    # A floor says what the range is, not what the temperature is: alone it does not call for two fp16 parts.
+    return None if isinstance(temperature, Tensor) and needs_two_parts(bound) else bound
 
 
 def _eager(z: Tensor, ids: Tensor, tau: Tensor, levels: Levels, s: _dist.Shards, known: Known | None) -> Tensor:
@@ -166,23 +228,20 @@ def _eager(z: Tensor, ids: Tensor, tau: Tensor, levels: Levels, s: _dist.Shards,
 
 
 def _triton(
-    z: Tensor, ids: Tensor, temperature: float | Tensor, prefix: int, s: _dist.Shards, known: Known | None
-) -> Tensor:
+    z: Tensor, ids: Tensor, temperature: float | Tensor, prefix: int, s: _dist.Shards, known: Known | None,
+    bound: float | None,
+) -> Tensor:  # fmt: skip
     """[E, n]"""
     from ssd_addon.kernels import operators
 
     tau = _scalar(temperature, torch.float32, z.device)
     if s.total < 2:
         return z.sum() * 0 + z.new_full((2 if prefix else 1, z.shape[0]), math.nan, dtype=torch.float32)
-    bound: float | None = None
     if known is not None:
         longest = torch.full((), known.longest, dtype=torch.float32, device=z.device)
-        bound = largest_exponent(known.longest * known.longest, known.temperature)
     else:
         longest = _dist.maximum(longest_row(z), s.group)
         longest = longest.masked_fill(~(longest <= UNIT_ROW), math.nan)
-        if not isinstance(temperature, Tensor):
-            bound = largest_exponent(UNIT_ROW * UNIT_ROW, temperature)
     ids = _int32_ids(ids, s, known)
     maximum, exact = constant_shift(bound, s.total) is None, needs_two_parts(bound)
     if s.group is None:
@@ -234,6 +293,15 @@ def check_temperature(temperature: float | Tensor) -> None:
         )
 
 
+def check_floor(temperature: float | Tensor, floor: float | None) -> None:
+    """A lower bound that is a number above 0, and a temperature (where it is a number) that is not below it."""
+    if floor is None:
+        return
+    _checks.positive(floor, "temperature_floor", "a lower bound of the temperature")
+    if not isinstance(temperature, Tensor) and not temperature >= floor:
+        raise ValueError(f"temperature: expected at least the temperature_floor, {floor:.6g}: got {temperature:.6g}")
+
+
 def check_temperatures(taus: Sequence[float], dtype: torch.dtype) -> None:
     """The values that all ranks have, for arithmetic in a type: above 0, not too small, and the same."""
     for tau in taus:
@@ -267,9 +335,12 @@ def _check_range(temperature: float, dtype: torch.dtype) -> None:
 
 
 def _checked(
-    z: Tensor, ids: Tensor, temperature: float | Tensor, group: ProcessGroup | None
-) -> tuple[_dist.Shards, Known]:
-    """Check the values of all ranks, with one read and one collective: every rank reads the same and decides alike."""
+    z: Tensor, ids: Tensor, temperature: float | Tensor, group: ProcessGroup | None, triton_from: int
+) -> tuple[_dist.Shards, Known, int]:
+    """Check the values of all ranks, with one read and one collective: every rank reads the same and decides alike.
+
+    The rows from which on this rank takes triton travel along; what comes back is the largest of all ranks.
+    """
     dtype, rows = compute_dtype(z.dtype), z.detach()
     kind = torch.promote_types(dtype, temperature.dtype) if isinstance(temperature, Tensor) else dtype
     # NaN is the smallest and the largest entry at once.
@@ -278,8 +349,10 @@ def _checked(
         found.append(_scalar(temperature, kind, z.device).detach())
     floats = _dist.to_bits(torch.stack([t.to(kind) for t in found]))
     ends = ids.to(torch.int64).aminmax(dim=0, keepdim=True) if len(ids) else _no_ids(z.device)
-    shards, headers = _dist.shards(z.shape[0], torch.cat([*ends, floats]), z.device, group)
-    values = [_dist.from_bits(h[2:], kind) for h in headers]
+    beside = [] if group is None else [torch.full((1,), triton_from, dtype=torch.int64, device=z.device)]
+    shards, headers = _dist.shards(z.shape[0], torch.cat([*ends, floats, *beside]), z.device, group)
+    values = [_dist.from_bits(h[2 : 2 + len(found)], kind) for h in headers]
+    triton_from = triton_from if group is None else max(h[-1] for h in headers)
     taus = [temperature] if not isinstance(temperature, Tensor) and group is None else [v[3] for v in values]
     check_temperatures(taus, dtype)
     if shards.total < 2:
@@ -293,7 +366,7 @@ def _checked(
             f"negative_lse: expected the rows of at least 2 images, so that each has a negative: all {shards.total} "
             f"rows carry the image id {high}"
         )
-    return shards, Known(max(v[2] for v in values), min(taus), low, high)
+    return shards, Known(max(v[2] for v in values), min(taus), low, high), triton_from
 
 
 def _no_ids(device: torch.device) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssd_addon import _dist
 from ssd_addon._autocast import Context, backward_without_autocast
+from ssd_addon.kernels.dispatch import capturing
 from ssd_addon.kernels.operands import longest_row, relabeled
 from ssd_addon.kernels.ranges import LOG2E, constant_shift, largest_exponent
 
@@ -22,7 +23,7 @@ class _StreamingContext(Context):
     levels: Levels
     shards: _dist.Shards
     chunk: int | None
-    scale: float
+    scale: float | Tensor
     shift: float | None
 
 
@@ -125,15 +126,20 @@ def _numbered(ids: Tensor, id_range: tuple[int, int] | None, dtype: torch.dtype)
 
 def _scale_and_shift(
     every: Tensor, tau: Tensor, temperature: float | None, longest: float | None
-) -> tuple[float, float | None]:
-    """1/tau, and the constant shift of `ranges` (None: maxima). At most one read from the device."""
-    capturing = every.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    measured = longest is None and not capturing
+) -> tuple[float | Tensor, float | None]:
+    """1/tau, and the constant shift of `ranges` (None: maxima). At most one read from the device, and none while a CUDA
+    graph is captured: 1/tau is then a tensor where the temperature is one."""
+    captured = capturing(every.device)
+    if captured and temperature is None:  # nothing can be read into a graph: the scale stays on the device
+        return 1.0 / tau.to(every.dtype), None
+    measured = longest is None and not captured
     unknown = [tau] * (temperature is None) + [longest_row(every)] * measured
     read = torch.stack(unknown).tolist() if unknown else []
     if measured:
         longest = read[-1]
     tau_ = _rounded(read[0] if temperature is None else temperature, every.dtype)
+    if not 0 < tau_ < math.inf:  # as a tensor, which makes everything NaN: some matrix products drop a factor of NaN
+        return every.new_full((), math.nan), None
     if longest is None or not every.shape[0]:
         return 1.0 / tau_, None
     bound = largest_exponent(_rounded(longest * longest, every.dtype), tau_)
@@ -145,7 +151,7 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
     return value if dtype == torch.float64 else ctypes.c_float(value).value
 
 
-def _alone(z: Tensor, number: Tensor, scale: float, prefix: int, chunk: int) -> "_Blocks":
+def _alone(z: Tensor, number: Tensor, scale: float | Tensor, prefix: int, chunk: int) -> "_Blocks":
     levels = ((0, prefix), (prefix, z.shape[1])) if prefix else ((0, z.shape[1]),)
     return _Blocks(z, number, z, number, scale, levels, _dist.Shards(None, (z.shape[0],), 0), chunk or None)
 
@@ -154,11 +160,14 @@ class _Blocks:
     """The loop over pairs of blocks, shared by forward and backward. scale: 1/tau."""
 
     def __init__(
-        self, z: Tensor, ids: Tensor, every: Tensor, every_id: Tensor, scale: float, levels: Levels, s: _dist.Shards,
-        chunk: int | None,
+        self, z: Tensor, ids: Tensor, every: Tensor, every_id: Tensor, scale: float | Tensor, levels: Levels,
+        s: _dist.Shards, chunk: int | None,
     ) -> None:  # fmt: skip
         self.z, self.ids, self.every, self.every_id = z, ids, every, every_id
-        self.scale, self.levels, self.shards = scale, levels, s
+        self.levels, self.shards = levels, s
+        # A scale on the device multiplies the rows of one side, and the gradient at its end.
+        self.after = scale if isinstance(scale, Tensor) else None
+        self.left, self.alpha = (z * scale, 1.0) if isinstance(scale, Tensor) else (z, scale)
         self.triangle = s.group is None
         self.c = chunk or block_rows(z.shape[1], z.device)
         self.rows = _split(ids, self.c)
@@ -175,7 +184,7 @@ class _Blocks:
 
         The levels share their accumulator: use (and overwrite) what is yielded before asking for the next.
         """
-        scale = self.scale * LOG2E
+        scale = self.alpha * LOG2E
         for p, (a, b, low, high) in enumerate(self.rows):
             i = slice(a, b)
             for e, f, lo, hi in self.columns[p:] if self.triangle else self.columns:
@@ -183,7 +192,7 @@ class _Blocks:
                 logits: list[Tensor] = []
                 for k, (first, last) in enumerate(self.levels):
                     acc = self._buffer(k, i, j)
-                    zi, zj = self.z[i, first:last], self.every[j, first:last].T
+                    zi, zj = self.left[i, first:last], self.every[j, first:last].T
                     if k:
                         torch.addmm(logits[-1], zi, zj, beta=1, alpha=scale, out=acc)
                     else:
@@ -255,10 +264,10 @@ class _Blocks:
                 # A column of level k is in the similarities of level k and of all levels above it.
                 weights = w if weights is None else weights.add_(w)
                 first, last = self.levels[k]
-                dz[i, first:last].addmm_(weights, self.every[j, first:last], alpha=self.scale)
+                dz[i, first:last].addmm_(weights, self.every[j, first:last], alpha=self.alpha)
                 if self.triangle and i.start != j.start:
-                    dz[j, first:last].addmm_(weights.T, self.z[i, first:last], alpha=self.scale)
-        return dz.mul_(unit)
+                    dz[j, first:last].addmm_(weights.T, self.z[i, first:last], alpha=self.alpha)
+        return dz.mul_(unit if self.after is None else unit * self.after)
 
 
 def _split(ids: Tensor, c: int) -> list[tuple[int, int, float, float]]:

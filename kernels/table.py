@@ -1,10 +1,12 @@
-"""Tile configurations and the choice of "auto", read from table.json; `benchmarks/gpu.py` measures and writes it.
+"""Tile configurations and what was measured for the choice of "auto", read from table.json.
 
-Keys: architecture ("sm_90", else "default"), mode (what the kernel does), largest D of the bucket ("inf": any).
+Keys of configurations: architecture ("sm_90", else "default"), mode (what the kernel does), largest D of the bucket
+("inf": any). Of "auto": architecture, arithmetic of the other backends ("float32" or "tf32"), largest D; values are
+the rows from which on triton is the fastest. `benchmarks/gpu.py` writes both.
 """
 
 import json
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,16 +54,28 @@ def bucket(entries: dict[str, Any], size: int) -> Any:
     return entries[min((k for k in entries if size <= float(k)), key=float)]
 
 
-def configuration(arch: str, mode: str, width: int) -> Configuration:
-    """The configuration for operands of `width` columns; architectures without an entry of their own use "default"."""
+def configuration(arch: str, mode: str, width: int, own: Mapping[str, Any] | None = None) -> Configuration:
+    """The configuration for operands of `width` columns; architectures without an entry of their own use "default".
+
+    own: configurations by mode that were measured on this machine, which come first (`cache`).
+    """
     every = table()["configurations"]
-    return Configuration(*bucket({**every["default"], **every.get(arch, {})}[mode], width))
+    return Configuration(*bucket({**every["default"], **every.get(arch, {}), **(own or {})}[mode], width))
 
 
-def smallest_rows(arch: str, width: int) -> float:
-    """From so many rows on "auto" picks triton, as measured on that architecture; infinity where nobody measured."""
-    entries = table()["auto"].get(arch)
-    return math.inf if not entries else float(bucket(entries, width))
+def is_configuration(values: Any) -> bool:
+    """Whether a list from a file can be a `Configuration` that the kernels compile with."""
+    fields = Configuration._fields
+    if not isinstance(values, list) or not 7 <= len(values) <= len(fields):
+        return False
+    kinds = [Configuration.__annotations__[name] for name in fields]
+    if any(type(v) is not kind for v, kind in zip(values, kinds, strict=False)):
+        return False
+    c = Configuration(*values)
+    powers = all(v > 0 and v & (v - 1) == 0 for v in (c.block_m, c.block_n, c.block_k, c.warps))
+    square = c.block_n in (c.block_m, 2 * c.block_m) or bool(getattr(c, "resident", False))
+    fit = all(16 <= v <= 256 for v in (c.block_m, c.block_n, c.block_k)) and c.warps <= 16 and 1 <= c.stages <= 8
+    return powers and square and fit and 1 <= c.group <= 64 and 0 <= c.registers <= 255
 
 
 def candidates(arch: str, mode: str, width: int) -> list[Configuration]:

@@ -2,11 +2,13 @@
 
     python -m ssd_addon audit MODEL [MODEL] --data DIR --out audit.html       what any backbone keeps of augmentations
     python -m ssd_addon report RUN_OR_CHECKPOINT --data DIR --out report.html  what each space of a model encodes
+    python -m ssd_addon tune                                                   measure the GPU for backend="auto"
 
 Flags are named here alone: errors of the library name its arguments and are reworded.
 """
 
 import argparse
+import os
 import re
 import sys
 import traceback
@@ -33,6 +35,7 @@ FLAGS = (
     "batch-size",
     "bands",
     "device",
+    "seconds",
     "seed",
 )
 ARGUMENTS = {"explored": "explore"}
@@ -53,12 +56,12 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: expected 1 or more: got {value}")
-    if not -(2**63) <= args.seed < 2**64:
+    if "seed" in args and not -(2**63) <= args.seed < 2**64:
         parser.error(f"--seed: expected a whole number of 64 bits, as torch's generators take: got {args.seed}")
-    if args.size is not None and args.size > LARGEST_EDGE:
+    if "size" in args and args.size is not None and args.size > LARGEST_EDGE:
         parser.error(f"--size: expected {LARGEST_EDGE} or less: got {args.size}")
     try:
-        (audit if args.command == "audit" else report)(args)
+        {"audit": audit, "report": report, "tune": tune}[args.command](args)
     except Exception as error:
         _print(f"error: {_said(error, args)}", error=True)
         return 1
@@ -84,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m ssd_addon", description="Self-supervised disentanglement as an add-on.")
     commands = p.add_subparsers(dest="command", required=True)
     _audit_parser(commands)
+    _tune_parser(commands)
     r = commands.add_parser(
         "report",
         help="one HTML page that shows what each space of a trained model encodes",
@@ -155,6 +159,50 @@ def _audit_parser(commands: Any) -> None:
     a.add_argument("--output", help="which part of what the backbone returns holds the features, such as pooler_output")
     a.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     a.add_argument("--seed", type=int, default=0)
+
+
+def _tune_parser(commands: Any) -> None:
+    t = commands.add_parser(
+        "tune",
+        help="measure on this machine's GPU which backend and which tiles of the loss are the fastest",
+        description="Measure the fused kernels on a GPU, about a minute, and keep what was found in "
+        "${SSD_ADDON_CACHE:-~/.cache/ssd-addon}/kernels, where backend='auto' looks first. Without it 'auto' goes by "
+        "an estimate from the GPU's properties.",
+    )
+    t.add_argument("--device", default="cuda", help="cuda, or cuda:1 and so on where there are several GPUs")
+    t.add_argument("--seconds", type=float, default=60.0, help="to spend, about (default 60); more tries more tiles")
+    t.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)  # on a CPU, in triton's interpreter
+
+
+def tune(args: argparse.Namespace) -> None:
+    """Measure the kernels on a GPU, and keep what was found.
+
+    Raises:
+        ValueError: no GPU on which they run.
+    """
+    if not args.seconds > 0:
+        raise ValueError(f"seconds: expected a time above 0: got {args.seconds:g}")
+    if args.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    import torch
+
+    from ssd_addon.kernels import dispatch
+
+    device = torch.device("cpu" if args.rehearse else args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "tune: expected a CUDA device: got none, torch sees no GPU here; backend='auto' takes 'eager' and "
+            "'streaming' on a CPU, for which there is nothing to tune"
+        )
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if why := dispatch.why_no_triton(device, torch.float32):
+        raise ValueError(f"tune: expected a device on which the fused kernels run: {why}")
+    from ssd_addon.kernels import tune as tuning
+
+    file = tuning.run(device, seconds=args.seconds, rehearse=args.rehearse, say=_print)
+    use = "a rehearsal, which nothing reads" if args.rehearse else "backend='auto' goes by it from the next start on"
+    _print(f"written: {file}; {use}")
 
 
 def _layers(text: str) -> tuple[str, ...]:

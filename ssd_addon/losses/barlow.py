@@ -32,7 +32,7 @@ class BarlowTwins(Objective):
         redundancy: coefficient of the squared off-diagonal entries.
     """
 
-    defaults: ClassVar[dict[str, float]] = {"redundancy": 0.0051}
+    defaults: ClassVar[dict[str, float | None]] = {"redundancy": 0.0051}
 
     def __init__(self, redundancy: float = 0.0051) -> None:
         super().__init__("barlow")

@@ -11,6 +11,7 @@ from ssd_addon import _checks, _dist
 from ssd_addon._dist import Shards
 from ssd_addon._pytree import CHANGED
 from ssd_addon.embeddings import Embeddings
+from ssd_addon.kernels.choice import NEVER
 from ssd_addon.losses.rows import Known
 from ssd_addon.plan import ViewPlan
 
@@ -27,12 +28,14 @@ class Header:
         ids: [V, B] image of each row, unique over ranks.
         known: what the checks found over all ranks, where values were checked.
         valid: scalar bool on the device where values were not checked: ids and index are usable.
+        triton_from: from so many rows on every rank takes the triton backend where "auto" chooses.
     """
 
     shards: Shards
     ids: Tensor
     known: Known | None
     valid: Tensor | None = None
+    triton_from: int = NEVER
 
 
 def checked(
@@ -41,6 +44,7 @@ def checked(
     largest: Mapping[str, float] | None,
     scalar: float | Tensor,
     group: ProcessGroup | None,
+    triton_from: int = NEVER,
 ) -> Header:
     """Exchange sizes and ids, and refuse values that no family can work with: raised on all ranks alike.
 
@@ -49,6 +53,7 @@ def checked(
         largest: space -> its largest allowed entry; None leaves out the checks on values.
         scalar: a number of the family's that is read along (a learned temperature).
         group: ranks that share the loss, or None.
+        triton_from: this rank's `Header.triton_from`; ranks that chose apart would wait for each other's collectives.
 
     Raises:
         ValueError: NaN, infinity or too large an entry (names the space and the rank), an index outside the spaces,
@@ -60,12 +65,13 @@ def checked(
         shards = Shards(None, (b,), 0)
         _check_total(shards)
         valid = _valid(z, plan, device)
-        return Header(shards, _row_numbers(v, b, device) if z.image_ids is None else z.image_ids, None, valid)
+        own = _row_numbers(v, b, device) if z.image_ids is None else z.image_ids
+        return Header(shards, own, None, valid, triton_from)
     numbered = z.image_ids is None or z.local_ids
     values = [] if largest is None else [_state(t, largest[n]) for n, t in z.items()]
     ids, index = _range(z.image_ids), _range(z.space_index)
     read = scalar.detach().double().reshape(()).view(torch.int64) if isinstance(scalar, Tensor) else None
-    ints = torch.tensor([b, int(numbered)], dtype=torch.int64, device=device)
+    ints = torch.tensor([b, int(numbered) + 2 * triton_from], dtype=torch.int64, device=device)
     mine = torch.cat([ints, torch.stack([*ids, *index, *([] if read is None else [read]), *values]).to(device)])
     every = _dist.exchange(mine, group)
     shards = Shards(group, tuple(row[0] for row in every), _dist.rank(group))
@@ -80,7 +86,7 @@ def checked(
             )
     _check_total(shards)
     ranges = [_ids_of(row) for row in every]
-    local = all(row[1] or not row[0] or (row[2] >= 0 and row[3] < row[0]) for row in every)
+    local = all(row[1] % 2 or not row[0] or (row[2] >= 0 and row[3] < row[0]) for row in every)
     starts = [0] * len(every)
     if local and shards.world > 1:  # row numbers of the local batch on every rank: make them global
         for r in range(1, len(every)):
@@ -93,7 +99,8 @@ def checked(
         present = [(low + s, high + s) for (low, high), s, row in zip(ranges, starts, every, strict=True) if row[0]]
         numbers = [_float_of(row[6]) for row in every] if isinstance(scalar, Tensor) else [scalar]
         known = Known(min(low for low, _ in present), max(high for _, high in present), tuple(numbers))
-    return Header(shards, own, known, _valid(z, plan, device) if largest is None else None)
+    valid = _valid(z, plan, device) if largest is None else None
+    return Header(shards, own, known, valid, max(row[1] // 2 for row in every))
 
 
 def _valid(z: Embeddings, plan: ViewPlan, device: torch.device) -> Tensor | None:

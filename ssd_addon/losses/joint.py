@@ -47,6 +47,8 @@ class JointEntropyLoss(nn.Module):
     Args:
         family: "simclr", "vicreg", "barlow", "sigreg", "frossl", "mmcr", or a `losses.Family` of your own.
         temperature: tau (simclr, default 0.15); a float, or a tensor or nn.Parameter to learn it.
+        temperature_floor: what a learned temperature never goes below (simclr), as in `kernels.negative_lse`: compiled
+            and captured steps are then as fast as with a number.
         variance, covariance: coefficients of the entropy (vicreg, defaults 25 and 1).
         redundancy: coefficient of the off-diagonal (barlow, default 0.0051).
         weights: lambda, absolute: a number, a mapping by space, a sequence in space order, or a `DualAscent`, whose
@@ -79,6 +81,7 @@ class JointEntropyLoss(nn.Module):
         family: FamilyName | Objective = "simclr",
         *,
         temperature: float | Tensor | None = None,
+        temperature_floor: float | None = None,
         variance: float | None = None,
         covariance: float | None = None,
         redundancy: float | None = None,
@@ -92,7 +95,12 @@ class JointEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.objective = resolve_family(
-            family, temperature=temperature, variance=variance, covariance=covariance, redundancy=redundancy
+            family,
+            temperature=temperature,
+            temperature_floor=temperature_floor,
+            variance=variance,
+            covariance=covariance,
+            redundancy=redundancy,
         )
         self.family: str = self.objective.name
         self.weights = weights if isinstance(weights, Weights) else FixedWeights(weights)
@@ -155,9 +163,10 @@ class JointEntropyLoss(nn.Module):
         for t in z.values():
             dtype = torch.promote_types(dtype, compute_dtype(t.dtype))
         checks = checks_are_on(self.validate)
-        header = checked(
-            z, plan, self._largest(z, dtype, batch, group) if checks else None, self.objective.scalar, group
-        )
+        largest = self._largest(z, dtype, batch, group) if checks else None
+        n = plan.num_views * batch * _dist.world_size(group)
+        triton_from = self.objective.triton_from(z, n, self.backend, self.content_entropy)
+        header = checked(z, plan, largest, self.objective.scalar, group, triton_from)
         with torch.autocast(device.type, enabled=False):
             rows = Rows(
                 {name: z[name].to(dtype) for name in plan.spaces},
@@ -169,6 +178,7 @@ class JointEntropyLoss(nn.Module):
                 self.content_entropy,
                 {n: t.dtype for n, t in z.items()},
                 header.known,
+                header.triton_from,
             )
             parts = self.objective.parts(rows)
             on_device = {n: w.to(device, dtype, copy=True) if isinstance(w, Tensor) else w for n, w in lambdas.items()}

@@ -19,6 +19,8 @@ from ssd_addon._dist import Shards
 from ssd_addon._shapes import Ids, Joint, Matrix, Scalar, Vector
 from ssd_addon._types import KeepsType
 from ssd_addon._unit import unit_rows
+from ssd_addon.kernels.choice import NEVER
+from ssd_addon.kernels.dispatch import Backend
 from ssd_addon.losses.rows import Pair, Parts, Rows, columns_of, mean_of_rows, mean_over_keys
 
 Alignment = Callable[[Tensor, Tensor], Tensor]
@@ -35,7 +37,7 @@ class Objective(KeepsType):
         defaults: coefficients that `JointEntropyLoss` takes as arguments for this family.
     """
 
-    defaults: ClassVar[dict[str, float]] = {}
+    defaults: ClassVar[dict[str, float | None]] = {}
 
     def __init__(self, name: str, *, weight: float = 1.0, on_sphere: bool = False) -> None:
         super().__init__()
@@ -113,6 +115,15 @@ class Objective(KeepsType):
             rows: over all ranks.
         """
         return math.sqrt(torch.finfo(dtype).max / (4 * max(width, rows, 1)))
+
+    def triton_from(self, z: Mapping[str, Tensor], rows: int, backend: Backend, content_entropy: bool) -> int:
+        """From how many rows on this process takes triton where "auto" chooses (`dispatch.rows_for_triton`).
+
+        Args:
+            z: spaces [V, B, d] as they came.
+            rows: N over all ranks and views, as far as this process can tell.
+        """
+        return NEVER
 
     def refuse_backend(self, backend: str) -> None:
         """Raise where a backend is asked for by name and the family has none to choose from."""

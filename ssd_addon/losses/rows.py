@@ -15,6 +15,7 @@ from ssd_addon import _dist
 from ssd_addon._dist import Shards
 from ssd_addon._shapes import Scalar, Vector
 from ssd_addon.embeddings import Embeddings
+from ssd_addon.kernels.choice import NEVER
 from ssd_addon.kernels.dispatch import Backend
 from ssd_addon.plan import ViewPlan
 
@@ -56,6 +57,7 @@ class Rows:
         content_entropy: whether the entropy of content alone is wanted too.
         types: space -> the type in which it came.
         known: what the checks found over all ranks, where values were checked.
+        triton_from: from so many rows on every rank takes the triton backend where "auto" chooses.
     """
 
     z: Mapping[str, Tensor]
@@ -67,6 +69,7 @@ class Rows:
     content_entropy: bool = False
     types: Mapping[str, torch.dtype] = field(default_factory=dict)
     known: Known | None = None
+    triton_from: int = NEVER
 
 
 @dataclass

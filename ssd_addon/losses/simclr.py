@@ -7,6 +7,7 @@ z_i is the concatenation of the spaces' u over sqrt(S). Source: Eastwood et al.,
 two views it is the decoupled contrastive loss of Yeh et al., arXiv 2110.06848.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,13 +16,16 @@ from torch import Tensor, nn
 from ssd_addon._dist import Shards
 from ssd_addon._shapes import Ids, Joint, Matrix, Scalar, Vector
 from ssd_addon._unit import joint_and_cosines
+from ssd_addon.kernels.dispatch import Backend, rows_for_triton
 from ssd_addon.kernels.similarity import (
     Known,
+    check_floor,
     check_temperature,
     check_temperatures,
     log_sums,
     log_sums_backend,
     negative_lse,
+    similarity_bound,
 )
 from ssd_addon.losses.objective import Objective
 from ssd_addon.losses.rows import Parts, Rows, columns_of, mean_of_rows, mean_over_keys
@@ -32,14 +36,17 @@ class SimCLR(Objective):
 
     Args:
         temperature: tau; a number, or a tensor or nn.Parameter of one element to learn it.
+        temperature_floor: what a learned one never goes below, as in `kernels.negative_lse`.
     """
 
-    defaults: ClassVar[dict[str, float]] = {"temperature": 0.15}
+    defaults: ClassVar[dict[str, float | None]] = {"temperature": 0.15, "temperature_floor": None}
     temperature: float | Tensor
 
-    def __init__(self, temperature: float | Tensor = 0.15) -> None:
+    def __init__(self, temperature: float | Tensor = 0.15, temperature_floor: float | None = None) -> None:
         super().__init__("simclr", on_sphere=True)
         check_temperature(temperature)
+        check_floor(temperature, temperature_floor)
+        self.temperature_floor = temperature_floor
         if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
             self.register_buffer("temperature", temperature, persistent=False)
         else:
@@ -55,7 +62,14 @@ class SimCLR(Objective):
 
     def entropy(self, joint: Joint, ids: Ids) -> Scalar:
         """Mean over all rows of the log-sum over the rows of other images."""
-        return negative_lse(joint.flatten(0, 1), ids.flatten(), self.temperature).mean()
+        floor = self.temperature_floor
+        return negative_lse(joint.flatten(0, 1), ids.flatten(), self.temperature, temperature_floor=floor).mean()
+
+    def triton_from(self, z: Mapping[str, Tensor], rows: int, backend: Backend, content_entropy: bool) -> int:
+        joint, prefix = sum(t.shape[-1] for t in z.values()), z["content"].shape[-1] if content_entropy else 0
+        widest = max((t.dtype for t in z.values()), key=lambda dtype: dtype.itemsize)
+        device = z["content"].device
+        return rows_for_triton(backend, device, joint, came_as=widest, prefix=prefix, rows=rows)
 
     def parts(self, rows: Rows) -> Parts:
         z, s = rows.z, rows.shards
@@ -77,6 +91,7 @@ class SimCLR(Objective):
             invariance[name] = -mean / tau
             constraint[name] = 1 - mean
         v, b, d = joint.shape
+        known = self._known(rows, v * s.total, joint.dtype)
         lse = log_sums(
             joint.reshape(v * b, d),
             rows.ids.reshape(v * b),
@@ -84,7 +99,9 @@ class SimCLR(Objective):
             prefix=z["content"].shape[-1] if rows.content_entropy else None,
             backend=rows.backend,
             shards=s.times(v),
-            known=self._known(rows, v * s.total, joint.dtype),
+            known=known,
+            triton_from=rows.triton_from,
+            temperature_floor=self.temperature_floor,
         ).view(v * b, 2 if rows.content_entropy else 1)  # -1 would not do: a rank may hold no row
         entropy = s.mean(lse.sum(dim=0), v * s.total)
         return Parts(
@@ -94,7 +111,14 @@ class SimCLR(Objective):
             entropy[-1],
             entropy[0] if rows.content_entropy else None,
             {name: joint[0, :, c].detach() for name, c in columns_of(z).items()},
-            log_sums_backend(rows.backend, s.times(v), d, dtype=joint.dtype, device=joint.device),
+            log_sums_backend(
+                rows.backend,
+                s.times(v),
+                dtype=joint.dtype,
+                device=joint.device,
+                triton_from=rows.triton_from,
+                bound=similarity_bound(tau, known, self.temperature_floor),
+            ),
         )
 
     def _known(self, rows: Rows, total: int, dtype: torch.dtype) -> Known | None:
@@ -103,6 +127,7 @@ class SimCLR(Objective):
         if known is None:
             return None
         check_temperatures(known.numbers, dtype)
+        check_floor(min(known.numbers), self.temperature_floor)
         if known.id_low == known.id_high:
             raise ValueError(
                 f"image_ids: expected the rows of at least 2 images, so that each has a negative: all {total} rows "

@@ -34,7 +34,7 @@ class VICReg(Objective):
         variance, covariance: coefficients of the entropy.
     """
 
-    defaults: ClassVar[dict[str, float]] = {"variance": 25.0, "covariance": 1.0}
+    defaults: ClassVar[dict[str, float | None]] = {"variance": 25.0, "covariance": 1.0}
 
     def __init__(self, variance: float = 25.0, covariance: float = 1.0) -> None:
         super().__init__("vicreg", weight=25.0)

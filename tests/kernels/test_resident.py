@@ -37,7 +37,7 @@ def test_column_sums_are_those_of_float64(m, n):
 def of_mode(configuration):
     """The configuration for weights of at most its block_k columns; pairs for what it does not take."""
 
-    def find(arch, mode, width):
+    def find(arch, mode, width, own=None):
         return configuration if mode.startswith("weights") and width <= configuration.block_k else SQUARE
 
     return find
@@ -99,7 +99,7 @@ def test_two_fp16_parts_and_two_spaces_take_block_pairs(monkeypatch):
     shrink(monkeypatch)
     asked = []
     find = of_mode(HIGH)
-    monkeypatch.setattr(table, "configuration", lambda *a: asked.append(a[1:]) or find(*a))
+    monkeypatch.setattr(table, "configuration", lambda *a: asked.append(a[1:3]) or find(*a))
     z = unit(20, 6)
     want = negative_lse(z, torch.arange(20), 0.003, backend="eager")
     leaf = z.float().requires_grad_()
@@ -112,7 +112,7 @@ def test_two_fp16_parts_and_two_spaces_take_block_pairs(monkeypatch):
 @pytest.mark.parametrize("d,tau,prefix", [(65, 0.1, None), (8, 0.003, None), (8, 0.1, 3)])
 def test_what_registers_do_not_hold_is_refused(monkeypatch, d, tau, prefix):
     shrink(monkeypatch)
-    monkeypatch.setattr(table, "configuration", lambda arch, mode, _: HIGH if "weights" in mode else SQUARE)
+    monkeypatch.setattr(table, "configuration", lambda arch, mode, *_: HIGH if "weights" in mode else SQUARE)
     leaf = unit(20, d).float().requires_grad_()
     lse = negative_lse(leaf, torch.arange(20), tau, prefix=prefix, backend="triton")
     with pytest.raises(ValueError, match="keeps the gradient in registers: expected (float16 rows of at most|one)"):

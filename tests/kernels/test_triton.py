@@ -473,17 +473,3 @@ def test_without_the_interpreter_a_cpu_cannot():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", REFUSED], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.count("needs a CUDA device, or TRITON_INTERPRET=1") == 2, done.stderr
-
-
-def test_auto_picks_triton_only_where_it_was_measured(monkeypatch):
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(table, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(dispatch, "why_no_triton", lambda *_: None)
-    options = {"matrix_elements": 2**30, "dtype": torch.float32, "device": cuda, "width": 512}
-    monkeypatch.setattr(table, "table", lambda: {"auto": {}})
-    assert dispatch.choose_backend("auto", rows=2**15, **options) == "streaming"
-    monkeypatch.setattr(table, "table", lambda: {"auto": {"sm_90": {"256": 10**9, "inf": 4096}}})
-    assert dispatch.choose_backend("auto", rows=4096, **options) == "triton"
-    assert dispatch.choose_backend("auto", rows=4095, **options) == "streaming"
-    assert dispatch.choose_backend("auto", rows=4096, **(options | {"width": 256})) == "streaming"
-    assert dispatch.choose_backend("auto", rows=4096, **(options | {"device": torch.device("cpu")})) == "streaming"

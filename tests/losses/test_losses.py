@@ -330,7 +330,7 @@ def test_ids_and_index_are_checked():
         (("simclr",), {"temperature": 0}, "temperature: expected a finite number above 0.*got 0"),
         (("simclr",), {"temperature": -0.1}, "got -0.1"),
         (("simclr",), {"temperature": torch.ones(2)}, "of one element"),
-        (("simclr",), {"covariance": 1.0}, "'simclr' family has temperature, not covariance"),
+        (("simclr",), {"covariance": 1.0}, "'simclr' family has temperature, temperature_floor, not covariance"),
         (("vicreg",), {"temperature": 0.1}, "not temperature"),
         (("barlow",), {"variance": 1.0}, "not variance"),
         (("byol",), {}, "family: expected one of 'simclr', 'vicreg', 'barlow', .*: got 'byol'"),

@@ -124,12 +124,12 @@ def test_blocks_are_compared_alike_on_every_device(monkeypatch, far):
 
 def test_the_backend_is_named_before_it_runs():
     on_cpu = {"dtype": torch.float32, "device": torch.device("cpu")}
-    assert log_sums_backend("auto", alone(256), 8, **on_cpu) == "eager"
-    assert log_sums_backend("auto", alone(257), 8, **on_cpu) == "streaming"
+    assert log_sums_backend("auto", alone(256), **on_cpu) == "eager"
+    assert log_sums_backend("auto", alone(257), **on_cpu) == "streaming"
     uneven = _dist.Shards(None, (10, 300), 0)  # by the largest shard, the same on every rank
-    assert log_sums_backend("auto", uneven, 8, **on_cpu) == "streaming"
+    assert log_sums_backend("auto", uneven, **on_cpu) == "streaming"
     with pytest.raises(ValueError, match="expected one of .*got 'cpu'"):
-        log_sums_backend("cpu", alone(2), 8, **on_cpu)
+        log_sums_backend("cpu", alone(2), **on_cpu)
 
 
 # ------------------------------------------------------------------------------------------ numbers that travel

@@ -1,0 +1,82 @@
+"""out += a b of fp16 matrices with float32 sums: what the matrix library of a device can do, found out once.
+
+A product of 16 x 16 entries decides which function runs; the real ones are never tried and given up, as their errors,
+an exhausted memory for one, say nothing about the function.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+Product = Callable[[Tensor, Tensor, Tensor], None]
+
+COPY_ELEMENTS = 2**24
+"""Entries of a that are in float32 at a time where no function takes fp16: 64 MiB."""
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b, summed in float32: fp16 operands on CUDA, through float32 elsewhere."""
+    if a.is_cuda and a.dtype == torch.float16:
+        product(a.device)(out, a, b)
+    else:
+        out.addmm_(a.float(), b.float())
+
+
+def product(device: torch.device) -> Product:
+    """The function that adds fp16 products on this device; found out at the first call.
+
+    torch 2.8 and 2.9 refuse a float32 `out`, older ones have neither operator, and all refuse float32 sums where the
+    user allows fp16 ones, which is a setting that may change.
+    """
+    known = (str(device), bool(getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)))
+    if known not in _found:
+        _found[known] = next(f for f in (addmm_in_place, mm_and_add, through_float32) if _runs(f, device))
+    return _found[known]
+
+
+_found: dict[tuple[str, bool], Product] = {}
+
+
+def _runs(f: Product, device: torch.device) -> bool:
+    if f is through_float32:
+        return True
+    square = torch.zeros(16, 16, dtype=torch.float16, device=device)
+    try:
+        f(torch.zeros(16, 16, dtype=torch.float32, device=device), square, square)
+    except torch.cuda.OutOfMemoryError:
+        raise  # it says nothing about the function
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def addmm_in_place(out: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
+
+
+def mm_and_add(out: Tensor, a: Tensor, b: Tensor) -> None:
+    out += torch.ops.aten.mm.dtype(a, b, torch.float32)
+
+
+def through_float32(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """In TF32, which holds every fp16 number exactly, and in parts, so that no second W is allocated."""
+    rows = max(COPY_ELEMENTS // max(a.shape[1], 1), 1)
+    wide = b.float()
+    with float32_products(True):
+        for start in range(0, a.shape[0], rows):
+            out[start : start + rows].addmm_(a[start : start + rows].float(), wide)
+
+
+@contextlib.contextmanager
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Float32 products on CUDA run in TF32, or on no account; the user's setting comes back."""
+    matmul = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    before = getattr(matmul, name)
+    setattr(matmul, name, ("tf32" if tf32 else "ieee") if name == "fp32_precision" else tf32)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)

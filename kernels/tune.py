@@ -1,0 +1,307 @@
+"""What is the fastest on this machine: tile shapes, and from how many rows on the triton backend is worth its launches.
+
+`python -m ssd_addon tune` runs `measure` and saves the record (`cache`), which "auto" goes by from then on;
+`benchmarks/gpu.py` uses the same core. A tile is timed as the kernel alone: the launches of a real step are recorded,
+put into a CUDA graph and replayed, so that neither the preparation of operands nor the host is in the figure. Choices
+between backends are timed as whole steps with their checks, as users run them.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssd_addon.kernels import cache, check, choice, launch, table
+from ssd_addon.kernels.choice import NEVER, Gpu
+from ssd_addon.kernels.covariance import off_diagonal_energy
+from ssd_addon.kernels.dispatch import choose_backend
+from ssd_addon.kernels.fast_product import float32_products
+from ssd_addon.kernels.similarity import negative_lse
+from ssd_addon.kernels.table import Configuration
+from ssd_addon.kernels.timing import clocked, recorded, release, replaced, replayed, rows, using
+
+Say = Callable[[str], None]
+
+MODES = (
+    "sums", "weights", "sums_maximum", "weights_maximum", "sums_two", "weights_two", "products",
+    "sums_two_maximum", "weights_two_maximum",
+)  # fmt: skip
+"""Kernels and forms in the order in which time is spent on them."""
+KERNELS = {"sums": ("sums_kernel",), "weights": ("weights_kernel", "resident_kernel"), "products": ("products_kernel",)}
+USUAL = [
+    Configuration(128, 128, 64, 8, 3, False, 8, 128),
+    Configuration(128, 128, 64, 4, 3, False, 8),
+    Configuration(64, 128, 64, 4, 4, False, 8),
+    Configuration(64, 128, 64, 8, 3, False, 8),
+    Configuration(128, 128, 64, 8, 3, True, 8, 128),
+]
+"""Tried where the table names no candidates."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        gpu: the device, as records name it.
+        rows: N at which tiles are timed.
+        widths: D for which tiles and thresholds are found; the last holds for all wider ones.
+        sizes: N at which backends are compared, ascending.
+        small: tiles tried instead of the table's, for the interpreter.
+        repeats: fewest and most timings of one thing.
+    """
+
+    gpu: Gpu
+    rows: int = 32768
+    widths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
+    sizes: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
+    small: tuple[Configuration, ...] = ()
+    repeats: tuple[int, int] = (3, 30)
+
+
+REHEARSAL = Plan(
+    Gpu("interpreter", (0, 0), 1, 2**30, torch=torch.__version__, triton=choice.triton_version()),
+    rows=40,
+    widths=(16, 24),
+    sizes=(32, 48),
+    small=(Configuration(16, 16, 16, 4, 2, False, 2), Configuration(16, 32, 16, 4, 2, False, 2)),
+    repeats=(2, 2),
+)
+"""The same steps on a CPU in triton's interpreter, at toy sizes; its figures mean nothing."""
+
+
+@dataclass
+class Report:
+    """What was timed, beside what is saved: `candidates` by mode and width, `backends` by arithmetic, width and N."""
+
+    record: dict[str, Any]
+    candidates: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    backends: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def measure(
+    device: torch.device, plan: Plan | None = None, *, seconds: float = 60.0, say: Say = lambda _: None
+) -> Report:
+    """Time the tiles and the backends on a device.
+
+    Args:
+        device: a CUDA device that can run the kernels, or a CPU in triton's interpreter with `REHEARSAL`.
+        plan: what is measured; None for everything that users have.
+        seconds: in all; what does not fit is left to the table and the estimate. Two thirds are for the tiles.
+        say: called with a line of progress.
+
+    Raises:
+        ValueError: a device that cannot run the kernels.
+        RuntimeError: kernels that fail their check there.
+    """
+    if why := launch.why_not(device):
+        raise ValueError(
+            f"tune: expected a device on which the fused kernels run: {why}; backend='auto' takes 'eager' and "
+            "'streaming' here, for which there is nothing to tune"
+        )
+    plan = plan or Plan(choice.gpu_of(device))
+    begin = time.monotonic()
+
+    def progress(line: str) -> None:
+        say(f"[{time.monotonic() - begin:4.0f} s of {seconds:.0f}] {line}")
+
+    progress("self-check: 512 rows against float64")
+    with shrunk(plan):
+        if problem := check.run(device, plan.widths[0]):
+            raise RuntimeError(f"tune: the kernels failed their check on {plan.gpu.name}: {problem}")
+        report = Report({"auto": {}, "configurations": {}, "measured": {}})
+        best = best_tiles(device, plan, begin + seconds * 2 / 3, progress, report)
+        with using(best):
+            thresholds(device, plan, begin + seconds, progress, report)
+    measured = {"gpu": plan.gpu.name, "memory": plan.gpu.memory, "rows": plan.rows}
+    report.record["measured"] = measured | {"seconds": round(time.monotonic() - begin, 1)}
+    return report
+
+
+# ------------------------------------------------------------------------------------------------ tiles
+
+
+def best_tiles(
+    device: torch.device, plan: Plan, until: float, say: Say, report: Report
+) -> dict[str, dict[str, list[Any]]]:
+    """The fastest tile of each mode and width, as configurations of a record."""
+    best: dict[str, dict[str, list[Any]]] = report.record["configurations"]
+    for mode in MODES:
+        found: dict[int, Configuration] = {}
+        for width in plan.widths:
+            if time.monotonic() > until:
+                say("the time for tiles is used up; the table's stay for what is left")
+                return best
+            tried = report.candidates[f"{mode}, {width}"] = []
+            step = Step(device, plan, mode, width)
+            for c in candidates(plan, mode, width):
+                tried.append({"configuration": list(c), **step.timed(c)})
+                if time.monotonic() > until:
+                    break
+            worked = [t for t in tried if "ms" in t]
+            if worked:
+                first = min(worked, key=lambda t: float(t["ms"]))
+                found[width] = Configuration(*first["configuration"])
+                gain = tried[0].get("ms", math.nan) / first["ms"]
+                say(f"{mode}, D = {width}: {first['ms']:.3f} ms with {shape(found[width])}, {gain:.2f}x the table's")
+            else:
+                say(f"{mode}, D = {width}: nothing ran: {tried[0]['failed'] if tried else 'no time'}")
+            del step
+            release(device)
+        if len(found) == len(plan.widths):  # a mode that is known for some widths only would mislead the others
+            last = plan.widths[-1]
+            best[mode] = {"inf" if w == last else str(w): list(c) for w, c in found.items()}
+    return best
+
+
+def candidates(plan: Plan, mode: str, width: int) -> list[Configuration]:
+    """What is tried, the table's own choice first."""
+    if plan.small:
+        return list(plan.small)
+    listed = getattr(table, "candidates", None)
+    more = USUAL if listed is None else listed(plan.gpu.architecture, mode, width)
+    return list(dict.fromkeys([table.configuration(plan.gpu.architecture, mode, width), *more]))
+
+
+class Step:
+    """A forward and backward pass that goes through the kernel of a mode, whose launches can be timed alone.
+
+    Attributes:
+        right: what the table's tiles compute; a candidate that computes something else is not fast, but wrong.
+    """
+
+    def __init__(self, device: torch.device, plan: Plan, mode: str, width: int) -> None:
+        self.device, self.plan, self.mode = device, plan, mode
+        self.kernel = mode.partition("_")[0]
+        self.z, self.ids = rows(device, plan.rows, width)
+        self.prefix = max(width // 2 // 8 * 8, 1) if "_two" in mode else None
+        self.temperature = 0.01 if mode.endswith("_maximum") else 0.1
+        self.right = self.run()
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        leaf = self.z.detach().requires_grad_()
+        if self.kernel == "products":
+            value = off_diagonal_energy(leaf, backend="triton")
+        else:
+            value = negative_lse(leaf, self.ids, self.temperature, prefix=self.prefix, backend="triton", validate=False)
+        (grad,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), grad
+
+    def timed(self, c: Configuration, products: bool = True) -> dict[str, Any]:
+        """{"ms": of the kernel's launches in one step}, or {"failed": why}.
+
+        products: with the matrix library's products that follow the weights kernel: W is in the cache for them or not,
+            and a kernel that keeps the gradient in registers needs none.
+        """
+        try:
+            with using({self.mode: {"inf": list(c)}}), recorded(KERNELS[self.kernel], products) as launches:
+                result = self.run()
+                off = max(_relative(a, b) for a, b in zip(result, self.right, strict=True))
+            if not off < 2e-3:
+                return {"failed": f"differs by {off:.2g} from the table's tiles"}
+            if not launches:
+                return {"failed": "the kernel was not launched"}
+            return {"ms": clocked(replayed(launches, self.device), self.device, self.plan.repeats)}
+        except Exception as error:
+            release(self.device)
+            return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def resident(c: Configuration) -> bool:
+    """Whether a configuration keeps the gradient in registers, so that no product follows the kernel."""
+    return bool(getattr(c, "resident", False))
+
+
+def shape(c: Configuration) -> str:
+    return f"{c.block_m} x {c.block_n} x {c.block_k}, {c.warps} warps" + (", in registers" if resident(c) else "")
+
+
+# ------------------------------------------------------------------------------------------------ backends
+
+
+def thresholds(device: torch.device, plan: Plan, until: float, say: Say, report: Report) -> None:
+    """From how many rows on triton is faster than what "auto" would take otherwise, into the record."""
+    for name, tf32 in (("float32", False), ("tf32", True)):
+        found: dict[str, int] = {}
+        for width in plan.widths:
+            rows_ = _threshold(device, plan, width, tf32, until, report.backends.setdefault(name, {}))
+            if rows_ is None:
+                say("the time for backends is used up; the estimate stays for what is left")
+                return
+            found["inf" if width == plan.widths[-1] else str(width)] = rows_
+            told = "never" if rows_ == NEVER else f"from N = {rows_:,}"
+            say(f"triton beside {'TF32' if tf32 else 'float32'}, D = {width}: {told}")
+        report.record["auto"][name] = found
+
+
+def _threshold(
+    device: torch.device, plan: Plan, width: int, tf32: bool, until: float, times: dict[str, float]
+) -> int | None:
+    """The smallest N from which triton is the faster one; None where the time is used up."""
+    smallest: int | None = None
+    for n in plan.sizes:
+        if time.monotonic() > until:
+            return None
+        try:
+            ours, other = compared(device, plan, n, width, tf32)
+        except torch.cuda.OutOfMemoryError:
+            release(device)
+            break
+        times[f"{width}, {n}, triton"], times[f"{width}, {n}, other"] = ours, other
+        if not ours < other:
+            smallest = None
+        elif smallest is None:
+            smallest = n
+        else:
+            break  # faster twice in a row
+    return smallest or NEVER
+
+
+def compared(device: torch.device, plan: Plan, n: int, width: int, tf32: bool) -> tuple[float, float]:
+    """Milliseconds of a step, forward and backward with checks: triton, and what "auto" takes without it."""
+    z, ids = rows(device, n, width)
+    kind = {"matrix_elements": n * n, "dtype": torch.float32, "device": device, "rows": n}
+    other = choose_backend("auto", **kind)  # type: ignore[arg-type]
+
+    def step(backend: Any) -> Callable[[], None]:
+        leaf = z.detach().requires_grad_()
+
+        def f() -> None:
+            leaf.grad = None
+            negative_lse(leaf, ids, 0.1, backend=backend).sum().backward()
+
+        return f
+
+    with float32_products(tf32):
+        return clocked(step("triton"), device, plan.repeats), clocked(step(other), device, plan.repeats)
+
+
+@contextlib.contextmanager
+def shrunk(plan: Plan) -> Iterator[None]:
+    """For the interpreter: small tiles in all modes, and a check of few rows."""
+    if not plan.small:
+        yield
+        return
+    every = {mode: {"inf": plan.small[0]} for mode in MODES}
+    with using(every), replaced(check, "ROWS", plan.rows):
+        yield
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def run(device: torch.device, *, seconds: float = 60.0, rehearse: bool = False, say: Say = print) -> Any:
+    """Measure and save: what `python -m ssd_addon tune` does. Returns the file's path."""
+    plan = REHEARSAL if rehearse else Plan(choice.gpu_of(device)) if device.type == "cuda" else None
+    report = measure(device, plan, seconds=seconds, say=say)
+    gpu = (plan or REHEARSAL).gpu
+    return cache.save(gpu, report.record)
