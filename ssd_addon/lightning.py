@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ssd_addon import _checks
+from ssd_addon.augment.native import Cropped
 from ssd_addon.batch import ViewBatch, ViewParameters
 from ssd_addon.losses.terms import Terms
 from ssd_addon.losses.weights import FixedWeights
@@ -193,13 +194,13 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             return {**batch, self.image_key: self._drawn(batch[self.image_key])}
         views = self._needed("views")
         made = isinstance(views, StructuredTransform)
-        whole = isinstance(batch, Tensor) or (made and _is_views(batch, views))
+        whole = isinstance(batch, Tensor | Cropped) or (made and _is_views(batch, views))
         images = batch if whole or not isinstance(batch, list | tuple) or not batch else batch[0]
         if isinstance(images, ViewBatch):
             return batch
         if made:
             drawn = _of_workers(images, views)
-        elif isinstance(images, Tensor):
+        elif isinstance(images, Tensor | Cropped):
             drawn = views(images)
         else:
             raise TypeError(
