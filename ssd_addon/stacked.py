@@ -10,25 +10,34 @@ parameter, and those of before are no longer there.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from ssd_addon import storage
 
-if TYPE_CHECKING:
-    from ssd_addon.projection import Projections
-
 NORMS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+class Projections(Protocol):
+    """What is asked of `projection.Projections`."""
+
+    @property
+    def hidden(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def alike(self) -> list[list[str]]: ...
+
+    def key(self, name: str) -> str: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
 
 
 class ReadsStacked(nn.Module):
     """A module with `projections` whose `load_state_dict` takes stacked weights too, inside other modules as well."""
 
-    projections: "Projections"
-
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any, **options: Any) -> None:
-        unstack(state_dict, self.projections, prefix)
+        projections: Any = self.projections
+        unstack(state_dict, projections, prefix)
         super()._load_from_state_dict(state_dict, prefix, *arguments, **options)
 
 
@@ -38,7 +47,7 @@ def is_stacked(state: Mapping[str, Any]) -> bool:
     return any(k.endswith(".stacks.0.last.0.weight") for k in keys) and not any(".projections." in k for k in keys)
 
 
-def unstack(state: dict[str, Any], projections: "Projections", prefix: str = "") -> None:
+def unstack(state: dict[str, Any], projections: Projections, prefix: str = "") -> None:
     """Replace stacked weights in a state dict by those of each head."""
     for old, new in _new_keys(projections).items():
         value = state.get(prefix + old)
@@ -54,7 +63,7 @@ def unstack(state: dict[str, Any], projections: "Projections", prefix: str = "")
 
 
 def matched(
-    state: Mapping[str, Any], own: Mapping[str, Any], projections: "Projections", dropped: tuple[str, ...]
+    state: Mapping[str, Any], own: Mapping[str, Any], projections: Projections, dropped: tuple[str, ...]
 ) -> Mapping[str, Any]:
     """`storage.matched`, for stacked weights too."""
     if is_stacked(state):
@@ -64,7 +73,7 @@ def matched(
     return storage.matched(state, own, dropped)
 
 
-def _new_keys(projections: "Projections") -> dict[str, list[str]]:
+def _new_keys(projections: Projections) -> dict[str, list[str]]:
     """Key of a stacked weight -> keys of its parts, without what they begin with."""
     own = projections.state_dict()
     out: dict[str, list[str]] = {}
