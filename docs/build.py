@@ -15,7 +15,7 @@ NAMES = {
     "collate": ("StructuredCollate", "ImageFiles"),
     "crops": ("NativeCrops", "Cropped"),
     "heads": ("StyleHeads",),
-    "stack": ("ProjectionHeads",),
+    "projection": ("ProjectionHeads",),
     "encoder": ("Encoder",),
     "embeddings": ("Embeddings",),
     "large_batch": ("two_pass",),

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 
 
 def whole(text: str, least: int = 1) -> int:
@@ -46,6 +47,15 @@ def edge(text: str) -> int:
     if (pixels := whole(text)) > 2**14:
         raise argparse.ArgumentTypeError(f"expected an edge of at most {2**14} pixels: got {text}")
     return pixels
+
+
+def too_large(size: int) -> str:
+    """What is wrong with so many bytes on this machine; "" for nothing, or where its memory is not known."""
+    try:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return ""
+    return f"into {there // 10**9:,} GB of memory: got {size // 10**9:,} GB" if size > there else ""
 
 
 def share(text: str) -> float:

@@ -83,20 +83,21 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
     ema = AveragedModel(core, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     if args.compile:
         core.backbone.compile()
-    ids = {"device_ids": [device.index] if gpu else None}
-    model = fully_shard(core) if sharded else DistributedDataParallel(core, **ids) if world > 1 else core
+    for part in [core, *([ema.module] if ema else [])] if sharded else []:
+        fully_shard(part)
+    model = core if sharded or world == 1 else DistributedDataParallel(core, device_ids=[device.index] if gpu else None)
     loss = {"family": args.family} if paper else made.loss
     if args.dual_ascent is not None and "weights" not in loss:
         rise = {"tolerance": args.dual_ascent, "step_size": 0.01, "warmup_steps": int(warmup)}
         loss["weights"] = DualAscent(core.spaces, **rise)
     criterion = JointEntropyLoss(**loss, gather_distributed=True).to(device)
     core.on_sphere = criterion.on_sphere
-    equivariance = respond = None
-    weight = args.equivariance
+    equivariance, respond, weight = None, None, args.equivariance
     if weight is None:
         weight = 0.0 if paper or made.equivariance is None else made.equivariance["weight"]
     if weight:
-        equivariance = EquivarianceLoss(core.spaces, views, family=args.family, weight=weight).to(device)
+        term = {"family": args.family, "weight": weight, "gather_distributed": True}
+        equivariance = EquivarianceLoss(core.spaces, views, **term).to(device)
         respond = DistributedDataParallel(equivariance) if world > 1 else equivariance  # its inputs are in place
     trained = core if equivariance is None else nn.ModuleList([core, equivariance])
     optimizer, peak = build_optimizer(args, trained), args.lr * args.batch_size * world * args.accumulate / 256
@@ -125,7 +126,7 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
     log, step = args.out / "log.jsonl", 0
     config = config_of(args) | {"processes": world, "images": len(data), "classes": classes, "device": device.type}
     config["files"] = data.digest
-    parts = {"optimizer": runs.whole_optimizer(core, optimizer) if sharded else optimizer, "scaler": scaler}
+    parts = {"optimizer": runs.whole_optimizer(trained, optimizer) if sharded else optimizer, "scaler": scaler}
     parts |= {"views": views, "criterion": criterion}
     parts |= {"equivariance": equivariance} if equivariance else {}
     parts |= {"probes": probing.probes, "probe_optimizer": probing.optimizer} if probing else {}
@@ -186,9 +187,8 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
     if step and step % per_epoch == 0 and not runs.logged(log, step, "epoch"):  # killed while it was scored
         record = end_of_epoch(step // per_epoch - 1)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = [core, criterion, *([equivariance] if equivariance else [])]
     first, started = step, time.perf_counter()
-    with runs.Guard(kept, max_skipped=args.max_skipped) as guard:
+    with runs.Guard([trained, criterion], max_skipped=args.max_skipped) as guard:
         while step < stop and not guard.stopping:
             epoch = step // per_epoch
             if probing and step % per_epoch == 0:

@@ -7,7 +7,7 @@ from pathlib import Path
 import timm
 import torch
 import torchvision
-from arguments import count, edge, named_widths, names, number, share, whole, wholes
+from arguments import count, edge, named_widths, names, number, share, too_large, whole, wholes
 from timm.optim import Lars
 from torch import nn
 
@@ -113,6 +113,13 @@ def parse(argv: list[str] | None, text: str | None = None) -> argparse.Namespace
         p.error(f"--cross-image: expected names of groups ({there}): got {', '.join(wrong)}")
     if wrong := [n for n in args.widths if n not in ("content", *groups)]:
         p.error(f"--widths: expected content and names of groups ({there}): got {', '.join(wrong)}")
+    for what, images, pixels, each in (
+        ("--size: expected views of a batch", args.batch_size, args.size, (len(groups) + 2) * 3 * 4),
+        ("--load-size: expected images of a batch", args.batch_size, args.load_size or args.size, 3),
+        ("--measure: expected images", args.measure, args.size, 3),
+    ):
+        if wrong := too_large(images * each * pixels**2):
+            p.error(f"{what} that fit {wrong}")
     if args.equivariance and not groups:
         p.error(f"--equivariance: expected groups, whose changes it predicts: got {there}")
     of_timm, name = args.backbone.startswith("timm:"), args.backbone.removeprefix("timm:")

@@ -11,8 +11,8 @@ evaluation mode and is not trained. Whole images are embedded once; on them ever
 - the linear probe again with a part of the labels, the same share of every class.
 
 OUT gets a JSON object: "probes" (space -> measure -> accuracy on val) and, where the run says how its views are drawn,
-"parameters" (which augmentations each space encodes, `metrics.parameter_matrix`; of content-only runs, which of those of
-the preset color_spatial). Expect a minute for 4,000 photographs of 32 pixels on two cores.
+"parameters" (which augmentations each space encodes, `metrics.parameter_matrix`; for content-only runs, those of the
+preset color_spatial). Expect a minute for 4,000 photographs of 32 pixels on two cores.
 """
 
 import argparse

@@ -15,6 +15,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from ssd_addon._limits import LARGEST_EDGE
+
 FLAGS = (
     "data",
     "out",
@@ -44,8 +46,6 @@ DATA: dict[str, Any] = {
     "help": "a folder of images (class folders are labels; val/ is taken where there is one), or FILE.py:NAME or "
     "MODULE:NAME, where NAME is a data set, or makes one or a pair (images, factors)",
 }
-LARGEST = 2**14
-"""Edge of an image in pixels, at most."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{name.replace('_', '-')}: expected 1 or more: got {value}")
     if "seed" in args and not -(2**63) <= args.seed < 2**64:
         parser.error(f"--seed: expected a whole number of 64 bits, as torch's generators take: got {args.seed}")
-    if "size" in args and args.size is not None and args.size > LARGEST:
-        parser.error(f"--size: expected {LARGEST} or less: got {args.size}")
+    if "size" in args and args.size is not None and args.size > LARGEST_EDGE:
+        parser.error(f"--size: expected {LARGEST_EDGE} or less: got {args.size}")
     try:
         {"audit": audit, "report": report, "tune": tune}[args.command](args)
     except Exception as error:

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ssd_addon import _limits
+
 T = TypeVar("T")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SLACK = 1e-6
@@ -38,6 +40,7 @@ def spaces(value: Sequence[str], what: str) -> tuple[str, ...]:
     if isinstance(value, str):
         raise TypeError(f"{what}: expected a sequence of space names, such as ('content', 'color'): got {value!r}")
     out = tuple(value)
+    _limits.few(out, what)
     if not out:
         raise ValueError(f"{what}: expected at least the space 'content': got no space at all")
     for name in out:

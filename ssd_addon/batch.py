@@ -310,7 +310,8 @@ def views_of(x: Any) -> Any:
     if isinstance(x, list | tuple):
         return stacked(x)[0]
     if not isinstance(x, Tensor):
-        raise TypeError(f"expected a ViewBatch, a tensor of images or a list of views: got {type(x).__name__}")
+        hint = "; views(cropped) makes a ViewBatch of crops" if type(x).__name__ == "Cropped" else ""
+        raise TypeError(f"expected a ViewBatch, a tensor of images or a list of views: got {type(x).__name__}{hint}")
     return x
 
 

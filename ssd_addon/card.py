@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from ssd_addon import _checks, storage
+from ssd_addon import _checks, _limits, storage
 from ssd_addon.losses.families import FAMILIES, resolve_family
 
 KEYS = ("backbone", "views", "family", "on_sphere", "size", "name")
@@ -35,8 +35,7 @@ def check_card(card: Any, where: str = "card") -> None:
             f"{where}: expected the card's family to be one of {_checks.names(FAMILIES)}, or 'on_sphere' beside it, as "
             f"that decides whether embeddings are scored L2-normalized: got {family!r}"
         )
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"{where}: expected the card's size in whole pixels, 1 or more: got {size!r}")
+    _limits.edge(size, f"{where}: expected the card's size")
     for key, value in card.items():
         if odd := storage.not_plain(value):
             raise ValueError(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ssd_addon import _checks, pictures
+from ssd_addon import _checks, _limits, pictures
 from ssd_addon._shapes import Picture, Resized
 from ssd_addon.batch import ViewBatch
 from ssd_addon.files import ImageFiles
@@ -79,6 +79,8 @@ class StructuredCollate:
         ):
             got = repr(size) if isinstance(size, int | float | Sequence) else type(size).__name__
             raise ValueError(f"size: expected an edge or (height, width) in whole pixels, 1 or more: got {got}")
+        for s in edges:
+            _limits.edge(s, "size: expected an edge")
         self.size = (edges[0], edges[1])
         self.fit: Literal["cover", "pad"] = _checks.choice(fit, ("cover", "pad"), "fit")
         self.views = views

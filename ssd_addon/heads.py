@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ssd_addon import _checks, storage
+from ssd_addon import _checks, stacked, storage
 from ssd_addon._types import as_weights
 from ssd_addon.backbones import TimmFeatures, prepared
 from ssd_addon.batch import ViewBatch, is_plain, views_of
@@ -20,32 +20,31 @@ from ssd_addon.embeddings import Embeddings, of_batch
 from ssd_addon.encoder import FEATURES, Encoder
 from ssd_addon.plan import ViewPlan
 from ssd_addon.pooling import POOLS, Pool
-from ssd_addon.stack import (
+from ssd_addon.projection import (
     NORMS,
     Hidden,
     Norm,
     ProjectionHeads,
+    Projections,
+    check_stored,
     checked_hidden,
     checked_spaces,
-    head_of,
-    projected,
-    stacks_of,
     whole,
 )
+from ssd_addon.stacked import ReadsStacked
 
 ADDED: dict[str, Any] = {"norm": "batch", "output": None}
 """Settings that older files do not name, and what they were then."""
 
 
-class StyleHeads(nn.Module):
+class StyleHeads(ReadsStacked):
     """A backbone and one projection head per space: images or views -> name -> embedding.
 
     z^s = head_s(pool(backbone(x))); a hidden layer is Linear, norm, ReLU, the last layer is Linear.
 
     All views go through backbone and heads in one pass, so that batch statistics are those of the V*B images together.
     `model(batch, view_by_view=True)` passes each view on its own: less memory, and statistics per view (B images), so
-    in training mode its numbers differ. Heads of equal depth run as one batched product. Images are cast to the type of
-    the weights.
+    in training mode its numbers differ. Images are cast to the type of the weights.
 
     >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
     >>> model = StyleHeads(backbone, {"content": 16, "color": 4}, in_features=8, hidden=(32,))
@@ -120,7 +119,7 @@ class StyleHeads(nn.Module):
         self._dropped = tuple(f"backbone.{path}." for path in made.dropped)
         self._pooling = made.pooling(pool)
         self.on_sphere = self.frozen = False
-        self.stacks = stacks_of(self.in_features, self.spaces, self.hidden, self.norm)
+        self.projections = Projections(self.in_features, self.spaces, self.hidden, self.norm)
 
     @staticmethod
     def heads(
@@ -207,13 +206,14 @@ class StyleHeads(nn.Module):
     def project(self, features: Tensor) -> dict[str, Tensor]:
         """What the heads make of pooled features of a plain batch, `features(x)`: [N, F] to name -> [N, d]."""
         with _outside_forward("project"):
-            return projected(self.stacks, features, self.spaces)
+            z: dict[str, Tensor] = self.projections(features)
+            return z
 
     # ------------------------------------------------------------------------------------ parts
 
     def head(self, name: str) -> nn.Sequential:
         """One head as plain layers (a copy): [N, F] -> [N, d]. `encoder(name)` has the backbone before it."""
-        return head_of(self.stacks, name, self.spaces)
+        return self.projections.head(name)
 
     def encoder(self, space: str = FEATURES) -> Encoder:
         """One space as a plain module images [B, C, H, W] -> [B, d], for torch.export, ONNX and inference.
@@ -330,6 +330,7 @@ class StyleHeads(nn.Module):
         """
         config = dict(stored.config)
         try:
+            check_stored(config, stored.state_dict)
             model = cls(backbone, config.pop("spaces"), **config)
         except (TypeError, ValueError) as error:
             raise ValueError(f"its configuration does not make a StyleHeads ({error})") from error
@@ -348,7 +349,7 @@ class StyleHeads(nn.Module):
             raise ValueError(f"the checkpoint belongs to another configuration of StyleHeads: {'; '.join(differ)}")
         own = self.state_dict()
         try:
-            state = storage.matched(state_dict, own, self._dropped)
+            state = stacked.matched(state_dict, own, self.projections, self._dropped)
             sizes = [{k: getattr(v, "shape", None) for k, v in each.items()} for each in (state, own)]
             with nullcontext() if sizes[0] == sizes[1] else storage.unchanged_on_error(self):
                 state = {k: storage.sharded_as(v, own.get(k)) for k, v in state.items()}

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ssd_addon import _checks
+from ssd_addon.augment.native import Cropped
 from ssd_addon.batch import ViewBatch, ViewParameters
 from ssd_addon.losses.terms import Terms
 from ssd_addon.losses.weights import FixedWeights
+from ssd_addon.stacked import is_stacked
 from ssd_addon.transform import StructuredTransform
 
 _Base: Any = nn.Module if TYPE_CHECKING else object
@@ -192,13 +194,13 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             return {**batch, self.image_key: self._drawn(batch[self.image_key])}
         views = self._needed("views")
         made = isinstance(views, StructuredTransform)
-        whole = isinstance(batch, Tensor) or (made and _is_views(batch, views))
+        whole = isinstance(batch, Tensor | Cropped) or (made and _is_views(batch, views))
         images = batch if whole or not isinstance(batch, list | tuple) or not batch else batch[0]
         if isinstance(images, ViewBatch):
             return batch
         if made:
             drawn = _of_workers(images, views)
-        elif isinstance(images, Tensor):
+        elif isinstance(images, Tensor | Cropped):
             drawn = views(images)
         else:
             raise TypeError(
@@ -298,6 +300,18 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             own |= {f"views.{k}": v for k, v in self.views.state_dict().items()}
         for state in (checkpoint["state_dict"], checkpoint["current_model_state"]):
             state.update({k: v for k, v in own.items() if k in state})
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Says where a fit cannot be continued: optimizer states of heads whose weights were stacked."""
+        super().on_load_checkpoint(checkpoint)
+        trainer = getattr(self, "_trainer", None)
+        fits = trainer is not None and trainer.state.fn == "fit"
+        if fits and checkpoint.get("optimizer_states") and is_stacked(checkpoint["state_dict"]):
+            raise ValueError(
+                "ckpt_path: expected optimizer states for the weights of each head: got a checkpoint from when all "
+                "heads shared stacked weights, whose optimizer states cannot be carried over; load its weights alone, "
+                "module.load_state_dict(torch.load(path)['state_dict']), and fit without ckpt_path"
+            )
 
     def on_train_end(self) -> None:
         """After the callbacks': averaged weights leave lambda as it was trained."""

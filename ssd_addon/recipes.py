@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssd_addon import _checks
+from ssd_addon import _checks, _limits
 from ssd_addon._optional import needs
 from ssd_addon.losses import FAMILIES, DualAscent, FamilyName
 
@@ -43,12 +43,13 @@ def presets(
             lightly's transforms take them; False or None: views stay in [0, 1].
 
     Raises:
-        ValueError: another name, a size below 1, another mapping than of mean and std.
+        ValueError: another name, a size below 1 or beyond 16384, another mapping than of mean and std.
 
     Source: the ImageNet recipe of Eastwood et al., arXiv 2311.08815 (groups) and BYOL/SimCLR (strengths).
     """
     _checks.choice(name, ("color_spatial", "appearance_spatial", "content_only"), "preset")
-    size = _checks.width(size, "size")
+    size = _limits.edge(size, "size: expected an edge")
+    _limits.crop(size, "size")
     blur = max(3, int(0.1 * size) // 2 * 2 + 1)
 
     def color(solarise: float) -> list[nn.Module]:

@@ -80,13 +80,14 @@ class BarlowTwins(Objective):
             ),
         )
 
-    def misalignment(self, guess: Matrix, target: Matrix, mask: Vector | None) -> Scalar:
+    def misalignment(self, guess: Matrix, target: Matrix, mask: Vector | None, shards: Shards | None = None) -> Scalar:
+        s = Shards(None, (len(guess),), 0) if shards is None else shards
         if mask is not None:  # statistics are of the rows alone
             guess, target = guess[mask], target[mask]
-        if len(guess) < 2:
+            s, _ = _dist.shards(len(guess), [], guess.device, s.group)
+        if s.total < 2:
             return guess.sum() * 0
-        alone = Shards(None, (len(guess),), 0)
-        return diagonal_alignment(standardized(guess, alone), standardized(target, alone), Pair(0, 1), 0.0, alone)[0]
+        return diagonal_alignment(standardized(guess, s), standardized(target, s), Pair(0, 1), 0.0, s)[0]
 
     def refuse_backend(self, backend: str) -> None:
         pass

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ssd_addon import _checks
+from ssd_addon import _checks, _dist
+from ssd_addon._dist import Shards
 from ssd_addon._shapes import Scalar
 from ssd_addon._types import KeepsType
 from ssd_addon.batch import ViewBatch
@@ -59,11 +60,13 @@ class EquivarianceLoss(KeepsType):
         weight: of the term, which is a mean over the M styles where the criterion's invariance is one over all M + 1
             spaces: 1 counts (M + 1) / M times as much as an invariance of the family's default weight.
         hidden: widths of h_m's hidden layers.
+        gather_distributed: take the rows of all ranks of the default process group, as `JointEntropyLoss` does: the
+            mean of the ranks' terms is that of one process on the whole batch. Otherwise every rank takes its own rows
+            and their statistics (the changes' scale; barlow's standardizing).
 
     Its parameters are trained with the model's: give both to the optimizer, and under DistributedDataParallel wrap it
-    too, without `device_ids` (which would rebuild the embeddings), so that its gradients are averaged. Over ranks every
-    rank takes its own rows and their statistics (the changes' scale; barlow's standardizing); nothing is gathered. Rows
-    whose key was made from another image, and in an interleaved plan the rows whose key shares group m, are left out.
+    too, without `device_ids` (which would rebuild the embeddings), so that its gradients are averaged. Rows whose key
+    was made from another image, and in an interleaved plan the rows whose key shares group m, are left out.
 
     Raises:
         ValueError: a style space without a group, or whose operations have no parameters to predict; a temperature in
@@ -83,8 +86,10 @@ class EquivarianceLoss(KeepsType):
         temperature: float | None = None,
         weight: float = 1.0,
         hidden: Sequence[int] = (128, 128),
+        gather_distributed: bool = False,
     ) -> None:
         super().__init__()
+        self.gather_distributed = bool(gather_distributed)
         if not isinstance(spaces, Mapping):
             raise TypeError(
                 f"spaces: expected a mapping name -> width, as StyleHeads.spaces: got {type(spaces).__name__}"
@@ -129,6 +134,8 @@ class EquivarianceLoss(KeepsType):
         """Style -> its term before the weight, on the family's scale; 0 is perfect."""
         changes = _changes(batch)
         b = batch.images
+        group = _dist.default_group() if self.gather_distributed else None
+        shards = None
         out = {}
         for name, sizes in self.groups.items():
             t = z.get(name)
@@ -142,21 +149,27 @@ class EquivarianceLoss(KeepsType):
             dtype = next(network.parameters()).dtype
             change = torch.cat([changes[path] for path in sizes], dim=1).to(t.device, dtype, non_blocking=True)
             rows = _redrawn_rows(name, batch, t.device)
+            if shards is None:
+                shards, _ = _dist.shards(b, [], t.device, group)
             with torch.autocast(t.device.type, enabled=False):
-                out[name] = self._misalignment(name, t[0].to(dtype), t[1].to(dtype), change, rows)
+                out[name] = self._misalignment(name, t[0].to(dtype), t[1].to(dtype), change, rows, shards)
         return out
 
-    def _misalignment(self, name: str, a: Tensor, b: Tensor, change: Tensor, rows: Tensor | None) -> Tensor:
+    def _misalignment(
+        self, name: str, a: Tensor, b: Tensor, change: Tensor, rows: Tensor | None, shards: Shards
+    ) -> Tensor:
         """How far h(a, change) is from b, both [B, d], over the rows."""
         if self.objective.on_sphere:
             a = nn.functional.normalize(a, dim=1)
         scale: Any = self.scales[f"_{name}"]
+        change = _dist.gather(change, shards)  # a few numbers a row: its statistics are of all ranks
         if len(change) > 1 or not self.training:
             change = scale(change)
         else:  # one row has no statistics of its own
             change = nn.functional.batch_norm(change, scale.running_mean, scale.running_var, eps=scale.eps)
-        guess = self.networks[f"_{name}"](torch.cat([a, change], dim=1))
-        return self.objective.misalignment(guess, b, rows)
+        own = change[shards.offset : shards.offset + shards.size]
+        guess = self.networks[f"_{name}"](torch.cat([a, own], dim=1))
+        return self.objective.misalignment(guess, b, rows, shards)
 
     def extra_repr(self) -> str:
         return f"weight={self.weight}, styles={_checks.names(self.groups)}"

@@ -96,15 +96,16 @@ class Objective(KeepsType):
             return dict(rows.z)
         return {n: unit_rows(t, rows.types.get(n)) for n, t in rows.z.items()}
 
-    def misalignment(self, guess: Matrix, target: Matrix, mask: Vector | None) -> Scalar:
+    def misalignment(self, guess: Matrix, target: Matrix, mask: Vector | None, shards: Shards | None = None) -> Scalar:
         """How far guesses [n, d] are from targets [n, d], on the scale of the family's loss: `EquivarianceLoss`.
 
-        Of the rows of this process alone; 0 where the mask leaves no row.
+        Of the rows of this process alone, or of all ranks where it is said how the rows lie over them; 0 where the mask
+        leaves no row.
         """
-        alone = Shards(None, (len(guess),), 0)
+        s = Shards(None, (len(guess),), 0) if shards is None else shards
         both = torch.stack([guess, target])
-        z = self.prepared(Rows({"pair": both}, {}, torch.arange(len(guess)).expand(2, -1), alone))["pair"]
-        return self.weight * self._pair(z, Pair(0, 1, mask), Rows({}, {}, z, alone))[0]
+        z = self.prepared(Rows({"pair": both}, {}, torch.arange(len(guess)).expand(2, -1), s))["pair"]
+        return self.weight * self._pair(z, Pair(0, 1, mask), Rows({}, {}, z, s))[0]
 
     def largest(self, dtype: torch.dtype, width: int, joint: int, rows: int) -> float:
         """The largest entry whose squares can be summed in the type: beyond it the loss would be wrong or NaN.

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ssd_addon._dist import Shards
 from ssd_addon._shapes import Ids, Joint, Matrix, Scalar, Vector
 from ssd_addon._unit import joint_and_cosines
 from ssd_addon.kernels.dispatch import Backend, rows_for_triton
@@ -136,8 +137,8 @@ class SimCLR(Objective):
             )
         return Known(1.0, min(known.numbers), known.id_low, known.id_high)
 
-    def misalignment(self, guess: Matrix, target: Matrix, mask: Vector | None) -> Scalar:
-        return super().misalignment(guess, target, mask) / self.temperature
+    def misalignment(self, guess: Matrix, target: Matrix, mask: Vector | None, shards: Shards | None = None) -> Scalar:
+        return super().misalignment(guess, target, mask, shards) / self.temperature
 
     def refuse_backend(self, backend: str) -> None:
         pass

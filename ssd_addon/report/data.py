@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from ssd_addon import _checks
+from ssd_addon import _checks, _limits
 from ssd_addon.collate import ImageFiles, StructuredCollate
 from ssd_addon.metrics import Circular, Factor
 
@@ -159,6 +159,7 @@ def _samples(
     collate = StructuredCollate(size)
     found: dict[int, tuple[Tensor, Any, str]] = {}
     broken, wanted = 0, min(samples, len(order))
+    _limits.fits(wanted * 3 * size**2, "size", f"{wanted} images of {size} x {size} pixels")
     while len(found) < wanted and len(order):
         missing = wanted - len(found)
         chosen, order = order[:missing].sort().values.tolist(), order[missing:]

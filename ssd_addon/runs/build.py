@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ssd_addon import _checks
+from ssd_addon import _checks, _limits
 from ssd_addon._optional import needs
 from ssd_addon.augment import StructuredViews
 from ssd_addon.recipes import presets
@@ -115,9 +115,7 @@ def build_views(spec: Any, *, code: bool = False, seed: int | None = 0) -> Struc
         if extra := [k for k in spec if k not in PRESET_KEYS]:
             raise ValueError(f"views: expected {_checks.names(PRESET_KEYS)}: got {_checks.names(extra)} too")
         options = {k: spec[k] for k in ("size", "normalize") if k in spec}
-        size = spec.get("size", 1)
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"views: expected the preset's size in whole pixels, 1 or more: got {size!r}")
+        _limits.edge(spec.get("size", 1), "views: expected the preset's size")
         drawn = {k: spec[k] for k in ("plan", "cross_image", "constrained_crop") if k in spec}
         try:
             return StructuredViews(**presets(spec["preset"], **options), **drawn, seed=seed)
@@ -132,6 +130,7 @@ def build_views(spec: Any, *, code: bool = False, seed: int | None = 0) -> Struc
         if groups is not None:
             if not isinstance(groups, Mapping):
                 raise ValueError(f"views: expected {name} as a mapping name -> operations: got {groups!r}")
+            _limits.few(groups, f"views: {name}")
             arguments[name] = {g: _operations(ops, f"{name}[{g!r}]") for g, ops in groups.items()}
     for name in ("then", "key_then"):
         if arguments.get(name) is not None:
@@ -151,6 +150,7 @@ def _operations(specs: Any, where: str) -> list[nn.Module]:
 
     if not isinstance(specs, list | tuple):
         raise ValueError(f"views: expected {where} as a list of operations [name, arguments]: got {specs!r}")
+    _limits.few(specs, f"views: operations of {where}")
     made: list[nn.Module] = []
     for spec in specs:
         if not isinstance(spec, list | tuple) or len(spec) not in (1, 2) or not isinstance(spec[-1], str | Mapping):
@@ -162,6 +162,8 @@ def _operations(specs: Any, where: str) -> list[nn.Module]:
             raise ValueError(f"views: expected the name of a 2-D operation of kornia.augmentation: got {name!r}")
         if not isinstance(arguments, Mapping):
             raise ValueError(f"views: expected the arguments of {name} as a mapping: got {arguments!r}")
+        _limits.numbers(dict(arguments), f"views: arguments of {name}")
+        _limits.crop(arguments.get("size"), f"views: {name}")
         try:
             made.append(kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}))
         except Exception as error:  # Kornia checks by assertions and type errors alike

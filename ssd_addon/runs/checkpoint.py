@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssd_addon import _checks, storage
 from ssd_addon.card import check_card
 from ssd_addon.heads import StyleHeads
+from ssd_addon.stacked import is_stacked
 
 Part = storage.HasState
 
@@ -61,7 +62,7 @@ def restore_run(
     Raises:
         FileNotFoundError: no such file.
         ValueError: no checkpoint of a run, one of other settings, without a part, or of another model or part than
-            these: says which.
+            these: says which; an optimizer's state from when the heads' weights were stacked.
     """
     storage.check_loadable(dict(config), "config")
     stored = storage.read(path, expected="the checkpoint of a run").content
@@ -76,10 +77,16 @@ def restore_run(
         raise ValueError(f"{path} belongs to another configuration: {'; '.join(differ)}")
     if missing := [name for name in parts if name not in stored]:
         raise ValueError(f"{path}: expected the state of {_checks.names(missing)}: got none in it")
+    if is_stacked(stored["model"]) and (name := _trains(model.projections, parts)):
+        raise ValueError(
+            f"{path}: expected the state of {name!r} for the weights of each head: got one from when all heads shared "
+            "stacked weights, which cannot be carried over; the model itself opens, StyleHeads.load(path, backbone) or "
+            f"restore_run without {name!r}, and can be trained on with a new optimizer"
+        )
     with storage.unchanged_on_error(*parts.values()):
         for name, part in parts.items():
             try:
-                part.load_state_dict(stored[name])
+                part.load_state_dict(_laid_out_as(stored[name], part))
             except Exception as error:  # whatever a part says of a state that is not its own
                 raise ValueError(f"{path}: expected a state that fits {name!r} ({error})") from error
         try:
@@ -87,6 +94,26 @@ def restore_run(
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return stored
+
+
+def _laid_out_as(state: Any, part: Part) -> Any:
+    """A stored state, sharded where the part is a module that is."""
+    if not isinstance(part, nn.Module) or not isinstance(state, Mapping):
+        return state
+    own = part.state_dict()
+    if not any(hasattr(t, "full_tensor") for t in own.values()):
+        return state
+    return {k: storage.sharded_as(v, own.get(k)) for k, v in state.items()}
+
+
+def _trains(module: nn.Module, parts: Mapping[str, Part]) -> str | None:
+    """The name of the first optimizer of a module's parameters."""
+    own = {id(p) for p in module.parameters()}
+    for name, part in parts.items():
+        groups = getattr(getattr(part, "optimizer", part), "param_groups", ())
+        if any(id(p) in own for group in groups for p in group["params"]):
+            return name
+    return None
 
 
 def _same(a: Any, b: Any) -> bool:

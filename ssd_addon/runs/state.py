@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 State = list[Tensor | None]
 
@@ -113,9 +114,15 @@ def checkpoint_activations(module: nn.Module) -> list[str]:
     for name, block in chosen.items():
         outer, _, key = name.rpartition(".")
         parent: Any = module.get_submodule(outer)
-        wrapped = wrapping.checkpoint_wrapper(block, context_fn=partial(_contexts, block))
+        wrapped = wrapping.checkpoint_wrapper(block, checkpoint_fn=_recomputed)
         parent._modules[key] = wrapped
     return list(chosen)
+
+
+def _recomputed(block: nn.Module, *arguments: Any, **options: Any) -> Any:
+    if torch.compiler.is_compiling():  # what is computed again has no side effects there, and contexts are refused
+        return checkpoint(block, *arguments, use_reentrant=False, **options)
+    return checkpoint(block, *arguments, use_reentrant=False, context_fn=partial(_contexts, block), **options)
 
 
 class _Contexts:

@@ -38,7 +38,7 @@ def model(**options):
 @pytest.mark.parametrize("training", [True, False])
 def test_norms_equal_the_loop_over_heads(norm, kind, hidden, training):
     m = model(norm=norm, hidden=hidden).double()
-    for p in m.stacks.parameters():
+    for p in m.projections.parameters():
         nn.init.normal_(p, std=0.3)
     x = torch.randn(16, 6, dtype=torch.float64)
     m.project(x)
@@ -99,7 +99,7 @@ def test_heads_alone_are_those_of_the_model():
     torch.manual_seed(0)
     heads = StyleHeads.heads(6, SPACES, hidden=(12, 10)).eval()
     m = model().eval()
-    m.stacks.load_state_dict(heads.stacks.state_dict())
+    m.projections.load_state_dict(heads.projections.state_dict())
     x = torch.rand(4, 5, 3, 8, 8)
     features = m.features(x)
     z = heads(features)
@@ -195,12 +195,12 @@ def test_a_frozen_backbone_keeps_weights_statistics_and_dropout():
     assert m.freeze() is m and m.frozen and m.train() is m
     optimizer = torch.optim.SGD(m.parameters(), lr=1.0)
     x = torch.rand(4, 5, 3, 8, 8)
-    assert torch.equal(m.features(x), m.features(x)) and m.training and m.stacks.training
+    assert torch.equal(m.features(x), m.features(x)) and m.training and m.projections.training
     JointEntropyLoss()(m(x)).backward()
-    heads = copy.deepcopy(m.stacks.state_dict())
+    heads = copy.deepcopy(m.projections.state_dict())
     optimizer.step()
     assert all(torch.equal(t, before[k]) for k, t in m.backbone.state_dict().items())
-    assert any(not torch.equal(t, heads[k]) for k, t in m.stacks.state_dict().items())
+    assert any(not torch.equal(t, heads[k]) for k, t in m.projections.state_dict().items())
     assert not m.features(x).requires_grad and m(x)["color"].requires_grad
     assert copy.deepcopy(m).train().backbone.training is False
     m.unfreeze()

@@ -22,7 +22,7 @@ X = images()
 
 
 def heads(hidden=None):
-    """Two stacks, the second of which holds the space in the middle; BatchNorm and Dropout tell the modes apart."""
+    """Heads of two depths, the other one in the middle; BatchNorm and Dropout tell the modes apart."""
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Dropout(0.5))
     hidden = hidden or {"content": (6,), "color": (), "place": (6,)}
@@ -192,7 +192,7 @@ def test_embeddings_are_float32(dtype, unit):
         torch.testing.assert_close(z.norm(dim=1), torch.ones(7))
 
 
-@pytest.mark.parametrize("hidden", [None, (6, 5), ()], ids=["two stacks", "deep", "linear"])
+@pytest.mark.parametrize("hidden", [None, (6, 5), ()], ids=["two depths", "deep", "linear"])
 def test_project_is_what_each_head_makes_of_the_features(hidden):
     model, x = heads(hidden).eval(), images()
     with torch.no_grad():
@@ -205,10 +205,11 @@ def test_project_is_what_each_head_makes_of_the_features(hidden):
 
 def test_project_lets_the_gradient_through_and_keeps_the_mode():
     model = heads().train()
-    before = model.stacks[0].norms[0].num_batches_tracked.clone()
+    (counted, *_) = (m for m in model.projections.modules() if isinstance(m, nn.BatchNorm1d))
+    before = counted.num_batches_tracked.clone()
     features = torch.randn(7, 5, requires_grad=True)
     sum(z.sum() for z in model.project(features).values()).backward()
-    assert features.grad.abs().sum() > 0 and model.stacks[0].norms[0].num_batches_tracked == before + 1
+    assert features.grad.abs().sum() > 0 and counted.num_batches_tracked == before + 1
 
 
 # ---- what goes in

@@ -184,7 +184,7 @@ def test_views_of_multiviewcollate_and_of_the_default_collate_are_the_same():
     assert torch.equal(criterion(model(default_collate(SAMPLES)[0]), TRANSFORM.plan), z)
     rows = heads(backbone(torch.cat(views)))
     own = StyleHeads(backbone, SPACES, hidden=())
-    own.stacks = heads.stacks
+    own.projections = heads.projections
     torch.testing.assert_close(criterion(rows, TRANSFORM.plan), criterion(own(views), TRANSFORM.plan))
 
 

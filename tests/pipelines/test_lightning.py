@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
-from ssd_addon import StructuredTransform
+from ssd_addon import NativeCrops, StructuredTransform, StructuredViews, ViewBatch
 from ssd_addon.lightning import StructuredTraining
 
 pytestmark = [
@@ -344,6 +344,24 @@ def test_means_over_an_epoch_are_weighted_by_the_images():
     (found,) = trainer().validate(mine, loader(5), verbose=False)
     expected = sum(loss * b for loss, b in losses) / sum(b for _, b in losses)
     assert [b for _, b in losses] == [5, 5, 2] and found["val/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+# ---- crops made by the loader
+
+
+def test_crops_of_the_loader_become_views():
+    kinds, crop = [], K.RandomResizedCrop((8, 8))
+
+    def training_step(self, batch, index):
+        kinds.append(type(batch[0]))
+        return self.structured_step(batch).loss
+
+    mine = module(body={"training_step": training_step})
+    mine.views = StructuredViews({"color": [crop, K.ColorJitter(0.4)]}, seed=3)
+    fit(mine, loader(collate_fn=NativeCrops(mine.views)))
+    assert kinds == [ViewBatch] * 3 and mine.views.call == 3
+    with pytest.raises(TypeError, match=r"views\(cropped\) makes a ViewBatch of crops"):
+        mine.model(next(iter(loader(collate_fn=NativeCrops(mine.views))))[0])
 
 
 # ---- the recipe

@@ -5,10 +5,12 @@ import importlib
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from lightning_modules import PACKAGES, SPACES, Images, differences, fit, heads, loader, module, state, views
+from lightning_modules import PACKAGES, SPACES, Backbone, Images, differences, fit, heads, loader, module, state, views
+from old_heads import stacked
 from torch.utils.data import DataLoader, IterableDataset
 
-from ssd_addon import JointEntropyLoss
+from ssd_addon import JointEntropyLoss, StyleHeads
+from ssd_addon.lightning import StructuredTraining
 from ssd_addon.losses import Terms
 from ssd_addon.losses.weights import Weights
 from ssd_addon.runs import ResumableLoader
@@ -110,6 +112,30 @@ def test_a_resumed_training_ends_with_the_same_bits(package, accumulate, tmp_pat
         again = trained(tmp_path / f"b{step}", resumable(), tmp_path / "a" / f"step={step}.ckpt", **options)
         assert not differences(whole, again), step
     assert int(whole["criterion.weights.steps"]) == 3 * per_epoch and whole["views._extra_state"].tolist() == [3, 12]
+
+
+def test_optimizer_states_of_stacked_heads_are_refused_and_the_weights_are_read(tmp_path):
+    class Alone(StructuredTraining, importlib.import_module(PACKAGES[0]).LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.views, self.criterion = views(), JointEntropyLoss("vicreg")
+            self.model = StyleHeads(Backbone(), SPACES, hidden=(5,))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    made = Alone()
+    fit(made).save_checkpoint(tmp_path / "new.ckpt")
+    old = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    kept = {k: t for k, t in old["state_dict"].items() if not k.startswith("model.")}
+    old["state_dict"] = kept | stacked(made.model, "model.")
+    torch.save(old, tmp_path / "old.ckpt")
+    with pytest.raises(ValueError, match="optimizer states for the weights of each head: got a checkpoint from when"):
+        fit(Alone(), ckpt_path=tmp_path / "old.ckpt", max_epochs=2)
+    fit(Alone(), ckpt_path=tmp_path / "new.ckpt", max_epochs=2)
+    fresh = Alone()
+    fresh.load_state_dict(old["state_dict"])
+    assert not differences(state(fresh), state(made))
 
 
 @pytest.mark.slow
