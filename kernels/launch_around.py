@@ -85,18 +85,18 @@ def prepare(
     return out
 
 
-def check_layout(a: Scaled, how: Layout) -> None:
+def check_layout(a: Scaled, how: Layout, block_m: int) -> None:
     """Refuse operands of other tiles: they would be read beyond their end.
 
     Raises:
         RuntimeError: the tiles have changed since the forward pass.
     """
     k, tiles = how.columns.operand_ends[-1], how.tiles(a.n)
-    if a.x.shape[1] != k or a.bounds.shape[1] != tiles:
+    if (a.x.shape[1], a.bounds.shape[1], block_m) != (k, tiles, how.block_m):
         raise RuntimeError(
             "negative_lse, backward: expected the tiles of the forward pass, which a measurement or another table has "
-            f"changed since: got operands of {a.x.shape[1]} columns for {k}, and "
-            f"{a.bounds.shape[1]} tiles for {tiles}"
+            f"changed since: got operands of {a.x.shape[1]} columns for {k}, and {a.bounds.shape[1]} tiles of "
+            f"{block_m} rows for {tiles} of {how.block_m}"
         )
 
 

@@ -92,15 +92,15 @@ def _(a, b, d, prefix, maximum, exact):  # type: ignore[no-untyped-def]
 
 def _lse_rows_grad(
     grad: Tensor, lse: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], offset: int, d: int, prefix: int,
-    maximum: bool, exact: bool, needs_tau: bool, dtype: torch.dtype,
+    maximum: bool, exact: bool, block_m: int, needs_tau: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dz [n, D] in a type, dtau 0-dim or without an entry) for the upstream gradient and log-sums [E, N] of b.
 
-    offset: where the rows of a begin in b.
+    offset: where the rows of a begin in b. block_m: rows of a tile, forward.
     """
     one = Scaled(*a)
     how = launch_around.layout(lse.device, d, prefix, maximum, exact)
-    launch_around.check_layout(one, how)
+    launch_around.check_layout(one, how, block_m)
     g, log, unit = launch_around.coefficients(grad, lse, None if maximum else one.shift)
     own = slice(offset, offset + one.n)
     dx = launch.gradient(one, Scaled(*b) if b else None, None if log is None else log[:, own], log, g[:, own], g, how)
@@ -115,7 +115,7 @@ lse_rows_grad = torch.library.custom_op("ssd_addon::lse_rows_grad", _lse_rows_gr
 
 
 @lse_rows_grad.register_fake
-def _(grad, lse, a, b, offset, d, prefix, maximum, exact, needs_tau, dtype):  # type: ignore[no-untyped-def]
+def _(grad, lse, a, b, offset, d, prefix, maximum, exact, block_m, needs_tau, dtype):  # type: ignore[no-untyped-def]
     return lse.new_empty((a[0].shape[0], d), dtype=dtype), lse.new_empty(() if needs_tau else (0,))
 
 
@@ -139,7 +139,7 @@ def _(z, ids, tau, longest, tau_value, longest_value, prefix, maximum, exact):  
 
 
 class _LseContext(Context):
-    static: tuple[int, int, bool, bool]  # D, prefix, maximum, exact
+    static: tuple[int, int, bool, bool, int]  # D, prefix, maximum, exact, rows of a tile
     dtype: torch.dtype
 
 
@@ -148,7 +148,8 @@ def _save_lse(ctx: _LseContext, inputs: tuple[Any, ...], output: Seven) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output)
-    ctx.static, ctx.dtype = (z.shape[1], prefix, maximum, exact), z.dtype
+    how = launch_around.layout(z.device, z.shape[1], prefix, maximum, exact)
+    ctx.static, ctx.dtype = (z.shape[1], prefix, maximum, exact, how.block_m), z.dtype
 
 
 @backward_without_autocast
@@ -174,7 +175,7 @@ def log_sums(*given: Any) -> Tensor:
 
 
 class _LseOverRanksContext(Context):
-    static: tuple[int, int, bool, bool]
+    static: tuple[int, int, bool, bool, int]
     shards: _dist.Shards
     dtype: torch.dtype
 
@@ -205,7 +206,8 @@ class LseOverRanks(torch.autograd.Function):
         if s.size:
             lse = lse_rows(a, b, d, prefix, maximum, exact)
         ctx.save_for_backward(lse, *a, *b)
-        ctx.static, ctx.shards, ctx.dtype = (d, prefix, maximum, exact), s, z.dtype
+        block_m = launch_around.layout(z.device, d, prefix, maximum, exact).block_m
+        ctx.static, ctx.shards, ctx.dtype = (d, prefix, maximum, exact, block_m), s, z.dtype
         return lse
 
     @staticmethod

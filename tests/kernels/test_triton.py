@@ -250,6 +250,25 @@ def test_any_blocks_give_the_same_result(monkeypatch, configuration, block, stri
         compare(unit(70, 24), grouped(70, 20), 0.1, prefix=prefix)
 
 
+@pytest.mark.parametrize("heights", [(16, 32), (32, 16)])
+def test_tiles_of_the_gradient_may_have_another_height(monkeypatch, heights):
+    """And other columns at a time: the operand is that of the forward pass."""
+    sums, weights = (table.Configuration(h, 32, k, 4, 2, False, 2) for h, k in zip(heights, (16, 32), strict=True))
+    monkeypatch.setattr(table, "configuration", lambda arch, mode, *_: weights if "weights" in mode else sums)
+    for prefix in (None, 8):
+        compare(unit(70, 24), torch.arange(70) // 2, 0.1, prefix=prefix)
+
+
+def test_a_backward_pass_with_other_tiles_is_refused(small, monkeypatch):
+    """As after a measurement: operands would be read beyond their end."""
+    z = unit(20, 8).float().requires_grad_()
+    lse = negative_lse(z, torch.arange(20), 0.1, backend="triton")
+    for other in (WIDE._replace(block_k=32), SQUARE._replace(block_m=32, block_n=32), SQUARE._replace(block_n=256)):
+        monkeypatch.setattr(table, "configuration", lambda *_, c=other: c)
+        with pytest.raises(RuntimeError, match="expected the tiles of the forward pass, which .* changed since"):
+            torch.autograd.grad(lse.sum(), z, retain_graph=True)
+
+
 # ------------------------------------------------------------------------------------------ covariances
 
 
@@ -367,8 +386,8 @@ def samples():
         "prepared": (z, ids, tau, None, 0.0, 1.0, 40, 5, True, True),
         "with_bounds": (x[0], ids.long(), 12, 0, False),
         "lse_rows": (some, two, 12, 5, True, False),
-        "lse_rows_grad": (lse_two + 1, lse_two, some, two, 0, 12, 5, True, False, True, kind),
-        "lse_rows_grad_alone": (lse + 1, lse, x, [], 0, 12, 0, False, False, False, torch.float32),
+        "lse_rows_grad": (lse_two + 1, lse_two, some, two, 0, 12, 5, True, False, 16, True, kind),
+        "lse_rows_grad_alone": (lse + 1, lse, x, [], 0, 12, 0, False, False, 16, False, torch.float32),
         "products": (a, b, None, None, False, True, 12),
         "products_pair": (a, None, b, None, True, False, 12),
         "off_diagonal_energy": (leaf, None, False),
