@@ -113,6 +113,16 @@ def colors(arch: int, columns: int = 6) -> dict[str, Any]:
     return {"arch": f"sm_{arch}", **resources(source, arch, {"num_warps": 4})}
 
 
+def around(arch: int) -> list[dict[str, Any]]:
+    """The kernels around the tiles, in the variants that a loss launches."""
+    import around_variants
+
+    return [
+        {"arch": f"sm_{arch}", "kernel": kernel, "variant": variant, **resources(source, arch, {"num_warps": 4})}
+        for kernel, variant, source in around_variants.sources()
+    ]
+
+
 def resources(source: ASTSource, arch: int, options: dict[str, Any]) -> dict[str, Any]:
     """Compile for an architecture, and read what the program takes."""
     done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -251,6 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--around", action="store_true", help="the kernels around the tiles alone, as JSON")
     parser.add_argument("--colors", action="store_true", help="the kernel for colors alone, as JSON")
     parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED))
     parser.add_argument("--modes", nargs="+", help="of the table; with --json alone")
@@ -258,6 +269,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.modes and args.out:
         parser.error("--modes: expected all modes where a file is written: got some")
+    if args.around:
+        json.dump([r for arch in args.arch for r in around(arch)], sys.stdout)
+        return
     if args.colors:
         json.dump([colors(arch) for arch in args.arch], sys.stdout)
         return

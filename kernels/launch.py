@@ -1,26 +1,24 @@
 """The Triton kernels of `tiles`, launched over strips and block pairs.
 
-    sums       log2 of the sums over the other images' rows
+    sums       log-sums over the other images' rows
     gradient   sum_j W_ij x_j, from the same similarities
-    products   <a_i, b_j> of all rows, and the sum of its squares
+    products   <a_i, b_j> of all rows, and the sums of its squares
 
 Every slot of every output is written by one program, and sums run in a fixed order: the same input gives the same bits.
 Legend: n local rows, N rows over all ranks, E levels (1, or 2 with a prefix), D columns. Rows are those of `operands`.
 """
 
-import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 
 import torch
 import triton
 from torch import Tensor
 
-from ssd_addon.kernels import cache, choice, resident, table, tiles
+from ssd_addon.kernels import around, choice, launch_around, resident, tiles
 from ssd_addon.kernels.dispatch import capturing
 from ssd_addon.kernels.fast_product import add_product
-from ssd_addon.kernels.operands import LONGEST, Operand, column_levels, pointer, round_up, stacked
-from ssd_addon.kernels.table import Configuration
+from ssd_addon.kernels.launch_around import ROWS, configuration, on_device_of, with_bounds
+from ssd_addon.kernels.operands import LONGEST, Columns, Layout, Scaled, cdiv, pointer, round_up
 
 WEIGHT_SCALE = 2.0**14
 """|W| <= 2 per level, and fp16 ends at 65504."""
@@ -51,7 +49,14 @@ def why_not(device: torch.device) -> str | None:
 
 def block_rows(d: int, unit: int) -> int:
     """Rows C of a block of W: C x C entries of fp16, 8 to 512 MiB."""
-    return max(min(int(8.6e6 / max(d, 1)), 16384), 2048) // unit * unit
+    return aligned(max(min(int(8.6e6 / max(d, 1)), 16384), 2048), unit)
+
+
+def aligned(rows: int, unit: int) -> int:
+    """At most so many rows, whole tiles of `unit`. Where that leaves any, a multiple of 512: then all that belongs to a
+    block, its tiles' bounds of ids too, begins at an aligned address, and one compiled variant serves all blocks.
+    """
+    return max(rows // 512 * 512 or rows // unit * unit, unit)
 
 
 def affordable_rows(rows: int, entry: int, free: int) -> int:
@@ -75,170 +80,118 @@ def _free_memory(x: Tensor) -> int:
     return int(free + torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device))
 
 
-def empty(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Where a kernel writes, on the device of x; the tests fill it with NaN."""
-    return x.new_empty(shape, dtype=dtype)
-
-
-def _configuration(x: Tensor, mode: str, width: int | None = None) -> Configuration:
-    own = cache.of_device(x.device)
-    tiles_here = None if own is None else own["configurations"]
-    return table.configuration(table.architecture(x.device), mode, x.shape[1] if width is None else width, tiles_here)
-
-
-def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else torch.autograd.profiler.record_function("ssd_addon::tiles")
-
-
 # ------------------------------------------------------------------------------------------------ log-sums
 
 
-def sums(x: Tensor, every: Tensor | None, ids: Tensor, every_ids: Tensor, scale: Tensor, shift: Tensor, prefix: int,
-         maximum: bool) -> Tensor:  # fmt: skip
-    """log2 of the sums over the other images' rows, [E, n], NaN where there is none.
+def sums(a: Scaled, b: Scaled | None, how: Layout, maximum: bool) -> Tensor:
+    """Log-sums over the other images' rows, [E, n], NaN where there is none.
 
     Args:
-        x: [n, D] scaled rows, fp16 or (exact) float32.
-        every: [N, D] all rows; None means x, and only the upper triangle is computed.
-        ids, every_ids: [n], [N] integers.
-        scale: 0-dim float32, times <x_i, x_j> it is s_ij / log 2.
-        shift: 0-dim float32, subtracted from s_ij / log 2 (read only without `maximum`).
-        prefix: 0, or columns of the first level.
+        a: the n local rows.
+        b: all N rows; None means a, and only the upper triangle is computed.
+        how: the layout of both.
         maximum: take the maximum of each tile's rows instead of the shift.
     """
-    symmetric = every is None
-    n, d = x.shape
-    levels = column_levels(prefix, d)
-    c = _configuration(x, ("sums_two" if prefix else "sums") + ("_maximum" if maximum else ""))
-    a, b = _operands(x, every, ids, every_ids, levels, c)
-    e, unit = len(levels), c.block_n // c.block_m
-    tiles_m, tiles_n = triton.cdiv(n, c.block_m), triton.cdiv(b.n, c.block_n)
-    strip = max(STRIP_ELEMENTS // max(b.n * e, 1) // unit, 1) * unit
-    top = x.new_full((e, n), -math.inf, dtype=torch.float32)
-    total = x.new_zeros((e, n), dtype=torch.float32)
-
-    def add(rows: slice, part: Tensor, part_top: Tensor | None) -> None:
-        if part_top is None:
-            total[:, rows] += part.sum(dim=1)
-            return
-        new = torch.maximum(top[:, rows], part_top.amax(dim=1))
-        safe = new.masked_fill(new == -math.inf, 0.0)
-        old = total[:, rows] * torch.exp2(top[:, rows] - safe)
-        total[:, rows] = old + (part * torch.exp2(part_top - safe[:, None])).sum(dim=1)
-        top[:, rows] = new
-
-    with _on_device_of(x):
+    symmetric = b is None
+    c, ends = how.sums, how.columns.operand_ends
+    b_, n, e, unit = a if b is None else b, a.n, len(ends), c.block_n // c.block_m
+    tiles_m, tiles_n = cdiv(n, c.block_m), cdiv(b_.n, c.block_n)
+    strip = max(STRIP_ELEMENTS // max(b_.n * e, 1) // unit, 1) * unit
+    total, top, lse = (launch_around.empty(a.x, (e, n)) for _ in range(3))
+    with on_device_of(a.x):
         for first in range(0, tiles_m, strip):
             count = min(strip, tiles_m - first)
             start, stop = first * c.block_m, min((first + count) * c.block_m, n)
-            slots = triton.cdiv(b.n, c.block_m) - (first if symmetric else 0)
-            behind = b.n - stop if symmetric else 0
-            near = empty(x, (e, slots, stop - start))
-            far = empty(x, (e, count, behind))
-            near_top = empty(x, (e, slots, stop - start)) if maximum else None
-            far_top = empty(x, (e, count, behind)) if maximum else None
-            columns = tiles_n - (first // unit if symmetric else 0)
-            tiles.sums_kernel[(count * columns,)](
-                pointer(a.x, c, c.block_m), pointer(b.x, c, c.block_n), a.ids, b.ids, a.low, a.high, b.low, b.high,
-                scale, shift, near, near if near_top is None else near_top, far, far if far_top is None else far_top,
-                n, b.n, first, count, columns, a.x.stride(0), b.x.stride(0), a.ends[0], a.ends[-1],
+            slots = cdiv(b_.n, c.block_m) - (first if symmetric else 0)
+            behind = b_.n - stop if symmetric else 0
+            near, far = launch_around.empty(a.x, (e, slots, stop - start)), launch_around.empty(a.x, (e, count, behind))
+            near_top = launch_around.empty(a.x, (e, slots, stop - start)) if maximum else None
+            far_top = launch_around.empty(a.x, (e, count, behind)) if maximum else None
+            wide = tiles_n - (first // unit if symmetric else 0)
+            tiles.sums_kernel[(count * wide,)](
+                pointer(a.x, c, c.block_m), pointer(b_.second, c, c.block_n), a.ids, b_.ids, *a.bounds, *b_.bounds,
+                a.scale, a.shift, near, near if near_top is None else near_top,
+                far, far if far_top is None else far_top,
+                n, b_.n, first, count, wide, a.x.stride(0), b_.second.stride(0), ends[0], ends[-1],
                 LEVELS=e, SYMMETRIC=symmetric, MAXIMUM=maximum, DESCRIPTOR=c.descriptor, GROUP=c.group,
                 b_M=c.block_m, b_N=c.block_n, b_K=c.block_k, **c.options(),
             )  # fmt: skip
-            add(slice(start, stop), near, near_top)
-            if behind:
-                add(slice(stop, b.n), far, far_top)
-    log = torch.log2(total) + (top if maximum else shift)
-    # A sum of 0: no negative. NaN stays.
-    return log.masked_fill(total == 0, math.nan)
+            end = n if symmetric else stop
+            around.fold_kernel[(cdiv(end - start, ROWS), e)](
+                near, near_top, far, far_top, total, top, lse, a.shift, n, start, stop, end, slots,
+                count if behind else 0, FIRST=not (symmetric and first), b_T=16, b_N=ROWS,
+            )  # fmt: skip
+    return lse
 
 
 def gradient(
-    x: Tensor, every: Tensor | None, ids: Tensor, every_ids: Tensor, scale: Tensor, shift: Tensor, lse: Tensor,
-    every_lse: Tensor, g: Tensor, every_g: Tensor, prefix: int, maximum: bool,
+    a: Scaled, b: Scaled | None, log: Tensor | None, every_log: Tensor | None, g: Tensor, every_g: Tensor,
+    how: Layout,
 ) -> Tensor:  # fmt: skip
-    """sum_j W_ij x_j of the local rows, [n, D] float32; times 1/tau it is the gradient.
+    """sum_j W_ij x_j of the local rows, [n, padded D] float32; over `weight_scale` and times a / tau the gradient.
 
     Args:
-        x, every, ids, every_ids, scale, shift, prefix, maximum: as in `sums`.
-        lse, every_lse: [E, n], [E, N] in units of log 2.
-        g, every_g: [E, n], [E, N] upstream gradients, at most 1 in size.
+        a, b, how: as in `sums`.
+        log, every_log: [E, n], [E, N] lse in units of log 2; None: g and every_g hold the factor 2^(shift - lse).
+        g, every_g: [E, n], [E, N] as `coefficients` makes them.
     """
-    if not maximum:  # one exponential for both rows: exp(shift - lse) stays inside float32 where the shift does
-        g, every_g = g * torch.exp2(shift - lse), every_g * torch.exp2(shift - every_lse)
-    symmetric = every is None
-    n, d = x.shape
-    levels = column_levels(prefix, d)
-    exact = x.dtype == torch.float32
-    mode = ("weights_two" if prefix else "weights") + ("_maximum" if maximum else "")
-    c = _configuration(x, mode)
-    if c.resident and exact:
-        c = _configuration(x, mode, c.block_k + 1)  # two fp16 parts: as for rows that are too wide to be resident
+    maximum, symmetric, columns, c = log is not None, b is None, how.columns, how.weights
+    n, d = a.n, columns.ends[-1]
+    own, bounds = a.bounds, (a if b is None else b).bounds
+    if c.block_m != how.block_m:  # the tiles of the sums have another height
+        own, bounds = (
+            with_bounds(t.x, t.ids, c.block_m, cdiv(t.n, c.block_m) + max(c.block_n // c.block_m, 1)).bounds
+            for t in (a, a if b is None else b)
+        )
+    b_, levels, ends = a if b is None else b, columns.levels, columns.operand_ends
+    e, w_scale = len(levels), weight_scale(columns)
+    log, every_log = (g, every_g) if log is None or every_log is None else (log, every_log)
     if c.resident:
-        return _resident(x, every, ids, every_ids, scale, shift, lse, every_lse, g, every_g, prefix, maximum, c)
-    a, b = _operands(x, every, ids, every_ids, levels, c)
-    if every is None:
-        every, every_lse, every_g = x, lse, g
-    e = len(levels)
-    w_scale = 1.0 if exact else WEIGHT_SCALE / e
-    wanted = min(block_rows(d, c.block_n), round_up(max(n, b.n), c.block_n))
-    small = wanted * wanted * e * (4 if exact else 2) <= WEIGHT_BYTES // 8  # too little to ask the driver about
-    free = 4 * WEIGHT_BYTES if small else _free_memory(x)
-    size = max(affordable_rows(wanted, e * (4 if exact else 2), free) // c.block_n, 1) * c.block_n
+        if columns.prefix:
+            raise ValueError("a configuration that keeps the gradient in registers: expected one space: got a prefix")
+        if c.block_n != c.block_m:  # one row of tiles against another height of columns
+            bounds = with_bounds(b_.x, b_.ids, c.block_n, cdiv(b_.n, c.block_n)).bounds
+        out = launch_around.empty(a.x, (n, d))
+        with on_device_of(a.x):
+            resident.gradient(a, b_, own, bounds, log, every_log, g, every_g, maximum, w_scale, c, out)
+        return out
+    entry = e * (4 if columns.exact else 2)
+    wanted = min(block_rows(columns.d, c.block_n), round_up(max(n, b_.n), c.block_n))
+    small = wanted * wanted * entry <= WEIGHT_BYTES // 8  # too little to ask the driver about
+    free = 4 * WEIGHT_BYTES if small else _free_memory(a.x)
+    size = affordable_rows(wanted, entry, free)
+    size = wanted if size == wanted else aligned(size, c.block_n)
     # Whole tiles, so that nothing is masked where it is stored.
-    room_size = round_up(min(size, n), c.block_n) * round_up(min(size, b.n), c.block_n)
-    room = [empty(x, (room_size,), torch.float32 if exact else torch.float16) for _ in levels]
-    dx = x.new_zeros((n, d), dtype=torch.float32)
-    with _on_device_of(x):
-        for i, j in _block_pairs(n, b.n, size, symmetric):
+    room_size = round_up(min(size, n), c.block_n) * round_up(min(size, b_.n), c.block_n)
+    room = [launch_around.empty(a.x, (room_size,), torch.float32 if columns.exact else torch.float16) for _ in levels]
+    dx = a.x.new_zeros((n, d), dtype=torch.float32)
+    with on_device_of(a.x):
+        for i, j in _block_pairs(n, b_.n, size, symmetric):
             h, w = i.stop - i.start, j.stop - j.start
             pitch = round_up(w, c.block_n)
             blocks = [r[: h * pitch].view(h, pitch)[:, :w] for r in room]
             across = symmetric and i == j
-            t_m, t_n = triton.cdiv(h, c.block_m), triton.cdiv(w, c.block_n)
+            t_m, t_n = cdiv(h, c.block_m), cdiv(w, c.block_n)
             t_i, t_j = i.start // c.block_m, j.start // c.block_m
             tiles.weights_kernel[(t_m * t_n,)](
-                pointer(a.x[i], c, c.block_m), pointer(b.x[j], c, c.block_n),
-                a.ids[i], b.ids[j], a.low[t_i:], a.high[t_i:], b.low[t_j:], b.high[t_j:], scale, shift,
-                lse[:, i], every_lse[:, j], g[:, i], every_g[:, j], blocks[-1], blocks[0],
-                h, w, t_m, t_n, a.x.stride(0), b.x.stride(0), pitch, lse.stride(0), every_lse.stride(0),
-                a.ends[0], a.ends[-1], w_scale,
+                pointer(a.x[i], c, c.block_m), pointer(b_.second[j], c, c.block_n), a.ids[i], b_.ids[j],
+                own[0, t_i:], own[1, t_i:], bounds[0, t_j:], bounds[1, t_j:], a.scale, a.shift,
+                log[:, i], every_log[:, j], g[:, i], every_g[:, j], blocks[-1], blocks[0],
+                h, w, t_m, t_n, a.x.stride(0), b_.second.stride(0), pitch, g.stride(0), every_g.stride(0),
+                ends[0], ends[-1], w_scale,
                 LEVELS=e, SYMMETRIC=across, MAXIMUM=maximum, DESCRIPTOR=c.descriptor, GROUP=c.group,
                 b_M=c.block_m, b_N=c.block_n, b_K=c.block_k, **c.options(),
             )  # fmt: skip
-            for (k, stop), weights in zip(levels, blocks, strict=True):
-                add_product(dx[i, k:stop], weights, every[j, k:stop])
+            for (k, end), weights in zip(levels, blocks, strict=True):
+                add_product(dx[i, k:end], weights, b_.summed[j, k:end])
                 if symmetric and not across:
-                    add_product(dx[j, k:stop], weights.T, x[i, k:stop])
-    return dx.div_(w_scale)
+                    add_product(dx[j, k:end], weights.T, a.summed[i, k:end])
+    return dx
 
 
-def _resident(
-    x: Tensor, every: Tensor | None, ids: Tensor, every_ids: Tensor, scale: Tensor, shift: Tensor, lse: Tensor,
-    every_lse: Tensor, g: Tensor, every_g: Tensor, prefix: int, maximum: bool, c: Configuration,
-) -> Tensor:  # fmt: skip
-    """`gradient` without W in memory."""
-    if prefix:
-        raise ValueError("a configuration that keeps the gradient in registers: expected one space: got a prefix")
-    if every is None:
-        every, every_lse, every_g = x, lse, g
-    out = empty(x, (x.shape[0], x.shape[1]))
-    with _on_device_of(x):
-        resident.gradient(
-            x, every, ids.contiguous(), every_ids.contiguous(), scale, shift, lse, every_lse, g, every_g, maximum,
-            WEIGHT_SCALE, c, out,
-        )  # fmt: skip
-    return out.div_(WEIGHT_SCALE)
-
-
-def _operands(
-    x: Tensor, every: Tensor | None, ids: Tensor, every_ids: Tensor, levels: list[tuple[int, int]], c: Configuration
-) -> tuple[Operand, Operand]:
-    """Both sides of the similarities; one and the same where every is None and rows are not split in two parts."""
-    a = Operand(x, ids, levels, c, second=False)
-    if every is not None:
-        return a, Operand(every, every_ids, levels, c, second=True)
-    return a, a if x.dtype == torch.float16 else Operand(x, ids, levels, c, second=True)
+def weight_scale(columns: Columns) -> float:
+    """What the weights are multiplied by, so that a sum of levels fits fp16."""
+    return 1.0 if columns.exact else WEIGHT_SCALE / len(columns.ends)
 
 
 def _block_pairs(n: int, n_all: int, size: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
@@ -251,40 +204,44 @@ def _block_pairs(n: int, n_all: int, size: int, symmetric: bool) -> Iterator[tup
 # ------------------------------------------------------------------------------------------------ products
 
 
+def product_shape(device: torch.device, m: int, n: int, k: int) -> tuple[tuple[int, int], int]:
+    """Of the matrix <a_i, b_j> of m and n rows of k columns, in whole tiles; and how many tiles these are."""
+    f = configuration(device, "products", k)
+    tiles_ = cdiv(m, f.block_m) * cdiv(n, f.block_n)
+    return (round_up(m, f.block_n), round_up(n, f.block_n)), tiles_
+
+
 def products(
-    a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, skip_diagonal: bool, half: bool
+    a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, skip_diagonal: bool, half: bool, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of squares of <a_i, b_j> (0-dim float64), these products [M, N] over PRODUCT_SCALE, and a second matrix.
+    """Sums of squares of <a_i, b_j> by tile, these products in whole tiles over PRODUCT_SCALE, and a second matrix.
 
     Args:
-        a, b: [M, K], [N, K] scaled rows in fp16; b None means a, and the upper triangle is computed.
-        c, d: a second pair of operands of these shapes (d None means c): the sum is then that of
+        a, b: [M, K], [N, K] operands of `prepare`; b None means a, and the upper triangle is computed.
+        c, d: a second pair of operands of these shapes (d None means c): the sums are then those of
             <a_i, b_j> <c_i, d_j>, and the second matrix holds <c_i, d_j>; without them it has no entries.
         skip_diagonal: entries i = j are 0.
         half: matrices in fp16, else float32.
+        k: columns that the operands were made of.
     """
     symmetric, pair = b is None, c is not None
-    f = _configuration(a, "products")
-    operands = [stacked(t, [(0, t.shape[1])], f.block_k, False) for t in (a, b, c, d) if t is not None]
-    rest = iter(t for t, _ in operands)
-    k1 = operands[0][1][0]
-    a_ = next(rest)
-    b_ = a_ if b is None else next(rest)
-    c_ = next(rest) if pair else a_
-    d_ = next(rest) if d is not None else (c_ if pair else b_)
-    m, n = a_.shape[0], b_.shape[0]
-    t_m, t_n = triton.cdiv(m, f.block_m), triton.cdiv(n, f.block_n)
+    f = configuration(a.device, "products", k)
+    b_ = a if b is None else b
+    c_ = a if c is None else c
+    d_ = d if d is not None else (c_ if pair else b_)
+    m, n = a.shape[0], b_.shape[0]
+    t_m, t_n = cdiv(m, f.block_m), cdiv(n, f.block_n)
     kind = torch.float16 if half else torch.float32
-    size = (round_up(m, f.block_n), round_up(n, f.block_n))
-    w = empty(a, size, kind)
-    second = empty(a, size if pair else (0, 0), kind)
-    total = empty(a, (t_m * t_n,))
-    with _on_device_of(a):
+    size, programs = product_shape(a.device, m, n, k)
+    w = launch_around.empty(a, size, kind)
+    second = launch_around.empty(a, size if pair else (0, 0), kind)
+    total = launch_around.empty(a, (programs,))
+    with on_device_of(a):
         tiles.products_kernel[(t_m * t_n,)](
-            pointer(a_, f, f.block_m), pointer(b_, f, f.block_n), pointer(c_, f, f.block_m), pointer(d_, f, f.block_n),
-            total, w, second if pair else w, m, n, t_m, t_n, a_.stride(0), b_.stride(0), w.stride(0), k1,
+            pointer(a, f, f.block_m), pointer(b_, f, f.block_n), pointer(c_, f, f.block_m), pointer(d_, f, f.block_n),
+            total, w, second if pair else w, m, n, t_m, t_n, a.stride(0), b_.stride(0), w.stride(0), a.shape[1],
             1 / PRODUCT_SCALE,
             PAIR=pair, SYMMETRIC=symmetric, SKIP_DIAGONAL=skip_diagonal, DESCRIPTOR=f.descriptor, GROUP=f.group,
             b_M=f.block_m, b_N=f.block_n, b_K=f.block_k, **f.options(),
         )  # fmt: skip
-    return total.sum(dtype=torch.float64), w[:m, :n].contiguous(), second[:m, :n].contiguous() if pair else second
+    return total, w, second

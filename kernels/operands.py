@@ -3,17 +3,19 @@
     x_i      = z_i / a,   a a power of 2 so that the longest row has a length of 128 to 256
     s_ij     = scale * <x_i, x_j> * log 2,   scale = a^2 / (tau log 2)
 
-fp16 rows keep their bits and their small columns keep their digits. "Exact" rows stay float32 and are split into two
-fp16 parts, stacked along K: three products, the fourth is below float32's resolution.
-Legend: n rows, D columns, K columns of an operand (padded), M rows of a tile. Needs torch alone.
+fp16 rows keep their bits and their small columns keep their digits. "Exact" rows stay float32 beside two fp16 parts of
+them, stacked along K: three products, the fourth is below float32's resolution. Columns are padded to whole blocks,
+level by level, so that the matrix library too finds aligned rows where D or a prefix is odd.
+Legend: n rows, D columns, K columns of an operand (padded). Needs torch alone.
 """
 
-from typing import TYPE_CHECKING
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ssd_addon.kernels.ranges import LOG2E
 from ssd_addon.kernels.table import Configuration
 
 if TYPE_CHECKING:
@@ -27,7 +29,9 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-# ------------------------------------------------------------------------------------------------ rows
+def cdiv(n: int, size: int) -> int:
+    """Pieces of a size that hold n; triton's own takes 3 us."""
+    return -(-n // size)
 
 
 def longest_row(z: Tensor) -> Tensor:
@@ -39,29 +43,6 @@ def longest_row(z: Tensor) -> Tensor:
     return lengths.amax()
 
 
-def row_scale(longest: Tensor) -> Tensor:
-    """What rows are divided by so that the longest has length LONGEST at most: a power of 2, or NaN for infinity."""
-    _, exponent = torch.frexp(longest)
-    return (torch.ldexp(torch.ones_like(longest), exponent) / LONGEST).masked_fill(~longest.isfinite(), torch.nan)
-
-
-def scaled_rows(z: Tensor, longest: Tensor, exact: bool) -> Tensor:
-    """Rows [n, D] in fp16, or (exact) in float32, at most LONGEST long."""
-    return (z.float() / row_scale(longest)).to(torch.float32 if exact else torch.float16).contiguous()
-
-
-def similarity_scale(temperature: Tensor, longest: Tensor) -> Tensor:
-    """The factor that makes <x_i, x_j> of scaled rows s_ij / log 2."""
-    return LOG2E / temperature.float() * row_scale(longest).square()
-
-
-def normalized(g: Tensor) -> tuple[Tensor, Tensor]:
-    """Upstream gradients of at most 1, and what they were divided by: a loss scaler's 65536 would leave fp16."""
-    top = g.abs().amax()
-    top = top.masked_fill(~(top > 0), 1.0)
-    return (g / top).contiguous(), top
-
-
 def relabeled(ids: Tensor) -> Tensor:
     """Ids of any integer type numbered from 0 in int32, without reading anything back from the device."""
     order = ids.argsort()
@@ -71,38 +52,122 @@ def relabeled(ids: Tensor) -> Tensor:
     return torch.zeros_like(number).scatter_(0, order, number)
 
 
-# ------------------------------------------------------------------------------------------------ operands
+@dataclass(frozen=True)
+class Columns:
+    """Where the columns of z [n, D] lie in what is made of it: each level is padded to whole blocks.
 
-
-def column_levels(prefix: int, d: int) -> list[tuple[int, int]]:
-    """(first, stop) of the columns of each level: one level, or two with a prefix."""
-    return [(0, prefix), (prefix, d)] if prefix else [(0, d)]
-
-
-def stacked(x: Tensor, levels: list[tuple[int, int]], block: int, second: bool) -> tuple[Tensor, list[int]]:
-    """The operand [n, K] in fp16, each level padded to whole K blocks, and where each level ends.
-
-    float32 rows are split: [high, high, low] along K, and [high, low, high] for the other side (`second`).
+    Attributes:
+        d: D.
+        prefix: columns of the first level; 0: there is one level.
+        block: what a level's width is padded to.
+        exact: whether the operand holds two fp16 parts, three times the columns.
     """
-    exact = x.dtype == torch.float32
-    if not exact and len(levels) == 1 and x.shape[1] % block == 0 and x.is_contiguous():
-        return x, [x.shape[1]]
-    widths = [(3 if exact else 1) * (stop - start) for start, stop in levels]
-    ends, k = [], 0
-    for w in widths:
-        k += round_up(w, block)
-        ends.append(k)
-    out = x.new_zeros((x.shape[0], k), dtype=torch.float16)
-    k = 0
-    for (start, stop), end in zip(levels, ends, strict=True):
-        part = x[:, start:stop]
-        if exact:
-            high = part.to(torch.float16)
-            low = (part - high.float()).to(torch.float16)
-            part = torch.cat([high, low, high] if second else [high, high, low], dim=1)
-        out[:, k : k + part.shape[1]] = part
-        k = end
-    return out, ends
+
+    d: int
+    prefix: int
+    block: int
+    exact: bool = False
+
+    @functools.cached_property
+    def first(self) -> int:
+        """Columns of the first level."""
+        return self.prefix or self.d
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Where each level ends in the padded rows."""
+        first = round_up(self.first, self.block)
+        return (first, first + round_up(self.d - self.prefix, self.block)) if self.prefix else (first,)
+
+    @property
+    def levels(self) -> list[tuple[int, int]]:
+        """First and last column of each level in the padded rows."""
+        return list(zip((0, *self.ends), self.ends, strict=False))
+
+    @functools.cached_property
+    def operand_ends(self) -> tuple[int, ...]:
+        """Where each level ends in the operand of the tiles."""
+        return Columns(3 * self.d, 3 * self.prefix, self.block).ends if self.exact else self.ends
+
+
+class Layout(NamedTuple):
+    """How forward and backward lay out their operands: one layout for both.
+
+    Attributes:
+        columns: where the columns lie.
+        sums, weights: the tiles of the log-sums and of their gradient; products have one kind.
+    """
+
+    columns: Columns
+    sums: Configuration
+    weights: Configuration
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a tile that has bounds of its own."""
+        return self.sums.block_m
+
+    def tiles(self, n: int) -> int:
+        """Bounds of n rows: a column tile may reach one tile of rows further. Whole 16 bytes, so that the second row
+        of them is aligned."""
+        return round_up(cdiv(n, self.block_m) + self.sums.block_n // self.block_m, 4)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Rows as the tiles read them, made once for forward and backward. What is not there has no entries.
+
+    Attributes:
+        x: [n, K] fp16, one side of the similarities.
+        other: [n, K] the other side of exact rows; without them it is x.
+        rows: [n, padded D] float32, the exact rows themselves; without them x is what the gradient adds up.
+        ids: [n] int32.
+        bounds: [2, tiles] the smallest and the largest id of every tile of rows.
+        numbers: [16] float32: scale, shift, a / tau, a, at 0, 4, 8 and 12.
+    """
+
+    x: Tensor
+    other: Tensor
+    rows: Tensor
+    ids: Tensor
+    bounds: Tensor
+    numbers: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As an operator returns them."""
+        return self.x, self.other, self.rows, self.ids, self.bounds, self.numbers
+
+    @property
+    def n(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def second(self) -> Tensor:
+        """The side of the columns."""
+        return self.other if self.other.numel() else self.x
+
+    @property
+    def summed(self) -> Tensor:
+        """What the gradient adds up."""
+        return self.rows if self.rows.numel() else self.x
+
+    @property
+    def scale(self) -> Tensor:
+        return self.numbers[0]
+
+    @property
+    def shift(self) -> Tensor:
+        return self.numbers[4]
+
+    @property
+    def factor(self) -> Tensor:
+        """a / tau, what a sum of rows is multiplied by to be a gradient."""
+        return self.numbers[8]
+
+    @property
+    def a(self) -> Tensor:
+        return self.numbers[12]
 
 
 def pointer(x: Tensor, c: Configuration, rows: int) -> "Tensor | TensorDescriptor":
@@ -112,17 +177,3 @@ def pointer(x: Tensor, c: Configuration, rows: int) -> "Tensor | TensorDescripto
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(x, [rows, c.block_k])
-
-
-class Operand:
-    """Rows [n, K] with their ids, and the smallest and largest id of every tile of rows."""
-
-    def __init__(self, x: Tensor, ids: Tensor, levels: list[tuple[int, int]], c: Configuration, second: bool) -> None:
-        self.n = x.shape[0]
-        self.x, self.ends = stacked(x, levels, c.block_k, second)
-        self.ids = ids.contiguous()
-        tiles_m = -(-self.n // c.block_m)
-        # A column tile may reach one tile of rows further.
-        place = torch.arange((tiles_m + c.block_n // c.block_m) * c.block_m, device=x.device).clamp_(max=self.n - 1)
-        bounds = self.ids[place].view(-1, c.block_m)
-        self.low, self.high = bounds.amin(dim=1), bounds.amax(dim=1)

@@ -9,12 +9,11 @@ is read, and nothing but dx is written. It computes 2u, as it cannot use that W 
 Legend: u = 2 N^2 D, b_K columns of x, padded; otherwise as in `tiles`.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssd_addon.kernels.operands import pointer, round_up
+from ssd_addon.kernels.operands import Scaled, pointer
 from ssd_addon.kernels.table import Configuration
 from ssd_addon.kernels.tiles import _same_image
 
@@ -88,48 +87,31 @@ def resident_kernel(
 
 
 def gradient(
-    x: Tensor, every: Tensor, ids: Tensor, every_ids: Tensor, scale: Tensor, shift: Tensor, lse: Tensor,
-    every_lse: Tensor, g: Tensor, every_g: Tensor, maximum: bool, w_scale: float, c: Configuration, out: Tensor,
-) -> Tensor:  # fmt: skip
-    """w_scale sum_j W_ij x_j of the local rows, into `out` [n, D] float32.
+    a: Scaled, b: Scaled, bounds_a: Tensor, bounds_b: Tensor, log: Tensor, every_log: Tensor, g: Tensor,
+    every_g: Tensor, maximum: bool, w_scale: float, c: Configuration, out: Tensor,
+) -> None:  # fmt: skip
+    """w_scale sum_j W_ij x_j of the local rows, into `out` [n, K] float32.
 
     Args:
-        x, every: [n, D], [N, D] scaled rows in fp16, D at most block_k of the configuration.
-        ids, every_ids: [n], [N] int32.
-        scale, shift: as in `launch.sums`.
-        lse, every_lse: [1, n], [1, N] in units of log 2, read only with `maximum`.
+        a, b: the local rows, and all rows; K columns, a power of 2.
+        bounds_a, bounds_b: the ids' of tiles of block_m and of block_n rows.
+        log, every_log: [1, n], [1, N] lse in units of log 2, read only with `maximum`.
         g, every_g: [1, n], [1, N] as `tiles.weights_kernel` takes them.
         w_scale: what W is multiplied by before it is rounded to fp16.
         c: a configuration with `resident`.
 
     Raises:
-        ValueError: wider rows, or float32 rows, whose products need more than one fp16 part.
+        ValueError: wider rows, or two fp16 parts of rows, whose products are more than one.
     """
-    n, d = x.shape
-    if x.dtype != torch.float16 or d > c.block_k:
+    k = a.x.shape[1]
+    if a.rows.numel() or k > c.block_k:
         raise ValueError(
             f"a configuration that keeps the gradient in registers: expected float16 rows of at most {c.block_k} "
-            f"columns: got {x.dtype} rows of {d}"
+            f"columns: got {'float32' if a.rows.numel() else 'float16'} rows of {k}"
         )
-    c = c._replace(block_k=max(triton.next_power_of_2(d), 16))
-    a = _padded(x, c.block_k)
-    b = a if every is x else _padded(every, c.block_k)
-    resident_kernel[(triton.cdiv(n, c.block_m),)](
-        pointer(a, c, c.block_m), pointer(b, c, c.block_n), ids, every_ids,
-        *_bounds(ids, c.block_m), *_bounds(every_ids, c.block_n), scale, shift, lse, every_lse, g, every_g, out,
-        n, len(every), a.stride(0), b.stride(0), out.stride(0), d, w_scale,
-        MAXIMUM=maximum, DESCRIPTOR=c.descriptor, b_M=c.block_m, b_N=c.block_n, b_K=c.block_k, **c.options(),
+    c = c._replace(block_k=k)
+    resident_kernel[(triton.cdiv(a.n, c.block_m),)](
+        pointer(a.x, c, c.block_m), pointer(b.x, c, c.block_n), a.ids, b.ids, *bounds_a, *bounds_b,
+        a.scale, a.shift, log, every_log, g, every_g, out, a.n, b.n, a.x.stride(0), b.x.stride(0), out.stride(0), k,
+        w_scale, MAXIMUM=maximum, DESCRIPTOR=c.descriptor, b_M=c.block_m, b_N=c.block_n, b_K=c.block_k, **c.options(),
     )  # fmt: skip
-    return out
-
-
-def _padded(x: Tensor, columns: int) -> Tensor:
-    return x.contiguous() if x.shape[1] == columns else torch.nn.functional.pad(x, (0, columns - x.shape[1]))
-
-
-def _bounds(ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest id of every tile of rows; the tiles of rows and of columns differ in height."""
-    n = len(ids)
-    place = torch.arange(round_up(n, rows), device=ids.device).clamp_(max=n - 1)
-    tiles = ids[place].view(-1, rows)
-    return tiles.amin(dim=1), tiles.amax(dim=1)

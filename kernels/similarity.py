@@ -128,7 +128,7 @@ def negative_lse(
         triton_from=triton_from,
         temperature_floor=temperature_floor,
     )
-    return out[:, 0] if prefix is None else out
+    return out.reshape(-1) if prefix is None else out
 
 
 def log_sums(
@@ -234,32 +234,28 @@ def _triton(
     """[E, n]"""
     from ssd_addon.kernels import operators
 
-    tau = _scalar(temperature, torch.float32, z.device)
     if s.total < 2:
         return z.sum() * 0 + z.new_full((2 if prefix else 1, z.shape[0]), math.nan, dtype=torch.float32)
-    if known is not None:
-        longest = torch.full((), known.longest, dtype=torch.float32, device=z.device)
-    else:
-        longest = _dist.maximum(longest_row(z), s.group)
-        longest = longest.masked_fill(~(longest <= UNIT_ROW), math.nan)
-    ids = _int32_ids(ids, s, known)
+    tau = _scalar(temperature, torch.float32, z.device) if isinstance(temperature, Tensor) else None
+    value = 0.0 if isinstance(temperature, Tensor) else temperature
+    longest = None if known is not None else _dist.maximum(longest_row(z), s.group)
+    ids = _narrow_ids(ids, s, known)
     maximum, exact = constant_shift(bound, s.total) is None, needs_two_parts(bound)
+    given = (z, ids, tau, longest, value, known.longest if known is not None else 0.0, prefix, maximum, exact)
     if s.group is None:
-        alone: Tensor = operators.negative_lse(z, ids, tau, longest, prefix, maximum, exact)
-        return alone
-    out: Tensor = operators.LseOverRanks.apply(z, ids, tau, longest, prefix, maximum, exact, s)
+        return operators.log_sums(*given)
+    out: Tensor = operators.LseOverRanks.apply(*given, s)
     return out
 
 
-def _int32_ids(ids: Tensor, s: _dist.Shards, known: Known | None) -> Tensor:
-    """Ids in int32, numbered anew where they may not fit; over ranks that waits until they are gathered, in int64."""
+def _narrow_ids(ids: Tensor, s: _dist.Shards, known: Known | None) -> Tensor:
+    """Ids that fit int32, numbered anew where they may not; over ranks that waits until they are gathered, in int64."""
     limit = torch.iinfo(torch.int32)
-    if known is not None and limit.min <= known.id_low and known.id_high <= limit.max:
-        return ids.to(torch.int32)
-    if s.group is not None:
-        return ids.to(torch.int64)
     fit = ids.dtype.itemsize < 4 or ids.dtype == torch.int32
-    return ids.to(torch.int32) if fit else relabeled(ids)
+    fit = fit or (known is not None and limit.min <= known.id_low and known.id_high <= limit.max)
+    if s.group is not None:
+        return ids.to(torch.int32 if fit else torch.int64)
+    return ids if fit else relabeled(ids)
 
 
 # ------------------------------------------------------------------------------------------------- checks
@@ -343,30 +339,29 @@ def _checked(
     """
     dtype, rows = compute_dtype(z.dtype), z.detach()
     kind = torch.promote_types(dtype, temperature.dtype) if isinstance(temperature, Tensor) else dtype
-    # NaN is the smallest and the largest entry at once.
-    found = [*rows.aminmax(), longest_row(rows)] if rows.numel() else [rows.new_zeros(())] * 3
+    found = [longest_row(rows).to(kind).reshape(1)]  # not finite where an entry is not, or where its square overflows
     if group is not None or isinstance(temperature, Tensor):
-        found.append(_scalar(temperature, kind, z.device).detach())
-    floats = _dist.to_bits(torch.stack([t.to(kind) for t in found]))
+        found.append(_scalar(temperature, kind, z.device).detach().reshape(1))
+    floats = map(_dist.to_bits, found)
     ends = ids.to(torch.int64).aminmax(dim=0, keepdim=True) if len(ids) else _no_ids(z.device)
     beside = [] if group is None else [torch.full((1,), triton_from, dtype=torch.int64, device=z.device)]
-    shards, headers = _dist.shards(z.shape[0], torch.cat([*ends, floats, *beside]), z.device, group)
+    shards, headers = _dist.shards(z.shape[0], torch.cat([*ends, *floats, *beside]), z.device, group)
     values = [_dist.from_bits(h[2 : 2 + len(found)], kind) for h in headers]
     triton_from = triton_from if group is None else max(h[-1] for h in headers)
-    taus = [temperature] if not isinstance(temperature, Tensor) and group is None else [v[3] for v in values]
+    taus = [temperature] if not isinstance(temperature, Tensor) and group is None else [v[1] for v in values]
     check_temperatures(taus, dtype)
     if shards.total < 2:
         raise ValueError(
             f"negative_lse: expected the rows of at least 2 images, a row needs a negative: got {shards.total}"
         )
-    _check_rows(values, taus, z.shape[1], dtype)
+    _check_lengths([v[0] for v in values], taus, rows, group)
     low, high = min(h[0] for h in headers), max(h[1] for h in headers)
     if low == high:
         raise ValueError(
             f"negative_lse: expected the rows of at least 2 images, so that each has a negative: all {shards.total} "
             f"rows carry the image id {high}"
         )
-    return shards, Known(max(v[2] for v in values), min(taus), low, high), triton_from
+    return shards, Known(max(v[0] for v in values), min(taus), low, high), triton_from
 
 
 def _no_ids(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -375,20 +370,22 @@ def _no_ids(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.full((1,), limit.max, device=device), torch.full((1,), limit.min, device=device)
 
 
-def _check_rows(values: list[list[float]], taus: list[float], width: int, dtype: torch.dtype) -> None:
-    """values: by rank the smallest and the largest entry of the rows."""
+def _check_lengths(longest: list[float], taus: list[float], rows: Tensor, group: ProcessGroup | None) -> None:
+    """longest: by rank the longest row; rows: of this rank, looked at again where something is wrong."""
+    dtype = compute_dtype(rows.dtype)
     most = torch.finfo(dtype).max
-    infinite = [r for r, (low, high, *_) in enumerate(values) if not (math.isfinite(low) and math.isfinite(high))]
+    long = [r for r, (x, tau) in enumerate(zip(longest, taus, strict=True)) if not x * x / min(tau, 1.0) <= most]
+    if not long:
+        return
+    states = _dist.exchange((~rows.isfinite()).any().long().reshape(1), group)
+    infinite = [r for r, (broken,) in enumerate(states) if broken]
     if infinite:
-        raise ValueError(f"negative_lse, z: expected finite values: got NaN or infinity{_on_ranks(infinite, values)}")
-    squares = [max(low * low, high * high) * width for low, high, *_ in values]
-    long = [r for r, (square, tau) in enumerate(zip(squares, taus, strict=True)) if square / min(tau, 1.0) > most]
-    if long:
-        raise ValueError(
-            "negative_lse, z: expected rows whose squared length over the temperature "
-            f"{str(dtype).removeprefix('torch.')} can hold: got longer rows{_on_ranks(long, values)}"
-        )
+        raise ValueError(f"negative_lse, z: expected finite values: got NaN or infinity{_on_ranks(infinite, longest)}")
+    raise ValueError(
+        "negative_lse, z: expected rows whose squared length over the temperature "
+        f"{str(dtype).removeprefix('torch.')} can hold: got longer rows{_on_ranks(long, longest)}"
+    )
 
 
-def _on_ranks(bad: list[int], every: list[list[float]]) -> str:
+def _on_ranks(bad: list[int], every: list[float]) -> str:
     return f" on rank {', '.join(map(str, bad))}" if len(every) > 1 else ""

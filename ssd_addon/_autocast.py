@@ -54,7 +54,7 @@ def backward_without_autocast(backward: Callable[Concatenate[C, P], R]) -> Calla
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a b outside autocast, and so its derivatives of every order, under a compiler too. a: [M, K], b: [K, N]."""
     with autocast_off(a.device):
-        product: Tensor = _Matmul.apply(a, b) if torch.compiler.is_compiling() or not _is_plain((a, b)) else a @ b
+        product: Tensor = _Matmul.apply(a, b) if torch.compiler.is_compiling() or not is_plain((a, b)) else a @ b
         return product
 
 
@@ -97,13 +97,13 @@ def outside_autocast(f: Callable[..., Result], *tensors: Tensor, parameters: Seq
         parameters: tensors that f uses beside its arguments and that get a gradient; all other tensors of its closure
             get none.
     """
-    if torch.compiler.is_compiling() or _is_plain((*tensors, *parameters)):
+    if torch.compiler.is_compiling() or is_plain((*tensors, *parameters)):
         with autocast_off(tensors[0].device):
             return f(*tensors)
     return cast(Result, _Outside.apply(f, len(tensors), *tensors, *parameters))
 
 
-def _is_plain(tensors: Sequence[Tensor]) -> bool:
+def is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing is recorded for a backward pass, or torch.func or forward mode differentiate instead of it."""
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return True

@@ -66,7 +66,7 @@ class Shards:
         """local_sum * W / count: its mean over ranks is the mean over all `count` rows (count 0 gives 0)."""
         if isinstance(count, Tensor):
             return local_sum * self.world / count.clamp(min=1)
-        return local_sum * self.world / max(count, 1)
+        return local_sum * (self.world / max(count, 1))
 
 
 def exchange(header: Tensor, group: ProcessGroup | None) -> list[list[int]]:

@@ -4,16 +4,18 @@
     cosines[p, i] = <u_s[a, i], u_s[b, i]>     for the pairs p = (a, b, s)
 
 Chained from torch's own functions, a step of two views keeps seven copies of the joint embedding; here it is two beside
-the gradient itself: the joint embedding, and the entropy's gradient. Legend: V views, B images, S spaces.
+the gradient itself: the joint embedding, and the entropy's gradient. The spaces are not kept.
+Legend: V views, B images, S spaces.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ssd_addon._autocast import Context, backward_without_autocast, outside_autocast
+from ssd_addon._autocast import Context, backward_without_autocast
 from ssd_addon._shapes import Joint, Matrices, Matrix, PairRows, Vector
 
 EPS = 1e-12  # of the length, as in torch.nn.functional.normalize
@@ -23,7 +25,7 @@ Pairs = tuple[tuple[int, int, int], ...]
 
 
 def joint_and_cosines(
-    z: Sequence[Tensor], pairs: Pairs, types: Sequence[torch.dtype] | None = None
+    z: Sequence[Tensor], pairs: Pairs, types: Sequence[torch.dtype] | None = None, fused: bool = False
 ) -> tuple[Joint, PairRows]:
     """Joint rows [V, B, sum of d_s] of unit length, and the cosines [P, B] of the pairs (view a, view b, space s).
 
@@ -35,11 +37,17 @@ def joint_and_cosines(
     Args:
         z: spaces [V, B, d_s], all of one type.
         types: the type in which each space came, before it was promoted for the loss; None: its type in z.
+        fused: by a Triton kernel, where triton runs. For float32, with the pairs of each space in a row.
     """
     smallest = tuple(map(without_direction, (t.dtype for t in z) if types is None else types))
     if torch.compiler.is_compiling():  # the compiler makes its own plan for memory
         return _plain(z, pairs, smallest)
-    joint, cosines = _JointAndCosines.apply(pairs, smallest, *z)
+    if fused:
+        from ssd_addon.kernels.unit import FusedUnit
+
+        joint, cosines, _ = FusedUnit.apply(pairs, smallest, *z)
+        return joint, cosines
+    joint, cosines, _ = _JointAndCosines.apply(pairs, smallest, *z)
     return joint, cosines
 
 
@@ -70,13 +78,61 @@ def _plain(z: Sequence[Tensor], pairs: Pairs, smallest: Sequence[float] | None =
     return torch.cat(unit, dim=-1) / math.sqrt(len(z)), cosines
 
 
+def columns_of(widths: Sequence[int]) -> list[slice]:
+    """Of each space in the joint embedding."""
+    ends = list(itertools.accumulate(widths))
+    return [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
+
+
+def _divisors(lengths: Tensor) -> Tensor:
+    """What rows are divided by, [S, V, B, 1], from their lengths [S, V, B]."""
+    return lengths.clamp(min=EPS).mul_(math.sqrt(len(lengths)))[..., None]
+
+
 def _row_products(a: Matrix, b: Matrix) -> Vector:
-    """<a_i, b_i> [B] of a, b [B, d], a few rows at a time."""
-    rows = range(0, len(a), ROWS)
-    return torch.cat([(a[r : r + ROWS] * b[r : r + ROWS]).sum(dim=-1) for r in rows]) if len(a) else a.new_zeros(0)
+    """<a_i, b_i> [B] of a, b [B, d]; on a CPU a few rows at a time, which stay in the cache."""
+    if len(a) <= ROWS or a.device.type != "cpu":
+        return (a * b).sum(dim=-1)
+    return torch.cat([(a[r : r + ROWS] * b[r : r + ROWS]).sum(dim=-1) for r in range(0, len(a), ROWS)])
 
 
-class _JointContext(Context):
+def differentiable(
+    ctx: "JointContext", joint: Tensor, lengths: Tensor, grad: Tensor | None, grad_cosines: Tensor | None,
+    grad_lengths: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradient of (joint, cosines, lengths) by space, as a differentiable function of all that it is made of.
+
+    joint and lengths are results of z, and the second derivative goes through them: z itself need not be kept.
+    """
+    found: list[Tensor | None] = []
+    s = len(lengths)
+    for k, (c, need) in enumerate(zip(ctx.columns, ctx.needs_input_grad[2:], strict=True)):
+        if not need:
+            found.append(None)
+            continue
+        u, length = joint[..., c], lengths[k, ..., None]
+        views = list((torch.zeros_like(u) if grad is None else grad[..., c]).unbind(0))
+        for q, (a, b, space) in enumerate(ctx.pairs):
+            if space == k and grad_cosines is not None:
+                g = s * grad_cosines[q, :, None]
+                views[a], views[b] = views[a] + g * u[b], views[b] + g * u[a]
+        g, divisor = torch.stack(views), length.clamp(min=EPS) * math.sqrt(s)
+        along = s * (g * u).sum(dim=-1, keepdim=True)
+        dz = (g - torch.where(length > EPS, along, 0) * u) / divisor
+        if grad_lengths is not None:
+            dz = dz + _along_length(grad_lengths[k], u, length, divisor)
+        found.append(torch.where(length <= ctx.smallest[k], 0, dz) if ctx.smallest[k] >= 0 else dz)
+    return tuple(found)
+
+
+def _along_length(grad: Tensor, u: Tensor, length: Tensor, divisor: Tensor) -> Tensor:
+    """grad * z / |z|, 0 for a row of zeros."""
+    return grad[..., None] * u * (divisor / length.clamp(min=torch.finfo(u.dtype).tiny))
+
+
+class JointContext(Context):
+    """What both forms keep beside the joint embedding and the lengths of its rows."""
+
     pairs: Pairs
     smallest: tuple[float, ...]
     columns: list[slice]  # of each space in the joint embedding
@@ -84,47 +140,50 @@ class _JointContext(Context):
 
 class _JointAndCosines(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _JointContext, pairs: Pairs, smallest: tuple[float, ...], *z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: JointContext, pairs: Pairs, smallest: tuple[float, ...], *z: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         s = len(z)
         joint = z[0].new_empty((*z[0].shape[:2], sum(t.shape[-1] for t in z)))
-        columns, lengths, start = [], [], 0
-        for t in z:
-            columns.append(slice(start, start + t.shape[-1]))
-            length: Tensor = torch.linalg.vector_norm(t, dim=-1, keepdim=True)
-            lengths.append(length.masked_fill_(length.isinf(), math.nan))  # x / inf would be 0, a wrong number
-            torch.div(t, length.clamp(min=EPS) * math.sqrt(s), out=joint[..., columns[-1]])
-            start += t.shape[-1]
+        lengths = joint.new_empty((s, *joint.shape[:2]))
+        columns = columns_of([t.shape[-1] for t in z])
+        for t, length in zip(z, lengths, strict=True):
+            torch.linalg.vector_norm(t, dim=-1, out=length)
+        lengths.masked_fill_(lengths.isinf(), math.nan)  # x / inf would be 0, a wrong number
+        for t, divisor, c in zip(z, _divisors(lengths), columns, strict=True):
+            torch.div(t, divisor, out=joint[..., c])
         rows = [_row_products(joint[a, :, columns[k]], joint[b, :, columns[k]]) for a, b, k in pairs]
-        ctx.save_for_backward(joint, *lengths, *z)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(joint, lengths)
         ctx.pairs, ctx.smallest, ctx.columns = pairs, smallest, columns
-        return joint, torch.stack(rows) * s
+        return joint, torch.stack(rows).mul_(s), lengths
 
     @staticmethod
     @backward_without_autocast
-    def backward(ctx: _JointContext, grad: Tensor, grad_cosines: Tensor) -> tuple[Tensor | None, ...]:
-        joint, *rest = ctx.saved_tensors
-        s = len(rest) // 2
-        lengths, z, needed = rest[:s], rest[s:], ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():  # create_graph=True: a second derivative is wanted
-            out = outside_autocast(lambda *t: _plain(t, ctx.pairs, ctx.smallest), *z)
-            inputs = [t for t, need in zip(z, needed, strict=True) if need]
-            each = iter(torch.autograd.grad(out, inputs, (grad, grad_cosines), create_graph=True))
-            return None, None, *(next(each) if need else None for need in needed)
+    def backward(
+        ctx: JointContext, grad: Tensor | None, grad_cosines: Tensor | None, grad_lengths: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        joint, lengths = ctx.saved_tensors
+        s, needed = len(lengths), ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled() or grad_lengths is not None:  # create_graph=True, or the pass that follows it
+            return None, None, *differentiable(ctx, joint, lengths, grad, grad_cosines, grad_lengths)
         found: list[Tensor | None] = []
-        for k, (t, c, length) in enumerate(zip(z, ctx.columns, lengths, strict=True)):
+        divisors = _divisors(lengths)
+        # A row shorter than EPS was divided by EPS, and its length has no gradient.
+        factors = torch.where(lengths > EPS, -float(s), 0.0)
+        for k, c in enumerate(ctx.columns):
             if not needed[k]:
                 found.append(None)
                 continue
-            dz = grad[..., c].clone(memory_format=torch.contiguous_format)
-            for g, (a, b, space) in zip(grad_cosines, ctx.pairs, strict=True):
+            own = joint[..., c]
+            dz = torch.zeros_like(own) if grad is None else grad[..., c].clone(memory_format=torch.contiguous_format)
+            for g, (a, b, space) in zip(() if grad_cosines is None else grad_cosines, ctx.pairs, strict=False):
                 if space == k:
                     dz[a].addcmul_(joint[b, :, c], g[:, None], value=s)
                     dz[b].addcmul_(joint[a, :, c], g[:, None], value=s)
-            for v in range(t.shape[0]):
-                # A row shorter than EPS was divided by EPS, and its length has no gradient.
-                along = torch.where(length[v] > EPS, _row_products(joint[v, :, c], dz[v])[:, None], 0)
-                dz[v].addcmul_(joint[v, :, c], along, value=-s).div_(length[v].clamp(min=EPS) * math.sqrt(s))
-                if ctx.smallest[k] >= 0:
-                    dz[v].masked_fill_(length[v] <= ctx.smallest[k], 0)
+            along = torch.stack([_row_products(joint[v, :, c], d) for v, d in enumerate(dz)]).mul_(factors[k])
+            dz.addcmul_(joint[..., c], along[..., None]).div_(divisors[k])
+            if ctx.smallest[k] >= 0:
+                dz.masked_fill_(lengths[k, ..., None] <= ctx.smallest[k], 0)
             found.append(dz)
         return None, None, *found

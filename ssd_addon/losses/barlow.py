@@ -52,7 +52,7 @@ class BarlowTwins(Objective):
     def parts(self, rows: Rows) -> Parts:
         z, s = rows.z, rows.shards
         joint = torch.cat(list(z.values()), dim=-1)
-        x = [standardized(view, s) for view in joint.unbind(0)]  # V times [B, D]
+        x = [standardized(view, s, checked=rows.known is not None) for view in joint.unbind(0)]  # V times [B, D]
         columns = columns_of(z)
         invariance, constraint, count = {}, {}, {}
         for name, pairs in rows.pairs.items():
@@ -64,10 +64,9 @@ class BarlowTwins(Objective):
 
         def energy(part: slice) -> Tensor:
             found = [
-                off_diagonal_energy(x[a][:, part], x[b][:, part], backend=rows.backend, group=s.group) / s.total**2
-                for a, b in views
+                off_diagonal_energy(x[a][:, part], x[b][:, part], backend=rows.backend, group=s.group) for a, b in views
             ]
-            return self.redundancy * torch.stack(found).mean()
+            return torch.stack(found).mean() * (self.redundancy / s.total**2)
 
         return Parts(
             invariance,
@@ -97,8 +96,14 @@ class BarlowTwins(Objective):
         return f"redundancy={self.redundancy}"
 
 
-def standardized(x: Matrix, s: Shards) -> Matrix:
-    """(x - mean) / sqrt(biased variance + 1e-5) over the rows of all ranks, x [B, D]; NaN where that overflows."""
+def standardized(x: Matrix, s: Shards, checked: bool = False) -> Matrix:
+    """(x - mean) / sqrt(biased variance + 1e-5) over the rows of all ranks, x [B, D]; NaN where that overflows.
+
+    checked: it does not overflow, which the checks on values have found.
+    """
+    if s.group is None:
+        y, _, inverse = torch.native_batch_norm(x, None, None, None, None, True, 0.0, STANDARDIZE_EPS)
+        return y if checked else y * torch.where(inverse.detach() == 0, math.nan, 1.0)
     x = centered(x, s)
     var = _dist.all_sum(x.square().sum(dim=0), s.group) / s.total
     return x / torch.sqrt(torch.where(var.isinf(), math.nan, var) + STANDARDIZE_EPS)
@@ -106,7 +111,7 @@ def standardized(x: Matrix, s: Shards) -> Matrix:
 
 def diagonal_alignment(a: Matrix, b: Matrix, pair: Pair, trim: float, s: Shards) -> tuple[Tensor, int | Tensor]:
     """sum_k (c_kk - 1)^2 with c_kk = mean over the pair's rows of a_k b_k; a, b [B, d] standardized."""
-    keep, n = kept_rows(mean_square(a, b), pair.mask, trim, s)
+    keep, n = kept_rows(lambda: mean_square(a, b), pair.mask, trim, s)
     total = _dist.all_sum(masked(a * b, keep).sum(dim=0), s.group)
     if isinstance(n, Tensor):
         value = (total / n.clamp(min=1) - 1).square().sum()

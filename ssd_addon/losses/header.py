@@ -1,6 +1,8 @@
 """What every rank must know before anyone computes: one exchange over ranks, one read from the device."""
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,16 +70,14 @@ def checked(
         own = _row_numbers(v, b, device) if z.image_ids is None else z.image_ids
         return Header(shards, own, None, valid, triton_from)
     numbered = z.image_ids is None or z.local_ids
-    values = [] if largest is None else [_state(t, largest[n]) for n, t in z.items()]
-    ids, index = _range(z.image_ids), _range(z.space_index)
-    read = scalar.detach().double().reshape(()).view(torch.int64) if isinstance(scalar, Tensor) else None
-    ints = torch.tensor([b, int(numbered) + 2 * triton_from], dtype=torch.int64, device=device)
-    mine = torch.cat([ints, torch.stack([*ids, *index, *([] if read is None else [read]), *values]).to(device)])
-    every = _dist.exchange(mine, group)
+    read = [scalar.detach().double().reshape(1).view(torch.int64)] if isinstance(scalar, Tensor) else []
+    values = [] if largest is None else _ends(list(z.values()))
+    host = [b, int(numbered) + 2 * triton_from]
+    every = _exchanged([*host, *_range(z.image_ids), *_range(z.space_index), *read, *values], device, group)
     shards = Shards(group, tuple(row[0] for row in every), _dist.rank(group))
     if largest is not None:
-        states = [row[len(row) - len(values) :] for row in every]
-        _check_states(tuple(z), states, largest, shards.world)
+        ends = [_dist.from_bits(row[len(row) - 2 * len(z) :], torch.float64) for row in every]
+        _check_states(tuple(z), [_states(e, list(z), largest) for e in ends], largest, shards.world)
         lowest, highest = min(row[4] for row in every), max(row[5] for row in every)
         _check_unchanged({"image_ids": min(row[2] for row in every), "space_index": lowest})
         if z.space_index is not None and not (lowest >= 0 and highest < len(plan.spaces)):
@@ -97,7 +97,8 @@ def checked(
     known = None
     if largest is not None:
         present = [(low + s, high + s) for (low, high), s, row in zip(ranges, starts, every, strict=True) if row[0]]
-        numbers = [_float_of(row[6]) for row in every] if isinstance(scalar, Tensor) else [scalar]
+        found = [_dist.from_bits(row[6:7], torch.float64)[0] for row in every]
+        numbers = found if isinstance(scalar, Tensor) else [scalar]
         known = Known(min(low for low, _ in present), max(high for _, high in present), tuple(numbers))
     valid = _valid(z, plan, device) if largest is None else None
     return Header(shards, own, known, valid, max(row[1] // 2 for row in every))
@@ -125,32 +126,44 @@ def _row_numbers(v: int, b: int, device: torch.device) -> Tensor:
     return torch.arange(b, device=device).expand(v, b)
 
 
-def _range(t: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Smallest and largest of some integers, int64; (NO_ID, -1) where there is none."""
+def _exchanged(items: Sequence[int | Tensor], device: torch.device, group: ProcessGroup | None) -> list[list[int]]:
+    """Numbers of the host and int64 tensors [k] of the device in one row, of every rank: one read, one collective."""
+    if group is not None:
+        tensors = [i.to(device) if isinstance(i, Tensor) else torch.tensor([i], device=device) for i in items]
+        return _dist.exchange(torch.cat(tensors), group)
+    tensors = [i.to(device) for i in items if isinstance(i, Tensor)]
+    read = iter(_dist.exchange(torch.cat(tensors) if len(tensors) > 1 else tensors[0], None)[0] if tensors else ())
+    return [[n for i in items for n in (itertools.islice(read, len(i)) if isinstance(i, Tensor) else (i,))]]
+
+
+def _range(t: Tensor | None) -> Sequence[int | Tensor]:
+    """Smallest and largest of some integers; (NO_ID, -1) where there is none."""
     if t is None or not t.numel():
-        return torch.tensor(NO_ID), torch.tensor(-1)
-    low, high = t.aminmax()
-    return low.long(), high.long()
+        return NO_ID, -1
+    return [end.to(torch.int64) for end in t.flatten().aminmax(dim=0, keepdim=True)]
+
+
+def _ends(spaces: Sequence[Tensor]) -> list[int | Tensor]:
+    """Smallest and largest entry of every space as the bits of float64; NaN is both at once."""
+    if not spaces[0].numel():
+        return [0] * (2 * len(spaces))
+    ends = [end for t in spaces for end in t.detach().aminmax()]
+    return [torch.stack(ends).double().view(torch.int64)]
+
+
+def _states(ends: Sequence[float], names: Sequence[str], largest: Mapping[str, float]) -> list[int]:
+    """By space FINE, NOT_FINITE or TOO_LARGE."""
+    out = []
+    for name, low, high in zip(names, ends[::2], ends[1::2], strict=True):
+        finite = math.isfinite(low) and math.isfinite(high)
+        out.append(NOT_FINITE if not finite else FINE if max(high, -low) <= largest[name] else TOO_LARGE)
+    return out
 
 
 def _ids_of(row: list[int]) -> tuple[int, int]:
     """(smallest, largest) image id of a rank, before they are made global."""
     b, _, low, high = row[:4]
     return (0, b - 1) if low == NO_ID else (low, high)
-
-
-def _state(t: Tensor, largest: float) -> Tensor:
-    """FINE, NOT_FINITE or TOO_LARGE, 0-dim int64 on the device."""
-    if not t.numel():
-        return torch.tensor(FINE, device=t.device)
-    low, high = t.detach().aminmax()
-    top = torch.maximum(high, -low).double()  # NaN stays NaN
-    state = torch.where(top <= largest, FINE, TOO_LARGE)
-    return torch.where(top.isfinite(), state, NOT_FINITE)
-
-
-def _float_of(bits: int) -> float:
-    return float(torch.tensor(bits, dtype=torch.int64).view(torch.float64))
 
 
 def _check_total(s: Shards) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ssd_addon import _checks, _dist
+from ssd_addon._autocast import autocast_off
 from ssd_addon._dist import Shards
 from ssd_addon._shapes import Scalar
 from ssd_addon.batch import ViewBatch
@@ -166,8 +167,8 @@ class JointEntropyLoss(nn.Module):
         largest = self._largest(z, dtype, batch, group) if checks else None
         n = plan.num_views * batch * _dist.world_size(group)
         triton_from = self.objective.triton_from(z, n, self.backend, self.content_entropy)
-        header = checked(z, plan, largest, self.objective.scalar, group, triton_from)
-        with torch.autocast(device.type, enabled=False):
+        with autocast_off(device):
+            header = checked(z, plan, largest, self.objective.scalar, group, triton_from)
             rows = Rows(
                 {name: z[name].to(dtype) for name in plan.spaces},
                 pairs_of(z, plan, batch, device, self.content_keys),
@@ -181,9 +182,13 @@ class JointEntropyLoss(nn.Module):
                 header.triton_from,
             )
             parts = self.objective.parts(rows)
-            on_device = {n: w.to(device, dtype, copy=True) if isinstance(w, Tensor) else w for n, w in lambdas.items()}
-            terms = [w * parts.invariance[n] for n, w in on_device.items()]
-            loss = torch.stack(terms).sum() / len(plan.spaces) + parts.entropy
+            loss, share = parts.entropy, 1 / len(plan.spaces)
+            for name, w in lambdas.items():
+                c = parts.invariance[name]
+                if isinstance(w, Tensor):
+                    loss = torch.addcmul(loss, w.to(device, dtype, copy=True), c, value=share)
+                else:
+                    loss = torch.add(loss, c, alpha=w * share)
             if parts.content_entropy is not None:
                 loss = loss + parts.content_entropy
             if header.valid is not None:

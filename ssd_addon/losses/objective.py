@@ -7,7 +7,7 @@ Twins compute theirs over ranks without gathering all rows. Legend: V views, B i
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -65,7 +65,8 @@ class Objective(KeepsType):
     def parts(self, rows: Rows) -> Parts:
         """The terms of a batch; a family with statistics of its own has its own."""
         z = self.prepared(rows)
-        found = {n: [self._pair(z[n], p, rows) for p in pairs] for n, pairs in rows.pairs.items()}
+        views = {n: t.unbind(0) for n, t in z.items()}  # once: the gradient of each index would be a copy of all views
+        found = {n: [self._pair(views[n], p, rows) for p in pairs] for n, pairs in rows.pairs.items()}
         means = {n: mean_over_keys(each, rows.shards) for n, each in found.items()}
         invariance = {n: value for n, (value, _) in means.items()}
         out = Parts(
@@ -135,7 +136,7 @@ class Objective(KeepsType):
 
     # ------------------------------------------------------------------------------------------------ inside
 
-    def _pair(self, z: Tensor, pair: Pair, rows: Rows) -> tuple[Tensor, int | Tensor]:
+    def _pair(self, z: Tensor | Sequence[Tensor], pair: Pair, rows: Rows) -> tuple[Tensor, int | Tensor]:
         a, b = z[pair.a], z[pair.b]
         values = self._outside_autocast(self.alignment, a, b)
         if not isinstance(values, Tensor) or values.shape != a.shape[:1]:
@@ -143,7 +144,7 @@ class Objective(KeepsType):
             raise ValueError(
                 f"family {self.name!r}, alignment: expected the misalignment of each row, [{len(a)}]: got {got}"
             )
-        return mean_of_rows(values, values, pair, rows.trim, rows.shards)
+        return mean_of_rows(values, lambda: values, pair, rows.trim, rows.shards)
 
     def _entropy(self, joint: Tensor, ids: Tensor) -> Tensor:
         value = self._outside_autocast(lambda x: self.entropy(x, ids), joint)

@@ -5,7 +5,7 @@ sum * W / N, whose mean over ranks is the one-process mean.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -113,11 +113,13 @@ def pairs_of(z: Embeddings, plan: ViewPlan, batch: int, device: torch.device, co
     return out
 
 
-def kept_rows(badness: Vector, mask: Vector | None, trim: float, s: Shards) -> tuple[Vector | None, int | Scalar]:
+def kept_rows(
+    badness: Callable[[], Tensor], mask: Vector | None, trim: float, s: Shards
+) -> tuple[Vector | None, int | Scalar]:
     """Which local rows a pair keeps once its floor(trim * n + 1e-9) worst rows over all ranks are left out.
 
     Args:
-        badness: [B] larger is worse; not differentiated.
+        badness: gives [B], larger is worse; not differentiated, and not called where nothing is trimmed.
         mask: [B] bool, the rows that the pair uses, or None for all.
 
     Returns:
@@ -125,12 +127,14 @@ def kept_rows(badness: Vector, mask: Vector | None, trim: float, s: Shards) -> t
     """
     if mask is None and not trim:
         return None, s.total
-    used = torch.ones_like(badness, dtype=torch.bool) if mask is None else mask
+    if not trim and mask is not None:
+        return mask, _dist.all_sum(mask.sum(), s.group)
+    with torch.no_grad():
+        worst = badness()
+    used = torch.ones_like(worst, dtype=torch.bool) if mask is None else mask
     n: Tensor = _dist.all_sum(used.sum(), s.group)
-    if not trim:
-        return used, n
     drop = torch.floor(trim * n.double() + 1e-9)
-    ranked = _dist.gather(badness.detach().masked_fill(~used, -math.inf), s)
+    ranked = _dist.gather(worst.masked_fill(~used, -math.inf), s)
     place = torch.empty_like(ranked, dtype=torch.int64)
     order = ranked.argsort(descending=True, stable=True)
     place[order] = torch.arange(len(ranked), device=ranked.device)
@@ -143,7 +147,9 @@ def masked(t: Tensor, mask: Tensor | None) -> Tensor:
     return t if mask is None else torch.where(mask.view(-1, *[1] * (t.ndim - 1)), t, 0)
 
 
-def mean_of_rows(values: Vector, badness: Vector, pair: Pair, trim: float, s: Shards) -> tuple[Scalar, int | Scalar]:
+def mean_of_rows(
+    values: Vector, badness: Callable[[], Tensor], pair: Pair, trim: float, s: Shards
+) -> tuple[Scalar, int | Scalar]:
     """Mean of values [B] over the rows that the pair keeps, on all ranks; and their number."""
     keep, n = kept_rows(badness, pair.mask, trim, s)
     return s.mean(masked(values, keep).sum(), n), n

@@ -76,34 +76,43 @@ class SimCLR(Objective):
         place = {name: k for k, name in enumerate(z)}
         flat = tuple((p.a, p.b, place[name]) for name, pairs in rows.pairs.items() for p in pairs)
         types = [rows.types.get(name, t.dtype) for name, t in z.items()]
-        joint, cosines = joint_and_cosines(list(z.values()), flat, types)  # [V, B, D], [pairs, B]
+        content = z["content"]
         tau: Any = self.temperature
         if isinstance(tau, Tensor):
-            tau = tau.to(joint.device, joint.dtype).reshape(())
-        invariance, constraint, count = {}, {}, {}
-        rest = iter(cosines.unbind(0))
-        for name, pairs in rows.pairs.items():
-            found = []
-            for p in pairs:
-                cosine = next(rest)
-                found.append(mean_of_rows(cosine, -cosine, p, rows.trim, s))
-            mean, count[name] = mean_over_keys(found, s)
-            invariance[name] = -mean / tau
-            constraint[name] = 1 - mean
-        v, b, d = joint.shape
-        known = self._known(rows, v * s.total, joint.dtype)
+            tau = tau.to(content.device, content.dtype).reshape(())
+        v, b = content.shape[:2]
+        known = self._known(rows, v * s.total, content.dtype)
+        bound = similarity_bound(tau, known, self.temperature_floor)
+        backend = log_sums_backend(
+            rows.backend,
+            s.times(v),
+            dtype=content.dtype,
+            device=content.device,
+            triton_from=rows.triton_from,
+            bound=bound,
+        )
+        joint, cosines = joint_and_cosines(list(z.values()), flat, types, backend == "triton")  # [V, B, D], [pairs, B]
+        count: dict[str, int | Tensor]
+        if not rows.trim and all(len(pairs) == 1 and pairs[0].mask is None for pairs in rows.pairs.values()):
+            count = dict.fromkeys(rows.pairs, s.total)  # every row of one pair each: all at once
+            means = s.mean(cosines.sum(dim=1), s.total)
+        else:
+            means, count = _means(cosines, rows)
+        scaled = -means / tau if isinstance(tau, Tensor) else means * (-1 / tau)
+        invariance = dict(zip(rows.pairs, scaled.unbind(0), strict=True))
+        constraint = dict(zip(rows.pairs, (1 - means.detach()).unbind(0), strict=True))
         lse = log_sums(
-            joint.reshape(v * b, d),
+            joint.flatten(0, 1),
             rows.ids.reshape(v * b),
             tau,
-            prefix=z["content"].shape[-1] if rows.content_entropy else None,
+            prefix=content.shape[-1] if rows.content_entropy else None,
             backend=rows.backend,
             shards=s.times(v),
             known=known,
             triton_from=rows.triton_from,
             temperature_floor=self.temperature_floor,
         ).view(v * b, 2 if rows.content_entropy else 1)  # -1 would not do: a rank may hold no row
-        entropy = s.mean(lse.sum(dim=0), v * s.total)
+        entropy = s.mean(lse.sum(dim=0), v * s.total).unbind()
         return Parts(
             invariance,
             constraint,
@@ -111,14 +120,7 @@ class SimCLR(Objective):
             entropy[-1],
             entropy[0] if rows.content_entropy else None,
             {name: joint[0, :, c].detach() for name, c in columns_of(z).items()},
-            log_sums_backend(
-                rows.backend,
-                s.times(v),
-                dtype=joint.dtype,
-                device=joint.device,
-                triton_from=rows.triton_from,
-                bound=similarity_bound(tau, known, self.temperature_floor),
-            ),
+            backend,
         )
 
     def _known(self, rows: Rows, total: int, dtype: torch.dtype) -> Known | None:
@@ -143,3 +145,13 @@ class SimCLR(Objective):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature!r}"
+
+
+def _means(cosines: Tensor, rows: Rows) -> tuple[Tensor, dict[str, int | Tensor]]:
+    """Mean cosine of every space [S], over the rows that its pairs keep, and the number of these rows."""
+    each, means, count = iter(cosines.unbind(0)), [], {}
+    for name, pairs in rows.pairs.items():
+        kept = [mean_of_rows(c, c.neg, p, rows.trim, rows.shards) for p, c in zip(pairs, each, strict=False)]
+        mean, count[name] = mean_over_keys(kept, rows.shards)
+        means.append(mean)
+    return torch.stack(means), count

@@ -9,7 +9,7 @@ arXiv 2311.08815. With one space it equals lightly's VICRegLoss(25, 25, nu_param
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -22,7 +22,7 @@ from ssd_addon._shapes import Ids, Joint, Matrix, Scalar, Vector
 from ssd_addon.kernels.covariance import energy_backend, off_diagonal_energy
 from ssd_addon.kernels.dispatch import Backend
 from ssd_addon.losses.objective import Objective
-from ssd_addon.losses.rows import Parts, Rows
+from ssd_addon.losses.rows import Pair, Parts, Rows
 
 VARIANCE_EPS = 1e-4
 
@@ -46,30 +46,34 @@ class VICReg(Objective):
 
     def entropy(self, joint: Joint, ids: Ids) -> Scalar:
         alone = Shards(None, (joint.shape[1],), 0)
-        return torch.stack([self._of_view(centered(view, alone), "auto", alone) for view in joint]).mean()
+        return self._of_views(deviations(joint, alone), "auto", alone)
+
+    def _pair(self, z: Tensor | Sequence[Tensor], pair: Pair, rows: Rows) -> tuple[Tensor, int | Tensor]:
+        if rows.trim or pair.mask is not None:
+            return super()._pair(z, pair, rows)
+        a, b, n = z[pair.a], z[pair.b], rows.shards.total  # all rows: no value of each is needed
+        return rows.shards.mean(F.mse_loss(a, b, reduction="sum"), n * a.shape[1]), n
 
     def spread(self, out: Parts, z: Mapping[str, Tensor], rows: Rows) -> None:
         """Statistics over the rows of all ranks, which are not gathered."""
         joint = torch.cat(list(z.values()), dim=-1)
         width = z["content"].shape[-1]
-        whole, content = [], []
-        for view in joint.unbind(0):
-            x = centered(view, rows.shards)
-            whole.append(self._of_view(x, rows.backend, rows.shards))
-            if rows.content_entropy:
-                content.append(self._of_view(x[:, :width], rows.backend, rows.shards))
-        out.entropy = torch.stack(whole).mean()
-        out.content_entropy = torch.stack(content).mean() if content else None
+        x = deviations(joint, rows.shards)
+        out.entropy = self._of_views(x, rows.backend, rows.shards)
+        if rows.content_entropy:
+            out.content_entropy = self._of_views(x[..., :width], rows.backend, rows.shards)
         s, d = rows.shards, joint.shape[-1]
         out.backend = energy_backend(rows.backend, s.size, d, dtype=joint.dtype, device=joint.device, group=s.group)
 
-    def _of_view(self, x: Matrix, backend: Backend, s: Shards) -> Scalar:
-        """variance * mean_k relu(1 - sqrt(var_k + 1e-4)) + covariance * sum_{k != l} C_kl^2 / D, x [B, D] centered."""
-        n, d = s.total, x.shape[1]
-        var = _dist.all_sum(x.square().sum(dim=0), s.group) / (n - 1)
+    def _of_views(self, x: Joint, backend: Backend, s: Shards) -> Scalar:
+        """The mean over views of variance * mean_k relu(1 - sqrt(var_k + 1e-4)) + covariance * sum_{k != l} C_kl^2 / D.
+
+        x [V, B, D]: deviations over sqrt(n - 1), so that C = x^T x.
+        """
+        var = _dist.all_sum(x.square().sum(dim=1), s.group)
         hinge = F.relu(1 - torch.sqrt(var + VARIANCE_EPS)).mean()
-        energy = off_diagonal_energy(x / math.sqrt(n - 1), backend=backend, group=s.group)
-        return self.variance * hinge + self.covariance * energy / d
+        energy = torch.stack([off_diagonal_energy(view, backend=backend, group=s.group) for view in x.unbind(0)])
+        return torch.add(self.variance * hinge, energy.mean(), alpha=self.covariance / x.shape[-1])
 
     def largest(self, dtype: torch.dtype, width: int, joint: int, rows: int) -> float:
         """Covariances are squared and summed over D x D entries."""
@@ -85,6 +89,12 @@ class VICReg(Objective):
 def mean_square(a: Matrix, b: Matrix) -> Vector:
     """Mean over the coordinates of (a_i - b_i)^2, [n]."""
     return (a - b).square().mean(dim=-1)
+
+
+def deviations(joint: Joint, s: Shards) -> Joint:
+    """(x - mean) / sqrt(n - 1) over the rows of all ranks, view by view."""
+    total = _dist.all_sum(joint.sum(dim=1, keepdim=True), s.group)
+    return torch.sub(joint, total, alpha=1 / s.total) * (1 / math.sqrt(s.total - 1))
 
 
 def centered(x: Matrix, s: Shards) -> Matrix:

@@ -9,7 +9,6 @@ from reference import grouped, unit
 from tiles import SQUARE, shrink
 
 from ssd_addon.kernels import negative_lse, operators, table
-from ssd_addon.kernels.operands import scaled_rows
 from ssd_addon.kernels.tiles import column_sums
 
 # The interpreter computes with numpy, which warns of what is masked afterwards (a row's similarity to its own image).
@@ -78,14 +77,15 @@ def test_the_rows_of_a_rank_get_the_same_gradient(monkeypatch, maximum):
     """n of N rows against all of them, as a rank computes it; beside block pairs."""
     shrink(monkeypatch)
     z, ids = unit(45, 20).float(), grouped(45, 15).int()
-    one, tau = torch.tensor(1.0), torch.tensor(0.1)
-    x = scaled_rows(z, one, exact=False)
     g = torch.randn(1, 45, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
-    lse = operators.lse_rows(x, None, ids, ids, tau, one, 0, maximum)
+
+    def prepared(s):
+        return list(operators.prepared(z[s], ids[s], None, None, 0.1, 1.0, 45, 0, maximum, False))
 
     def gradient(s):
-        rows = (x[s], x, ids[s], ids, tau, one, lse[:, s].contiguous(), lse, g[:, s].contiguous(), g)
-        return operators.lse_rows_grad(*rows, 0, maximum)
+        a, b = prepared(s), prepared(slice(None))
+        lse = operators.lse_rows(b, [], 20, 0, maximum, False)
+        return operators.lse_rows_grad(g, lse, a, b, s.start, 20, 0, maximum, False, False, torch.float32)[0]
 
     want = gradient(slice(7, 30))
     monkeypatch.setattr(table, "configuration", of_mode(HIGH))

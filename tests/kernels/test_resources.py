@@ -83,6 +83,14 @@ def test_the_kernel_for_colors_compiles_without_spilling():
         assert r["stack"] == r["local"] == r["spills"] == 0 and r["programs"] >= 4, r
 
 
+@pytest.mark.slow
+def test_the_kernels_around_the_tiles_compile_without_spilling():
+    found = compiled("--around")
+    assert {r["arch"] for r in found} == {"sm_80", "sm_90"} and len(found) == 2 * 28
+    for r in found:
+        assert r["stack"] == r["local"] == r["spills"] == 0 and r["programs"] >= 3, r
+
+
 def test_stored_are_three_versions_of_triton_and_all_architectures():
     assert {r["triton"].rpartition(".")[0] for r in STORED} >= {"3.4", "3.6", "3.8"}
     for version in {r["triton"] for r in STORED}:

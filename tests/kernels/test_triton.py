@@ -16,8 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ssd_addon import Embeddings, JointEntropyLoss, StyleHeads, ViewPlan
-from ssd_addon.kernels import dispatch, launch, negative_lse, off_diagonal_energy, operators, table
-from ssd_addon.kernels.operands import scaled_rows
+from ssd_addon.kernels import dispatch, energies, launch, negative_lse, off_diagonal_energy, operators, table
 
 # The interpreter computes with numpy, which warns of what is masked afterwards (a row's similarity to its own image).
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -231,11 +230,11 @@ def test_properties(small, n, d, groups, tau, prefix, seed):
     # dtau is that of a function of z z^T / tau.
     torch.testing.assert_close(dtau, -(z.double() * dz).sum() / (2 * tau), rtol=1e-3, atol=1e-3 * dz.norm().item())
     # The log-sum over all is that over two parts of the rows.
-    tau_, one, cut = torch.tensor(tau), torch.tensor(1.0), n // 2
+    cut = n // 2
     if 0 < cut < n:
-        x = scaled_rows(z, one, exact=False)
-        i = ids.int()
-        halves = [operators.lse_rows(x, x[s], i, i[s], tau_, one, p or 0, True) for s in (slice(0, cut), slice(cut, n))]
+        whole = prepared(z, ids, tau, p or 0, True)
+        parts = [prepared(z[s], ids[s], tau, p or 0, True) for s in (slice(0, cut), slice(cut, n))]
+        halves = [operators.lse_rows(whole, part, d, p or 0, True, False) for part in parts]
         # A row may have no negative in one of the parts.
         joined = torch.logaddexp(*(h.nan_to_num(-math.inf) for h in halves))
         torch.testing.assert_close(joined.double(), lse.view(n, -1).T, rtol=1e-5, atol=1e-5)
@@ -346,27 +345,36 @@ def test_heads_and_loss_compile_without_a_break(family, options, backend):
 # ------------------------------------------------------------------------------------------ operators
 
 
+def prepared(z, ids, tau, prefix, maximum, exact=False):
+    """Operands of unit rows."""
+    return operators.prepared(z, ids, None, None, tau, 1.0, len(z), prefix, maximum, exact)
+
+
 def samples():
     z, ids, one = unit(31, 12).float(), torch.arange(31, dtype=torch.int32) // 2, torch.tensor(1.0)
     tau = torch.tensor(0.1)
-    x = scaled_rows(z, one, exact=False)
-    lse = operators.lse_rows(x, None, ids, ids, tau, one, 0, False)
-    two = operators.lse_rows(x, None, ids, ids, tau, one, 5, True)
     leaf, t = z.clone().requires_grad_(), tau.clone().requires_grad_()
-    a, b = x[:20], x[11:]
-    none = torch.zeros(0, 0, dtype=torch.float16)
-    w = torch.zeros(12, 12, dtype=torch.float16)
+    x, two = (list(prepared(z, ids, 0.1, p, p > 0)) for p in (0, 5))
+    some = list(prepared(z[:20], ids[:20], 0.1, 5, True))
+    lse, lse_two = operators.lse_rows(x, [], 12, 0, False, False), operators.lse_rows(two, [], 12, 5, True, False)
+    a, b = x[0][:20], x[0][11:]
+    columns = energies.off_diagonal_energy(z, None, False)
+    rows = energies.off_diagonal_energy(z, z + 1, True)
+    kind = torch.float16
     return {
-        "negative_lse": (leaf, ids, t, one, 0, False, False),
-        "negative_lse_prefix": (leaf, ids, t, one, 5, True, True),
-        "negative_lse_backward": (lse + 1, z, ids, tau, one, lse, 0, False, False),
-        "lse_rows": (a, b, ids[:20], ids[11:], tau, one, 5, True),
-        "lse_rows_grad": (a, x, ids[:20], ids, tau, one, two[:, :20], two, two[:, :20], two, 5, True),
-        "products": (a, b, None, None, False, True),
-        "products_pair": (a, None, b, None, True, False),
+        "negative_lse": (leaf, ids, t, None, 0.0, 1.0, 0, False, False),
+        "negative_lse_prefix": (leaf, ids.long(), None, one, 0.1, 0.0, 5, True, True),
+        "prepared": (z, ids, tau, None, 0.0, 1.0, 40, 5, True, True),
+        "with_bounds": (x[0], ids.long(), 12, 0, False),
+        "lse_rows": (some, two, 12, 5, True, False),
+        "lse_rows_grad": (lse_two + 1, lse_two, some, two, 0, 12, 5, True, False, True, kind),
+        "lse_rows_grad_alone": (lse + 1, lse, x, [], 0, 12, 0, False, False, False, torch.float32),
+        "products": (a, b, None, None, False, True, 12),
+        "products_pair": (a, None, b, None, True, False, 12),
         "off_diagonal_energy": (leaf, None, False),
         "off_diagonal_energy_rows": (leaf, leaf.detach() + 1, True),
-        "off_diagonal_energy_backward": (one, z, None, w, none, False),
+        "off_diagonal_energy_backward": (one, *columns, 31, 12, False, kind),
+        "off_diagonal_energy_backward_rows": (one, *rows, 31, 12, True, torch.float32),
     }
 
 
@@ -376,19 +384,24 @@ def samples():
     [
         "negative_lse",
         "negative_lse_prefix",
-        "negative_lse_backward",
+        "prepared",
+        "with_bounds",
         "lse_rows",
         "lse_rows_grad",
+        "lse_rows_grad_alone",
         "products",
         "products_pair",
         "off_diagonal_energy",
         "off_diagonal_energy_rows",
         "off_diagonal_energy_backward",
+        "off_diagonal_energy_backward_rows",
     ],
 )
 def test_opcheck(monkeypatch, name):
     monkeypatch.setattr(table, "configuration", lambda *_: SQUARE)
-    base = name.removesuffix("_prefix").removesuffix("_pair").removesuffix("_rows") if name != "lse_rows" else name
+    base = name
+    for suffix in ("_prefix", "_pair", "_alone", "" if name == "lse_rows" else "_rows"):
+        base = base.removesuffix(suffix)
     torch.library.opcheck(getattr(torch.ops.ssd_addon, base).default, samples()[name], rtol=1e-3, atol=1e-3)
 
 

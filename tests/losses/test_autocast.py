@@ -12,9 +12,10 @@ from tiles import shrink
 from torch.utils.checkpoint import checkpoint
 
 import ssd_addon
-from ssd_addon import _autocast, _unit
+from ssd_addon import JointEntropyLoss, _autocast, _unit
 from ssd_addon._autocast import matmul, outside_autocast
 from ssd_addon.kernels import negative_lse, off_diagonal_energy
+from ssd_addon.losses import FAMILIES
 
 # The interpreter computes with numpy, which warns of what is masked afterwards (a row's similarity to its own image).
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -106,6 +107,24 @@ def test_compiled_kernels_give_the_same_bits_under_autocast(monkeypatch, backend
         results.append(run(torch.compile(f, fullgraph=True, backend="aot_eager"), inputs, where))
     for other in results[1:]:
         assert_same_bits(other, results[0])
+
+
+@pytest.mark.parametrize("backend", ["eager", "streaming", "triton"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_give_the_same_bits_under_autocast(monkeypatch, family, backend):
+    """Backward too: autocast there would compute the derivatives of products in 16 bits, or meet mixed types."""
+    if family not in ("simclr", "vicreg", "barlow") and backend != "eager":
+        pytest.skip("one backend")
+    shrink(monkeypatch)
+
+    def f(*z):
+        torch.manual_seed(0)  # sigreg draws
+        return JointEntropyLoss(family, backend=backend)({"content": z[0], "color": z[1]})
+
+    inputs = leaves((3, 9, 7), (3, 9, 4), dtype=torch.float32)
+    want = run(f, inputs, "nowhere")
+    for where in ("forward", "backward", "both"):
+        assert_same_bits(run(f, inputs, where), want)
 
 
 def test_unit_rows_give_the_same_bits_under_autocast():

@@ -8,6 +8,10 @@ from torch.nn import functional as F
 
 from ssd_addon import _unit
 from ssd_addon._unit import joint_and_cosines
+from ssd_addon.kernels import unit
+
+# The interpreter computes with numpy, which warns of what overflows.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 BF16 = (torch.bfloat16, torch.bfloat16)
 PAIRS = ((0, 1, 0), (0, 1, 1), (1, 0, 1))
@@ -37,6 +41,11 @@ def both(f, z):
     ]
 
 
+def fused(types=None):
+    """The Triton kernels."""
+    return lambda z, pairs: joint_and_cosines(z, pairs, types, fused=True)
+
+
 def plain(types=None):
     """What a compiler traces."""
     smallest = None if types is None else tuple(map(_unit.without_direction, types))
@@ -63,11 +72,39 @@ def test_rows_and_gradients_are_those_of_normalize(f, monkeypatch):
         torch.testing.assert_close(both(f, z), both(oracle, z), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("images,columns", [(1, 4), (4, 128)])
+def test_the_kernels_give_the_rows_and_gradients_of_the_definition(monkeypatch, images, columns):
+    """As far from float64 as float32 is, with strided spaces and gradients, one without a gradient, and no images."""
+    monkeypatch.setattr(unit, "IMAGES", images)
+    monkeypatch.setattr(unit, "COLUMNS", columns)
+    for z in (spaces(), short(spaces()), [t.transpose(0, 1).contiguous().transpose(0, 1) for t in spaces(b=9)]):
+        want = both(oracle, z)
+        for got, exact in zip(both(fused(), [t.float() for t in z]), want, strict=True):
+            torch.testing.assert_close(got.double(), exact, rtol=2e-6, atol=2e-6 * exact.abs().max().item())
+    leaf = spaces(torch.float32)[1].requires_grad_()
+    joint, cosines = fused()([spaces(torch.float32)[0], leaf], PAIRS)
+    (some,) = torch.autograd.grad(joint[..., 3:].mT.sum() + cosines[1:].sum(), leaf)
+    joint, cosines = joint_and_cosines([spaces(torch.float32)[0], leaf], PAIRS)
+    (want,) = torch.autograd.grad(joint[..., 3:].mT.sum() + cosines[1:].sum(), leaf)
+    torch.testing.assert_close(some, want, rtol=1e-5, atol=1e-6)
+    assert [t.shape for t in both(fused(), spaces(torch.float32, b=0))[:2]] == [(2, 0, 5), (3, 0)]
+
+
+def test_the_kernels_have_second_derivatives():
+    found = []
+    for f in (fused(), joint_and_cosines):
+        z = [t.requires_grad_() for t in spaces(torch.float32)]
+        joint, cosines = f(z, PAIRS)
+        first = torch.autograd.grad(cosines.sum() + joint.sin().sum(), z, create_graph=True)
+        found.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), z)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("types", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)])
 def test_rows_of_16_bits_without_a_direction_get_no_gradient(types):
     z = short(spaces(torch.float32))
     want = both(joint_and_cosines, z)
-    for f in (lambda z, pairs: joint_and_cosines(z, pairs, types), plain(types)):
+    for f in (lambda z, pairs: joint_and_cosines(z, pairs, types), plain(types), fused(types)):
         got = both(f, z)
         torch.testing.assert_close(got[:2], want[:2])  # values are the same
         for t, space, kind, exact in zip(got[2:], z, types, want[2:], strict=True):
@@ -91,9 +128,13 @@ def test_a_row_of_zeros_has_a_gradient_of_0_through_half_precision():
             assert not t.grad[t.norm(dim=-1) == 0].any()
 
 
-@pytest.mark.parametrize("f", [joint_and_cosines, plain(), lambda *z: joint_and_cosines(*z, BF16), plain(BF16)])
+@pytest.mark.parametrize(
+    "f", [joint_and_cosines, plain(), fused(), lambda *z: joint_and_cosines(*z, BF16), plain(BF16), fused(BF16)]
+)
 @pytest.mark.parametrize("dtype,size", [(torch.float32, 1e20), (torch.float32, 1e38), (torch.float64, 1e200)])
 def test_a_length_that_overflows_is_nan_never_a_wrong_number(f, dtype, size):
+    if dtype == torch.float64 and "fused" in f.__qualname__:
+        pytest.skip("the kernels compute in float32")
     z = spaces(dtype)
     want = both(f, z)
     z[0][1, 2] *= size

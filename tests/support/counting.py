@@ -1,9 +1,14 @@
 """What waits for the device, or for other ranks: counted while something runs on the CPU."""
 
 import functools
+from collections import Counter
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import GridExecutor
+
+from ssd_addon.kernels import energies, launch
 
 OPERATORS = {
     "_local_scalar_dense", "equal", "nonzero", "masked_select", "bincount",
@@ -46,3 +51,60 @@ class Counted(TorchDispatchMode):
         elif name in OPERATORS:
             self.reads.append(name)
         return func(*args, **(kwargs or {}))
+
+
+NO_LAUNCH = {
+    "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "_unsafe_view",
+    "_reshape_alias", "lift_fresh", "is_same_size", "promote_types", "result_type",
+}  # fmt: skip
+"""Beside views: they allocate or describe, and nothing runs on the device."""
+TILES = {"sums_kernel", "weights_kernel", "products_kernel"}
+
+
+class Launches(TorchDispatchMode):
+    """What a step launches, counted inside the package's own operators too: `with Launches() as c:`.
+
+    c.calls: ATen operators that launch something and the Triton kernels around the tiles, by name; c.tiles: the tiles'
+    kernels; c.products: the matrix library's; c.free: views and allocations.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.tiles, self.free, self.products = Counter(), Counter(), Counter(), 0
+        self._depth = 0
+
+    def __enter__(self):
+        if not self._depth:
+            self._run, self._product = GridExecutor.__call__, energies.add_product
+            GridExecutor.__call__ = functools.partialmethod(_launched, self, self._run)
+            launch.add_product = energies.add_product = self._multiplied
+        self._depth += 1
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        super().__exit__(*args)
+        self._depth -= 1
+        if not self._depth:
+            GridExecutor.__call__ = self._run
+            launch.add_product = energies.add_product = self._product
+
+    def _multiplied(self, *args):
+        self.products += 1
+        with _disable_current_modes():
+            self._product(*args)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        full = func._schema.name
+        namespace, _, name = full.partition("::")
+        if namespace == "ssd_addon":
+            with self:  # what is inside it
+                return OPDEFS[full]._init_fn(*args, **(kwargs or {}))
+        (self.free if func.is_view or name in NO_LAUNCH else self.calls)[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _launched(executor, counted, run, *args, **kwargs):
+    name = executor.fn.__name__
+    (counted.tiles if name in TILES else counted.calls)[name] += 1
+    with _disable_current_modes():  # the interpreter copies its arguments with torch
+        return run(executor, *args, **kwargs)
