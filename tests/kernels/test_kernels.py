@@ -39,6 +39,28 @@ def assert_equals_oracle(z, ids, tau, *, prefix=None, backend="eager", chunk=Non
         torch.testing.assert_close(a, b, rtol=RTOL, atol=ATOL, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.fixture
+def medium():
+    """What a user may allow: float32 products of operands in 16 bits, where the processor has them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("backend", RUN)
+def test_medium_precision_costs_at_most_half_a_percent_of_the_gradient(medium, backend):
+    """As docs/benchmarks.md says; more than float32's rounding only where the processor multiplies 16-bit numbers."""
+    z, ids = unit(300, 64), torch.arange(300) // 2
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        leaf = z.to(dtype).requires_grad_()
+        lse = negative_lse(leaf, ids, 0.15, backend=backend)
+        found.append((lse.detach().double(), torch.autograd.grad(lse.sum(), leaf)[0].double()))
+    (want, dwant), (got, dgot) = found
+    assert (got - want).abs().max() <= 5e-3 and (dgot - dwant).norm() <= 5e-3 * dwant.norm()
+
+
 # ------------------------------------------------------------------------------------------ negative_lse
 
 
