@@ -23,7 +23,7 @@ def _divisor(square):
     return tl.where(length < EPS, EPS, length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def unit_kernel(
     z,
     p_joint,
@@ -76,7 +76,7 @@ def unit_kernel(
         tl.store(p_cosine + q * n + o_b, cosine, mask=m_b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def unit_grad_kernel(
     p_grad,
     p_grad_cosine,
