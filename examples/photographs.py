@@ -154,6 +154,8 @@ class Loaders:
         self.sampler.set_epoch(epoch)
         self.sampler.start = begin * self.args.batch_size * self.args.accumulate
         self.draws.manual_seed(self.args.seed + epoch)
+        if isinstance(self.loader.collate_fn, NativeCrops):
+            self.loader.collate_fn.set_epoch(epoch)
         return iter(self.loader)
 
 

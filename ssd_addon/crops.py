@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ssd_addon import pictures
+from ssd_addon import _checks, pictures
 from ssd_addon._optional import needs
 from ssd_addon.collate import check_samples, labels_of, taken_apart
 
@@ -34,7 +34,7 @@ class NativeCrops:
     those of RandomResizedCrop on the whole image, and the crop is shared between views as the plan says, cross-image
     keys, interleaved rows and constrained crops included. Resampling is antialiased. In the workers of a `DataLoader`
     draws depend on the loader's generator and the images alone, so that an epoch can be repeated and continued exactly
-    (as of `StructuredTransform`).
+    (as of `StructuredTransform`); after `set_epoch` they do so without workers too, and are the same with any number.
 
     >>> import kornia.augmentation as K
     >>> views = StructuredViews({"spatial": [K.RandomResizedCrop((16, 16))], "color": [K.ColorJitter(0.4)]}, seed=0)
@@ -73,6 +73,10 @@ class NativeCrops:
         near = 1 - (views.constrained_crop or 0.0)
         self.short_side = max(_needed(op, self.size, near) for op in operations)
         self._turns = Turns()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw by this number and the images from now on; call it before each epoch, as a sampler's."""
+        self._turns.epoch = _checks.count(epoch, "epoch")
 
     def __call__(self, samples: Sequence[Any]) -> tuple[Cropped, Any, list[str]]:
         check_samples(samples)

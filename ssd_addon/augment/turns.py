@@ -17,18 +17,24 @@ class Turns:
     In the workers of a `DataLoader` they depend on the loader's generator and on the samples alone, so that an epoch is
     repeated exactly from the same generator, with any number of workers, and continued in the middle. Persistent
     workers, and a loader without workers, draw from torch's global generator of their process.
+
+    Attributes:
+        epoch: a number to go by in place of the loader's generator, everywhere; None: as above.
     """
 
     def __init__(self) -> None:
+        self.epoch: int | None = None
         self._epoch: int | None = None
         self._met: Counter[int] = Counter()
 
     def __call__(self, samples: Sequence[Tensor]) -> tuple[int, ...]:
-        worker = get_worker_info()
-        if worker is None or _persistent():
-            return (int(torch.randint(2**62, ())),)
+        epoch = self.epoch
+        if epoch is None:
+            worker = get_worker_info()
+            if worker is None or _persistent():
+                return (int(torch.randint(2**62, ())),)
+            epoch = worker.seed - worker.id
         digest = _digest(samples)
-        epoch = worker.seed - worker.id
         if epoch != self._epoch:
             self._epoch, self._met = epoch, Counter()
         self._met[digest] += 1  # samples that a sampler draws twice in an epoch

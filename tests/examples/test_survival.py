@@ -194,6 +194,13 @@ def test_a_resumed_run_is_exact_with_every_option(data, options):
     assert both[0] == both[1] and len(both[0]) == 4
 
 
+def test_a_run_is_resumed_exactly_with_other_workers(data):
+    run(data, "straight", "--steps", "4", *ALONE)
+    run(data, "halves", "--steps", "1", "--workers", "2", "--timeout", "60", *ALONE)
+    run(data, "halves", "--steps", "4", "--resume", *ALONE)
+    assert same(stored(data, "straight"), stored(data, "halves"), ("model", "criterion", "views"))
+
+
 def test_stages_are_timed_and_nothing_is_written(data, monkeypatch, capsys):
     monkeypatch.setattr("stages.SECONDS", 0.01)
     found = run(data, "run", "--stages", *ALONE)

@@ -229,12 +229,14 @@ class Pictures(Dataset):
         return samples(SIZES * 2)[k]
 
 
-def epoch(workers, start=0, seed=0, **more):
+def epoch(workers, start=0, seed=0, number=None, **more):
     sampler = ResumableSampler(Pictures(), num_replicas=1, rank=0, shuffle=True)
     sampler.start = start
-    views = made("interleaved")
+    collate = NativeCrops(made("interleaved"))
+    if number is not None:
+        collate.set_epoch(number)
     loader = DataLoader(
-        Pictures(), 3, sampler=sampler, collate_fn=NativeCrops(views), num_workers=workers,
+        Pictures(), 3, sampler=sampler, collate_fn=collate, num_workers=workers,
         generator=torch.Generator().manual_seed(seed), **more,
     )  # fmt: skip
     return [(cropped.pixels, cropped.space_index) for cropped, _, _ in loader]
@@ -248,6 +250,17 @@ def test_an_epoch_is_repeated_and_continued_exactly_with_any_workers():
         for (x, i), (y, j) in zip(whole[skipped:], other, strict=True):
             assert torch.equal(x, y) and torch.equal(i, j)
     assert not torch.equal(epoch(2, seed=1)[0][0], whole[0][0])
+
+
+@pytest.mark.slow
+def test_the_number_of_an_epoch_makes_its_draws_with_workers_or_without():
+    whole = epoch(0, number=3)
+    for other, skipped in ((epoch(2, seed=9, number=3), 0), (epoch(0, start=3, number=3), 1)):
+        for (x, i), (y, j) in zip(whole[skipped:], other, strict=True):
+            assert torch.equal(x, y) and torch.equal(i, j)
+    assert not torch.equal(epoch(0, number=4)[0][0], whole[0][0])
+    with pytest.raises((TypeError, ValueError), match="epoch: expected a whole number"):
+        NativeCrops(made()).set_epoch(0.5)
 
 
 def test_a_batch_is_moved_pickled_and_described():
