@@ -54,7 +54,7 @@ def path(gpu: Gpu) -> Path:
 
 
 def load(gpu: Gpu) -> dict[str, Any] | None:
-    """The record of a GPU, or None: there is no file, or it is of no use, of which a warning tells.
+    """The record of a GPU, or None where there is no file, or one of no use, which a warning reports.
 
     A record holds "format", "key", "auto" {"float32" | "tf32": {width: rows}}, "configurations" {mode: {width: tile}}
     and "measured", whatever is known about the measurement.

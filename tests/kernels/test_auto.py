@@ -69,7 +69,7 @@ def test_the_estimate_is_where_both_sides_of_the_rule_meet(gpu, width, tf32):
 def test_rates_are_those_of_the_data_sheets():
     """Dense fp16 with float32 sums, and float32, in TFLOP/s."""
     assert [round(g.peak16 / 1e12) for g in (A100, RTX_4090)] == [312, 165]
-    assert 990 < H100.peak16 / 1e12 < 1080  # 989 at 1.83 GHz; torch tells 1.98
+    assert 990 < H100.peak16 / 1e12 < 1080  # 989 at 1.83 GHz; torch reports 1.98
     assert round(A100.peak32(tf32=False) / 1e12, 1) == 19.5 and round(A100.peak32(tf32=True) / 1e12) == 156
     assert round(RTX_4090.peak32(tf32=False) / 1e12, 1) == 82.6
 
