@@ -97,12 +97,7 @@ class StructuredCollate:
             names.append(name)
         if made is not None:
             return made(images), labels_of(labels), names
-        if any(i.dtype != torch.uint8 for i in images):
-            images = [i.float() / 255 if i.dtype == torch.uint8 else i.float() for i in images]
-        channels = sorted({i.shape[0] for i in images})
-        if len(channels) > 1:
-            raise ValueError(f"collate: expected one number of channels in a batch: got {channels}")
-        batch = torch.stack(images)
+        batch = torch.stack(alike(images))
         return batch if self.views is None else self.views(batch), labels_of(labels), names
 
     def _fitted(self, image: object) -> Picture:
@@ -145,6 +140,16 @@ def _centered(t: Picture, h: int, w: int) -> Resized:
 def check_samples(samples: Sequence[Any]) -> None:
     if not samples:
         raise ValueError("collate: expected at least one sample: got an empty batch")
+
+
+def alike(images: list[Tensor]) -> list[Tensor]:
+    """Images of one type, uint8 where all are and otherwise floats in [0, 1], and of one number of channels."""
+    if any(x.dtype != torch.uint8 for x in images):
+        images = [x.float() / 255 if x.dtype == torch.uint8 else x.float() for x in images]
+    channels = sorted({x.shape[0] for x in images})
+    if len(channels) > 1:
+        raise ValueError(f"collate: expected one number of channels in a batch: got {channels}")
+    return images
 
 
 def taken_apart(sample: Any, image_key: str | None, label_key: str | Literal[False] | None) -> tuple[Any, Any, str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssd_addon import _checks, pictures
 from ssd_addon._optional import needs
-from ssd_addon.collate import check_samples, labels_of, taken_apart
+from ssd_addon.collate import alike, check_samples, labels_of, taken_apart
 
 with needs("ssd_addon.crops"):
     from ssd_addon.augment import StructuredViews
@@ -86,13 +86,9 @@ class NativeCrops:
             images.append(pictures.tensor(image))
             labels.append(label)
             names.append(name)
-        if any(x.dtype != torch.uint8 for x in images):
-            images = [x.float() / 255 if x.dtype == torch.uint8 else x.float() for x in images]
-        channels = sorted({x.shape[0] for x in images})
-        if len(channels) > 1:
-            raise ValueError(f"collate: expected one number of channels in a batch: got {channels}")
+        images = alike(images)
         turn = self._turns(images)
-        cropped = boxes(self.views, sized(images), (self.views.seed, self.views.rank, *turn), turn[-1] + turn[0])
+        cropped = boxes(self.views, sized(images), (self.views.seed, self.views.rank, *turn), sum(turn))
         cropped.pixels = self._pixels(images, cropped)
         return cropped, labels_of(labels), names
 

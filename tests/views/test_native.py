@@ -133,10 +133,17 @@ def test_rows_of_an_interleaved_plan_share_by_their_space():
         assert batch.space_index.bincount().tolist() == [2, 2, 2]
 
 
-def test_which_row_serves_which_space_rotates():
+@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize("color", [False, True])
+def test_which_row_serves_which_space_rotates(numbered, color):
+    groups = {"spatial": [crop()]} | ({"color": [K.ColorJitter(0.4)]} if color else {})
+    collate = NativeCrops(StructuredViews(groups, plan="interleaved", seed=3))
+    if numbered:
+        collate.set_epoch(1)
     torch.manual_seed(0)
-    collate = NativeCrops(made("interleaved"))
-    assert len({int(collate(samples())[0].space_index[0]) for _ in range(12)}) == 3
+    every = samples(SIZES * 4)  # batches of one image, within one epoch
+    first = {int(collate(every[k : k + 1])[0].space_index[0]) for k in range(24)}
+    assert first == set(range(2 + color))
 
 
 def test_cross_image_keys_show_the_same_place_of_another_image():
