@@ -3,7 +3,7 @@
     z = embed(model, images)                        name -> [n, d], the backbone too
     r2_matrix(z, factors)                           spaces x factors, where factors are known                 labelled
     parameter_matrix(model, views, images)          spaces x groups of augmentations, without labels          label_free
-    exclusivity(z, factors, own)                    a test: does a space depend on more than its own factors? exclusivity
+    exclusivity(z, factors, own)                    tests of what a space holds beside its own factors       exclusivity
     class_accuracy(z, labels)                       accuracy of a linear probe and of k-NN                    classify
     dci, mig, sap                                   one number for a matrix                                   summary
     effective_rank, uniformity, alignment           how a space lies; redundancy between spaces               geometry
@@ -17,11 +17,12 @@ Every matrix is a `ScoreTable`: `table["color", "hue"]` is a number, NaN where t
 from ssd_addon.differences import parameter_differences
 from ssd_addon.metrics.classify import class_accuracy
 from ssd_addon.metrics.embed import embed
-from ssd_addon.metrics.exclusivity import Dependence, Exclusivity, exclusivity
+from ssd_addon.metrics.exclusivity import exclusivity
 from ssd_addon.metrics.geometry import alignment, effective_rank, redundancy, space_geometry, uniformity
 from ssd_addon.metrics.index import StyleIndex
 from ssd_addon.metrics.label_free import parameter_matrix
 from ssd_addon.metrics.labelled import Circular, Factor, r2_matrix
+from ssd_addon.metrics.leaks import Dependence, Exclusivity
 from ssd_addon.metrics.online import OnlineProbes
 from ssd_addon.metrics.probe import Probe
 from ssd_addon.metrics.summary import Dci, completeness, dci, disentanglement, mig, sap

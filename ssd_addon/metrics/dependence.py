@@ -6,9 +6,9 @@ the space, both after regression on the given factors:
     T = |n^-1/2 sum_i r_i (x) psi_i|^2 = n^-1 sum_ij <r_i, r_j> <psi_i, psi_j>
 
 (Lundborg, Shah and Peters 2022, arXiv 2101.07108; for one feature and one column it is the square of the generalized
-covariance measure before it is studentized, Shah and Peters 2020, arXiv 1804.07203). Its error under the null hypothesis
-is of the size of the *product* of the errors of both regressions. Random signs of r give its null distribution (a wild
-bootstrap; Miyazaki and Uematsu 2025, arXiv 2511.15453, for features of kernels as here).
+covariance measure before it is studentized, Shah and Peters 2020, arXiv 1804.07203). Its error under the null is of the
+size of the *product* of the errors of both regressions. Random signs of r give its null distribution (a wild bootstrap;
+Miyazaki and Uematsu 2025, arXiv 2511.15453, for features of kernels as here).
 
 Legend: n rows, p columns that are given, q columns of the factor, k features of the space, B resamples.
 """
