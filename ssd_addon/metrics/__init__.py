@@ -20,7 +20,7 @@ from ssd_addon.metrics.embed import embed
 from ssd_addon.metrics.exclusivity import exclusivity
 from ssd_addon.metrics.geometry import alignment, effective_rank, redundancy, space_geometry, uniformity
 from ssd_addon.metrics.index import StyleIndex
-from ssd_addon.metrics.label_free import parameter_matrix
+from ssd_addon.metrics.label_free import parameter_exclusivity, parameter_matrix
 from ssd_addon.metrics.labelled import Circular, Factor, r2_matrix
 from ssd_addon.metrics.leaks import Dependence, Exclusivity
 from ssd_addon.metrics.online import OnlineProbes
@@ -48,6 +48,7 @@ __all__ = [
     "exclusivity",
     "mig",
     "parameter_differences",
+    "parameter_exclusivity",
     "parameter_matrix",
     "r2_matrix",
     "redundancy",
