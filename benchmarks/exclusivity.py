@@ -1,4 +1,6 @@
-"""How often `metrics.exclusivity` rejects where the truth is known: python benchmarks/exclusivity.py --out docs/benchmarks
+"""How often `metrics.exclusivity` rejects where the truth is known.
+
+    python benchmarks/exclusivity.py --out docs/benchmarks
 
 A factor is a function of the space's own factors and a remainder. The space is a nonlinear function of its own factors,
 mixed into d columns with a little noise, and may hold a direction that is not its own:
@@ -164,8 +166,8 @@ def plan(quick: bool) -> list[tuple[str, int, int, float, str, int, bool]]:
         ("number of an own number", 1000, 128, share, kind, 50, False)
         for share, kind in ((0.02, "linear"), (0.05, "linear"), (0.05, "square"))
     ]
-    out += [("number of an own number", 2000, 512, 0.0, "linear", 60, False)]
-    out += [("number of an own number", 2000, 512, 0.02, "linear", 30, False)]
+    out += [("number of an own number", 1000, 512, 0.0, "linear", 100, False)]
+    out += [("number of an own number", 1000, 512, 0.05, "linear", 30, False)]
     return out
 
 
