@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ssd_addon.metrics import Dependence, Exclusivity, ScoreTable
 from ssd_addon.metrics.embed import BACKBONE
@@ -28,8 +28,8 @@ class Reading:
     score: float
     name: str
     own: bool = False
-    p: float | None = None
-    leak: bool = False
+    p: float | None = field(default=None, compare=False)
+    leak: bool = field(default=False, compare=False)
 
 
 def verdict(f: Findings) -> tuple[str, list[str]]:
@@ -75,11 +75,12 @@ def _headline(f: Findings, readings: dict[str, list[Reading]]) -> str:
 
 def _named_leaks(f: Findings, readings: dict[str, list[Reading]]) -> str:
     """What the spaces encode that is not their own; "" where nothing leaks."""
-    leaks = {s: sorted((r for r in each if r.leak), reverse=True) for s, each in readings.items()}
-    if f.exclusive is not None:
-        for space, factor in f.exclusive.leaks:
-            test = f.exclusive[space, factor]
-            leaks[space].append(Reading(test.effect, factor, p=test.corrected, leak=True))
+    leaks = {s: [r for r in each if r.leak] for s, each in readings.items()}
+    for space, factor in f.exclusive.leaks if f.exclusive is not None else ():
+        assert f.exclusive is not None
+        test = f.exclusive[space, factor]
+        leaks[space].append(Reading(test.effect, factor, p=test.corrected, leak=True))
+    leaks = {s: sorted(each, reverse=True) for s, each in leaks.items()}
     worst = sorted((s for s in leaks if leaks[s]), key=lambda s: -leaks[s][0].score)
     verbs = {s: "also encodes" if any(r.own for r in readings[s]) else "encodes" for s in worst}
     return f"Not disentangled: {'; '.join(f'{s} {verbs[s]} {_listed(leaks[s])}' for s in worst)}." if worst else ""
@@ -168,7 +169,7 @@ def _readings(t: ScoreTable | None, space: str, tests: Exclusivity | None) -> li
             else:
                 assert tests is not None
                 found.append(Reading(test.effect, name, p=test.corrected, leak=tests.is_leak(space, p)))
-        out += [max(found, key=lambda r: (r.leak, r))] if found else []
+        out += [max(found, key=lambda r: (r.leak, r.score))] if found else []
     return out
 
 
