@@ -35,7 +35,8 @@ FEWEST = 50
 DETERMINED = 1e-3
 """The share of a factor's variance that its space's own factors must leave for there to be something to test."""
 DRAWN_TOGETHER = 0.05
-"""The share of a factor that others may predict where it is said to be independent of them, and 10 / n by chance."""
+"""The share of a factor that others may predict where it is said to be independent of them; more may be chance, which
+is tested at the level of 0.1 %."""
 
 
 def exclusivity(
@@ -178,11 +179,13 @@ def table_of_tests(
                 if not left:
                     notes[space, f] = "constant"
                     continue
-                if independent and min(left) < 1 - DRAWN_TOGETHER - 10 / len(rows):
-                    raise ValueError(
-                        f"independent: expected factors that are drawn independently of each other: got {f!r}, of "
-                        f"which {_checks.names(own[space])} predict R^2 = {1 - min(left):.2f}"
-                    )
+                if independent:  # as it is, not its residuals: else permutations would not be exact
+                    share, (made, _) = 1 - min(left), _residuals(target, rows, Regression([]))
+                    if share > DRAWN_TOGETHER and _depends(made, [blocks[g][rows] for g in own[space]], seed):
+                        raise ValueError(
+                            f"independent: expected factors that are drawn independently of each other: got {f!r}, of "
+                            f"which {_checks.names(own[space])} predict R^2 = {share:.2f}"
+                        )
                 if max(left) < DETERMINED:
                     notes[space, f] = f"determined by {_checks.names(own[space])}: nothing of it is left to test"
                     continue
@@ -274,6 +277,12 @@ def _regression(blocks: Sequence[Tensor], rows: Tensor, seed: int) -> Regression
     x = Inputs([b[rows] for b in blocks], at := torch.arange(len(rows), device=rows.device), balance=True)(at)
     generator = torch.Generator("cpu").manual_seed(seed)
     return Regression([kernel_features(x, width, generator) for width in BANDWIDTHS])
+
+
+def _depends(made: Sequence[Tensor], blocks: Sequence[Tensor], seed: int) -> bool:
+    """Whether a factor depends on others, which nobody would say of factors that were drawn independently."""
+    others = Space(blocks, Regression([]), torch.Generator("cpu").manual_seed(seed))
+    return others.test(made, permutations(torch.Generator("cpu").manual_seed(seed)), 999).p <= 0.001
 
 
 def _residuals(target: Columns, rows: Tensor, given: Regression) -> tuple[list[Tensor], list[float]]:
