@@ -134,7 +134,7 @@ def parameter_exclusivity(
             independently of each other.
     """
     drawn = drawn_pairs(model, views, images, draws=draws, batch_size=batch_size, on_sphere=on_sphere, seed=seed)
-    return tests_of(drawn, level=level, smallest=smallest, resamples=resamples, seed=seed)
+    return exclusivity_of(drawn, level=level, smallest=smallest, resamples=resamples, seed=seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +228,7 @@ def matrix_of(drawn: Pairs, probe: Probe, *, bootstrap: int, seed: int) -> Score
     return replace(table.only(factors=groups), parts=table.only(factors=finer) if finer else None)
 
 
-def tests_of(
+def exclusivity_of(
     drawn: Pairs,
     *,
     level: float = LEVEL,

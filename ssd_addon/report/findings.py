@@ -33,7 +33,7 @@ from ssd_addon.metrics import (
 )
 from ssd_addon.metrics.embed import BACKBONE, Model, is_on_sphere
 from ssd_addon.metrics.images import for_model, scaled
-from ssd_addon.metrics.label_free import drawn_pairs, matrix_of, tests_of
+from ssd_addon.metrics.label_free import drawn_pairs, exclusivity_of, matrix_of
 from ssd_addon.metrics.labelled import check_factors
 from ssd_addon.metrics.spaces import MIN_ROWS, check_finite
 from ssd_addon.report.data import Data, Say
@@ -189,7 +189,7 @@ def measure(
         else:
             label_free = attempt("label-free matrix", lambda: matrix_of(drawn, chosen, bootstrap=200, seed=seed))
             if spaces:
-                tests = attempt("exclusivity of augmentations", lambda: tests_of(drawn, seed=seed))
+                tests = attempt("exclusivity of augmentations", lambda: exclusivity_of(drawn, seed=seed))
     if len(spaces) > 1:
         shared = attempt("redundancy", lambda: redundancy(styles, seed=seed))
     if not spaces:

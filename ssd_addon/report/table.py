@@ -48,7 +48,7 @@ def score_table(
             interval = t.intervals.get((space, factor))
             small = f"<small>{number(interval[0])} to {number(interval[1])}</small>" if interval else ""
             if (test := tested(tests, space, factor)) is not None:
-                small += f"<small>{p_value(test.corrected)}, partial {number(test.effect)}</small>"
+                small += f"<small>{p_value(test.corrected)}, partial R² {number(test.effect)}</small>"
             classes = "heat own" if own else "heat"
             cells.append(f'<td class="{classes}" style="--v:{v:.3f}" title="{html(cell)}">{number(value)}{small}</td>')
         other = "" if space in spaces or not spaces else ' class="other"'

@@ -250,7 +250,7 @@ def _further(r: Reading) -> str:
 
 
 def p_value(p: float) -> str:
-    """ "p = 0.03", "p < 0.001"; rounded up, so that none is said to be smaller than it is."""
+    """ "p = 0.03", "p ≤ 0.001"; rounded up, so that none is said to be smaller than it is."""
     if p <= 0.001:
         return "p ≤ 0.001"
     return f"p = {min(1.0, math.ceil(p * 1000 - 1e-9) / 1000 if p < 0.1 else math.ceil(p * 100 - 1e-9) / 100):.3g}"

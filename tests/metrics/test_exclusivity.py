@@ -302,7 +302,7 @@ def test_of_a_group_the_parameter_counts_that_leaks_most():
         2,
         z.device,
     )
-    table = label_free.tests_of(drawn)
+    table = label_free.exclusivity_of(drawn)
     assert table.spaces == ("content",) and table["content", "color"] == table["content", "strong"]
     assert table.leaks == (("content", "color"),) and not table.parts.is_leak("content", "none")
     assert table.notes["content", "color"].startswith("left out: color/1.Noise/field")
