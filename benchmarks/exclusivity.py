@@ -174,38 +174,51 @@ def plan(quick: bool) -> list[tuple[str, int, int, float, str, int, bool]]:
 
 def page(made: dict[str, Any]) -> str:
     """The lines as two tables in Markdown."""
-    lines = made["lines"]
+    seed = made["first_seed"]
     out = [
         "# How often the exclusivity test rejects where the truth is known",
         "",
         "`python benchmarks/exclusivity.py --out docs/benchmarks` made this page from",
-        f"[exclusivity.json](exclusivity.json): the level is {made['level']}, B = {made['resamples']} resamples, one test in",
-        f"each repetition, and the seeds {made['first_seed']}, {made['first_seed'] + 1}, ... In brackets: 95 % intervals",
-        "(Wilson) of the share of rejections. Leaks are rejections with an effect of at least 0.02.",
+        f"[exclusivity.json](exclusivity.json): the level is {made['level']}, B = {made['resamples']} resamples, one test",
+        f"in each repetition, and the seeds {seed}, {seed + 1}, ... In brackets: 95 % intervals (Wilson) of the share of",
+        "rejections. Leaks are rejections with an effect of at least 0.02.",
         "",
         "## Nothing to be found: a rejection is an error",
         "",
-        "| factor, given | null | n | d | repetitions | rejected | leaks | processor s |",
-        "|:--|:--|--:|--:|--:|--:|--:|--:|",
-    ]
-    for x in (x for x in lines if not x["share"]):
-        out.append(
-            f"| {x['case']} | {x['null']} | {x['n']} | {x['d']} | {x['repetitions']} | {_share(x['rejected'], x)} | "
-            f"{100 * x['leaks'] / x['repetitions']:.1f} % | {x['cpu_seconds']:.2f} |"
-        )
-    out += [
+        *_table(["factor, given", "null", "n", "d", "repetitions", "rejected", "leaks", "processor s"], made, False),
         "",
         "## A leak of known size: a rejection is right",
         "",
-        "| factor, given | encoded | partial R² | n | d | repetitions | rejected | leaks | effect, mean ± std | processor s |",
-        "|:--|:--|--:|--:|--:|--:|--:|--:|--:|--:|",
+        *_table(
+            [
+                "factor, given",
+                "encoded",
+                "partial R²",
+                "n",
+                "d",
+                "repetitions",
+                "rejected",
+                "leaks",
+                "effect",
+                "processor s",
+            ],
+            made,
+            True,
+        ),
     ]
-    for x in (x for x in lines if x["share"]):
-        out.append(
-            f"| {x['case']} | {x['leak']} | {x['share']} | {x['n']} | {x['d']} | {x['repetitions']} | "
-            f"{_share(x['rejected'], x)} | {100 * x['leaks'] / x['repetitions']:.0f} % | {x['effect']:.3f} ± {x['effect_std']:.3f} | {x['cpu_seconds']:.2f} |"
-        )
     return "\n".join(out) + "\n"
+
+
+def _table(columns: list[str], made: dict[str, Any], leaks: bool) -> list[str]:
+    out = [f"| {' | '.join(columns)} |", f"|:--|:--|{'--:|' * (len(columns) - 2)}"]
+    for x in made["lines"]:
+        if bool(x["share"]) != leaks:
+            continue
+        cells = [x["case"], *([x["leak"], x["share"]] if leaks else [x["null"]]), x["n"], x["d"], x["repetitions"]]
+        cells += [_share(x["rejected"], x), f"{100 * x['leaks'] / x['repetitions']:.1f} %"]
+        cells += [f"{x['effect']:.3f} ± {x['effect_std']:.3f}"] * leaks + [f"{x['cpu_seconds']:.2f}"]
+        out.append(f"| {' | '.join(map(str, cells))} |")
+    return out
 
 
 def _share(count: int, x: dict[str, Any]) -> str:

@@ -45,6 +45,7 @@ def test_statistics_equal_the_loop_over_outer_products():
     got = space.statistics(r[:, None])[0]
     expected = []
     for psi, features in zip(space.residuals, dependence.space_features([z, given], generator()), strict=True):
+        torch.testing.assert_close(psi, Regression([given]).residuals(features - features.mean(0)))
         variance = float((features - features.mean(0)).square().mean())
         for size in FILTERS:
             penalty = size * variance * torch.eye(psi.shape[1], dtype=psi.dtype)
@@ -124,6 +125,13 @@ def test_a_leak_is_found_however_it_is_encoded(kind):
     assert table.leaks == (("color", "size"),) and table["color", "size"].effect > 0.2
 
 
+def test_a_code_that_can_be_read_with_the_own_factor_alone_is_a_leak():
+    _, factors, _ = world()
+    z = factors["size"][:, None] * factors["hue"].angle.sin().sign()[:, None]
+    table = exclusivity({"color": z}, factors, {"color": ("hue",)})
+    assert table.leaks == (("color", "size"),) and table["color", "size"].effect > 0.5
+
+
 def test_an_angle_is_tested_with_two_harmonics_and_classes_one_hot():
     g = generator()
     angle, kind = 6.3 * torch.rand(300, generator=g), torch.randint(3, (300,), generator=g)
@@ -189,6 +197,7 @@ def test_a_space_wider_than_the_samples_can_be_tested():
     z, factors, g = world(n=80)
     wide = torch.cat([z, torch.randn(80, 150, generator=g)], 1)
     wide[:, 50] += 20 * factors["size"]
+    assert dependence.space_features([wide], generator())[0].shape == (80, 80)
     table = exclusivity({"color": wide}, factors, {"color": ("hue",)})
     assert table["color", "size"].p < 0.05 and not table.is_leak("color", "light")
 
