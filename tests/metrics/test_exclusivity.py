@@ -126,10 +126,11 @@ def test_a_leak_is_found_however_it_is_encoded(kind):
 
 
 def test_a_code_that_can_be_read_with_the_own_factor_alone_is_a_leak():
-    _, factors, _ = world()
-    z = factors["size"][:, None] * factors["hue"].angle.sin().sign()[:, None]
-    table = exclusivity({"color": z}, factors, {"color": ("hue",)})
-    assert table.leaks == (("color", "size"),) and table["color", "size"].effect > 0.5
+    _, factors, g = world()
+    coin = torch.randint(2, (300,), generator=g)
+    z = (2.0 * coin - 1)[:, None] * factors["hue"].angle.sin().sign()[:, None]
+    table = exclusivity({"color": z}, {"hue": factors["hue"], "coin": coin}, {"color": ("hue",)})
+    assert table.leaks == (("color", "coin"),) and table["color", "coin"].effect > 0.5
 
 
 def test_an_angle_is_tested_with_two_harmonics_and_classes_one_hot():
