@@ -8,6 +8,7 @@
 Legend: n local rows, N rows over all ranks, E levels (1, or 2 with a prefix), D columns.
 """
 
+import importlib.util
 import math
 from contextlib import AbstractContextManager, nullcontext
 
@@ -25,6 +26,9 @@ WIDE = 64
 ROWS = 64
 """Rows of a program of the kernels that read one or two numbers a row."""
 
+HAS_DESCRIPTORS = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+"""From Triton 3.4 on."""
+
 
 def empty(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """Where a kernel writes, on the device of x; the tests fill it with NaN."""
@@ -32,9 +36,13 @@ def empty(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32)
 
 
 def configuration(device: torch.device, mode: str, width: int) -> Configuration:
-    """Of the tiles for rows of so many columns, as the user's cache or the table has it."""
+    """Of the tiles for rows of so many columns, as the user's cache or the table has it.
+
+    Where this Triton has no tensor descriptors, the same tiles by pointers.
+    """
     own = cache.of_device(device)
-    return table.configuration(table.architecture(device), mode, width, None if own is None else own["configurations"])
+    found = table.configuration(table.architecture(device), mode, width, None if own is None else own["configurations"])
+    return found if HAS_DESCRIPTORS or not found.descriptor else found._replace(descriptor=False)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
