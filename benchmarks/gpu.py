@@ -24,10 +24,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {
-    "machine": 60, "correctness": 90, "self_check": 60, "determinism": 60, "tune": 150, "variants": 60, "speed": 170,
+    "machine": 60, "self_check": 60, "tune": 150, "correctness": 90, "determinism": 60, "variants": 60, "speed": 170,
     "training_step": 60, "chosen": 45, "covariance": 40, "blocks": 40, "colors": 40, "sanitizer": 160,
 }  # fmt: skip
-"""In their order, and the seconds that each may take; the correctness of what is timed comes before its time."""
+"""In their order, and the seconds that each may take. Tiles are chosen first, after a check of a few rows; the
+correctness of what was chosen comes before its time."""
 BROKEN = 3
 """The worker's exit status where the device does not answer any more."""
 

@@ -229,31 +229,19 @@ def head(s: dict[str, Any]) -> str:
         return number((of(r, name) or {})["ms"])
 
     rows = [
-        [f"one H200, {shape(large)}, forward and backward (measured)",
+        [f"{shape(large)}, N x D",
          f"{ms(large, 'ours')} ms; torch.compile {ms(large, 'torch.compile')}, eager {ms(large, 'eager')}; "
          f"{large['memory_MiB']['ours']:.0f} MiB, {large['memory_MiB']['torch.compile']:,.0f}, "
          f"{large['memory_MiB']['eager']:,.0f}"],
-        [f"one H200, {shape(most)} (measured)",
+        [shape(most),
          f"{ms(most, 'ours')} ms in {most['memory_MiB']['ours']:.0f} MiB; Inf-CL {ms(most, 'Inf-CL')} for a quarter of "
          "the similarities"],
-        [f"one H200, {shape(small)}: bound by the host (measured)",
+        [f"{shape(small)}: bound by the host",
          f"{ms(small, 'ours')} ms, **slower** than eager's {ms(small, 'eager')} and torch.compile's "
          f"{ms(small, 'torch.compile')}; in a CUDA graph {ms(small, 'graph')}"],
     ]  # fmt: skip
-    return table(["what it gives", ""], [*WITHOUT_GPU, *rows], 2)
+    return table(["on one H200, forward and backward (measured)", ""], rows, 2)
 
-
-WITHOUT_GPU = [
-    ["memory of a SimCLR loss at B = 4,096, D = 512 (CPU, measured)",
-     "49 to 52 MiB, where lightly's NTXentLoss takes 1,088"],
-    ["VICReg and Barlow Twins on one core, B = 256, D = 2,048 (measured)",
-     "18 and 6 times as fast as lightly's; at B = D = 1,024, 2.0 and 1.0 times"],
-    ["arithmetic of forward and backward (counted)",
-     "2 products of N x N x D, where autograd's formula takes 3"],
-    ["launches of forward and backward besides the tiles (counted)",
-     "10, where a chain of torch's operators takes 113"],
-]  # fmt: skip
-"""Lines of that summary which other scripts measure."""
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     f.__name__: f

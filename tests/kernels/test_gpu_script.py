@@ -29,6 +29,8 @@ def test_a_rehearsal_goes_through_every_stage(tmp_path):
     assert len(report["stages"]) == 13, list(report["stages"])
     assert all("result" in entry for entry in report["stages"].values()), report
     assert "wrong" not in report["stages"]["correctness"]
+    order = list(report["stages"])  # what was chosen is checked, and then timed
+    assert order.index("tune") < order.index("correctness") < order.index("determinism") < order.index("speed")
     tuned = report["stages"]["tune"]["result"]
     assert set(tuned["record"]["auto"]) == {"float32", "tf32"} and len(tuned["record"]["configurations"]) == 9
     assert all("ms" in entry for entry in report["stages"]["variants"]["result"].values())
@@ -58,7 +60,7 @@ def test_the_script_says_what_it_needs(tmp_path):
     done, report = script(tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1 and "expected a CUDA device: torch sees none" in done.stderr and report is None
     done, _ = script(tmp_path, "--rehearse", "--stages", "speeed")
-    assert done.returncode == 2 and "expected some of machine, correctness" in done.stderr
+    assert done.returncode == 2 and "expected some of machine, self_check" in done.stderr
 
 
 def test_losses_of_other_packages_are_unpacked_from_wheels_beside_the_script(tmp_path, monkeypatch):
