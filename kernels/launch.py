@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from ssd_addon.kernels import around, choice, launch_around, resident, tiles
-from ssd_addon.kernels.dispatch import capturing
+from ssd_addon.kernels.dispatch import capturing, free_memory
 from ssd_addon.kernels.fast_product import add_product
 from ssd_addon.kernels.launch_around import ROWS, configuration, on_device_of, with_bounds
 from ssd_addon.kernels.operands import LONGEST, Columns, Layout, Scaled, cdiv, pointer, round_up
@@ -77,8 +77,7 @@ def _free_memory(x: Tensor) -> int:
     """Bytes that can be allocated; where a graph is captured nobody asks the driver."""
     if not x.is_cuda or capturing(x.device):
         return 4 * WEIGHT_BYTES
-    free, _ = torch.cuda.mem_get_info(x.device)
-    return int(free + torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device))
+    return free_memory(x.device)
 
 
 # ------------------------------------------------------------------------------------------------ log-sums

@@ -8,6 +8,7 @@
 Legend: n local rows, N rows over all ranks, E levels (1, or 2 with a prefix), D columns.
 """
 
+import functools
 import importlib.util
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -46,7 +47,7 @@ def configuration(device: torch.device, mode: str, width: int) -> Configuration:
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return torch.cuda.device(x.get_device()) if x.is_cuda else nullcontext()
 
 
 def layout(device: torch.device, d: int, prefix: int, maximum: bool, exact: bool) -> Layout:
@@ -55,6 +56,12 @@ def layout(device: torch.device, d: int, prefix: int, maximum: bool, exact: bool
     sums, weights = configuration(device, "sums" + form, d), configuration(device, "weights" + form, d)
     if weights.resident and exact:  # two fp16 parts take that of rows which are too wide to stay in registers
         weights = configuration(device, "weights" + form, weights.block_k + 1)
+    return _layout(d, prefix, exact, sums, weights)
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(d: int, prefix: int, exact: bool, sums: Configuration, weights: Configuration) -> Layout:
+    """The same object for the same arguments: what it computes of its columns is computed once, not at every step."""
     wide = max(triton.next_power_of_2(d), 16) if weights.resident else weights.block_k
     return Layout(Columns(d, prefix, max(sums.block_k, wide), exact), sums, weights)
 

@@ -97,6 +97,24 @@ def test_a_triton_without_descriptors_runs_the_same_tiles_by_pointers(monkeypatc
     assert launch_around.configuration(torch.device("cpu"), "sums", 20) == tile._replace(descriptor=False)
 
 
+def test_a_layout_is_found_once_and_follows_the_tiles(monkeypatch):
+    cpu, tile = torch.device("cpu"), table.Configuration(64, 64, 64, 4, 2, False, 2)
+    monkeypatch.setattr(table, "configuration", lambda *_: tile)
+    first = launch_around.layout(cpu, 100, 20, False, False)
+    assert launch_around.layout(cpu, 100, 20, False, False) is first and first.columns.ends == (64, 192)
+    assert launch_around.layout(cpu, 100, 0, False, False).columns.ends == (128,)
+    tile = tile._replace(block_k=32)
+    assert launch_around.layout(cpu, 100, 20, False, False).columns.ends == (32, 128)
+
+
+def test_own_tiles_come_before_the_tables_and_those_of_an_architecture_before_the_default():
+    own = {"sums": {"inf": [32, 32, 32, 4, 2, False, 2]}}
+    every = table.table()["configurations"]
+    assert table.configuration("sm_90", "sums", 300, own) == table.Configuration(*own["sums"]["inf"])
+    assert table.configuration("sm_90", "weights", 300, own) == table.Configuration(*every["sm_90"]["weights"]["512"])
+    assert table.configuration("sm_80", "weights", 300) == table.Configuration(*every["default"]["weights"]["inf"])
+
+
 @pytest.mark.parametrize("family", ["simclr", "vicreg", "barlow"])
 @pytest.mark.parametrize("widths", [ONE, TWO, THREE], ids=["one", "two", "three"])
 def test_a_loss_launches_as_few_as_the_table_says_and_reads_once(whole, family, widths):
