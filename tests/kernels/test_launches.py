@@ -81,9 +81,12 @@ def test_tiles_of_another_height_backward_take_one_launch_more(whole, monkeypatc
     low = table.Configuration(32, 64, 64, 4, 2, False, 2)
     high = table.configuration("", "sums", 20)
     monkeypatch.setattr(table, "configuration", lambda arch, mode, *_: low if mode.startswith("weights") else high)
+    found, whole = [], launch.with_bounds
+    monkeypatch.setattr(launch, "with_bounds", lambda *args: found.append(args[-1]) or whole(*args))
     z, ids = unit(200, 20).half().requires_grad_(), torch.arange(200) // 2
     launches, _ = counted(lambda: negative_lse(z, ids, 0.15, backend="triton"), [z])
     assert launches.calls.total() == 11 and launches.tiles.total() == 2, launches.calls
+    assert set(found) == {12}  # 7 tiles of 32 rows, 2 for the last column's, in whole 16 bytes
     (grad,) = torch.autograd.grad(negative_lse(z, ids, 0.15, backend="triton").sum(), z)
     (want,) = torch.autograd.grad(negative_lse(z.double(), ids, 0.15, backend="eager").sum(), z)
     assert (grad.double() - want.double()).norm() < 1e-3 * want.double().norm()
