@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ssd_addon.large_batch import two_pass as two_pass
     from ssd_addon.losses import DualAscent as DualAscent
     from ssd_addon.losses import EquivarianceLoss as EquivarianceLoss
+    from ssd_addon.losses import IndependenceLoss as IndependenceLoss
     from ssd_addon.losses import JointEntropyLoss as JointEntropyLoss
     from ssd_addon.monitor import Monitor as Monitor
     from ssd_addon.plan import ViewPlan as ViewPlan
@@ -70,6 +71,7 @@ _HOME = {
     "JointEntropyLoss": "losses",
     "DualAscent": "losses",
     "EquivarianceLoss": "losses",
+    "IndependenceLoss": "losses",
     "Monitor": "monitor",
     "two_pass": "large_batch",
 }
@@ -94,6 +96,7 @@ __all__ = [
     "DualAscent",
     "Embeddings",
     "EquivarianceLoss",
+    "IndependenceLoss",
     "JointEntropyLoss",
     "Monitor",
     "NativeCrops",
