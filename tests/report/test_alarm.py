@@ -280,6 +280,8 @@ def test_steps_that_come_again_are_forgotten():
     assert said(alarm, lambda step: {}, range(200, 1000, 20)) == []  # from a checkpoint before it was said
     assert said(alarm, lambda step: {}, range(0, 1000, 20)) == []
     assert alarm.active == {}
+    (event,) = said(alarm, one_direction, range(0, 400, 20))  # the healthy lines of those steps no longer count
+    assert event.step == 300
 
 
 # ---- recorded runs
