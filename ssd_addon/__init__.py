@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from ssd_addon import recipes as recipes
     from ssd_addon import report as report
     from ssd_addon import runs as runs
+    from ssd_addon.alarm import CollapseAlarm as CollapseAlarm
+    from ssd_addon.alarm import CollapseWarning as CollapseWarning
     from ssd_addon.auditing.measure import audit as audit
     from ssd_addon.augment import StructuredViews as StructuredViews
     from ssd_addon.batch import ViewBatch as ViewBatch
@@ -57,6 +59,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "audit": "auditing.measure",
+    "CollapseAlarm": "alarm",
+    "CollapseWarning": "alarm",
     "StructuredViews": "augment",
     "StructuredTransform": "transform",
     "presets": "recipes",
@@ -93,6 +97,8 @@ _MODULES = (
     "runs",
 )
 __all__ = [
+    "CollapseAlarm",
+    "CollapseWarning",
     "DualAscent",
     "Embeddings",
     "EquivarianceLoss",
