@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from ssd_addon import _checks
-from ssd_addon.metrics.index import StyleIndex
 from ssd_addon.metrics.labelled import Circular, Factor
 from ssd_addon.metrics.probe import at_least
-from ssd_addon.metrics.spaces import CHUNK, check_spaces
+from ssd_addon.metrics.spaces import CHUNK, check_spaces, unit_rows
 from ssd_addon.metrics.table import Cell, ScoreTable
+
+TIE = 1e-6
+"""Cosines that differ by less are taken as equal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +66,12 @@ def retrieval(
 ) -> RetrievalTable:
     """How close in each attribute the nearest neighbors by each space are: 0 as any images, 1 as close as can be.
 
-    For every query the k nearest other images by cosine (`StyleIndex`), and d their mean distance from it in the
-    attribute: |a - b| of values, the angle between directions, 1 for another class and 0 for the same. With d_chance
-    the mean distance to all other images and d_ideal that to the k nearest in the attribute,
+    For every query the k nearest other images by cosine are found, as by `StyleIndex`, and d is their mean distance
+    from it in the attribute: |a - b| of values, the angle between directions, 1 for another class and 0 for the same.
+    With d_chance the mean distance to all other images and d_ideal that to the k nearest in the attribute,
     score = (mean d_chance - mean d) / (mean d_chance - mean d_ideal), means over queries: below 0 where neighbors are
-    less alike than any images. Where embeddings lie equally close, neighbors are drawn at random among them.
+    less alike than any images. Among images whose cosines differ by less than 1e-6 the neighbors are drawn at random,
+    so a collapsed space scores 0.
 
     A value with a heavy tail is scored by its few largest: give its logarithm. `r2_matrix` asks another question:
     whether a probe can decode the attribute. A space that encodes it beside much else has a high R^2 and a low score
@@ -110,10 +113,8 @@ def retrieval(
     if k > n - 2:
         raise ValueError(f"k: expected at most {n - 2} neighbors, as there are {n} images: got {k}")
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(n, generator=generator)
     asked = torch.zeros(n, dtype=torch.bool)
-    asked[order[: n if queries is None else queries]] = True
-    order = order[torch.randperm(n, generator=generator)]  # ties go by place, and queries are not to come first
+    asked[torch.randperm(n, generator=generator)[:queries]] = True
     scores: dict[Cell, float] = {}
     intervals: dict[Cell, tuple[float, float]] = {}
     notes: dict[Cell, str] = {}
@@ -122,7 +123,7 @@ def retrieval(
     most = (0, 0)
     for name, attribute in attributes.items():
         values, valid = _attribute(name, attribute, n)
-        rows = order[valid[order]]
+        rows = torch.nonzero(valid).flatten()
         places = torch.nonzero(asked[rows]).flatten()
         why = "" if len(rows) >= k + 2 and len(places) else f"defined for {len(rows)} images, {len(places)} queries"
         if not why and values.is_floating_point() and not values[rows].isfinite().all():
@@ -145,8 +146,7 @@ def retrieval(
                 notes[cell] = f"defined for {len(rows)} of {n} images"
             key = space, valid.numpy().tobytes()
             if key not in neighbors:
-                index = StyleIndex({space: z[rows.to(device)]})
-                neighbors[key] = index.search(places.to(device), space, k)[1].cpu()
+                neighbors[key] = _nearest(z[rows.to(device)], places, k, generator)
             d = _distance(v[places, None], v[neighbors[key]], isinstance(attribute, Circular)).mean(1)
             each = torch.stack([d, chance, ideal], 1)
             scores[cell] = float(_score(each.sum(0)))
@@ -183,6 +183,16 @@ def _attribute(name: str, attribute: Factor, n: int) -> tuple[Tensor, Tensor]:
     if len(values) != n:
         raise ValueError(f"attribute {name!r}: expected a value for each of the {n} images: got {len(values)}")
     return values, valid
+
+
+def _nearest(z: Tensor, places: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Rows [q, k] of the nearest to each query by cosine, without itself; ties at random."""
+    unit = unit_rows(z.detach().double())
+    found = []
+    for part in torch.split(places, max(1, CHUNK // len(z))):
+        near = unit[part.to(z.device)] @ unit.T + TIE * torch.rand(len(part), len(z), generator=generator).to(unit)
+        found.append(near.scatter_(1, part[:, None].to(z.device), -math.inf).topk(k, dim=1).indices.cpu())
+    return torch.cat(found)
 
 
 def _distance(a: Tensor, b: Tensor, circular: bool) -> Tensor:
