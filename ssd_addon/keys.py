@@ -254,7 +254,8 @@ def _drawn(
     """Statistics and parameters of views of images [n, ...]: [draws * n, d], draw after draw, on the CPU."""
     statistics: list[dict[str, Tensor]] = []
     drawn: list[Any] = []
-    step = max(1, BLOCK // x[0].numel())
+    larger = max(x[0].numel(), views.independent(x[:1])[0].numel())  # a crop may enlarge
+    step = max(1, BLOCK // larger)
     for i in range(math.ceil(draws / 2)):
         pairs: list[ViewBatch] = []
         for part in torch.split(x, step):

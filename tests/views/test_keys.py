@@ -99,6 +99,12 @@ def test_what_leaves_no_trace_cannot_be_told():
     assert "can hardly be seen" in found.notes["g"] and "can hardly be seen" in str(found)
 
 
+def test_what_hardly_shows_beside_the_original_is_not_called_a_change(monkeypatch):
+    assert of(gain())[0] == "changes"
+    monkeypatch.setattr(keys, "VISIBLE", 1.0)
+    assert of(gain())[0] == "cannot tell"
+
+
 def test_a_group_known_by_its_seed_alone_cannot_be_told():
     verdict, found = of(operations.seeded(lambda x: x * torch.rand(())))
     assert verdict == "cannot tell" and found.parts == () and "a seed" in found.notes["g"]
@@ -178,6 +184,20 @@ def test_batches_are_read_as_far_as_they_are_needed():
 
     assert of(level(), images=loader(), samples=50)[1].images == 50
     assert read == [0, 1]
+
+
+def test_views_that_are_larger_than_their_images_are_made_in_small_parts(monkeypatch):
+    sizes, real = [], keys.image_statistics
+
+    def counted(x):
+        sizes.append(x.numel())
+        return real(x)
+
+    monkeypatch.setattr(keys, "image_statistics", counted)
+    monkeypatch.setattr(keys, "BLOCK", 20_000)
+    crop = K.RandomResizedCrop((40, 40), scale=(0.3, 1.0))
+    assert of(crop, images=gray(40))[1].images == 40
+    assert max(sizes) <= 20_000
 
 
 def test_the_same_seed_finds_the_same():
