@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ssd_addon import keys, operations, recipe
 from ssd_addon.differences import group_values
+from ssd_addon.metrics.probe import Probe, Split
 from ssd_addon.recipes import overwrites
 
 QUICK = {"draws": 12, "bootstrap": 50}
@@ -208,6 +209,20 @@ def test_the_same_seed_finds_the_same():
 def test_gray_images_and_those_of_many_channels():
     assert of(level(), images=gray()[:, :1])[0] == "overwrites"
     assert of(level(), images=gray().repeat(1, 2, 1, 1))[0] == "overwrites"
+
+
+@pytest.mark.parametrize("last", ["noise", "signal"])
+def test_the_statistics_that_show_a_parameter_are_chosen_for_it(last):
+    split = Split.draw(60, Probe("kernel"), 2, 0, torch.device("cpu"), repeats=2)
+    theta, other = (torch.rand(120, 1, generator=generator(seed)).double() for seed in range(2))
+    statistics = {
+        "signal": torch.cat([theta, other], 1),
+        "noise": torch.randn(120, 30, generator=generator(2)).double(),
+    }
+    statistics[last] = statistics.pop(last)
+    targets = [keys._target(t, split) for t in (theta, other)]
+    for error in keys._alone(statistics, targets, split, 0):
+        assert error.shape == (60, 1) and float(error.mean()) < 0.05
 
 
 def test_beside_the_original_each_half_of_the_images_chooses_for_the_other():
