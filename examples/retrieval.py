@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> RetrievalTable:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", metavar="MODEL")
     p.add_argument("--data", type=Path, required=True)
+    p.add_argument("--backbone", help="FILE.py:NAME of a run whose backbone is code")
     p.add_argument("--size", type=whole, help="edge of the images (default: what the run says, or 224)")
     p.add_argument("--images", type=whole, default=2000, help="at most so many, drawn at random")
     p.add_argument("-k", type=whole, default=10, help="neighbors")
@@ -52,7 +53,9 @@ def main(argv: list[str] | None = None) -> RetrievalTable:
     p.add_argument("--out", type=Path)
     p.add_argument("--seed", type=count, default=0)
     args = p.parse_args(argv)
-    opened = None if ":" in args.model and not Path(args.model).exists() else runs.load(args.model)
+    opened = (
+        None if ":" in args.model and not Path(args.model).exists() else runs.load(args.model, backbone=args.backbone)
+    )
     model = build_backbone(args.model, code=True) if opened is None else opened.model
     size = args.size or (opened and opened.card.get("size")) or 224
     images, labels, classes = images_of(args.data, size, args.images, args.seed)

@@ -18,13 +18,14 @@ from torch import nn
 
 from ssd_addon import _checks, _limits
 from ssd_addon._optional import needs
-from ssd_addon.keys import Overwrites as Overwrites
-from ssd_addon.keys import overwrites as overwrites
 from ssd_addon.losses import FAMILIES, DualAscent, FamilyName
 from ssd_addon.metrics.embed import Images
 
 with needs("ssd_addon.recipes"):
     import kornia.augmentation as K
+
+    from ssd_addon.keys import Overwrites as Overwrites
+    from ssd_addon.keys import overwrites as overwrites
 
 AUTO = "auto"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -19,8 +19,8 @@ from ssd_addon.metrics.statistics import derivatives, luma
 
 BINS, NEAR = 72, math.pi / 6
 """Bins of the circle of hues, and how far from the peak a pixel's hue may lie to count."""
-GRAY = 0.02
-"""Mean chroma below which an image has no hue."""
+GRAY, SHARE = 0.1, 0.01
+"""An image has no hue if the mean chroma of its most colorful pixels, this share of all, is below GRAY."""
 
 
 def image_attributes(images: Images, *, batch_size: int = 256) -> dict[str, Factor]:
@@ -61,8 +61,8 @@ def dominant_hue(images: Tensor, *, least: float = GRAY) -> Circular:
     Hue is HSV's, chroma is max(R, G, B) - min(R, G, B). The histogram of hues over 72 bins, weighted by chroma and
     smoothed by (1/4, 1/2, 1/4) around the circle, has its peak somewhere; the result is the circular mean of the hues
     within 30 degrees of it, again weighted by chroma. So a red object on green ground is red or green, by which of the
-    two has more color, and not the yellow between them. An image whose mean chroma is below `least` is gray and has no
-    hue: its fold is 0, which leaves it out of a score.
+    two has more color, and not the yellow between them. An image is gray and has no hue where the hundredth part of
+    its pixels that has most color has a mean chroma below `least`: its fold is 0, which leaves it out of a score.
 
     >>> red, gray = torch.zeros(2, 3, 4, 4).unbind()
     >>> red[0], gray[:] = 0.8, 0.5
@@ -72,13 +72,13 @@ def dominant_hue(images: Tensor, *, least: float = GRAY) -> Circular:
 
     Args:
         images: RGB [n, 3, H, W], uint8 or in [0, 1].
-        least: mean chroma, in [0, 1].
+        least: chroma, in [0, 1], of the most colorful pixels; a small object is enough.
 
     Source: HSV hue, Smith, Color gamut transform pairs, SIGGRAPH 1978; circular mean, Mardia and Jupp, Directional
     Statistics, 2000, section 2.2.
     """
     r, g, b = _rgb(images).double().flatten(2).unbind(1)
-    _checks.not_negative(least, "least", "mean chroma below which an image is gray")
+    _checks.not_negative(least, "least", "chroma below which an image is gray")
     rgb = torch.stack([r, g, b])
     high, low = rgb.amax(0), rgb.amin(0)
     chroma = high - low
@@ -94,7 +94,8 @@ def dominant_hue(images: Tensor, *, least: float = GRAY) -> Circular:
     mean = torch.atan2((weight * away.sin()).sum(1), (weight * away.cos()).sum(1))
     angle = torch.remainder(peak[:, 0] + mean, 2 * math.pi)
     angle = torch.where(angle >= 2 * math.pi - 1e-6, 0.0, angle)  # rounding just below red
-    return Circular(angle.float(), (chroma.mean(1) >= least).long())
+    most = chroma.topk(max(1, round(SHARE * chroma.shape[1])), dim=1).values.mean(1)
+    return Circular(angle.float(), (most >= least).long())
 
 
 def saturation(images: Tensor) -> Vector:

@@ -73,6 +73,14 @@ def test_a_gray_image_has_no_hue():
     assert dominant_hue(image, least=0.0).fold.tolist() == [1, 1, 1]
 
 
+def test_a_small_object_has_a_hue_and_a_colored_pixel_has_not():
+    image = plain(0.5, 0.5, 0.5, size=30).repeat(2, 1, 1, 1)
+    image[0, 0, :3, :3] = 0.9  # nine pixels of 900
+    image[1, 0, 0, 0] = 0.9
+    hue = dominant_hue(image)
+    assert hue.fold.tolist() == [1, 0] and away(float(hue.angle[0]), 0) < 1e-5
+
+
 def test_saturation_and_brightness_against_colorsys():
     x = noise(2, 4)
     for image, s in zip(x, saturation(x).tolist(), strict=True):
