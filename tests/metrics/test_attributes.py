@@ -60,6 +60,12 @@ def test_of_two_colors_the_hue_is_the_stronger_one_and_not_what_lies_between():
     assert away(float(dominant_hue(image).angle), 2 * math.pi / 3) < 1e-5
 
 
+def test_a_color_between_two_bins_counts_as_one():
+    counts = {(0.9, 0.03, 0.0): 20, (0.9, 0.0, 0.03): 18, (0.03, 0.0, 0.9): 26}  # on either side of red, and blue
+    pixels = torch.tensor([rgb for rgb, count in counts.items() for _ in range(count)])
+    assert away(float(dominant_hue(pixels.T.reshape(1, 3, 8, 8)).angle), 0) < math.radians(3)
+
+
 def test_hues_on_either_side_of_red_have_their_mean_at_red():
     image = plain(0.9, 0.0, 0.1).clone()
     image[..., :4] = plain(0.9, 0.1, 0.0)[..., :4]
