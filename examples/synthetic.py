@@ -22,7 +22,7 @@ from latents import CausalLatents, widths
 from sprites import SHAPES, draw_factors, load_dsprites, render, scored
 from torch import Tensor, nn
 
-from ssd_addon import DualAscent, JointEntropyLoss, StyleHeads, ViewBatch, plots
+from ssd_addon import CollapseAlarm, DualAscent, JointEntropyLoss, StyleHeads, ViewBatch, plots
 from ssd_addon.losses import FAMILIES
 from ssd_addon.metrics import Circular, Exclusivity, embed, exclusivity, parameter_matrix, r2_matrix
 from ssd_addon.report import Data
@@ -248,6 +248,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
 
     log: list[dict[str, Any]] = []
+    alarm = CollapseAlarm(args.steps, data.widths)
     start, step, progress, shown = time.monotonic(), 0, 0.0, 0.0
     if args.evaluate:
         model, progress = StyleHeads.load(args.out / "model.pt", data.backbone), 1.0
@@ -272,6 +273,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 log.append({"step": step, "seconds": round(elapsed, 2), **terms.scalars()})
                 if args.dual_ascent is not None:
                     log[-1] |= {f"lambda/{n}": float(w) for n, w in criterion.lambdas(data.plan).items()}
+                log[-1] = alarm.watch(log[-1])
                 file.write(json.dumps(log[-1]) + "\n")
                 file.flush()
             if elapsed - shown > 10 or progress >= 1:

@@ -175,15 +175,17 @@ def _curves(f: Findings) -> str:
         ("parameters/", "own augmentation group", "R², without labels"),
         ("lambda/", "weight of the invariance", "λ"),
     ]
+    alarms = _alarms(steps)
+    marks = [step for step, _ in alarms]
     drawn = []
     if loss := _points(steps, "loss"):
-        drawn.append(panel("loss", "", {6: loss}))
+        drawn.append(panel("loss", "", {6: loss}, marks))
     shown: set[int] = set()
     for prefix, title, unit in panels:
         keys = [f"{prefix}{s}/{s}" if prefix == "parameters/" else f"{prefix}{s}" for s in f.spaces]
         series = {k: points for k, key in enumerate(keys) if (points := _points(steps, key))}
         if series:
-            drawn.append(panel(title, unit, series))
+            drawn.append(panel(title, unit, series, marks))
             shown |= series.keys()
     if not drawn:
         out.append(_na("there is no log.jsonl beside the checkpoint" if not f.log else "the log holds no curve"))
@@ -192,7 +194,17 @@ def _curves(f: Findings) -> str:
             f'<li><i style="background:var(--s{k % 6})"></i>{html(f.spaces[k])}</li>' for k in sorted(shown)
         )
         out += [f'<ul class="legend">{legend}</ul>' if legend else "", f'<div class="plots">{"".join(drawn)}</div>']
+    if alarms:
+        said = "".join(f"<li>step {step:g}: {html(text)}</li>" for step, text in alarms)
+        out.append(f'<p class="note">Dashed: what the collapse alarm said.</p><ul class="alarms">{said}</ul>')
     return "\n".join([*out, "</section>"])
+
+
+def _alarms(entries: Sequence[Mapping[str, Any]]) -> list[tuple[float, str]]:
+    """(step, sentence) of what `CollapseAlarm` said while the run went on."""
+    events = [event for e in entries if isinstance(said := e.get("alarm"), list) for event in said]
+    found = [(e.get("step"), e.get("text")) for e in events if isinstance(e, Mapping)]
+    return [(float(step), text) for step, text in found if finite(step) and isinstance(text, str)]
 
 
 def _points(entries: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
