@@ -1,24 +1,52 @@
-"""Pictures of a report for these pages: `python docs/pictures.py report.html docs/results`. Needs Chromium.
+"""Pictures for these pages.
+
+    python docs/pictures.py report.html docs/results    # of a report: desktop, explorer, phone. Needs Chromium
+    python docs/pictures.py objects docs/results        # of the second generator: shapes, grounds, images
 
 Writes report-desktop.png (verdict and matrices), report-explorer.png (an image, its neighbours, a mix) and
-report-phone.png (the same page on a phone, in the dark).
+report-phone.png (the same page on a phone, in the dark); or objects.png.
 """
 
 import argparse
 import os
 import shutil
+import sys
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+import matplotlib.image
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from objects import GROUNDS, SHAPES, TEXTURES, draw_objects, render_objects
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
 
 
+def objects(path: Path, size: int = 64) -> None:
+    """Every shape alone and centered; the same with each ground and texture; images as they are drawn."""
+    f = draw_objects(4 * SHAPES, torch.Generator().manual_seed(3))
+    f["shape"] = torch.arange(SHAPES).repeat(4)
+    shown = {k: v[: 2 * SHAPES].clone() for k, v in f.items()}
+    still = {"x": 0.0, "y": 0.0, "rotation": 0.0, "scale": 0.45, "brightness": 1.0}
+    shown |= {k: torch.full((2 * SHAPES,), v) for k, v in still.items()}
+    shown["ground"] = torch.arange(2 * SHAPES) % len(GROUNDS)
+    shown["texture"] = torch.arange(2 * SHAPES) % len(TEXTURES)
+    alone = render_objects({k: v[:SHAPES] for k, v in shown.items()}, size, textured=False)
+    dressed = render_objects({k: v[SHAPES:] for k, v in shown.items()}, size)
+    rows = torch.cat([alone, dressed, render_objects(f, size)[: 2 * SHAPES]]).view(4, SHAPES, 3, size, size)
+    strip = rows.permute(0, 3, 1, 4, 2).reshape(4 * size, SHAPES * size, 3)
+    matplotlib.image.imsave(path, strip.numpy())
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("report", type=Path)
+    p.add_argument("report", type=Path, help="a report, or the word objects")
     p.add_argument("out", type=Path)
     args = p.parse_args()
+    if str(args.report) == "objects":
+        return objects(args.out / "objects.png")
+    from playwright.sync_api import sync_playwright
+
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=FLAGS)

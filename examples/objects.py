@@ -10,6 +10,7 @@ images apart so well that SSL learns neither shape nor texture, with or without 
 """
 
 import math
+from functools import cache
 
 import torch
 from sprites import _rgb
@@ -22,37 +23,50 @@ SHAPES, TEXTURES, GROUNDS = (
     ("plain", "stripes", "checks", "rings"),
     ("plain", "ramp", "stripes", "waves", "blotches", "net"),
 )
-HARMONICS = 5
+HARMONICS = 6
+MARK, GRAY, WAVE = 0.15, 0.12, 0.06  # contrast of textures; gray of grounds and its swing
+RANGES = {
+    "x": (-0.28, 0.28),
+    "y": (-0.28, 0.28),
+    "scale": (0.36, 0.5),
+    "rotation": (0.0, 2 * math.pi),
+    "hue": (0.0, 1.0),
+    "brightness": (0.55, 1.0),
+}
+"""Of the factors that are numbers. Position: of the half edge from the middle; scale: the radius of the circle of equal
+area, of the half edge; hue: of the circle."""
 
 
+@cache
 def _curves() -> tuple[Tensor, Tensor]:
-    """Amplitudes and phases [SHAPES, HARMONICS] of radius(angle) = 1 + sum a_k cos((k + 1) angle + phase_k)."""
-    g = torch.Generator().manual_seed(7)
-    falling = torch.tensor([0.0, 0.34, 0.26, 0.2, 0.14])  # no first harmonic: it would only move the object
-    amplitudes = falling * (0.15 + torch.rand(SHAPES, HARMONICS, generator=g) ** 0.5)
-    return amplitudes, 2 * math.pi * torch.rand(SHAPES, HARMONICS, generator=g)
+    """Amplitudes and phases [SHAPES, HARMONICS] of radius(angle) = 1 + sum a_k cos((k + 1) angle + phase_k).
+
+    Of 400 random curves of equal area, those that are farthest apart: each next one is the one whose nearest chosen
+    curve, turned to fit as well as it can, is farthest.
+    """
+    g, n, angles = torch.Generator().manual_seed(7), 400, 180
+    share = torch.rand(n, HARMONICS - 1, generator=g) ** 3  # mostly one or two harmonics
+    total = 0.25 + 0.25 * torch.rand(n, 1, generator=g)
+    # No first harmonic: it would only move the object.
+    amplitudes = torch.cat([torch.zeros(n, 1), total * share / share.sum(1, keepdim=True)], 1)
+    phases = 2 * math.pi * torch.rand(n, HARMONICS, generator=g)
+    k = torch.arange(1, HARMONICS + 1)[:, None] * 2 * math.pi * torch.arange(angles) / angles
+    radius = 1 + (amplitudes[:, :, None] * torch.cos(k + phases[:, :, None])).sum(1)
+    f = torch.fft.fft(radius / radius.square().mean(1, keepdim=True).sqrt())
+    # Curves of equal power: the squared distance after the best turn follows from the largest correlation.
+    distance = 2 - 2 * torch.fft.ifft(f[:, None] * f.conj()).real.amax(-1) / angles
+    chosen = [int(distance.mean(1).argmax())]
+    while len(chosen) < SHAPES:
+        chosen.append(int(distance[:, chosen].amin(1).argmax()))
+    return amplitudes[chosen], phases[chosen]
 
 
 def draw_objects(n: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """n independent draws: shape, texture, ground, x, y (-0.4 to 0.4 of the half edge), scale (0.26-0.4 of the half
-    edge), rotation (radians), hue (0-1), brightness (0.55-1)."""
-
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(n, generator=generator)
-
-    def kind(count: int) -> Tensor:
-        return torch.randint(count, (n,), generator=generator)
-
-    return {
-        "shape": kind(SHAPES),
-        "texture": kind(len(TEXTURES)),
-        "ground": kind(len(GROUNDS)),
-        "x": uniform(-0.4, 0.4),
-        "y": uniform(-0.4, 0.4),
-        "scale": uniform(0.26, 0.4),
-        "rotation": uniform(0, 2 * math.pi),
-        "hue": uniform(0, 1),
-        "brightness": uniform(0.55, 1.0),
+    """n independent draws of shape, texture and ground (integers) and of the factors of `RANGES`, each uniform."""
+    counts = {"shape": SHAPES, "texture": len(TEXTURES), "ground": len(GROUNDS)}
+    kinds = {name: torch.randint(count, (n,), generator=generator) for name, count in counts.items()}
+    return kinds | {
+        name: low + (high - low) * torch.rand(n, generator=generator) for name, (low, high) in RANGES.items()
     }
 
 
@@ -69,6 +83,7 @@ def render_objects(factors: dict[str, Tensor], size: int = 48, *, textured: bool
     amplitudes, phases = (t.to(device)[f["shape"]] for t in _curves())
     for k in range(HARMONICS):
         edge = edge + amplitudes[:, k, None, None] * torch.cos((k + 1) * angle + phases[:, k, None, None])
+    edge = edge / (1 + amplitudes.square().sum(1) / 2).sqrt()[one]  # of equal area, so that size does not tell shape
     alpha = (0.5 - (radius - edge) * r * size / 2 * 0.8).clamp(0, 1)
     color = _rgb(f["hue"], torch.ones_like(f["hue"]))[:, :, None, None]
     if not textured:
@@ -82,7 +97,7 @@ def render_objects(factors: dict[str, Tensor], size: int = 48, *, textured: bool
         ]
     )
     mark = (marks.gather(0, f["texture"].view(1, -1, 1, 1).expand(1, *u.shape))[0] * 2).clamp(-1, 1)
-    surface = color * (0.8 + 0.2 * mark)[:, None]
+    surface = color * (1 - MARK + MARK * mark)[:, None]
     x, y = line[None, None, :].expand_as(u), line[None, :, None].expand_as(u)
     grounds = torch.stack(
         [
@@ -94,7 +109,7 @@ def render_objects(factors: dict[str, Tensor], size: int = 48, *, textured: bool
             2 * torch.maximum(torch.cos(8 * x), torch.cos(8 * y)) - 1,
         ]
     )
-    ground = 0.3 + 0.2 * grounds.gather(0, f["ground"].view(1, -1, 1, 1).expand(1, *x.shape))[0].clamp(-1, 1)
+    ground = GRAY + WAVE * grounds.gather(0, f["ground"].view(1, -1, 1, 1).expand(1, *x.shape))[0].clamp(-1, 1)
     scene = alpha[:, None] * surface + (1 - alpha[:, None]) * ground[:, None]
     return f["brightness"][:, None, None, None] * scene
 
