@@ -50,6 +50,7 @@ def test_a_ground_is_gray_and_the_same_in_all_images(ground):
     assert (x.amax(1) - x.amin(1))[outside].abs().max() < 1e-6
     seen = torch.where(outside, x[:, 0], torch.nan)
     count = outside.sum(0)
+    assert seen[outside].max() < 0.2  # an object is at least 0.7 bright under full light
     spread = seen.nan_to_num(-1).amax(0) - seen.nan_to_num(2).amin(0)
     assert (count > 1).float().mean() > 0.9 and spread[count > 1].max() < 1e-6
 
@@ -111,6 +112,12 @@ def test_position_scale_and_rotation_are_the_object_s():
     centered = f | {"x": torch.zeros(1), "y": torch.zeros(1)}
     quarter = masks(**(centered | {"rotation": f["rotation"] + math.pi / 2}))
     torch.testing.assert_close(quarter, masks(**centered).rot90(-1, (1, 2)), atol=1e-3, rtol=0)
+
+
+def test_the_object_lies_within_the_image():
+    f = drawn(400)
+    visible = masks(**f).sum((1, 2)) / (math.pi * (24 * f["scale"]) ** 2)
+    assert visible.min() > 0.985 and visible.max() < 1.015
 
 
 def test_probes_get_circles_for_hue_and_rotation():
