@@ -17,7 +17,7 @@ DEFAULTS: dict[str, Config] = {
     },
     "partial": {
         "method": "ours", "spaces": "subsets", "entropy": "joint", "dependent": 0,
-        "passes": 1024, "steps": 1200, "lr": 3e-3, "encoder": (10, 20, 20, 20, 10), "space": 16, "temperature": 0.15,
+        "passes": 1024, "steps": 1600, "lr": 3e-3, "encoder": (10, 20, 20, 20, 10), "space": 16, "temperature": 0.15,
         "weight": 1.0, "samples": 2048, "fit": 512,
     },
 }  # fmt: skip
