@@ -13,12 +13,12 @@ DEFAULTS: dict[str, Config] = {
     "pair": {
         "method": "ours", "pairs": "content", "change": 0.75, "statistical": False, "causal": False,
         "passes": 768, "steps": 1500, "lr": 3e-3, "encoder": (10, 20, 20, 20, 10), "space": 16, "temperature": 0.08,
-        "weight": 1.0, "samples": 4096, "fit": 1024,
+        "weight": 1.0, "samples": 4096, "fit": 1024, "rows": 1600,
     },
     "partial": {
         "method": "ours", "spaces": "subsets", "entropy": "joint", "dependent": 0,
         "passes": 1024, "steps": 1600, "lr": 3e-3, "encoder": (10, 20, 20, 20, 10), "space": 16, "temperature": 0.15,
-        "weight": 1.0, "samples": 2048, "fit": 512,
+        "weight": 1.0, "samples": 2048, "fit": 512, "rows": 1000,
     },
 }  # fmt: skip
 

@@ -88,17 +88,16 @@ def score(c: dict[str, Any], world: Any, method: Any) -> dict[str, Any]:
     if c["world"] == "pair":
         x, factors = world.labelled(c["samples"], g)
         z = factors if method is None else {n: t.cpu() for n, t in method.encode(x.to(like)).items()}
-        return of_pair(z, factors, c["fit"])
+        return of_pair(z, factors, c["fit"], c["rows"])
     z = world.latents(c["samples"], g)
-    views, common = range(len(world.latents_of)), world.shared(range(len(world.latents_of)))
+    common = world.shared(range(len(world.latents_of)))
     if method is None:
         names = METHODS["partial"]["theirs"](c, world).places
         codes = {s: {k: z[:, list(world.shared(s))] for k in s} for s in names}
     else:
         codes = method.encode([x.to(like) for x in world.observe(z)])
         codes = {s: {k: t.cpu() for k, t in by_view.items()} for s, by_view in codes.items()}
-    assert set(codes) and all(set(s) <= set(views) for s in codes)
-    return of_views(codes, z, common, c["fit"])
+    return of_views(codes, z, common, c["fit"], c["rows"])
 
 
 def key(run: dict[str, Any]) -> str:

@@ -72,11 +72,11 @@ def _r2(y: Tensor, guess: Tensor) -> Tensor:
     return 1 - (y - guess).square().sum(0) / (y - y.mean(0)).square().sum(0)
 
 
-def of_pair(z: Mapping[str, Tensor], factors: Mapping[str, Tensor], train: int) -> dict[str, Any]:
+def of_pair(z: Mapping[str, Tensor], factors: Mapping[str, Tensor], train: int, rows: int) -> dict[str, Any]:
     """Table -> space -> factor -> score, a mean over the factor's columns.
 
     "theirs" and "theirs, linear" are fitted on the first `train` rows and scored on the rest; "linear", "kernel" and
-    "conditional" (with the true content beside the space) are this library's, half of all rows to fit.
+    "conditional" (with the true content beside the space) are this library's, on the first `rows`, half of them to fit.
     """
     out: dict[str, Any] = {"theirs": {}, "theirs, linear": {}}
     columns, widths = torch.cat(list(factors.values()), 1), [t.shape[1] for t in factors.values()]
@@ -84,11 +84,11 @@ def of_pair(z: Mapping[str, Tensor], factors: Mapping[str, Tensor], train: int) 
         for kind, measure in (("theirs", kernel_ridge_r2), ("theirs, linear", linear_r2)):
             each = measure(t, columns, train).split(widths)
             out[kind][space] = {n: round(float(v.mean()), 4) for n, v in zip(factors, each, strict=True)}
-    return out | matrices(z, factors)
+    return out | matrices(z, factors, rows)
 
 
 def of_views(
-    codes: Mapping[tuple[int, ...], Mapping[int, Tensor]], z: Tensor, common: Sequence[int], train: int
+    codes: Mapping[tuple[int, ...], Mapping[int, Tensor]], z: Tensor, common: Sequence[int], train: int, rows: int
 ) -> dict[str, Any]:
     """Table -> subset of views -> latent -> score.
 
@@ -100,6 +100,7 @@ def of_views(
         z: latents [n, width].
         common: what all views observe.
         train: rows that their protocol is fitted on.
+        rows: that the library's tables are made of.
     """
     out: dict[str, Any] = {"theirs": {}, "theirs, linear": {}}
     for subset, by_view in codes.items():
@@ -109,15 +110,16 @@ def of_views(
     first = {_label(s): by_view[s[0]] for s, by_view in codes.items()}
     rest = [j for j in range(z.shape[1]) if j not in common]
     factors = {"content": z[:, list(common)], **{str(j): z[:, j] for j in rest}}
-    return out | matrices(first, factors)
+    return out | matrices(first, factors, rows)
 
 
 def _label(subset: Sequence[int]) -> str:
     return "".join(str(k) for k in subset)
 
 
-def matrices(z: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """This library's three tables, as dictionaries space -> factor -> score."""
+def matrices(z: Mapping[str, Tensor], factors: Mapping[str, Tensor], rows: int) -> dict[str, Any]:
+    """This library's three tables of the first rows, as dictionaries space -> factor -> score."""
+    z, factors = ({name: t[:rows] for name, t in its.items()} for its in (z, factors))
     tables = {
         "linear": r2_matrix(z, factors, probe="ridge", bootstrap=0),
         "kernel": r2_matrix(z, factors, probe="kernel", bootstrap=0),

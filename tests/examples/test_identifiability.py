@@ -24,7 +24,7 @@ def draws(seed: int = 0) -> torch.Generator:
 
 
 def small(world: str, **config) -> dict:
-    return {"world": world, "encoder": (2, 2), "steps": 2, "samples": 60, "fit": 30, "passes": 96, **config}
+    return {"world": world, "encoder": (2, 2), "steps": 2, "samples": 60, "fit": 30, "rows": 60, "passes": 96, **config}
 
 
 class TestMixing:
@@ -206,7 +206,7 @@ class TestRows:
 
     def test_the_truth_tells_style_only_as_far_as_it_depends_on_content(self):
         def tells(**options) -> float:
-            config = {"world": "pair", "method": "truth", "samples": 400, "fit": 200, **options}
+            config = {"world": "pair", "method": "truth", "samples": 400, "fit": 200, "rows": 20, **options}
             return runner.train(config, 0)["scores"]["theirs"]["content"]["style"]
 
         assert tells(causal=True) > 0.4 and abs(tells()) < 0.1
