@@ -1,4 +1,4 @@
-"""What is run: experiment -> rows (a name and what differs from the defaults), three seeds each.
+"""What is run: experiment -> rows (a name and what differs from the defaults), three seeds each; longer runs have one.
 
 Budgets are encoder passes: a step of any method costs the same number of observations through an encoder of the same
 size. They are a fraction of the papers' (100,001 steps of 3 x 6,144 or 8 x 4,096 passes, and encoders 50 times as wide
@@ -52,8 +52,13 @@ EXPERIMENTS: dict[str, tuple[str, list[Row]]] = {
     },
     "partial/independent": ("partial", PARTIAL),
     "partial/dependent": ("partial", [(n, {"dependent": 6} | c) for n, c in [*PARTIAL, TRUTH]]),
+    "longer/independent latents": ("pair", [(n, {"steps": 6000} | c) for n, c in PAIR]),
 }
 SEEDS = 3
+
+
+def seeds_of(experiment: str) -> int:
+    return 1 if experiment.startswith("longer/") else SEEDS
 
 
 def runs(prefixes: list[str] | None = None) -> list[dict[str, Any]]:
@@ -67,4 +72,5 @@ def runs(prefixes: list[str] | None = None) -> list[dict[str, Any]]:
         for seed in range(SEEDS)
         for e in wanted
         for name, config in EXPERIMENTS[e][1]
+        if seed < seeds_of(e)
     ]

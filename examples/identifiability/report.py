@@ -15,6 +15,7 @@ from identifiability import grid
 from identifiability.generators import VIEWS
 
 Line = dict[str, Any]
+PROBES = {"theirs": "kernel ridge", "theirs, linear": "linear", "linear": "linear", "kernel": "kernel"}
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "identifiability.md"
 
 
@@ -22,7 +23,7 @@ def found(lines: Iterable[Line], experiment: str, config: grid.Config) -> list[L
     """The lines of one row, by seed; the last one where a seed has several."""
     wanted = {"world": grid.EXPERIMENTS[experiment][0], **config}
     rows = [x for x in lines if x["experiment"] == experiment and x.get("config") == wanted]
-    by_seed = {x["seed"]: x for x in rows if x["seed"] < grid.SEEDS}
+    by_seed = {x["seed"]: x for x in rows if x["seed"] < grid.seeds_of(experiment)}
     return [by_seed[seed] for seed in sorted(by_seed)]
 
 
@@ -48,8 +49,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def named(name: str, rows: list[Line]) -> str:
-    missing = grid.SEEDS - len(rows)
-    return name + ("" if not missing else f" ({len(rows)} of {grid.SEEDS} seeds)")
+    """A row of one seed has a dagger; one that lacks some says so."""
+    if len(rows) == 1:
+        return f"{name} †"
+    wanted = grid.seeds_of(rows[0]["experiment"])
+    return name + ("" if len(rows) == wanted else f" ({len(rows)} of {wanted} seeds)")
 
 
 Measure = Callable[[dict[str, Any]], float]
@@ -70,15 +74,15 @@ def of(kind: str, space: str, factor: str) -> Measure:
     return lambda scores: float(scores[kind].get(space, {}).get(factor, math.nan))
 
 
-def pair(*kinds: str) -> Callable[[list[Line]], str]:
+def pair(prefix: str, *kinds: str) -> Callable[[list[Line]], str]:
     """What each space holds of content and style, by each of the kinds of score."""
     cells = [("content", "content"), ("content", "style"), ("style", "style"), ("style", "content")]
     columns = {
-        f"{factor} from {space} code" + (f", {kind}" if len(kinds) > 1 else ""): of(kind, space, factor)
+        f"{factor} from {space} code" + (f", {PROBES[kind]}" if len(kinds) > 1 else ""): of(kind, space, factor)
         for space, factor in cells
         for kind in kinds
     }
-    return lambda lines: rows_of(lines, "pair/", columns)
+    return lambda lines: rows_of(lines, prefix, columns)
 
 
 def conditional(lines: list[Line]) -> str:
@@ -134,7 +138,7 @@ def finer(lines: list[Line]) -> str:
 
 def budgets(lines: list[Line]) -> str:
     rows = []
-    for prefix in ("pair/", "partial/"):
+    for prefix in ("pair/", "longer/", "partial/"):
         seen = {}
         for experiment, (_, its) in grid.EXPERIMENTS.items():
             for name, config in its if experiment.startswith(prefix) else ():
@@ -173,10 +177,11 @@ def agreement(lines: list[Line]) -> str:
 TABLES: dict[str, Callable[[list[Line]], str]] = {
     "budgets": budgets,
     "agreement": agreement,
-    "pair: their protocol": pair("theirs"),
-    "pair: their linear probe": pair("theirs, linear"),
-    "pair: our protocol": pair("linear", "kernel"),
+    "pair: their protocol": pair("pair/", "theirs"),
+    "pair: their linear probe": pair("pair/", "theirs, linear"),
+    "pair: our protocol": pair("pair/", "linear", "kernel"),
     "pair: conditional": conditional,
+    "pair: longer": pair("longer/", "theirs", "theirs, linear"),
     "partial: their protocol": partial("theirs"),
     "partial: their linear probe": partial("theirs, linear"),
     "partial: finer": finer,
