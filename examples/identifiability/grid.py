@@ -16,7 +16,7 @@ DEFAULTS: dict[str, Config] = {
         "weight": 1.0, "samples": 4096, "fit": 1024, "rows": 1600,
     },
     "partial": {
-        "method": "ours", "spaces": "subsets", "entropy": "joint", "dependent": 0,
+        "method": "ours", "spaces": "subsets", "entropy": "joint", "dependent": 0, "dual": None,
         "passes": 1024, "steps": 1600, "lr": 3e-3, "encoder": (10, 20, 20, 20, 10), "space": 16, "temperature": 0.15,
         "weight": 1.0, "samples": 2048, "fit": 512, "rows": 1000,
     },
@@ -36,6 +36,7 @@ PARTIAL: list[Row] = [
     ("ours, a space for each subset", {}),
     ("ours, a space for each subset, separate entropies", {"entropy": "separate"}),
     ("ours, a space for each set of latents", {"spaces": "latents"}),
+    ("ours, a space for each set of latents, dual ascent", {"spaces": "latents", "dual": 0.02}),
 ]
 TRUTH: Row = ("the true latents", {"method": "truth"})
 SETTINGS: dict[str, Config] = {

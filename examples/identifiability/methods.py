@@ -13,7 +13,7 @@ import torch
 from identifiability.generators import ContentStyle, PartialViews
 from torch import Tensor, nn
 
-from ssd_addon import JointEntropyLoss, StyleHeads, ViewPlan
+from ssd_addon import DualAscent, JointEntropyLoss, StyleHeads, ViewPlan
 
 Config = dict[str, Any]
 
@@ -170,7 +170,8 @@ class OursPartial(nn.Module):
 
     `spaces` of the configuration: "subsets" has a space for each subset of views, "latents" one for all views and one
     for each subset of all views but one. With `entropy` "separate" every subset has a loss of its own, over its own
-    views, instead of the joint entropy of all spaces.
+    views, instead of the joint entropy of all spaces. With `dual`, a tolerance, dual ascent raises the weights of spaces whose
+    pairs disagree by more.
     """
 
     def __init__(self, c: Config, world: PartialViews) -> None:
@@ -191,7 +192,11 @@ class OursPartial(nn.Module):
             )
             for view in world.latents_of
         )
-        self.criterion = JointEntropyLoss("simclr", temperature=c["temperature"], weights=c["weight"])
+        weights: Any = c["weight"]
+        if c["dual"] is not None:
+            ascent = {"tolerance": c["dual"], "step_size": 0.02, "warmup_steps": 300}
+            weights = DualAscent(self.plan.spaces, start=c["weight"], **ascent)
+        self.criterion = JointEntropyLoss("simclr", temperature=c["temperature"], weights=weights)
 
     def passes(self, samples: int) -> int:
         return len(self.nets) * samples
@@ -208,6 +213,9 @@ class OursPartial(nn.Module):
     def loss(self, world: PartialViews, samples: int, g: torch.Generator) -> Tensor:
         like = next(self.parameters())
         z = self.project([x.to(like) for x in world.observe(world.latents(samples, g))])
+        if isinstance(self.criterion.weights, DualAscent):
+            self.terms = self.criterion.terms(z, self.plan)
+            return self.terms.loss
         if not self.separate:
             return self.criterion(z, self.plan)
         losses = []
@@ -215,6 +223,11 @@ class OursPartial(nn.Module):
             plan = ViewPlan(pairs={"content": list(itertools.combinations(range(len(subset)), 2))})
             losses.append(self.criterion({"content": z[name][list(subset)]}, plan))
         return torch.stack(losses).sum()
+
+    def after(self) -> None:
+        """Once the optimizer has stepped."""
+        if isinstance(self.criterion.weights, DualAscent):
+            self.criterion.weights.step(self.terms)
 
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -62,6 +62,8 @@ def train(config: dict[str, Any], seed: int, device: str = "cpu") -> dict[str, A
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        if hasattr(method, "after"):
+            method.after()
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss.item()}")
     return {

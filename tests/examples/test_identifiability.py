@@ -6,7 +6,7 @@ import pytest
 import torch
 from identifiability import grid, report, runner
 from identifiability.generators import VIEWS, ContentStyle, Mixing, PartialViews
-from identifiability.methods import METHODS, Ours, Theirs, contrast
+from identifiability.methods import METHODS, Ours, OursPartial, Theirs, contrast
 from identifiability.scores import kernel_ridge_r2, linear_r2
 
 
@@ -149,7 +149,7 @@ def configurations(world: str) -> list[dict]:
 class TestBudgets:
     @pytest.mark.parametrize("world", ["pair", "partial"])
     def test_every_method_makes_the_same_number_of_encoder_passes(self, world):
-        assert len(configurations(world)) == 4
+        assert len(configurations(world)) >= 4
         for config in configurations(world):
             c = grid.DEFAULTS[world] | config | {"encoder": (2,)}
             its = runner.world_of(c, 0)
@@ -192,6 +192,15 @@ class TestRows:
             assert line["budget"]["steps"] == 2 and line["budget"]["passes"] == 96
             spaces = 1 + (config.get("pairs") == grid.BOTH) if world == "pair" else 11
             assert len(tables["theirs"]) == (5 if config.get("spaces") == "latents" else spaces)
+
+    def test_dual_ascent_moves_the_weights_after_its_warm_up(self):
+        world = PartialViews(0)
+        method = OursPartial(grid.DEFAULTS["partial"] | {"encoder": (2,), "spaces": "latents", "dual": 0.02}, world)
+        method.criterion.weights.warmup_steps = 1
+        for expected in (False, True):
+            method.loss(world, 8, draws())
+            method.after()
+            assert bool((method.criterion.weights.values > 1).any()) == expected
 
     def test_one_seed_is_one_run(self):
         config = small("pair", pairs=grid.BOTH)
