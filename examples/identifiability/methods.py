@@ -170,8 +170,8 @@ class OursPartial(nn.Module):
 
     `spaces` of the configuration: "subsets" has a space for each subset of views, "latents" one for all views and one
     for each subset of all views but one. With `entropy` "separate" every subset has a loss of its own, over its own
-    views, instead of the joint entropy of all spaces. With `dual`, a tolerance, dual ascent raises the weights of spaces whose
-    pairs disagree by more.
+    views, instead of the joint entropy of all spaces. With `dual`, a tolerance, dual ascent raises the weights of
+    spaces whose pairs disagree by more.
     """
 
     def __init__(self, c: Config, world: PartialViews) -> None:
