@@ -169,7 +169,13 @@ def agreement(lines: list[Line]) -> str:
     rows = []
     for name in ("pair", "partial"):
         for what, value in its[-1][name].items():
-            text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else f"{value:.4g}"
+            text = (
+                ", ".join(f"{k} {v}" for k, v in value.items())
+                if isinstance(value, dict)
+                else f"{value:,}"
+                if isinstance(value, int)
+                else f"{value:.4g}"
+            )
             rows.append([name, what, text])
     return table(["experiment", "compared", "value"], rows)
 

@@ -202,6 +202,13 @@ class TestRows:
             method.after()
             assert bool((method.criterion.weights.values > 1).any()) == expected
 
+    def test_training_steps_the_ascent_once_after_every_step(self, monkeypatch):
+        calls = []
+        monkeypatch.setattr(OursPartial, "after", lambda self: calls.append(self.terms.loss.item()))
+        monkeypatch.setattr(runner, "score", lambda *_: {})
+        runner.train(small("partial", spaces="latents", dual=0.02), 0)
+        assert len(set(calls)) == 2
+
     def test_one_seed_is_one_run(self):
         config = small("pair", pairs=grid.BOTH)
         assert runner.train(config, 1)["scores"] == runner.train(config, 1)["scores"]
