@@ -24,10 +24,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {
-    "machine": 60, "correctness": 90, "self_check": 60, "determinism": 60, "tune": 150, "variants": 60, "speed": 170,
+    "machine": 60, "self_check": 60, "tune": 150, "correctness": 90, "determinism": 60, "variants": 60, "speed": 170,
     "training_step": 60, "chosen": 45, "covariance": 40, "blocks": 40, "colors": 40, "sanitizer": 160,
 }  # fmt: skip
-"""In their order, and the seconds that each may take; the correctness of what is timed comes before its time."""
+"""In their order, and the seconds that each may take. Tiles are chosen first, after a check of a few rows; the
+correctness of what was chosen comes before its time."""
 BROKEN = 3
 """The worker's exit status where the device does not answer any more."""
 
@@ -200,10 +201,47 @@ def write_table(out: Path, report: dict[str, Any]) -> None:
     right = "result" in stages.get("correctness", {}) and not stages["correctness"].get("wrong")
     if machine and tuned and right and not report["rehearsal"]:
         arch = machine["architecture"]
-        table["configurations"].setdefault(arch, {}).update(tuned["record"]["configurations"])
-        table["auto"][arch] = tuned["record"]["auto"]
+        for mode, buckets in tuned["record"]["configurations"].items():
+            replace_tiles(table, arch, mode, merged(buckets))
+        table["auto"][arch] = {name: merged(rows) for name, rows in tuned["record"]["auto"].items()}
         table["measured"] = machine
-    save(out / "table.json", table)
+    (out / "table.json").write_text(compact(table) + "\n")
+
+
+def replace_tiles(table: dict[str, Any], arch: str, mode: str, buckets: dict[str, Any]) -> None:
+    """New tiles of a mode; those that were in use until now stay candidates, as they may win on the next machine."""
+    tiles, tried = (
+        {**table[kind]["default"], **table[kind].get(arch, {})} for kind in ("configurations", "candidates")
+    )
+    more = {size: list(values) for size, values in tried.get(mode, {}).items()}
+    listed = more.setdefault("inf", [])
+    known = {tuple(c) for c in listed}
+    listed += [c for c in tiles[mode].values() if tuple(c) not in known]
+    table["candidates"].setdefault(arch, {})[mode] = more
+    table["configurations"].setdefault(arch, {})[mode] = buckets
+
+
+def merged(buckets: dict[str, Any]) -> dict[str, Any]:
+    """Entries by width without those that the next wider one repeats."""
+    widths = sorted(buckets, key=float)
+    return {
+        w: buckets[w] for w, wider in zip(widths, [*widths[1:], None], strict=True) if buckets[w] != buckets.get(wider)
+    }
+
+
+def compact(content: Any, depth: int = 0) -> str:
+    """JSON with what fits a line on one."""
+    line = json.dumps(content)
+    if depth + len(line) <= 110 or not isinstance(content, dict | list):
+        return line
+    inner = (
+        [f"{json.dumps(k)}: {compact(v, depth + 1)}" for k, v in content.items()]
+        if isinstance(content, dict)
+        else [compact(v, depth + 1) for v in content]
+    )
+    opening, closing = "{}" if isinstance(content, dict) else "[]"
+    indent = " " * (depth + 1)
+    return f"{opening}\n{indent}" + f",\n{indent}".join(inner) + f"\n{' ' * depth}{closing}"
 
 
 if __name__ == "__main__":

@@ -179,12 +179,15 @@ def wanted(arch: int, modes: list[str] | None = None) -> list[dict[str, Any]]:
 def rows(architectures: list[int], modes: list[str] | None = None, candidates: bool = True) -> list[dict[str, Any]]:
     """What is `wanted`, compiled."""
     found = []
+    compiled: dict[str, dict[str, Any]] = {}  # several widths may have the same tile, and a candidate may be in use
     for arch in architectures:
         for row in wanted(arch, modes):
             if candidates or not row["candidate"]:
                 c = table.Configuration(*row["configuration"])
-                row |= compile_one(arch, row["kernel"], row["switches"], c)
-                found.append({**row, "limit": (SHARED[arch] - 1) * 1024})
+                key = json.dumps([arch, row["kernel"], row["switches"], c])
+                if key not in compiled:
+                    compiled[key] = compile_one(arch, row["kernel"], row["switches"], c)
+                found.append({**row, **compiled[key], "limit": (SHARED[arch] - 1) * 1024})
     return found
 
 

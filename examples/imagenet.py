@@ -40,7 +40,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ssd_addon import DualAscent, EquivarianceLoss, JointEntropyLoss, Monitor, StructuredCollate, StructuredViews
 
-from ssd_addon import StyleHeads, plots, recipe, runs  # fmt: skip  # isort: skip
+from ssd_addon import CollapseAlarm, StyleHeads, plots, recipe, runs  # fmt: skip  # isort: skip
 from ssd_addon.losses import Diverged, Terms
 from ssd_addon.recipes import MEAN, STD
 
@@ -159,7 +159,7 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
     images = StructuredCollate(args.size)(samples)[0] if len(samples) >= 10 else None
     board = runs.tensorboard(args.out, after=step) if args.tensorboard and rank == 0 else None
     measured = {"views": None if images is None else views, "images": images, "batch_size": args.batch_size}
-    monitor = Monitor(log, tensorboard=board, **measured)
+    monitor = Monitor(log, tensorboard=board, alarm=CollapseAlarm(total, core.spaces), **measured)
     say(f"{len(data)} images, {classes} classes, {world} x {args.batch_size} a step, {per_epoch} steps an epoch")
 
     def normalized(x):

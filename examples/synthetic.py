@@ -22,9 +22,9 @@ from latents import CausalLatents, widths
 from sprites import SHAPES, draw_factors, load_dsprites, render, scored
 from torch import Tensor, nn
 
-from ssd_addon import DualAscent, JointEntropyLoss, StyleHeads, ViewBatch, plots
+from ssd_addon import CollapseAlarm, DualAscent, JointEntropyLoss, StyleHeads, ViewBatch, plots
 from ssd_addon.losses import FAMILIES
-from ssd_addon.metrics import Circular, embed, parameter_matrix, r2_matrix
+from ssd_addon.metrics import Circular, Exclusivity, embed, exclusivity, parameter_matrix, r2_matrix
 from ssd_addon.report import Data
 from ssd_addon.runs import build_views
 
@@ -68,6 +68,23 @@ GROUPS = {
     ],
 }
 """The operations that change sprites, by Kornia's names: what the checkpoint's card says of the views."""
+
+
+OWN = {"content": ("shape",), "color": ("hue", "brightness"), "spatial": ("x", "y", "scale")}
+"""What each space should encode of sprites; rotation is left out, since it is an angle of one shape at a time."""
+TESTED = 2000
+"""Sprites that decide whether a space depends on more than its own factors; below 50 there is no test."""
+
+
+def leaks(z: dict[str, Tensor], factors: dict[str, Any]) -> Exclusivity | None:
+    """Whether a space depends on a factor that is not its own; sprites' factors are drawn independently."""
+    n = min(TESTED, len(factors["shape"]))
+    if n < 50:
+        return None
+    known = {f: factors[f] for names in OWN.values() for f in names}
+    some = {f: Circular(v.angle[:n], v.fold) if isinstance(v, Circular) else v[:n] for f, v in known.items()}
+    own = {space: names for space, names in OWN.items() if space in z}
+    return exclusivity({space: z[space][:n] for space in own}, some, own, independent=True)
 
 
 def sprites(samples: int) -> Data:
@@ -231,6 +248,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
 
     log: list[dict[str, Any]] = []
+    alarm = CollapseAlarm(args.steps, data.widths)
     start, step, progress, shown = time.monotonic(), 0, 0.0, 0.0
     if args.evaluate:
         model, progress = StyleHeads.load(args.out / "model.pt", data.backbone), 1.0
@@ -255,6 +273,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 log.append({"step": step, "seconds": round(elapsed, 2), **terms.scalars()})
                 if args.dual_ascent is not None:
                     log[-1] |= {f"lambda/{n}": float(w) for n, w in criterion.lambdas(data.plan).items()}
+                log[-1] = alarm.watch(log[-1])
                 file.write(json.dumps(log[-1]) + "\n")
                 file.flush()
             if elapsed - shown > 10 or progress >= 1:
@@ -277,13 +296,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         tables |= {"label-free": made, **({"label-free, each parameter": made.parts} if made.parts else {})}
     for title, table in tables.items():
         print(f"\n{title}\n{table}")
+    tests = leaks(z, factors) if args.dataset == "sprites" else None
+    if tests is not None:
+        print(f"\nexclusivity\n{tests}")
+    exclusive = None if tests is None else tests.to_json()
     share = shares(z, factors)
     print("\nshare of the variance (percent)")
     for space, row in share.items():
         print(f"{space:10s}" + "  ".join(f"{name} {100 * value:.1f}" for name, value in row.items()))
     if args.evaluate:
         result = json.loads((args.out / "metrics.json").read_text())
-        result |= {"tables": {k: t.to_json() for k, t in tables.items()}, "variance_share": share}
+        scores = {"tables": {k: t.to_json() for k, t in tables.items()}, "variance_share": share}
+        result |= scores | {"exclusivity": exclusive}
         (args.out / "metrics.json").write_text(json.dumps(result, indent=1))
         plots.matrix(tables, args.out / "matrix.png")
         return result
@@ -294,6 +318,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "lambda": None if args.dual_ascent is None else [float(w) for w in criterion.lambdas(data.plan).values()],
         "tables": {k: t.to_json() for k, t in tables.items()},
         "variance_share": share,
+        "exclusivity": exclusive,
     }
     (args.out / "metrics.json").write_text(json.dumps(result, indent=1))
     plots.matrix(tables, args.out / "matrix.png")

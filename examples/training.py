@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssd_addon import EquivarianceLoss, JointEntropyLoss, StructuredViews, StyleHeads, plots
+from ssd_addon import CollapseAlarm, EquivarianceLoss, JointEntropyLoss, StructuredViews, StyleHeads, plots
 from ssd_addon.metrics import Factor, ScoreTable, embed, parameter_matrix, r2_matrix
 from ssd_addon.recipes import Recipe
 
@@ -53,6 +53,7 @@ def train(
     parameters = [*model.parameters(), *(equivariance.parameters() if equivariance else ())]
     optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=lr, weight_decay=1e-4)
     log: list[dict[str, Any]] = []
+    alarm = CollapseAlarm(steps, r.spaces)
     start, shown = time.monotonic(), 0.0
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -67,7 +68,7 @@ def train(
         criterion.weights.step(terms)
         elapsed = time.monotonic() - start
         if step % every == 0 or step == steps - 1:
-            log.append({"step": step, "seconds": round(elapsed, 2), **terms.scalars()})
+            log.append(alarm.watch({"step": step, "seconds": round(elapsed, 2), **terms.scalars()}))
         if elapsed - shown > 5 or step == steps - 1:
             shown, left = elapsed, elapsed * (steps / (step + 1) - 1)
             print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {left:.0f} s left", flush=True)

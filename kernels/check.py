@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssd_addon._autocast import autocast_off
-from ssd_addon.kernels.dispatch import capturing
+from ssd_addon.kernels.dispatch import capturing, free_memory
 
 ROWS = 512
 ROOM = 256 * 2**20
@@ -72,15 +72,6 @@ def possible_now(device: torch.device) -> bool:
     if type(torch.empty(0, device=device)) is not Tensor:  # a fake one, of a tracer
         return False
     return free_memory(device) >= ROOM
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated, with what torch's allocator holds in reserve."""
-    if device.type != "cuda":
-        return 2**62
-    free, _ = torch.cuda.mem_get_info(device)
-    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + reserve)
 
 
 def run(device: torch.device, width: int, prefix: int = 0) -> str | None:

@@ -1,22 +1,25 @@
 """From how many rows on "auto" takes the triton backend, as pure functions of a description of the GPU.
 
     measured here      the user's cache, which `python -m ssd_addon tune` writes
-    measured elsewhere table.json, per architecture
-    estimated          t_other > 3 (2u / (0.4 peak16) + 1.3 ms),   u = 2 N^2 D
+    measured elsewhere table.json, per architecture: sm_90, on an H200
+    estimated          t_other > 2.8 ms + 3 (2u / (0.4 peak16)),   u = 2 N^2 D
 
 t_other is the time that the streaming backend would take in float32, or in TF32 where the user allows it:
-2u / (0.75 peak) of products, and 56 bytes of traffic for each of the N^2 / 2 similarities at 0.8 of the bandwidth. The
-factor 3 is a margin, as the kernels' efficiency (0.4) is an assumption; 1.3 ms is the host time of their launches.
+2u / (0.75 peak) of products, and 120 bytes of traffic for each of the N^2 / 2 similarities at 0.8 of the bandwidth.
 Both sides grow with N^2, so the rule is a number of rows, `estimated_rows`. Embeddings in 16 bits, N at D:
 
     GPU                 D = 128      256      512    1,024    2,048
-    H100 SXM             15,100   12,800   10,300    7,800    5,800
-    A100 SXM, 80 GB       9,900    7,900    6,000    4,400    3,200
-    RTX 4090             14,100   28,600    never    never    never
-    L4                    7,200   10,600    never    never    never
+    H100 SXM              9,800    8,900    7,600    6,100    4,700
+    A100 SXM, 80 GB       6,900    5,800    4,700    3,600    2,600
+    RTX 4090              6,900    7,900   13,900    never    never
+    L4                    3,700    4,100    5,700    never    never
 
-and on an H100 with TF32 allowed 21,900, 25,900 and 57,000 up to D = 512. On a GeForce or an L4 the 16-bit rate is only
-twice the float32 rate, less than the margin: `python -m ssd_addon tune` measures what the rule does not dare to say.
+The constants come from the run on an H200 (docs/benchmarks.md). Tiles and products together reached 0.35 of peak16 at
+D = 256 and 0.46 to 0.57 above, so 0.4; on other GPUs that is an assumption, hence the factor 3. 2.8 ms is the most that
+a step took there where only the host counts (N up to 4,096), and that host was a slow one. 120 bytes are what the
+passes of the streaming backend read and write; from N = 8,192 on it took 1.1 to 3.2 times
+this estimate. On a GeForce or an L4 the 16-bit rate is only twice the float32 rate, less than the margin: measure with
+`python -m ssd_addon tune` what the rule does not dare to say.
 
 What is not known about a GPU is filled in so that triton is taken later rather than earlier.
 """
@@ -35,9 +38,9 @@ from ssd_addon.kernels import table
 NEVER = 2**61
 """A number of rows that no batch has; it travels between ranks as an integer."""
 
-MARGIN, EFFICIENCY, HOST = 3.0, 0.4, 1.3e-3
-"""Of the rule: margin, share of peak16 that the tiles reach, seconds of host time a step."""
-PRODUCTS, TRAFFIC, BANDWIDTH = 0.75, 28.0, 0.8
+MARGIN, EFFICIENCY, HOST = 3.0, 0.4, 2.8e-3
+"""Of the rule: margin of the tiles' time, share of peak16 that they reach, seconds of host time a step."""
+PRODUCTS, TRAFFIC, BANDWIDTH = 0.75, 60.0, 0.8
 """Of the streaming backend: share of the peak, bytes for each entry of N x N, share of the bandwidth."""
 
 RATES: Mapping[tuple[int, int], tuple[int, int]] = {
@@ -180,11 +183,11 @@ def estimated_rows(gpu: Gpu, width: int, tf32: bool) -> float:
 
     >>> h100 = Gpu("H100", (9, 0), 132, 80 * 2**30)
     >>> [round(estimated_rows(h100, d, tf32=False), -2) for d in (256, 2048)]
-    [12800.0, 5800.0]
+    [8900.0, 4700.0]
     """
     other = 4 * width / (PRODUCTS * gpu.peak32(tf32)) + TRAFFIC / (BANDWIDTH * gpu._bandwidth)  # seconds / N^2
     tiles = MARGIN * 4 * width / (EFFICIENCY * gpu.peak16)
-    return math.inf if other <= tiles else math.sqrt(MARGIN * HOST / (other - tiles))
+    return math.inf if other <= tiles else math.sqrt(HOST / (other - tiles))
 
 
 def decide(

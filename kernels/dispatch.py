@@ -125,6 +125,17 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated, with what torch's allocator holds in reserve."""
+    if device.type != "cuda":
+        return 2**62
+    free, _ = torch.cuda.mem_get_info(device)
+    # Not memory_reserved() - memory_allocated(): each of them flattens all statistics, which costs the host 0.1 ms.
+    held = torch.cuda.memory_stats_as_nested_dict(device)
+    reserved, allocated = (held[kind]["all"]["current"] for kind in ("reserved_bytes", "allocated_bytes"))
+    return int(free + reserved - allocated)
+
+
 def why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the fused kernels cannot run on this device in this type, or None."""
     if dtype == torch.float64:

@@ -15,10 +15,11 @@ import triton
 from torch import Tensor
 
 from ssd_addon.kernels import around, choice, launch_around, resident, tiles
-from ssd_addon.kernels.dispatch import capturing
+from ssd_addon.kernels.dispatch import capturing, free_memory
 from ssd_addon.kernels.fast_product import add_product
 from ssd_addon.kernels.launch_around import ROWS, configuration, on_device_of, with_bounds
 from ssd_addon.kernels.operands import LONGEST, Columns, Layout, Scaled, cdiv, pointer, round_up
+from ssd_addon.kernels.table import Configuration
 
 WEIGHT_SCALE = 2.0**14
 """|W| <= 2 per level, and fp16 ends at 65504."""
@@ -76,8 +77,7 @@ def _free_memory(x: Tensor) -> int:
     """Bytes that can be allocated; where a graph is captured nobody asks the driver."""
     if not x.is_cuda or capturing(x.device):
         return 4 * WEIGHT_BYTES
-    free, _ = torch.cuda.mem_get_info(x.device)
-    return int(free + torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device))
+    return free_memory(x.device)
 
 
 # ------------------------------------------------------------------------------------------------ log-sums
@@ -139,10 +139,9 @@ def gradient(
     n, d = a.n, columns.ends[-1]
     own, bounds = a.bounds, (a if b is None else b).bounds
     if c.block_m != how.block_m:  # the tiles of the sums have another height
-        own, bounds = (
-            with_bounds(t.x, t.ids, c.block_m, cdiv(t.n, c.block_m) + max(c.block_n // c.block_m, 1)).bounds
-            for t in (a, a if b is None else b)
-        )
+        own = bounds = _bounds(a, c)
+        if b is not None:
+            bounds = _bounds(b, c)
     b_, levels, ends = a if b is None else b, columns.levels, columns.operand_ends
     e, w_scale = len(levels), weight_scale(columns)
     log, every_log = (g, every_g) if log is None or every_log is None else (log, every_log)
@@ -187,6 +186,12 @@ def gradient(
                 if symmetric and not across:
                     add_product(dx[j, k:end], weights.T, a.summed[i, k:end])
     return dx
+
+
+def _bounds(rows: Scaled, c: Configuration) -> Tensor:
+    """The smallest and the largest id of tiles of another height than those of the sums."""
+    tiles_ = round_up(cdiv(rows.n, c.block_m) + max(c.block_n // c.block_m, 1), 4)  # aligned, as in `Layout`
+    return with_bounds(rows.x, rows.ids, c.block_m, tiles_).bounds
 
 
 def weight_scale(columns: Columns) -> float:

@@ -8,6 +8,8 @@
 Legend: n local rows, N rows over all ranks, E levels (1, or 2 with a prefix), D columns.
 """
 
+import functools
+import importlib.util
 import math
 from contextlib import AbstractContextManager, nullcontext
 
@@ -25,6 +27,9 @@ WIDE = 64
 ROWS = 64
 """Rows of a program of the kernels that read one or two numbers a row."""
 
+HAS_DESCRIPTORS = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+"""From Triton 3.4 on."""
+
 
 def empty(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """Where a kernel writes, on the device of x; the tests fill it with NaN."""
@@ -32,13 +37,17 @@ def empty(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32)
 
 
 def configuration(device: torch.device, mode: str, width: int) -> Configuration:
-    """Of the tiles for rows of so many columns, as the user's cache or the table has it."""
+    """Of the tiles for rows of so many columns, as the user's cache or the table has it.
+
+    Where this Triton has no tensor descriptors, the same tiles by pointers.
+    """
     own = cache.of_device(device)
-    return table.configuration(table.architecture(device), mode, width, None if own is None else own["configurations"])
+    found = table.configuration(table.architecture(device), mode, width, None if own is None else own["configurations"])
+    return found if HAS_DESCRIPTORS or not found.descriptor else found._replace(descriptor=False)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return torch.cuda.device(x.get_device()) if x.is_cuda else nullcontext()
 
 
 def layout(device: torch.device, d: int, prefix: int, maximum: bool, exact: bool) -> Layout:
@@ -47,6 +56,12 @@ def layout(device: torch.device, d: int, prefix: int, maximum: bool, exact: bool
     sums, weights = configuration(device, "sums" + form, d), configuration(device, "weights" + form, d)
     if weights.resident and exact:  # two fp16 parts take that of rows which are too wide to stay in registers
         weights = configuration(device, "weights" + form, weights.block_k + 1)
+    return _layout(d, prefix, exact, sums, weights)
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(d: int, prefix: int, exact: bool, sums: Configuration, weights: Configuration) -> Layout:
+    """The same object for the same arguments: what it computes of its columns is computed once, not at every step."""
     wide = max(triton.next_power_of_2(d), 16) if weights.resident else weights.block_k
     return Layout(Columns(d, prefix, max(sums.block_k, wide), exact), sums, weights)
 

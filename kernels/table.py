@@ -5,6 +5,7 @@ Keys of configurations: architecture ("sm_90", else "default"), mode (what the k
 the rows from which on triton is the fastest. `benchmarks/gpu.py` writes both.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +42,7 @@ def table() -> dict[str, Any]:
     return _TABLE
 
 
+@functools.cache
 def architecture(device: torch.device) -> str:
     """ "sm_90" and so on; "default" for what is no CUDA device."""
     if device.type != "cuda":
@@ -60,7 +62,8 @@ def configuration(arch: str, mode: str, width: int, own: Mapping[str, Any] | Non
     own: configurations by mode that were measured on this machine, which come first (`cache`).
     """
     every = table()["configurations"]
-    return Configuration(*bucket({**every["default"], **every.get(arch, {}), **(own or {})}[mode], width))
+    found = next(modes[mode] for modes in (own, every.get(arch), every["default"]) if modes and mode in modes)
+    return Configuration(*bucket(found, width))
 
 
 def is_configuration(values: Any) -> bool:

@@ -195,9 +195,10 @@ class Step:
     def timed(self, c: Configuration, products: bool = True) -> dict[str, Any]:
         """{"ms": of the kernel's launches in one step}, or {"failed": why}.
 
-        products: with the matrix library's products that follow the weights kernel: W is in the cache for them or not,
-            and a kernel that keeps the gradient in registers needs none.
+        products: of the weights kernel, with the matrix library's products that follow it: W is in the cache for them
+            or not, and a kernel that keeps the gradient in registers needs none.
         """
+        products = products and self.kernel == "weights"
         try:
             with using({self.mode: {"inf": list(c)}}), recorded(KERNELS[self.kernel], products) as launches:
                 result = self.run()

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from ssd_addon import recipes as recipes
     from ssd_addon import report as report
     from ssd_addon import runs as runs
+    from ssd_addon.alarm import CollapseAlarm as CollapseAlarm
+    from ssd_addon.alarm import CollapseWarning as CollapseWarning
     from ssd_addon.auditing.measure import audit as audit
     from ssd_addon.augment import StructuredViews as StructuredViews
     from ssd_addon.batch import ViewBatch as ViewBatch
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from ssd_addon.large_batch import two_pass as two_pass
     from ssd_addon.losses import DualAscent as DualAscent
     from ssd_addon.losses import EquivarianceLoss as EquivarianceLoss
+    from ssd_addon.losses import IndependenceLoss as IndependenceLoss
     from ssd_addon.losses import JointEntropyLoss as JointEntropyLoss
     from ssd_addon.monitor import Monitor as Monitor
     from ssd_addon.plan import ViewPlan as ViewPlan
@@ -56,6 +59,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "audit": "auditing.measure",
+    "CollapseAlarm": "alarm",
+    "CollapseWarning": "alarm",
     "StructuredViews": "augment",
     "StructuredTransform": "transform",
     "presets": "recipes",
@@ -70,6 +75,7 @@ _HOME = {
     "JointEntropyLoss": "losses",
     "DualAscent": "losses",
     "EquivarianceLoss": "losses",
+    "IndependenceLoss": "losses",
     "Monitor": "monitor",
     "two_pass": "large_batch",
 }
@@ -91,9 +97,12 @@ _MODULES = (
     "runs",
 )
 __all__ = [
+    "CollapseAlarm",
+    "CollapseWarning",
     "DualAscent",
     "Embeddings",
     "EquivarianceLoss",
+    "IndependenceLoss",
     "JointEntropyLoss",
     "Monitor",
     "NativeCrops",

@@ -5,7 +5,7 @@ Legend: B images, P pairs of views, k numbers of a parameter.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ LARGEST = 16
 """Numbers per image that a parameter may have; a larger one is a field of noise."""
 PERIODS = {"hue_factor": 1.0, "angle": 360.0, "degrees": 360.0, "times": 4.0}
 """After how much an angle or a hue is the same again."""
+BOX = "box"
+"""What a crop's corners are called once they are its center and size."""
 THEN = "then"
 """The stage that is drawn anew for every view and belongs to no group."""
 SEED = "seed"
@@ -72,35 +74,70 @@ def group_differences(
         exact: in float64 on the CPU, and an angle is (cos, sin) only where it spans more than half of its circle.
             Otherwise in float32 on the parameters' device, nothing is waited for, and every angle is (cos, sin).
     """
-    out: dict[str, Tensor] = {}
-    for op, parameters in a[0][group].items():
+    each = _drawn(group, (a, b), skipped, exact)
+    return {path: _difference(x, PERIODS.get(name), exact) for path, name, x in each}
 
-        def both(name: str, op: str = op) -> list[Tensor]:
-            return [_joined([view[group][op][name] for view in side], exact) for side in (a, b)]
+
+def group_values(group: str, drawn: Sequence[View], skipped: list[str]) -> dict[str, Tensor]:
+    """ "group/operation/parameter" -> theta [P, k] of every parameter that one group draws, float64 on the CPU.
+
+    As in `group_differences`, exactly: an angle that spans more than half of its circle is (cos, sin), and where an
+    operation was not applied its other parameters count as their mean. A crop's box is two parameters, "src center"
+    and "src size".
+
+    Args:
+        group: its name.
+        drawn: how each of the P views was drawn, batch after batch.
+        skipped: takes the names of the parameters that are left out, and why.
+    """
+    out: dict[str, Tensor] = {}
+    for path, name, (x,) in _drawn(group, (drawn,), skipped, True):
+        period = PERIODS.get(name)
+        if name == BOX:
+            out[f"{path} center"], out[f"{path} size"] = x[:, :2], x[:, 2:]
+        elif period is not None and float(x.max() - x.min()) > period / 2:
+            phase = 2 * math.pi / period * x
+            out[path] = torch.cat([phase.cos(), phase.sin()], 1)
+        else:
+            out[path] = x
+    return out
+
+
+def _drawn(
+    group: str, sides: Sequence[Sequence[View]], skipped: list[str], exact: bool
+) -> Iterator[tuple[str, str, list[Tensor]]]:
+    """Path, name and values, of each side [P, k], of every parameter that one group draws.
+
+    Args:
+        sides: how the P views of each side were drawn, batch after batch.
+    """
+    views = [view for side in sides for view in side]
+    for op, parameters in sides[0][0][group].items():
+
+        def joined(name: str, op: str = op) -> list[Tensor]:
+            return [_joined([view[group][op][name] for view in side], exact) for side in sides]
 
         gates = None
         if "batch_prob" in parameters:
-            probabilities = both("batch_prob")
-            gates = [p > 0.5 for p in probabilities]
-            out[f"{group}/{op}/batch_prob"] = probabilities[1].round() - probabilities[0].round()
+            applied = [p.round() for p in joined("batch_prob")]
+            gates = [p > 0.5 for p in applied]
+            yield f"{group}/{op}/batch_prob", "batch_prob", applied
         for name in parameters:
-            path = f"{group}/{op}/{name}"
+            path, kind = f"{group}/{op}/{name}", name
             if name in NOT_DRAWN or name == "batch_prob" or (name == "dst" and "output_size" in parameters):
                 continue
             if name == SEED and len(parameters) == 1:
                 skipped.append(f"{path}, a seed, which does not say what was drawn")
                 continue
-            sizes = {view[group][op][name].shape[1:] for view in (*a, *b)}
+            sizes = {view[group][op][name].shape[1:] for view in views}
             if len(sizes) > 1 or next(iter(sizes)).numel() > LARGEST:
                 skipped.append(f"{path}, {'of varying size' if len(sizes) > 1 else 'a field of noise'}")
                 continue
-            x = both(name)
+            x = joined(name)
             if name == "src" and "input_size" in parameters:
-                x = [_box(corners, size) for corners, size in zip(x, both("input_size"), strict=True)]
-            if gates is not None:
-                x = _where_applied(x, gates)
-            out[path] = _difference(x, PERIODS.get(name), exact)
-    return out
+                kind = BOX
+                x = [_box(corners, size) for corners, size in zip(x, joined("input_size"), strict=True)]
+            yield path, kind, x if gates is None else _where_applied(x, gates)
 
 
 def _joined(parameter: Sequence[Tensor], exact: bool) -> Tensor:

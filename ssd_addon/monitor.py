@@ -14,7 +14,7 @@
 
 import importlib
 import json
-import math
+import warnings
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -27,6 +27,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssd_addon import _checks
+from ssd_addon._lines import entries, item, number, plain, ready
+from ssd_addon.alarm import CollapseAlarm, CollapseWarning
 from ssd_addon.heads import StyleHeads
 from ssd_addon.metrics import Circular, Factor, Probe, ScoreTable, embed, parameter_matrix, r2_matrix
 from ssd_addon.metrics.images import check_range, for_model, scaled
@@ -42,6 +44,9 @@ class Monitor:
     "constraint/content", ...); `epoch` writes "parameters/SPACE/GROUP" and "r2/SPACE/FACTOR" and, under "tables", both
     matrices whole, with intervals. A number that is not finite becomes null. TensorBoard gets the same numbers under
     the same names, and the matrices as pictures where matplotlib is installed.
+
+    When a space collapses or has recovered, it says so: as a `CollapseWarning`, in the line of terms under "alarm", and
+    as text in TensorBoard, see `CollapseAlarm`.
 
     Over ranks, rank 0 measures and writes, the others return at once; nothing is exchanged. A model that FSDP2 has
     sharded is run on every rank.
@@ -62,10 +67,12 @@ class Monitor:
         draws: pairs of views per image, as in `parameter_matrix`: one, so that an epoch's matrix costs two passes over
             the images.
         batch_size: images at a time.
+        alarm: a `CollapseAlarm` with the length of the run and the widths; True makes one without; False: none. It
+            goes on from the lines that the log already has.
 
     Raises:
         ValueError: factors or views without images; images outside [0, 1]; counts below 1.
-        TypeError: images of integers other than uint8; a writer without add_scalar.
+        TypeError: images of integers other than uint8; a writer without add_scalar; another alarm.
         OSError: a log that cannot be written.
         ImportError: a folder for TensorBoard where the package is missing.
 
@@ -89,6 +96,7 @@ class Monitor:
         probe: Kind | Probe = "ridge",
         draws: int | None = 1,
         batch_size: int = 256,
+        alarm: CollapseAlarm | bool = True,
     ) -> None:
         if images is None and (views is not None or factors):
             raise ValueError("Monitor: views and factors need images to be measured on: got no images")
@@ -126,8 +134,13 @@ class Monitor:
             raise TypeError(f"tensorboard: expected a folder or a writer: got {type(tensorboard).__name__}")
         self._own_writer = isinstance(tensorboard, str | Path)
         self._logged_elsewhere = False  # Lightning's own logger has the terms already
+        if not isinstance(alarm, CollapseAlarm | bool):
+            raise TypeError(f"alarm: expected a CollapseAlarm, True or False: got {type(alarm).__name__}")
+        self.alarm = CollapseAlarm() if alarm is True else alarm or None
         if self.path is not None and _first():
-            _ready(self.path)
+            ready(self.path)
+            if self.alarm is not None:
+                self.alarm.replay(entries(self.path))
 
     # ------------------------------------------------------------------------------------------------ plain loops
 
@@ -140,7 +153,7 @@ class Monitor:
             more: further numbers, such as lr. None is written as null.
 
         Returns:
-            What was written; {} where it was not the turn.
+            What was written; {} where it was not the turn. "alarm" holds what the alarm says, if it does.
 
         Raises:
             TypeError: a step that is no whole number, terms that are neither, a value that is no number.
@@ -152,9 +165,8 @@ class Monitor:
         if not isinstance(terms, Mapping) and not callable(getattr(terms, "scalars", None)):
             raise TypeError(f"terms: expected criterion.terms(z), or a mapping name -> number: got {terms!r}")
         numbers: dict[str, Any] = dict(terms) if isinstance(terms, Mapping) else terms.scalars()
-        record = {"step": int(step), **{k: _number(k, v) for k, v in (numbers | more).items()}}
-        self.write(record, tensorboard=not self._logged_elsewhere)
-        return record
+        record = {"step": int(step), **{k: number(k, v) for k, v in (numbers | more).items()}}
+        return self.write(record, tensorboard=not self._logged_elsewhere, stacklevel=3)
 
     def epoch(self, model: Any, epoch: int, step: int) -> dict[str, Any]:
         """Measure what each space encodes and write it, when it is its turn (epoch 0, then every `every`).
@@ -262,6 +274,21 @@ class Monitor:
                 if monitor.images is not None:
                     _chosen(pl_module, model)
 
+            def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+                if monitor.alarm is not None:
+                    steps, heads = trainer.estimated_stepping_batches, _heads(pl_module)
+                    monitor.alarm.told(steps, heads.spaces if heads is not None else {})
+
+            @property
+            def state_key(self) -> str:  # of several monitors in one trainer
+                return f"ssd_addon.Monitor({monitor.path})"
+
+            def state_dict(self) -> dict[str, Any]:
+                return monitor.state_dict()
+
+            def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+                monitor.load_state_dict(state_dict)
+
             def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
                 if monitor.writer is None:
                     for logger in trainer.loggers:
@@ -288,28 +315,53 @@ class Monitor:
 
         return MonitorCallback()
 
-    def write(self, record: Mapping[str, Any], *, tensorboard: bool = True) -> None:
+    def write(self, record: Mapping[str, Any], *, tensorboard: bool = True, stacklevel: int = 2) -> dict[str, Any]:
         """Write one line of numbers now, with its "step"; on ranks other than 0 nothing.
 
         Args:
             record: name -> number, with "step". Tensors and arrays of several numbers, and sets, become lists; strings,
                 None, lists and mappings may stand in it too.
             tensorboard: its numbers to the writer as well.
+            stacklevel: whose line a warning names.
+
+        Returns:
+            What was written, with "alarm" where the alarm says something; {} on other ranks.
+
+        Warns:
+            CollapseWarning: a space collapses, or has recovered.
 
         Raises:
             TypeError: a value of another kind, with its name. Nothing is written then.
         """
         if not _first():
-            return
-        line = json.dumps({str(k): _plain(v, str(k)) for k, v in record.items()}, allow_nan=False)
+            return {}
+        line = {str(k): plain(v, str(k)) for k, v in record.items()}
+        said = [] if self.alarm is None else self.alarm(line)
+        if said:
+            record = {**record, "alarm": [event.to_json() for event in said]}
+            line["alarm"] = record["alarm"]
         if self.path is not None:
             with self.path.open("a") as file:
-                file.write(line + "\n")
+                file.write(json.dumps(line, allow_nan=False) + "\n")
         if tensorboard and self.writer is not None:
             for name, value in record.items():
-                value = _item(value) if isinstance(value, Tensor | np.ndarray) else value
+                value = item(value) if isinstance(value, Tensor | np.ndarray) else value
                 if isinstance(value, Real) and not isinstance(value, bool) and name not in ("step", "epoch"):
                     self.writer.add_scalar(name, value, record["step"])
+        for event in said:
+            if callable(getattr(self.writer, "add_text", None)):
+                self.writer.add_text("alarm", event.text, event.step)
+            warnings.warn(f"step {event.step}: {event.text}", CollapseWarning, stacklevel=stacklevel)
+        return dict(record)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the alarm has seen, for a checkpoint where there is no log to go on from."""
+        return {} if self.alarm is None else {"alarm": self.alarm.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`; one without an alarm, or for a monitor without, changes nothing."""
+        if self.alarm is not None and "alarm" in state:
+            self.alarm.load_state_dict(state["alarm"])
 
     def _pictures(self, tables: Mapping[str, ScoreTable], step: int) -> None:
         if not callable(getattr(self.writer, "add_figure", None)):
@@ -322,59 +374,11 @@ class Monitor:
             self.writer.add_figure(f"matrix/{kind}", plots.matrix_figure(table), step)
 
 
-def _ready(path: Path) -> None:
-    """Make the log's folder and say now if it cannot be written; drop a last line that was cut off."""
-    if path.is_dir():
-        raise IsADirectoryError(f"log: expected a file to write, such as {path / 'log.jsonl'}: got a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        file.seek(0)
-        whole, end, last = file.read().rpartition(b"\n")
-        if last:
-            try:
-                json.loads(last.decode("utf-8-sig", errors="replace"))
-                file.write(b"\n")
-            except ValueError:
-                file.truncate(len(whole + end))
-
-
-def _plain(value: Any, name: str) -> Any:
-    """Values that JSON has: what is not finite becomes None, a tensor or array a number or a list, a set a list."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v, f"{name}/{k}") for k, v in value.items()}
-    if isinstance(value, Tensor | np.ndarray | np.generic):
-        value = _item(value)
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(v, name) for v in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    raise TypeError(f"write: expected a number, a string, or lists of them as {name!r}: got {type(value).__name__}")
-
-
-def _item(value: Tensor | np.ndarray[Any, Any] | np.generic) -> Any:
-    """The number of a tensor, array or scalar that holds one, else its numbers in lists."""
-    kept = value.detach() if isinstance(value, Tensor) else value
-    return kept.item() if math.prod(kept.shape) == 1 else kept.tolist()
-
-
-def _number(name: str, value: Any) -> float | None:
-    """A term as a number."""
-    if isinstance(value, Tensor | np.ndarray | np.generic):
-        value = _item(value)
-    try:
-        return None if value is None else float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        got = f"{len(value)} numbers" if isinstance(value, list) else repr(value)
-        raise TypeError(f"terms: expected a number as {name!r}: got {got}") from error
-
-
 def _chosen(module: Any, model: Any) -> Any:
     """The model to measure in a LightningModule."""
     name = f"the LightningModule {type(module).__name__}"
     if model is None:
-        found = next((m for m in module.modules() if isinstance(m, StyleHeads)), None)
+        found = _heads(module)
         if found is None:
             raise ValueError(f"Monitor: expected a StyleHeads inside {name}: got none; model= names another")
         return found
@@ -384,6 +388,10 @@ def _chosen(module: Any, model: Any) -> Any:
         except AttributeError as error:
             raise ValueError(f"model: expected the name of a module in {name}: got {model!r}") from error
     return model if isinstance(model, nn.Module) else model(module)
+
+
+def _heads(module: Any) -> StyleHeads | None:
+    return next((m for m in module.modules() if isinstance(m, StyleHeads)), None)
 
 
 def _first() -> bool:

@@ -74,6 +74,8 @@ def matrix_figure(tables: Mapping[str, ScoreTable] | ScoreTable) -> Figure:
 def curves(log: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Training curves from log entries with "step" and the names of `Terms.scalars`.
 
+    Steps at which `CollapseAlarm` said something are dotted.
+
     Args:
         log: dictionaries such as a JSON-lines log holds; a curve leaves out the entries without its name, and values
             that are no finite numbers.
@@ -91,8 +93,11 @@ def curves(log: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     }
     fig = Figure(figsize=(11, 3.4), layout="constrained")
     FigureCanvasAgg(fig)
+    marks = [e["step"] for e in entries if e.get("alarm")]
     for ax, (title, keys) in zip(fig.subplots(1, 3), panels.items(), strict=True):
         drawn = 0
+        for step in marks:
+            ax.axvline(step, color="0.4", linestyle=":", linewidth=1)
         for k, key in enumerate(keys):
             points = [(e["step"], e[key]) for e in entries if finite(e.get(key))]
             if points:

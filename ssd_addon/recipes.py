@@ -19,10 +19,15 @@ from torch import nn
 from ssd_addon import _checks, _limits
 from ssd_addon._optional import needs
 from ssd_addon.losses import FAMILIES, DualAscent, FamilyName
+from ssd_addon.metrics.embed import Images
 
 with needs("ssd_addon.recipes"):
     import kornia.augmentation as K
 
+    from ssd_addon.keys import Overwrites as Overwrites
+    from ssd_addon.keys import overwrites as overwrites
+
+AUTO = "auto"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -112,6 +117,7 @@ class Recipe:
         fixed: of `JointEntropyLoss`, without weights that adapt.
         equivariance: of `EquivarianceLoss`, beside the spaces and the views; None: without.
         ascent: of `DualAscent`, beside the spaces; None: the weights stay as they are.
+        tested: what `overwrites` found, with sets="auto".
     """
 
     views: dict[str, Any]
@@ -119,6 +125,7 @@ class Recipe:
     fixed: dict[str, Any]
     equivariance: dict[str, Any] | None = None
     ascent: dict[str, Any] | None = None
+    tested: Overwrites | None = None
 
     @property
     def loss(self) -> dict[str, Any]:
@@ -142,7 +149,7 @@ class Recipe:
             f"{part}\n" + "\n".join(f"  {k}: {shown(v)}" for k, v in arguments.items())
             for part, arguments in parts.items()
             if arguments
-        )
+        ) + (f"\noverwrites\n{self.tested}" if self.tested else "")
 
 
 def recipe(
@@ -150,6 +157,7 @@ def recipe(
     *,
     family: FamilyName = "simclr",
     sets: Iterable[str] = (),
+    images: Images | None = None,
     size: int | None = None,
     normalize: bool | Mapping[str, Sequence[float]] | None = None,
     content: int = 64,
@@ -164,15 +172,17 @@ def recipe(
     >>> r.spaces
     {'content': 64, 'spatial': 32, 'blur': 32}
     >>> r.views["cross_image"], r.loss
-    (('blur',), {'family': 'simclr', 'temperature': 0.15, 'content_entropy': True})
+    (('blur',), {'family': 'simclr', 'temperature': 0.15, 'content_entropy': True, 'content_keys': 'all'})
     >>> r.equivariance, r.ascent
     ({'family': 'simclr', 'temperature': 0.15, 'weight': 0.5}, None)
 
     Args:
         groups: a preset's name (`presets`), or name -> Kornia operations.
         family: "simclr", "vicreg" or "barlow".
-        sets: the groups that *set* their style instead of shifting the one that an image has (a blur of sharp
-            photographs): their keys show another image.
+        sets: the groups that overwrite their attribute instead of changing the one that an image has (a blur of sharp
+            photographs): their keys show another image. "auto" asks `overwrites` of your images, and takes the groups
+            of which it is sure; what it found is in `.tested`.
+        images: for sets="auto": [n, C, H, W] or batches of them, as `overwrites` takes them.
         size, normalize: of a preset (default 224, True); groups of your own have them in their operations.
         content, style: widths of the spaces.
         tolerance: of a dual ascent (simclr): how far content's and the styles' pairs may disagree, 1 - mean cosine;
@@ -183,7 +193,8 @@ def recipe(
         warmup_steps: of the dual ascent.
 
     Raises:
-        ValueError: an unknown preset, family or group; a tolerance for another family, or where there is no group.
+        ValueError: an unknown preset, family or group; a tolerance for another family, or where there is no group;
+            sets="auto" without images, or images without it.
         TypeError: groups that are neither.
 
     Source: docs/choose-your-groups.md, which has the measurements.
@@ -211,8 +222,21 @@ def recipe(
             f"groups: expected a preset's name or a mapping name -> operations: got {type(groups).__name__}"
         )
     names = tuple(views["groups"])
+    tested = None
+    if sets == AUTO:
+        if images is None:
+            raise ValueError(
+                'sets="auto": expected images=, your own, as whether a group overwrites its attribute depends on them: '
+                "got none"
+            )
+        if not names:
+            raise ValueError("sets=\"auto\": expected groups to ask about: got none, as with the preset 'content_only'")
+        tested = overwrites(views["groups"], images)
+        sets = tested.sets
+    elif images is not None:
+        raise ValueError('images: expected with sets="auto" alone: got images beside names of groups')
     if isinstance(sets, str) or not isinstance(sets, Iterable):
-        raise TypeError(f"sets: expected a sequence of names of groups: got {sets!r}")
+        raise TypeError(f'sets: expected a sequence of names of groups, or "auto": got {sets!r}')
     crossed = tuple(sets)
     if unknown := [n for n in crossed if n not in names]:
         raise ValueError(f"sets: expected names of groups ({_checks.names(names)}): got {_checks.names(unknown)}")
@@ -226,14 +250,17 @@ def recipe(
         where = f"the {family!r} family" if names else "content alone"
         raise ValueError(f"tolerance: expected None, as it was measured for simclr with groups: got one for {where}")
     if family != "simclr":
-        return Recipe(views, spaces, {"family": family})
+        return Recipe(views, spaces, {"family": family}, tested=tested)
     loss: dict[str, Any] = {"family": family, "temperature": 0.15}
     if not names:
         return Recipe(views, spaces, loss)
     equivariance = loss | {"weight": 0.5}
     loss["content_entropy"] = True
     if tolerance is None:
-        return Recipe(views, spaces, loss, equivariance)
+        loss["content_keys"] = "all"  # with the first key alone, the equivariance term costs content its shapes
+        return Recipe(views, spaces, loss, equivariance, tested=tested)
     ascent: dict[str, Any] = {"tolerance": tolerance, "step_size": 0.05, "warmup_steps": warmup_steps}
     ascent["start"] = {"content": 2.0, **dict.fromkeys(names, 1.0)}
-    return Recipe(views, spaces, loss, None, ascent)  # both together: content collapsed in one of three runs on sprites
+    return Recipe(
+        views, spaces, loss, None, ascent, tested
+    )  # both together: content collapsed in one of three runs on sprites

@@ -13,10 +13,10 @@ STAGES = {
     f.__name__.rstrip("_"): f
     for f in (
         right.machine,
-        right.correctness,
         right.self_check,
-        right.determinism,
         fast.tune_,
+        right.correctness,
+        right.determinism,
         fast.variants,
         fast.speed,
         fast.training_step,

@@ -68,12 +68,17 @@ def speed() -> list[dict[str, Any]]:
         product = times({"matmul": lambda z=z: z[: min(n, 16384)] @ z.T}, 0.5, 10)["matmul"]
         result["matmul_TFLOPs"] = 2 * min(n, 16384) * n * d / product.get("ms", math.nan) / 1e9
         found.append(result)
-        told = ", ".join(f"{k} {t.get('ms', math.nan):.3f}" for k, t in result["times"].items())
+        told = ", ".join(f"{k} {told_of(t)}" for k, t in result["times"].items())
         print(f"    {n}, {d}: {told}", flush=True)
         keep("speed", found)
         del methods
         tune.release(Here.device)
     return found
+
+
+def told_of(t: dict[str, Any]) -> str:
+    """Milliseconds, or the kind of error."""
+    return f"{t['ms']:.3f}" if "ms" in t else str(t["failed"]).partition(":")[0]
 
 
 def chosen() -> dict[str, Any]:

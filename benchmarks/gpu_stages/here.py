@@ -79,7 +79,7 @@ def times(methods: dict[str, Callable[[], Any]], seconds: float = 4.0, most: int
     for name, ms in found.items():
         low, middle, high = statistics.quantiles(ms, n=4)
         result[name] = {"ms": middle, "low": low, "high": high, "n": len(ms)}
-    return result
+    return {name: result[name] for name in methods}
 
 
 def peak(f: Callable[[], Any]) -> float:

@@ -24,6 +24,10 @@ DEFAULTS: Config = {
     "constrained_crop": None,
     "equivariance": 1.0,
     "independence": 25.0,
+    "style_width": None,
+    "tasks": False,  # photographs: what the spaces are good for (tasks.py), on two halves of the held-out images
+    "scored": 1000,  # images of the label-free matrix; 0: none (sprites, objects)
+    "curve": 0,  # sprites and objects: the linear table of every so many steps, of the weights and of their average
     "augself": 1.0,
     "amp": False,
     "history": 0,  # keep content's terms of every so many steps
@@ -37,6 +41,10 @@ OF_WORLD: dict[str, Config] = {
     "sprites": {
         "size": 48, "batch": 128, "steps": 1600, "lr": 2e-3, "content_width": 8, "spatial_width": 128, "amp": True,
         "content_entropy": True, "content_weight": 2.0, "dual": 0.01, "samples": 4000,
+    },
+    "objects": {
+        "size": 48, "batch": 128, "steps": 1600, "lr": 2e-3, "content_width": 16, "style_width": 16, "images": 8000,
+        "amp": True, "samples": 4000,
     },
     "photographs": {
         "size": 32, "load_size": 32, "batch": 128, "steps": 1600, "lr": 2e-3, "content_width": 64, "style_width": 32,
@@ -213,7 +221,77 @@ PHOTOGRAPHS: dict[str, list[Row]] = {
     ],
 }
 
-EXPERIMENTS: dict[str, list[Row]] = {**LATENTS, **SPRITES, **PHOTOGRAPHS}
+PLAIN: Config = {
+    "method": "combined", "equivariance": 0.0, "independence": 0.0, "dual": None, "content_weight": None,
+    "content_entropy": False, "content_width": 16, "style_width": 16,
+}  # fmt: skip
+HALF, APART = {"equivariance": 0.5}, {"independence": 3.0}
+WIDE, EVERY, ENTROPY = {"content_width": 64, "style_width": 32}, {"content_keys": "all"}, {"content_entropy": True}
+CANDIDATES: dict[str, Config] = {
+    "recipe of 0.1": WIDE | HALF | ENTROPY,
+    "plain": {},
+    "equivariance 0.5": HALF,
+    "independence 3": APART,
+    "independence 3, equivariance 0.5": APART | HALF,
+    "all keys": EVERY,
+    "all keys, independence 3, equivariance 0.5": EVERY | APART | HALF,
+    "content entropy, equivariance 0.5": ENTROPY | HALF,
+    "plain, 64 and 32": WIDE,
+    "independence 3, equivariance 0.5, 64 and 32": WIDE | APART | HALF,
+    "all keys, equivariance 0.5": EVERY | HALF,
+    "all keys, independence 3": EVERY | APART,
+    "content entropy": ENTROPY,
+    "independence 10": {"independence": 10.0},
+    "independence 1": {"independence": 1.0},
+    "equivariance 0.1": {"equivariance": 0.1},
+    "content weight 2": {"content_weight": 2.0},
+    "temperature 0.1": {"temperature": 0.1},
+    "temperature 0.3": {"temperature": 0.3},
+    "plain, 8 and 16": {"content_width": 8},
+    "ascent 0.01": {"content_weight": 2.0, "dual": 0.01},
+}
+"""What might be the one recipe: settings that are scanned on every data set with one seed."""
+SHORT = {"steps": 1200, "curve": 200, "samples": 2000, "scored": 0}
+SCANS: dict[str, list[Row]] = {
+    "sprites/scan": [(n, PLAIN | {"spatial_width": None} | SHORT | c, 1) for n, c in CANDIDATES.items()],
+    "cifar/scan": [
+        (
+            "content-only",
+            CIFAR | PLAIN | {"method": "content-only", "steps": 3200, "content_width": 64, "scored": 500},
+            1,
+        ),
+        *((n, CIFAR | PLAIN | {"scored": 500} | c, 1) for n, c in list(CANDIDATES.items())[:15]),
+    ],
+}
+FULL = {"content_weight": 3.0}
+FINALISTS: dict[str, Config] = {
+    "all keys, content entropy, equivariance 0.5, 64 and 32": WIDE | EVERY | ENTROPY | HALF,
+    "content weight 3": WIDE | EVERY | ENTROPY | HALF | FULL,
+    "32 and 16": EVERY | ENTROPY | HALF | {"content_width": 32},
+    "independence 3": WIDE | EVERY | ENTROPY | HALF | APART,
+    "independence 1": WIDE | EVERY | ENTROPY | HALF | {"independence": 1.0},
+    "content weight 3, equivariance 0.1": WIDE | EVERY | ENTROPY | FULL | {"equivariance": 0.1},
+    "independence 3 without content entropy, 16 and 16": EVERY | HALF | APART,
+}
+"""The best of the scan and what lies beside them, with three seeds on every data set."""
+TRIED = {"steps": 1200, "samples": 2000, "scored": 500}
+FINALS: dict[str, list[Row]] = {
+    "sprites/finals": [(n, PLAIN | {"spatial_width": None} | TRIED | c, 3) for n, c in FINALISTS.items()],
+    "objects/finals": [
+        *((n, PLAIN | TRIED | c, 3) for n, c in FINALISTS.items()),
+        ("content-only", PLAIN | TRIED | {"method": "content-only", "steps": 2400}, 1),
+    ],
+    "cifar/finals": [
+        *((n, CIFAR | PLAIN | {"steps": 1200, "scored": 500} | c, 3) for n, c in FINALISTS.items()),
+        (
+            "content-only",
+            CIFAR | PLAIN | {"method": "content-only", "steps": 2400, "content_width": 64, "scored": 500},
+            3,
+        ),
+    ],
+}
+
+EXPERIMENTS: dict[str, list[Row]] = {**LATENTS, **SPRITES, **PHOTOGRAPHS, **SCANS, **FINALS}
 
 
 def world(experiment: str) -> str:
@@ -222,14 +300,15 @@ def world(experiment: str) -> str:
 
 
 def runs(names: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Every (configuration, seed) of the experiments that begin with one of the names; first seeds first."""
+    """Every (configuration, seed) of the experiments that begin with the names: first seeds and first rows first."""
     if unknown := [n for n in names if not any(e.startswith(n) for e in EXPERIMENTS)]:
         raise SystemExit(f"expected experiments of {', '.join(EXPERIMENTS)}: got {', '.join(unknown)}")
     chosen = [e for e in EXPERIMENTS if not names or any(e.startswith(n) for n in names)]
     out = []
-    for e in chosen:
-        for seed in range(3):
-            for name, config, seeds in EXPERIMENTS[e]:
-                if seed < seeds:
+    for seed in range(3):
+        for place in range(max(len(EXPERIMENTS[e]) for e in chosen)):
+            for e in chosen:
+                if place < len(EXPERIMENTS[e]) and seed < EXPERIMENTS[e][place][2]:
+                    name, config, _ = EXPERIMENTS[e][place]
                     out.append({"experiment": e, "name": name, "config": {"world": world(e), **config}, "seed": seed})
     return out

@@ -13,7 +13,7 @@ from study.augself import AugSelf
 from study.looc import LooCLoss
 from torch import Tensor, nn
 
-from ssd_addon import DualAscent, EquivarianceLoss, JointEntropyLoss, StyleHeads, ViewBatch
+from ssd_addon import DualAscent, EquivarianceLoss, IndependenceLoss, JointEntropyLoss, StyleHeads, ViewBatch
 from ssd_addon.kernels.similarity import negative_lse
 from ssd_addon.losses import Terms, resolve_family
 from ssd_addon.metrics import parameter_differences
@@ -184,6 +184,26 @@ class IndependentEquivariant(Independent):
         return super().added(z, batch) + self.equivariant.equivariance(z, batch)
 
 
+class Combined(Joint):
+    """The candidates for one recipe: the joint loss, an equivariance term and spaces that repeat nothing."""
+
+    def __init__(self, c: Config, world: Any) -> None:
+        super().__init__(c, world)
+        family = {"family": c["family"]}
+        self.terms = nn.ModuleList()
+        if c["equivariance"]:
+            temperature = c["temperature"] if c["family"] == "simclr" else None
+            options = {**family, "temperature": temperature, "weight": c["equivariance"]}
+            self.terms.append(EquivarianceLoss(world.widths, world_changes(world), **options))
+        self.independence = IndependenceLoss(world.widths, weight=c["independence"], **family)
+
+    def added(self, z: Mapping[str, Tensor], batch: ViewBatch) -> Tensor | float:
+        total: Tensor | float = 0.0
+        for term in self.terms:
+            total = total + term(z, batch)
+        return total + self.independence(z) if self.independence.weight else total
+
+
 class LooC(nn.Module):
     """Xiao et al. 2021, see looc.py."""
 
@@ -227,6 +247,7 @@ METHODS = {
     "separate entropies": SeparateEntropies,
     "cube": Cube,
     "equivariance": Equivariant,
+    "combined": Combined,
     "independent": Independent,
     "independent equivariant": IndependentEquivariant,
     "looc": LooC,

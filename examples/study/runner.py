@@ -29,6 +29,7 @@ from study import grid, pictures, report
 from study.methods import METHODS, build_model
 from study.worlds import WORLDS
 from synthetic import learning_rate
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ssd_addon.losses import resolve_family
 from ssd_addon.metrics import embed
@@ -36,25 +37,27 @@ from ssd_addon.metrics import embed
 LINES = Path(__file__).parents[2] / "docs" / "results" / "study.jsonl"
 
 
-def train(config: dict[str, Any], seed: int) -> dict[str, Any]:
+def train(config: dict[str, Any], seed: int, device: str = "cpu", keep: str = "", label: str = "") -> dict[str, Any]:
     """One run: what its line in the results says."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    c = grid.DEFAULTS | grid.OF_WORLD[config["world"]] | config
+    c = grid.DEFAULTS | grid.OF_WORLD[config["world"]] | config | {"device": device, "keep": keep, "label": label}
     g = torch.Generator().manual_seed(seed)
     world: Any = WORLDS[c["world"]](c, seed)
     if c["method"] == "truth":  # what the factors themselves tell of each other
         return {"seconds": 0.0, **world.scores(None, None, False)}
-    model = build_model(c, world)
-    method: Any = METHODS[c["method"]](c, world)
+    model = build_model(c, world).to(device)
+    method: Any = METHODS[c["method"]](c, world).to(device)
     parameters = [*model.parameters(), *(p for p in method.parameters() if p.requires_grad)]
-    optimizer = torch.optim.AdamW(parameters, lr=c["lr"], weight_decay=1e-4)
-    start, terms, history = time.monotonic(), None, []
+    optimizer = torch.optim.AdamW(parameters, lr=c["lr"], weight_decay=1e-4, fused=device != "cpu")
+    start, terms, history, curve = time.monotonic(), None, [], []
+    unit = resolve_family(c["family"]).on_sphere and c["method"] != "cube"
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True) if c["curve"] else None
     for step in range(c["steps"]):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step / c["steps"], c["lr"])
         batch = world.batch(c["batch"], g)
-        with torch.autocast("cpu", torch.bfloat16, enabled=c["amp"]):
+        with torch.autocast("cpu", torch.bfloat16, enabled=c["amp"] and device == "cpu"):
             noted = bool(c["history"]) and step % c["history"] == 0
             loss, found = method(model, batch, noted or step == c["steps"] - 1)
         optimizer.zero_grad(set_to_none=True)
@@ -66,11 +69,19 @@ def train(config: dict[str, Any], seed: int) -> dict[str, Any]:
             history.append({"step": step, **{k: round(v, 4) for k, v in of_content.items()}})
         if hasattr(method, "after"):
             method.after(found)
-        if not torch.isfinite(loss):
+        if step % 50 == 49 and not torch.isfinite(loss):
             raise FloatingPointError(f"step {step}: the loss is {loss.item()}")
+        if average is not None:
+            average.update_parameters(model)
+            if step % c["curve"] == c["curve"] - 1:
+                averaged: Any = average.module
+                read = {"last": model, "average": averaged}
+                found_now = {
+                    k: world.quick(lambda x, m=m: embed(m, x, batch_size=500, on_sphere=unit)) for k, m in read.items()
+                }
+                curve.append({"step": step + 1, **{k: v["linear"] for k, v in found_now.items()}})
+                model.train()
     seconds = time.monotonic() - start
-
-    unit = resolve_family(c["family"]).on_sphere and c["method"] != "cube"
 
     def scored(x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Every space, and the backbone itself also where all heads share a hidden layer behind it."""
@@ -81,6 +92,13 @@ def train(config: dict[str, Any], seed: int) -> dict[str, Any]:
         return z | {"backbone": model.backbone.backbone(x) if c["heads"] == "one projector" else features}
 
     model.eval()
+    if c["keep"]:  # a file beside the lines, with weights in 16 bits
+        Path(c["keep"]).mkdir(parents=True, exist_ok=True)
+        halves = {
+            k: v.half() if v.ndim > 1 else v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)
+        }
+        name = re.sub(r"\W+", "-", f"{c['label']}-{seed}")
+        torch.save({k: v.cpu() for k, v in halves.items()}, Path(c["keep"]) / f"{name}.pt")
     line = {
         "seconds": round(seconds, 1),
         **world.scores(lambda x: embed(scored, x, batch_size=500, on_sphere=unit), scored, unit),
@@ -89,6 +107,10 @@ def train(config: dict[str, Any], seed: int) -> dict[str, Any]:
         line["terms"] = {k: round(v, 4) for k, v in terms.scalars().items()}
     if history:
         line["history"] = history
+    if curve:
+        line["curve"] = curve
+    if device != "cpu":
+        line["device"] = torch.cuda.get_device_name()
     if c["dual"] is not None and hasattr(method, "criterion"):
         line["lambda"] = [round(float(w), 3) for w in method.criterion.lambdas(world.plan).values()]
     return line
@@ -115,11 +137,12 @@ def commit() -> str | None:
         return None
 
 
-def attempt(run: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
+def attempt(run: dict[str, Any], places: dict[str, str], device: str = "cpu", keep: str = "") -> dict[str, Any]:
     config = dict(run["config"])
     if config.get("data"):
         config["data"] = places[config["data"]]
-    return run | train(config, run["seed"])
+    label = f"{run['experiment']} {run['name']}"
+    return run | train(config, run["seed"], device, keep, label)
 
 
 def end_with(parent: int) -> None:
@@ -142,6 +165,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--rows", default="", metavar="REGEX", help="only rows whose name holds it")
     p.add_argument("--cifar", default="", help="DIR with train/CLASS/* and val/CLASS/*, 32 pixels")
     p.add_argument("--imagenet", default="", help="DIR with train/CLASS/*")
+    p.add_argument("--device", default="cpu", help="cuda: the runs share the device, in 32 bits without autocast")
+    p.add_argument("--keep", default="", metavar="DIR", help="also write the trained weights there")
+    p.add_argument("--minutes", type=float, help="start no run, and end those that run, after so many")
     p.add_argument("--steps", type=int, help="instead of the grid's, to try it; needs --out")
     p.add_argument("--out", type=Path, default=LINES)
     args = p.parse_args(argv)
@@ -175,19 +201,33 @@ def main(argv: list[str] | None = None) -> int:
     context = multiprocessing.get_context("spawn")
     workers = {"mp_context": context, "initializer": end_with, "initargs": (os.getpid(),)}
     with concurrent.futures.ProcessPoolExecutor(args.workers, **workers) as pool:
-        waiting = {pool.submit(attempt, r, places): r for r in runs}
-        for count, future in enumerate(concurrent.futures.as_completed(waiting), 1):
-            run = waiting[future]
-            try:
-                with open(args.out, "a") as file:
-                    file.write(json.dumps(future.result()) + "\n")
-            except Exception:
-                failed += 1
-                traceback.print_exc()
-            elapsed = (time.monotonic() - start) / 60
-            print(
-                f"{count} of {len(runs)}  {elapsed:.0f} min, {elapsed / count * (len(runs) - count):.0f} min left  "
-                f"{run['experiment']}: {run['name']}, seed {run['seed']}",
-                flush=True,
-            )
+        waiting = {pool.submit(attempt, r, places, args.device, args.keep): r for r in runs}
+        limit = 60 * args.minutes if args.minutes else None
+        count = 0
+        try:
+            for count, future in enumerate(concurrent.futures.as_completed(waiting, timeout=limit), 1):
+                run = waiting[future]
+                try:
+                    with open(args.out, "a") as file:
+                        file.write(json.dumps(future.result()) + "\n")
+                except Exception:
+                    failed += 1
+                    traceback.print_exc()
+                elapsed = (time.monotonic() - start) / 60
+                print(
+                    f"{count} of {len(runs)}  {elapsed:.1f} min, {elapsed / count * (len(runs) - count):.0f} min left  "
+                    f"{run['experiment']}: {run['name']}, seed {run['seed']}",
+                    flush=True,
+                )
+                if failed == count >= 2 * args.workers:
+                    raise SystemExit(f"the first {count} runs have all failed: see above")
+        except TimeoutError:
+            failed += len(runs) - count
+            print(f"{args.minutes} minutes are over: {len(runs) - count} runs are missing", flush=True)
+        finally:
+            if count < len(runs):  # nothing waits for what runs or is still to run
+                for future in waiting:
+                    future.cancel()
+                for process in list((pool._processes or {}).values()):
+                    process.kill()
     return 1 if failed else 0

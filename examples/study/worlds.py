@@ -1,16 +1,19 @@
 """The data of a study: batches of structured views, and labelled samples to score.
 
 A world has `.plan`, `.widths` (of its spaces), `.backbone()` with `.features` outputs, `.sample_ndim`,
-`.batch(n, generator)`, `.scores(model, ...)`: tables of what each space knows.
+`.batch(n, generator)`, `.scores(z, model, unit)`: tables of what each space knows; images lie on `.device`.
 """
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from latents import CausalLatents
+from objects import draw_objects, render_objects, scored_objects
 from sprites import draw_factors, render, scored
+from study import tasks
+from study.tasks import knn_accuracy, linear_accuracy
 from synthetic import GROUPS, ConvNet, mlp
 from torch import Tensor, nn
 
@@ -95,7 +98,7 @@ class ImageWorld:
     sample_ndim, features = 3, 256
 
     def __init__(self, c: Config, seed: int, groups: Any, widths: dict[str, int]) -> None:
-        self.config, self.groups = c, groups
+        self.config, self.groups, self.device = c, groups, torch.device(c.get("device", "cpu"))
         grouped = c["method"] not in ("unstructured pairs", "content-only")
         options: Config = {"plan": c["plan"], "cross_image": c["cross"] or ()} if grouped else {}
         if grouped and c["constrained_crop"]:
@@ -134,22 +137,68 @@ class ImageWorld:
         return {"label-free": made, **parts}
 
 
-class SpriteWorld(ImageWorld):
+def style_width(c: Config, group: str, default: int) -> int:
+    """Of one group's space: its own, or that of all styles, or the world's."""
+    return int(c.get(f"{group}_width") or c.get("style_width") or default)
+
+
+class DrawnWorld(ImageWorld):
+    """Images whose factors are known, drawn anew for every batch or kept: (n, generator) -> images, scored factors."""
+
+    groups_of_all: ClassVar[dict[str, Any]] = GROUPS
+
     def __init__(self, c: Config, seed: int) -> None:
-        widths = {"content": c["content_width"], "color": 32, "spatial": c["spatial_width"]}
-        super().__init__(c, seed, GROUPS, widths)
+        widths = {"color": style_width(c, "color", 32), "spatial": style_width(c, "spatial", 128)}
+        super().__init__(c, seed, self.groups_of_all, {"content": c["content_width"], **widths})
+        kept = c.get("images")  # so many images, as in a data set; None: new ones for every batch
+        self.kept = self.drawn(kept, torch.Generator().manual_seed(20_000 + seed))[0] if kept else None
+
+    def drawn(self, n: int, g: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        raise NotImplementedError
 
     def batch(self, n: int, g: torch.Generator) -> ViewBatch:
-        return self.structured(render(draw_factors(n, g), self.config["size"]))
+        if self.kept is None:
+            return self.structured(self.drawn(n, g)[0])
+        return self.structured(self.kept[torch.randint(len(self.kept), (n,), generator=g).to(self.device)])
 
     def scores(self, z: Any, model: Any, unit: bool) -> dict[str, Any]:
-        factors = draw_factors(self.config["samples"], torch.Generator().manual_seed(10_000))
-        x, known = render(factors, self.config["size"]), scored(factors)
-        e = z(x)
+        x, known = self.drawn(self.config["samples"], torch.Generator().manual_seed(10_000))
+        e = {n: t.cpu() for n, t in z(x).items()}
         out = {
             name: r2_matrix(e, known, probe=p, bootstrap=0) for name, p in (("linear", "ridge"), ("kernel", "kernel"))
         }
-        return {"tables": tables(out | self.label_free(model, x[:1000], unit))}
+        made = self.label_free(model, x[: self.config["scored"]], unit) if self.config["scored"] else {}
+        return {"tables": tables(out | made)}
+
+    def quick(self, z: Any) -> dict[str, Table]:
+        """The linear table alone, of 1,500 images: for curves during training."""
+        x, known = self.drawn(1500, torch.Generator().manual_seed(30_000))
+        e = {n: t.cpu() for n, t in z(x).items()}
+        return tables({"linear": r2_matrix(e, known, probe="ridge", bootstrap=0)})
+
+
+class SpriteWorld(DrawnWorld):
+    def drawn(self, n: int, g: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        factors = draw_factors(n, g)
+        return render({k: v.to(self.device) for k, v in factors.items()}, self.config["size"]), scored(factors)
+
+
+class ObjectWorld(DrawnWorld):
+    """Irregular objects on textured grounds; what a shift moves in is mirrored, so that no streak tells the shift."""
+
+    groups_of_all: ClassVar[dict[str, Any]] = {
+        **GROUPS,
+        "spatial": [["RandomAffine", {**GROUPS["spatial"][0][1], "padding_mode": "reflection"}]],  # type: ignore[dict-item]
+    }
+
+    def drawn(self, n: int, g: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        factors = draw_objects(n, g)
+        there = {k: v.to(self.device) for k, v in factors.items()}
+        images = render_objects(there, self.config["size"], textured=self.config.get("textured", True))
+        known = scored_objects(factors)
+        if not self.config.get("textured", True):
+            known = {k: v for k, v in known.items() if k not in ("texture", "ground")}
+        return images, known
 
 
 class PhotographWorld(ImageWorld):
@@ -158,7 +207,7 @@ class PhotographWorld(ImageWorld):
     def __init__(self, c: Config, seed: int) -> None:
         groups = photograph_groups(c["groups"], c["size"])
         names = tuple(groups) if isinstance(groups, dict) else tuple(presets(groups, size=c["size"])["groups"])
-        super().__init__(c, seed, groups, {"content": c["content_width"], **dict.fromkeys(names, c["style_width"])})
+        super().__init__(c, seed, groups, {"content": c["content_width"], **{n: style_width(c, n, 32) for n in names}})
         root = Path(c["data"])
         self.images, self.labels = self.read(root / "train")
         self.held_out = self.read(root / "val") if (root / "val").is_dir() else None
@@ -166,16 +215,16 @@ class PhotographWorld(ImageWorld):
             self.scored = self.images[1::2]
             self.images, self.labels = self.images[::2], self.labels[::2]
         else:
-            self.scored = self.held_out[0][:1000]
+            self.scored = self.held_out[0][: c["scored"]]
 
     def read(self, folder: Path) -> tuple[Tensor, Tensor]:
         files, collate = ImageFiles(folder), StructuredCollate(self.config["load_size"])
         images, labels, _ = collate([files[i] for i in range(len(files))])
-        return images, torch.as_tensor(labels)
+        return images.to(self.device), torch.as_tensor(labels)
 
     def batch(self, n: int, g: torch.Generator) -> ViewBatch:
         rows = torch.randint(len(self.images), (n,), generator=g)
-        return self.structured(self.images[rows])
+        return self.structured(self.images[rows.to(self.device)])
 
     def scores(self, z: Any, model: Any, unit: bool) -> dict[str, Any]:
         out: dict[str, Any] = {"tables": tables(self.label_free(model, self.scored, unit))}
@@ -189,35 +238,12 @@ class PhotographWorld(ImageWorld):
                 }
                 for name in known
             }
+            if self.config.get("tasks"):
+                out["tasks"] = tasks.of_spaces(z, self.plain, (self.images, self.labels), self.held_out)
         return out
 
     def plain(self, images: Tensor) -> Tensor:
         return self.views.plain(images)
 
 
-def linear_accuracy(x: Tensor, y: Tensor, x_new: Tensor, y_new: Tensor, decay: float = 1e-3) -> float:
-    """Softmax regression on standardised columns, fitted by L-BFGS on (x, y); accuracy on (x_new, y_new)."""
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
-    a, b = (x - mean) / std, (x_new - mean) / std
-    layer = nn.Linear(a.shape[1], int(y.max()) + 1)
-    nn.init.zeros_(layer.weight)
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(layer(a), y) + decay * layer.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)  # type: ignore[arg-type]
-    return round(float((layer(b).argmax(1) == y_new).float().mean()), 4)
-
-
-def knn_accuracy(x: Tensor, y: Tensor, x_new: Tensor, y_new: Tensor, k: int = 20) -> float:
-    """The most frequent class among the k nearest by cosine."""
-    cosine = nn.functional.normalize(x_new, dim=1) @ nn.functional.normalize(x, dim=1).T
-    votes = nn.functional.one_hot(y[cosine.topk(k, dim=1).indices]).sum(1)
-    return round(float((votes.argmax(1) == y_new).float().mean()), 4)
-
-
-WORLDS = {"latents": LatentWorld, "sprites": SpriteWorld, "photographs": PhotographWorld}
+WORLDS = {"latents": LatentWorld, "sprites": SpriteWorld, "objects": ObjectWorld, "photographs": PhotographWorld}

@@ -1,4 +1,4 @@
-"""The losses: joint entropy over content and style spaces, its families, adaptive weights, equivariance.
+"""The losses: joint entropy over content and style spaces, its families, adaptive weights, equivariance, independence.
 
     criterion = JointEntropyLoss("simclr", weights=DualAscent(spaces, tolerance=0.1, step_size=0.01))
     terms = criterion.terms(z)                            the loss and its parts
@@ -13,6 +13,7 @@ from ssd_addon.losses.ascent import DualAscent
 from ssd_addon.losses.barlow import BarlowTwins
 from ssd_addon.losses.equivariance import EquivarianceLoss
 from ssd_addon.losses.families import FAMILIES, FamilyName, resolve_family
+from ssd_addon.losses.independence import IndependenceLoss
 from ssd_addon.losses.joint import JointEntropyLoss
 from ssd_addon.losses.objective import Family, Objective
 from ssd_addon.losses.simclr import SimCLR
@@ -32,6 +33,7 @@ __all__ = [
     "FamilyName",
     "FixedWeights",
     "FroSSL",
+    "IndependenceLoss",
     "JointEntropyLoss",
     "Objective",
     "SIGReg",

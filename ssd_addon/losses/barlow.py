@@ -78,6 +78,7 @@ class BarlowTwins(Objective):
             energy_backend(
                 rows.backend, s.size, joint.shape[-1], dtype=joint.dtype, device=joint.device, group=s.group
             ),
+            {n: (x[p.a][:, columns[n]], x[p.b][:, columns[n]], p.mask) for n, (p, *_) in rows.pairs.items()},
         )
 
     def misalignment(self, guess: Matrix, target: Matrix, mask: Vector | None, shards: Shards | None = None) -> Scalar:

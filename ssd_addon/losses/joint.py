@@ -140,7 +140,7 @@ class JointEntropyLoss(nn.Module):
 
     def terms(self, z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan | None = None) -> Terms:
         """The loss and its parts, for logging and for `DualAscent`. Collective: call it on every rank."""
-        return terms_of(*self._evaluated(z, batch))
+        return terms_of(*self._evaluated(z, batch), self.on_sphere)
 
     def lambdas(self, plan: ViewPlan, order: Sequence[str] | None = None) -> Mapping[str, float | Tensor]:
         """The weight of every space of a plan, resolved."""

@@ -75,6 +75,7 @@ class Objective(KeepsType):
             {n: count for n, (_, count) in means.items()},
             next(iter(z.values())).new_zeros(()),
             seen={n: t[0].detach() for n, t in z.items()},
+            pairs={n: (views[n][p.a], views[n][p.b], p.mask) for n, (p, *_) in rows.pairs.items()},
         )
         self.spread(out, z, rows)
         return out

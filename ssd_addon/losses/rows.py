@@ -84,6 +84,7 @@ class Parts:
         content_entropy: the same of content alone, or None.
         seen: space -> the query's embeddings as the family compares them, [B, d].
         backend: what computed the entropy.
+        pairs: space -> its first pair (a [B, d], b [B, d], mask of the rows that use it or None), as it compares them.
     """
 
     invariance: dict[str, Tensor]
@@ -93,6 +94,7 @@ class Parts:
     content_entropy: Tensor | None = None
     seen: dict[str, Tensor] = field(default_factory=dict)
     backend: str = "eager"
+    pairs: dict[str, tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict)
 
 
 def pairs_of(z: Embeddings, plan: ViewPlan, batch: int, device: torch.device, content_keys: str) -> dict[str, list[Pair]]:  # fmt: skip  # noqa: E501

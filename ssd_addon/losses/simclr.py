@@ -113,14 +113,16 @@ class SimCLR(Objective):
             temperature_floor=self.temperature_floor,
         ).view(v * b, 2 if rows.content_entropy else 1)  # -1 would not do: a rank may hold no row
         entropy = s.mean(lse.sum(dim=0), v * s.total).unbind()
+        columns = columns_of(z)
         return Parts(
             invariance,
             constraint,
             count,
             entropy[-1],
             entropy[0] if rows.content_entropy else None,
-            {name: joint[0, :, c].detach() for name, c in columns_of(z).items()},
+            {name: joint[0, :, c].detach() for name, c in columns.items()},
             backend,
+            {n: (joint[p.a, :, columns[n]], joint[p.b, :, columns[n]], p.mask) for n, (p, *_) in rows.pairs.items()},
         )
 
     def _known(self, rows: Rows, total: int, dtype: torch.dtype) -> Known | None:

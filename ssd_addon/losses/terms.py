@@ -13,6 +13,7 @@ from ssd_addon._dist import Shards
 from ssd_addon._shapes import Matrix, Scalar
 from ssd_addon.kernels.covariance import off_diagonal_energy
 from ssd_addon.losses.rows import Parts
+from ssd_addon.losses.statistics import overlaps, spread_and_agreement
 
 
 @dataclass
@@ -29,6 +30,12 @@ class Terms:
             other family.
         rows: space -> rows behind its term, over all ranks; 0 where no row served the space.
         effective_rank: space -> (tr C)^2 / tr(C^2) of the query's covariance, 1 to d_s: 1 is a collapsed space.
+        spread: space -> in how far its embeddings differ between images: the variance of a coordinate over its mean
+            square, of this space or on average of all spaces, whichever is larger. 0: all images have one embedding.
+        agreement: space -> 1 - E|a_i - b_i|^2 / E|a_i - b_j|^2 over its first pair of views, i and j different images.
+            1: the pairs agree; 0: no better than different images.
+        overlap: "content/color" -> linear CKA of two spaces' queries (first 256 rows of a rank, mean over ranks). 1:
+            one repeats the other.
         backend: what computed the entropy.
     """
 
@@ -39,6 +46,9 @@ class Terms:
     constraint: dict[str, Tensor]
     rows: dict[str, Tensor]
     effective_rank: dict[str, Tensor]
+    spread: dict[str, Tensor]
+    agreement: dict[str, Tensor]
+    overlap: dict[str, Tensor]
     backend: str
 
     def scalars(self) -> dict[str, float]:
@@ -56,6 +66,9 @@ class Terms:
             "invariance": self.invariance,
             "constraint": self.constraint,
             "effective_rank": self.effective_rank,
+            "spread": self.spread,
+            "agreement": self.agreement,
+            "overlap": self.overlap,
         }
         for key, values in by_space.items():
             out |= {f"{key}/{name}": value for name, value in values.items()}
@@ -86,11 +99,14 @@ class Terms:
             constraint=by_space("constraint"),
             rows={n: r.sum() for n, r in rows.items()},
             effective_rank=by_space("effective_rank"),
+            spread=by_space("spread"),
+            agreement=by_space("agreement"),
+            overlap={k: over([p.overlap[k] for p in parts], total) for k in parts[0].overlap},
             backend=parts[-1].backend,
         )
 
 
-def terms_of(loss: Tensor, parts: Parts, s: Shards) -> Terms:
+def terms_of(loss: Tensor, parts: Parts, s: Shards, on_sphere: bool) -> Terms:
     """The terms of all ranks: means that are equal on every rank. Collective."""
     group = s.group or _dist.default_group()
     names, device = list(parts.invariance), loss.device
@@ -106,6 +122,8 @@ def terms_of(loss: Tensor, parts: Parts, s: Shards) -> Terms:
     invariance = _means([parts.invariance[n] for n in names], weight, group)
     constraint = _means([parts.constraint[n] for n in names], weight, group)
     entropy, *alone = _means(entropies, size.expand(len(entropies)), group)
+    exponents = _exponents(parts.seen, group)
+    spread, agreement = spread_and_agreement(parts, exponents, on_sphere, group)
     return Terms(
         loss=loss,
         invariance=dict(zip(names, invariance, strict=True)),
@@ -113,7 +131,10 @@ def terms_of(loss: Tensor, parts: Parts, s: Shards) -> Terms:
         content_entropy=alone[0] if alone else None,
         constraint=dict(zip(names, constraint, strict=True)),
         rows=dict(zip(names, rows.long(), strict=True)),
-        effective_rank=_effective_ranks(parts.seen, group),
+        effective_rank=_effective_ranks(parts.seen, exponents, group),
+        spread=spread,
+        agreement=agreement,
+        overlap=overlaps(parts.seen, group),
         backend=parts.backend,
     )
 
@@ -128,12 +149,18 @@ def _means(values: list[Tensor], weight: Tensor, group: ProcessGroup | None) -> 
     return [x.clone() for x in v.unbind(0)]
 
 
-def _effective_ranks(seen: Mapping[str, Tensor], group: ProcessGroup | None) -> dict[str, Tensor]:
-    """(tr C)^2 / tr(C^2) of every space over all ranks; fourth powers of entries, which are scaled to about 1 first."""
+def _exponents(seen: Mapping[str, Tensor], group: ProcessGroup | None) -> dict[str, Tensor]:
+    """Space -> e with entries of at most 2^e over all ranks."""
     tops = [x.detach().abs().amax() if x.numel() else x.new_zeros(()) for x in seen.values()]
     exponents = torch.frexp(_dist.maximum(torch.stack([t.double() for t in tops]), group))[1]
-    pairs = zip(seen.items(), exponents, strict=True)
-    return {n: _effective_rank(torch.ldexp(x.detach(), -e).to(x.dtype), group) for (n, x), e in pairs}
+    return dict(zip(seen, exponents, strict=True))
+
+
+def _effective_ranks(
+    seen: Mapping[str, Tensor], exponents: Mapping[str, Tensor], group: ProcessGroup | None
+) -> dict[str, Tensor]:
+    """(tr C)^2 / tr(C^2) of every space over all ranks; fourth powers of entries, which are scaled to about 1 first."""
+    return {n: _effective_rank(torch.ldexp(x.detach(), -exponents[n]).to(x.dtype), group) for n, x in seen.items()}
 
 
 def _effective_rank(x: Matrix, group: ProcessGroup | None) -> Scalar:

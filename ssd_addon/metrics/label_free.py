@@ -7,7 +7,8 @@ Legend: n images, d the width of a space, R draws per image, P = R * n pairs.
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -15,8 +16,11 @@ from torch import Tensor
 
 from ssd_addon.batch import ViewBatch
 from ssd_addon.differences import View, group_differences
-from ssd_addon.metrics.embed import Images, Model, batches, is_on_sphere, joined, spaces_of
+from ssd_addon.metrics.dependence import parts_of
+from ssd_addon.metrics.embed import BACKBONE, Images, Model, batches, is_on_sphere, joined, spaces_of
 from ssd_addon.metrics.evaluation import evaluation, generators_kept
+from ssd_addon.metrics.exclusivity import table_of_tests
+from ssd_addon.metrics.leaks import LEVEL, NOTHING, SMALLEST, Dependence, Exclusivity
 from ssd_addon.metrics.probe import Kind, Probe, Split, at_least, score_cells
 from ssd_addon.metrics.probes import Target
 from ssd_addon.metrics.spaces import MIN_ROWS, check_spaces, standardized
@@ -86,6 +90,86 @@ def parameter_matrix(
     """
     chosen = Probe.of(probe)
     at_least("bootstrap", bootstrap, 0)
+    drawn = drawn_pairs(
+        model, views, images, draws=draws, batch_size=batch_size, backbone=backbone, on_sphere=on_sphere, seed=seed,
+        probe=chosen,
+    )  # fmt: skip
+    return matrix_of(drawn, chosen, bootstrap=bootstrap, seed=seed)
+
+
+def parameter_exclusivity(
+    model: Model,
+    views: Views,
+    images: Images,
+    *,
+    draws: int | None = None,
+    batch_size: int = 256,
+    on_sphere: bool | None = None,
+    level: float = LEVEL,
+    smallest: float = SMALLEST,
+    resamples: int | None = None,
+    seed: int = 0,
+) -> Exclusivity:
+    """Whether a space depends on the parameters of groups that are not its own; needs no labels.
+
+    The pairs of views of `parameter_matrix`, and the test of `exclusivity` for each parameter of another group: whether
+    [z_b - z_a, z_a + z_b] and theta_b - theta_a are independent given the parameters of the space's own group. The
+    parameters were drawn by the library, independently of each other and of the images. So the null distribution comes
+    from permutations of the pairs' parameters, and is exact at any number of pairs.
+
+    A leak may be real and yet not be the model's fault: a random crop changes which colors are in view, and a space of
+    color encodes that. `smallest` is there for such traces.
+
+    Args:
+        model, views, images, draws, batch_size, on_sphere: as in `parameter_matrix`; 50 pairs or more.
+        level, smallest, resamples, seed: as in `exclusivity`; seed is of the views too.
+
+    Returns:
+        `Exclusivity`, spaces x groups, of which each cell is that of the group's parameter that counts most: of its
+        leaks the one with the largest effect; where none leaks, the one with the smallest p-value. `table.parts` has
+        every parameter. The p-values are corrected for the number of parameters that were tested over all spaces.
+
+    Raises:
+        ValueError, TypeError: what `parameter_matrix` and `exclusivity` refuse; groups whose parameters are not drawn
+            independently of each other.
+    """
+    drawn = drawn_pairs(model, views, images, draws=draws, batch_size=batch_size, on_sphere=on_sphere, seed=seed)
+    return exclusivity_of(drawn, level=level, smallest=smallest, resamples=resamples, seed=seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Pairs of views of the same images, drawn independently.
+
+    Attributes:
+        inputs: space -> [z_b - z_a, z_a + z_b], each [P, d], draw after draw.
+        differences: group -> parameter -> theta_b - theta_a [P, k].
+        skipped: group -> its parameters that are left out, and why.
+        images, draws: n and R; P = R n.
+        device: of the embeddings.
+    """
+
+    inputs: Mapping[str, Sequence[Tensor]]
+    differences: Mapping[str, Mapping[str, Tensor]]
+    skipped: Mapping[str, list[str]]
+    images: int
+    draws: int
+    device: torch.device
+
+
+def drawn_pairs(
+    model: Model,
+    views: Views,
+    images: Images,
+    *,
+    draws: int | None = None,
+    batch_size: int = 256,
+    backbone: bool = False,
+    on_sphere: bool | None = None,
+    seed: int = 0,
+    probe: Probe | None = None,
+) -> Pairs:
+    """Two views of every image, embedded; see `parameter_matrix`. A probe is asked whether there are enough images."""
     if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 1):
         raise ValueError(f"draws: expected a whole number of pairs per image, 1 or more: got {draws!r}")
     groups = tuple(views.plan.spaces[1:])
@@ -101,20 +185,31 @@ def parameter_matrix(
         raise ValueError(
             f"images: expected at least {2 * MIN_ROWS}, as pairs of an image must lie on one side of the split: got {n}"
         )
-    chosen.sizes(n, "images")
+    if probe is not None:
+        probe.sizes(n, "images")
     draws = draws or math.ceil(PAIRS / n)
     sphere = is_on_sphere(model) if on_sphere is None else on_sphere
     za, zb, drawn = _pairs(model, views, each, draws, backbone, sphere, seed)
     _, device = check_spaces({**za, **{f"{s} of the second view": z for s, z in zb.items()}})
+    skipped: dict[str, list[str]] = {g: [] for g in groups}
+    differences = {g: group_differences(g, *drawn, skipped[g], exact=True) for g in groups}
+    for s in za:  # so that no sum overflows
+        large = torch.maximum(za[s].abs().amax(), zb[s].abs().amax()) > torch.finfo(za[s].dtype).max / 4
+        za[s], zb[s] = (z / torch.where(large, 4, 1) for z in (za[s], zb[s]))
+    inputs = {s: [zb[s] - za[s], za[s] + zb[s]] for s in za}
+    return Pairs(inputs, differences, skipped, n, draws, device)
 
-    split = Split.draw(n, chosen, bootstrap, seed, device, repeats=draws)
+
+def matrix_of(drawn: Pairs, probe: Probe, *, bootstrap: int, seed: int) -> ScoreTable:
+    """The table of `parameter_matrix`."""
+    groups = tuple(drawn.differences)
+    split = Split.draw(drawn.images, probe, bootstrap, seed, drawn.device, repeats=drawn.draws)
     parts: dict[str, Target | str] = {}
     members: dict[str, list[str]] = {}
     empty: dict[str, Target | str] = {}  # groups without a parameter to predict, and why
-    skipped: dict[str, list[str]] = {}
-    for group in groups:
-        found = group_differences(group, *drawn, skipped.setdefault(group, []), exact=True)
-        made = {name: _target(value.to(device), split.train, split.test) for name, value in found.items()}
+    skipped = drawn.skipped
+    for group, found in drawn.differences.items():
+        made = {name: _target(value.to(drawn.device), split.train, split.test) for name, value in found.items()}
         kept = {name: target for name, target in made.items() if target is not None}
         if kept:
             parts |= kept
@@ -123,18 +218,65 @@ def parameter_matrix(
             empty[group] = "no parameter of this group varies between views"
             if skipped[group]:
                 empty[group] = f"left out: {', '.join(skipped[group])}; nothing else in this group varies"
-    for s in za:  # so that no sum overflows
-        large = torch.maximum(za[s].abs().amax(), zb[s].abs().amax()) > torch.finfo(za[s].dtype).max / 4
-        za[s], zb[s] = (z / torch.where(large, 4, 1) for z in (za[s], zb[s]))
-    inputs = {s: [zb[s] - za[s], za[s] + zb[s]] for s in za}
-    scores, intervals, notes = score_cells(inputs, parts | empty, split, chosen, seed=seed, means=members)
-    notes |= {(s, g): f"left out: {', '.join(skipped[g])}" for g in members if skipped[g] for s in za}
+    scores, intervals, notes = score_cells(drawn.inputs, parts | empty, split, probe, seed=seed, means=members)
+    notes |= {(s, g): f"left out: {', '.join(skipped[g])}" for g in members if skipped[g] for s in drawn.inputs}
     finer = [p for g in members for p in members[g]]
     sizes = len(split.train), len(split.test)
     table = ScoreTable(
-        tuple(za), (*groups, *finer), scores, intervals, notes, chosen.kind, (), *sizes, "pairs of views"
+        tuple(drawn.inputs), (*groups, *finer), scores, intervals, notes, probe.kind, (), *sizes, "pairs of views"
     )
     return replace(table.only(factors=groups), parts=table.only(factors=finer) if finer else None)
+
+
+def exclusivity_of(
+    drawn: Pairs,
+    *,
+    level: float = LEVEL,
+    smallest: float = SMALLEST,
+    resamples: int | None = None,
+    seed: int = 0,
+) -> Exclusivity:
+    """The table of `parameter_exclusivity`, of the spaces of the model."""
+    rows = drawn.images * drawn.draws
+    everywhere = torch.ones(rows, dtype=torch.bool, device=drawn.device)
+    columns = {g: {p: _varying(v).to(drawn.device) for p, v in each.items()} for g, each in drawn.differences.items()}
+    members = {g: tuple(p for p, v in each.items() if v.shape[1]) for g, each in columns.items()}
+    blocks = {p: columns[g][p] for g in members for p in members[g]}
+    spaces = {s: z for s, z in drawn.inputs.items() if s != BACKBONE}
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(drawn.device.type, enabled=False):
+        table = table_of_tests(
+            spaces,
+            {p: (parts_of(v), everywhere) for p, v in blocks.items()},
+            {s: members.get(s, ()) for s in spaces},
+            blocks,
+            rows,
+            independent=True,
+            level=level,
+            smallest=smallest,
+            resamples=resamples,
+            seed=seed,
+            unit="pairs of views",
+        )
+    cells: dict[tuple[str, str], Dependence] = {}
+    notes = {(s, s): "own" for s in spaces if s in members}
+    for s in spaces:
+        for g, names in members.items():
+            tests = [(table.is_leak(s, p), table[s, p]) for p in names if not math.isnan(table[s, p].p)]
+            found = [t for leak, t in tests if leak]
+            most = (
+                max(found, key=lambda t: t.effect) if found else min((t for _, t in tests), key=_order, default=NOTHING)
+            )
+            cells[s, g] = most if s != g else NOTHING
+            if not names and s != g:
+                notes[s, g] = "no parameter of this group varies between views"
+            elif drawn.skipped[g] and s != g:
+                notes[s, g] = f"left out: {', '.join(drawn.skipped[g])}"
+    own = {s: (s,) if s in members else () for s in spaces}
+    return replace(table, factors=tuple(members), own=own, tests=cells, notes=notes, parts=table if blocks else None)
+
+
+def _order(test: Dependence) -> tuple[float, float]:
+    return test.p, -test.effect
 
 
 def _pairs(
@@ -155,6 +297,11 @@ def _pairs(
                 for view in range(2):
                     drawn[view].append(pair.parameters[view])
     return joined(a), joined(b), drawn
+
+
+def _varying(value: Tensor) -> Tensor:
+    """The columns of a difference that vary."""
+    return value[:, value.amax(0) - value.amin(0) > 1e-6 * value.abs().amax(0)]
 
 
 def _target(value: Tensor, train: Tensor, test: Tensor) -> Target | None:

@@ -169,13 +169,17 @@ def check_factors(embeddings: Mapping[str, Tensor], factors: Mapping[str, Factor
 
 
 def _given(name: str, embeddings: Mapping[str, Tensor], factors: Mapping[str, Factor], device: torch.device) -> Tensor:
-    """The block [n, d] that a name in `given` stands for: numbers as they are, classes one-hot, angles two columns."""
+    """The block [n, d] that a name in `given` stands for."""
     if name not in factors and name not in embeddings:
         known = f"a factor ({_checks.names(factors)}) or a space ({_checks.names(embeddings)})"
         raise ValueError(f"given: expected the name of {known}: got {name!r}")
     if name not in factors:
         return embeddings[name]
-    factor = factors[name]
+    return block_of(factors[name], f"given: factor {name!r}").to(device)
+
+
+def block_of(factor: Factor, what: str) -> Tensor:
+    """A factor as an input [n, d]: numbers as they are, classes one-hot, angles two columns; all of it finite."""
     if isinstance(factor, Circular):
         block = factor.target()[0]
     elif factor.is_floating_point():
@@ -183,8 +187,8 @@ def _given(name: str, embeddings: Mapping[str, Tensor], factors: Mapping[str, Fa
     else:
         block = F.one_hot(torch.unique(factor.long(), return_inverse=True)[1]).to(torch.float32)
     if not block.isfinite().all():
-        raise ValueError(f"given: expected factor {name!r} to have a finite value for every sample: got NaN or inf")
-    return block.to(device)
+        raise ValueError(f"{what}: expected a finite value for every sample: got NaN or inf")
+    return block
 
 
 def target_of(factor: Factor, train: Tensor, test: Tensor) -> Target | str:

@@ -242,7 +242,7 @@ def _primal(p: Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor
     return solution(p.per_column(chosen)), mean[d + 1 :], chosen
 
 
-def _dual(p: Problem, k: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dual(p: Problem, k: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Kernel ridge with intercept, yhat = k(x, .) a + b. From k [n, n]: a [n, K], b [K], penalties and CV errors [T].
 
     With H the smoother, I - H = V diag(alpha / (lam + alpha)) V^T - 1 1^T / n on the centered kernel V diag(lam) V^T;
@@ -270,7 +270,7 @@ def _dual(p: Problem, k: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tenso
 def _dual_ridge(p: Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
     """What `_primal` gives, from the linear kernel."""
     x = p.x(p.rows)
-    a, b, alpha, _ = _dual(p, x @ x.T, alphas)
+    a, b, alpha, _ = dual(p, x @ x.T, alphas)
     return x.T @ a, b, alpha
 
 
@@ -287,7 +287,7 @@ def _kernel(p: Problem, alphas: Sequence[float] = (), bandwidths: Sequence[float
     median = float(some.median().sqrt()) if len(some) else 1.0
     bandwidths = bandwidths or [median * m for m in BANDWIDTHS]
     alphas = alphas or [a * len(p.rows) for a in KERNEL_ALPHAS]
-    fits = [_dual(p, torch.exp(distances / (-2 * h**2)), alphas) for h in bandwidths]
+    fits = [dual(p, torch.exp(distances / (-2 * h**2)), alphas) for h in bandwidths]
     place = p.per_column(torch.stack([least for *_, least in fits]).argmin(0))
 
     def predict(r: Tensor) -> Tensor:

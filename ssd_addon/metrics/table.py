@@ -113,6 +113,10 @@ class ScoreTable:
         rows = [["", *self.factors], *([s, *(shown(self[s, f]) for f in self.factors)] for s in self.spaces)]
         left, *widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join([r[0].ljust(left), *(c.rjust(w) for c, w in zip(r[1:], widths, strict=True))]) for r in rows]
-        given = f" given {_checks.names(self.given)}" if self.given else ""
-        lines.append(f"{self.probe} probe{given}, {self.n_train} {self.unit} to train, {self.n_test} held out")
+        lines.append(self.footer())
         return "\n".join([*lines, *dict.fromkeys(f"{f}: {note}" for (_, f), note in self.notes.items())])
+
+    def footer(self) -> str:
+        """The line below the table: what was asked, and of how much."""
+        given = f" given {_checks.names(self.given)}" if self.given else ""
+        return f"{self.probe} probe{given}, {self.n_train} {self.unit} to train, {self.n_test} held out"

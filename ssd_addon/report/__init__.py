@@ -40,6 +40,7 @@ def write(
     explored: int = EXPLORED,
     batch_size: int = 64,
     bands: Sequence[int] | None = None,
+    own: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
     say: Say | None = None,
 ) -> Findings:
@@ -64,6 +65,9 @@ def write(
         bands: one to three channels that pictures show, counted from 0. None shows one to three channels as they are
             (two as magenta and green), and of more the first three principal directions of all pixels. The page says
             which. Measures are of all channels.
+        own: space -> the names of its own factors, such as {"color": ("hue",), "content": ("shape",)}: then every other
+            factor is tested as in `metrics.exclusivity`, and one that leaks is in the verdict. None: it is not known
+            which factors belong where, and only the augmentations are tested.
         seed: of views, splits and resamples.
         say: called with a line on what is being done; the library itself prints nothing.
 
@@ -73,7 +77,8 @@ def write(
     Raises:
         OSError: `out` cannot be written; said before anything is computed.
         ValueError, TypeError: images that are not [n, C, H, W], names or factors that are not one for each image, bands
-            that are not one to three of the channels, and what `metrics.embed` refuses.
+            that are not one to three of the channels, names in `own` that are no space or no factor, and what
+            `metrics.embed` refuses.
     """
     path = writable(out)
     data = images if isinstance(images, Data) else Data(images, factors or {}, list(names))
@@ -91,6 +96,7 @@ def write(
         explored=explored,
         batch_size=batch_size,
         bands=bands,
+        own=own,
         seed=seed,
         say=say,
     )

@@ -7,8 +7,10 @@ from typing import Any, TypeGuard
 from ssd_addon.report.text import html
 
 
-def panel(title: str, unit: str, series: Mapping[int, Sequence[tuple[float, float]]]) -> str:
-    """One panel: step across, the value up."""
+def panel(
+    title: str, unit: str, series: Mapping[int, Sequence[tuple[float, float]]], marks: Sequence[float] = ()
+) -> str:
+    """One panel: step across, the value up, and a dashed line at each step that is marked."""
     w, h, left, right, top, bottom = 320, 212, 44, 10, 38, 34
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
@@ -34,6 +36,8 @@ def panel(title: str, unit: str, series: Mapping[int, Sequence[tuple[float, floa
     for x, anchor in ((x0, "start"), (x1, "end")) if x1 > x0 else ((x0, "middle"),):
         parts.append(f'<text x="{place(x, y0)[0]:.1f}" y="{h - bottom + 15}" text-anchor="{anchor}">{x:g}</text>')
     parts.append(f'<text x="{(left + w - right) / 2}" y="{h - 6}" text-anchor="middle">step</text>')
+    for x in (x for x in marks if x0 <= x <= x1):
+        parts.append(f'<path class="mark" d="M{place(x, y0)[0]:.1f} {top}V{h - bottom}"/>')
     for k, points in series.items():
         thin = points[:: max(1, len(points) // 300)]
         thin = [*thin, points[-1]] if thin[-1] != points[-1] else thin

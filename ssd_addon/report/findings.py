@@ -16,13 +16,15 @@ from ssd_addon.display import Display, display
 from ssd_addon.embeddings import Embeddings
 from ssd_addon.metrics import (
     Dci,
+    Exclusivity,
     Factor,
+    Probe,
     ScoreTable,
     dci,
     effective_rank,
     embed,
+    exclusivity,
     mig,
-    parameter_matrix,
     r2_matrix,
     redundancy,
     sap,
@@ -31,6 +33,7 @@ from ssd_addon.metrics import (
 )
 from ssd_addon.metrics.embed import BACKBONE, Model, is_on_sphere
 from ssd_addon.metrics.images import for_model, scaled
+from ssd_addon.metrics.label_free import drawn_pairs, exclusivity_of, matrix_of
 from ssd_addon.metrics.labelled import check_factors
 from ssd_addon.metrics.spaces import MIN_ROWS, check_finite
 from ssd_addon.report.data import Data, Say
@@ -61,6 +64,8 @@ class Findings:
         log: of the training.
         reasons: part -> why it is not there.
         display: how images are shown as RGB.
+        tests: spaces x groups, whether a space depends on the parameters of another group; or None.
+        exclusive: the same for known factors that are not the space's own, where it is said which are; or None.
     """
 
     title: str
@@ -77,6 +82,8 @@ class Findings:
     log: Sequence[Mapping[str, Any]]
     reasons: dict[str, str] = field(default_factory=dict)
     display: Display | None = None
+    tests: Exclusivity | None = None
+    exclusive: Exclusivity | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +107,7 @@ def measure(
     batch_size: int = 64,
     explored: int = EXPLORED,
     bands: Sequence[int] | None = None,
+    own: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
     say: Say | None = None,
 ) -> Findings:
@@ -115,11 +123,13 @@ def measure(
         batch_size: images at a time.
         explored: images in the explorer, at most.
         bands: the channels that pictures show; see `display`.
+        own: space -> its own known factors, as in `metrics.exclusivity`; None: known factors are not tested.
         seed: of splits and views.
         say: called with a line on what is being done.
 
     Raises:
-        ValueError: embeddings that are not finite: there is nothing to be said of such a model.
+        ValueError: embeddings that are not finite: there is nothing to be said of such a model; a name in `own` that is
+            no space or no factor.
     """
     tell = say or (lambda _: None)
     show = display(data.images, bands)
@@ -135,6 +145,7 @@ def measure(
     z = _embedded(model, ready, batch_size, sphere)
     spaces = tuple(s for s in z if s != BACKBONE)
     styles = {s: z[s] for s in spaces} or z
+    check_own(own, spaces, tuple(data.factors))
     attempt = _Attempts(tell)
     thin = [s for s in spaces if sphere and z[s].shape[1] == 1]
     if thin:
@@ -163,21 +174,31 @@ def measure(
     else:
         attempt.reasons["known factors"] = "the data set names none"
 
+    exclusive = tests = None
+    if own is not None:
+        exclusive = attempt("exclusivity of known factors", lambda: exclusivity(styles, factors, own, seed=seed))
     label_free = shared = pictures = geometry = None
     if views is None:
         attempt.reasons["label-free matrix"] = "the views of the training are not known; name them with views"
     else:
         options: dict[str, Any] = {"backbone": True, "on_sphere": sphere, "batch_size": batch_size, "seed": seed}
-        label_free = attempt("label-free matrix", lambda: parameter_matrix(model, views, images, **options))
+        chosen = Probe("kernel")
+        drawn = attempt("pairs of views", lambda: drawn_pairs(model, views, images, probe=chosen, **options))
+        if drawn is None:
+            attempt.reasons["label-free matrix"] = attempt.reasons.pop("pairs of views")
+        else:
+            label_free = attempt("label-free matrix", lambda: matrix_of(drawn, chosen, bootstrap=200, seed=seed))
+            if spaces:
+                tests = attempt("exclusivity of augmentations", lambda: exclusivity_of(drawn, seed=seed))
     if len(spaces) > 1:
         shared = attempt("redundancy", lambda: redundancy(styles, seed=seed))
     if not spaces:
         geometry = attempt("geometry", lambda: _of_whole_images(styles, attempt))
     elif views is not None:
-        drawn = attempt("views", lambda: _drawn(views, images[: min(n, 256)]))
-        if drawn is not None:
-            geometry = attempt("geometry", partial(_geometry, model, drawn, batch_size, sphere, attempt))
-        pictures = None if drawn is None else _pictures(drawn, views)
+        shown = attempt("views", lambda: _drawn(views, images[: min(n, 256)]))
+        if shown is not None:
+            geometry = attempt("geometry", partial(_geometry, model, shown, batch_size, sphere, attempt))
+        pictures = None if shown is None else _pictures(shown, views)
     rows, similarity = _neighbors(z, min(explored, n))
     return Findings(
         title,
@@ -194,7 +215,21 @@ def measure(
         log,
         attempt.reasons,
         show,
+        tests,
+        exclusive,
     )
+
+
+def check_own(own: Mapping[str, Sequence[str]] | None, spaces: Sequence[str], factors: Sequence[str]) -> None:
+    """Refuses names that are no space of the model and no factor of the data set."""
+    for space, names in (own or {}).items():
+        if space not in spaces:
+            raise ValueError(f"own: expected spaces among {_checks.names(spaces)}: got {space!r}")
+        if isinstance(names, str):
+            raise TypeError(f"own: expected a sequence of factors for space {space!r}, such as ('hue',): got {names!r}")
+        if unknown := [name for name in names if name not in factors]:
+            got = f"{_checks.names(unknown)} for space {space!r}"
+            raise ValueError(f"own: expected factors among {_checks.names(factors)}: got {got}")
 
 
 class _Attempts:

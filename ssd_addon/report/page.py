@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ssd_addon.metrics import ScoreTable
+from ssd_addon.metrics import Exclusivity, ScoreTable
 from ssd_addon.report.curves import finite, panel
 from ssd_addon.report.data import Data
 from ssd_addon.report.document import document
@@ -47,6 +47,12 @@ def _verdict(f: Findings, head: str, each: Sequence[str]) -> str:
         f"parameter differs between two views of an image, or of a known factor. From {ENCODES} on, {thing} said to "
         f"encode it; below {TRACE}, not to encode it."
     )
+    if (tests := f.tests or f.exclusive) is not None:
+        how += (
+            " What is not a space's own leaks where a test of conditional independence, given its own, rejects "
+            f"(p, corrected for the number of tests by Holm's method, of {tests.level:g} or less) and the space "
+            f"predicts at least {tests.smallest:g} of what its own leaves of it (partial R²)."
+        )
     return (
         f"<header>\n<h1>{html(f.title or _subject(f).capitalize())}</h1>\n"
         f'<p class="verdict" id="verdict">{html(head)}</p>\n'
@@ -74,10 +80,12 @@ def _label_free(f: Findings) -> str:
         text += ", and content should encode none." if "content" in f.spaces else "."
     if f.spaces and any(s not in f.spaces for s in f.label_free.spaces):
         text += " The backbone's score is a reference point."
-    out += [f"<p>{text}</p>", _scores(f.label_free, f, across="group of augmentations")]
+    out += [f"<p>{text}</p>", _scores(f.label_free, f, across="group of augmentations", tests=f.tests)]
+    if "exclusivity of augmentations" in f.reasons:
+        out.append(_na(f"test of what leaks: {f.reasons['exclusivity of augmentations']}"))
     if f.label_free.parts is not None:
         out += [f"<h3>Which parameters {whose} encode{'s' if f.spaces else ''}</h3>"]
-        out += [_scores(f.label_free.parts, f, across="parameter")]
+        out += [_scores(f.label_free.parts, f, across="parameter", tests=f.tests)]
     return "\n".join([*out, "</section>"])
 
 
@@ -89,7 +97,9 @@ def _labelled(f: Findings) -> str:
         out.append(_na("; ".join(dict.fromkeys(why))))
     called = {"ridge": "By a linear probe", "kernel": "By a kernel probe, which decodes nonlinear codes too"}
     for probe, table in f.labelled.items():
-        out += [f"<h3>{called[probe]}</h3>", _scores(table, f, across="factor")]
+        out += [f"<h3>{called[probe]}</h3>", _scores(table, f, across="factor", tests=f.exclusive)]
+    if "exclusivity of known factors" in f.reasons:
+        out.append(_na(f"test of what leaks: {f.reasons['exclusivity of known factors']}"))
     if f.labelled:
         out.append(
             '<p class="note">R² on held-out images. For classes it is the accuracy, rescaled so that always answering '
@@ -98,8 +108,8 @@ def _labelled(f: Findings) -> str:
     return "\n".join([*out, "</section>"])
 
 
-def _scores(t: ScoreTable, f: Findings, *, across: str, what: str = "Space") -> str:
-    return score_table(t, across=across, corner=what if f.spaces else "Features", spaces=f.spaces)
+def _scores(t: ScoreTable, f: Findings, *, across: str, what: str = "Space", tests: Exclusivity | None = None) -> str:
+    return score_table(t, across=across, corner=what if f.spaces else "Features", spaces=f.spaces, tests=tests)
 
 
 def _numbers(f: Findings) -> str:
@@ -165,15 +175,17 @@ def _curves(f: Findings) -> str:
         ("parameters/", "own augmentation group", "R², without labels"),
         ("lambda/", "weight of the invariance", "λ"),
     ]
+    alarms = _alarms(steps)
+    marks = [step for step, _ in alarms]
     drawn = []
     if loss := _points(steps, "loss"):
-        drawn.append(panel("loss", "", {6: loss}))
+        drawn.append(panel("loss", "", {6: loss}, marks))
     shown: set[int] = set()
     for prefix, title, unit in panels:
         keys = [f"{prefix}{s}/{s}" if prefix == "parameters/" else f"{prefix}{s}" for s in f.spaces]
         series = {k: points for k, key in enumerate(keys) if (points := _points(steps, key))}
         if series:
-            drawn.append(panel(title, unit, series))
+            drawn.append(panel(title, unit, series, marks))
             shown |= series.keys()
     if not drawn:
         out.append(_na("there is no log.jsonl beside the checkpoint" if not f.log else "the log holds no curve"))
@@ -182,7 +194,17 @@ def _curves(f: Findings) -> str:
             f'<li><i style="background:var(--s{k % 6})"></i>{html(f.spaces[k])}</li>' for k in sorted(shown)
         )
         out += [f'<ul class="legend">{legend}</ul>' if legend else "", f'<div class="plots">{"".join(drawn)}</div>']
+    if alarms:
+        said = "".join(f"<li>step {step:g}: {html(text)}</li>" for step, text in alarms)
+        out.append(f'<p class="note">Dashed: what the collapse alarm said.</p><ul class="alarms">{said}</ul>')
     return "\n".join([*out, "</section>"])
+
+
+def _alarms(entries: Sequence[Mapping[str, Any]]) -> list[tuple[float, str]]:
+    """(step, sentence) of what `CollapseAlarm` said while the run went on."""
+    events = [event for e in entries if isinstance(said := e.get("alarm"), list) for event in said]
+    found = [(e.get("step"), e.get("text")) for e in events if isinstance(e, Mapping)]
+    return [(float(step), text) for step, text in found if finite(step) and isinstance(text, str)]
 
 
 def _points(entries: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -202,6 +224,10 @@ def _kept(f: Findings) -> dict[str, Any]:
         "verdict": [head, *each],
         "labelled": {k: t.to_json() for k, t in f.labelled.items()},
         "label_free": None if f.label_free is None else f.label_free.to_json(),
+        "exclusivity": {
+            "label_free": None if f.tests is None else f.tests.to_json(),
+            "labelled": None if f.exclusive is None else f.exclusive.to_json(),
+        },
         "redundancy": None if f.shared is None else f.shared.to_json(),
         "geometry": {s: {k: v if finite(v) else None for k, v in row.items()} for s, row in f.geometry.items()},
         "reasons": f.reasons,

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 
-from ssd_addon.metrics import ScoreTable
+from ssd_addon.metrics import Exclusivity, ScoreTable
 from ssd_addon.report.text import html, name
-from ssd_addon.report.verdict import short
+from ssd_addon.report.verdict import p_value, short, tested
 
 
-def score_table(t: ScoreTable, *, across: str, corner: str, spaces: Sequence[str] = ()) -> str:
+def score_table(
+    t: ScoreTable, *, across: str, corner: str, spaces: Sequence[str] = (), tests: Exclusivity | None = None
+) -> str:
     """A table of scores as HTML, shaded by score, with intervals and a caption.
 
     Args:
@@ -17,6 +19,7 @@ def score_table(t: ScoreTable, *, across: str, corner: str, spaces: Sequence[str
         corner: what its rows are.
         spaces: the rows that are spaces of the model; others are set in italics, and the cell of a space and its own
             group is outlined.
+        tests: what is said below the interval of a cell that was tested: p, and the effect.
     """
     heads = []
     for factor in t.factors:
@@ -44,12 +47,16 @@ def score_table(t: ScoreTable, *, across: str, corner: str, spaces: Sequence[str
             v = min(1.0, max(0.0, value))
             interval = t.intervals.get((space, factor))
             small = f"<small>{number(interval[0])} to {number(interval[1])}</small>" if interval else ""
+            if (test := tested(tests, space, factor)) is not None:
+                small += f"<small>{p_value(test.corrected)}, partial R² {number(test.effect)}</small>"
             classes = "heat own" if own else "heat"
             cells.append(f'<td class="{classes}" style="--v:{v:.3f}" title="{html(cell)}">{number(value)}{small}</td>')
         other = "" if space in spaces or not spaces else ' class="other"'
         rows.append(f'<tr{other}><th scope="row">{short_name(space)}</th>{"".join(cells)}</tr>')
     below = ", below it the 95 % interval" if t.intervals else ""
     caption = f"{t.probe} probe, fitted on n = {t.n_train} {t.unit}, scored on n = {t.n_test} held out{below}"
+    if tests is not None:
+        below += ", and the test of whether the space depends on it given its own: p, corrected, and partial R²"
     notes = dict.fromkeys(f"{factor}: {note}" for (_, factor), note in t.notes.items() if note != "itself")
     head = f'<tr><th scope="col">{html(corner)}<small>by {across}</small></th>{"".join(heads)}</tr>'
     return (

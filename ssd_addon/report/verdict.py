@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ssd_addon.metrics import ScoreTable
+from ssd_addon.metrics import Dependence, Exclusivity, ScoreTable
 from ssd_addon.metrics.embed import BACKBONE
 from ssd_addon.report.findings import Findings
 
 ENCODES, TRACE = 0.5, 0.1
-"""A score from which a space is said to encode something, and below which it is not; between them it does so weakly."""
+"""A score from which a space is said to encode something, and below which it is not; between them it does so weakly.
+
+What leaks is decided by the tests of `Findings.tests`, and by TRACE where there are none.
+"""
 DISENTANGLED = "Disentangled: each style space encodes its own augmentation group and no other."
 MOST = 6
 """Factors that a sentence names."""
@@ -17,26 +20,33 @@ MOST = 6
 
 @dataclass(frozen=True, order=True)
 class Reading:
-    """How well something can be decoded from a space; a score that is not above 0 beyond chance is 0."""
+    """How well something can be decoded from a space; a score that is not above 0 beyond chance is 0.
+
+    Of what a test decided, the score is its effect, and p its corrected p-value. `leak`: it is not the space's own.
+    """
 
     score: float
     name: str
     own: bool = False
+    p: float | None = field(default=None, compare=False)
+    leak: bool = field(default=False, compare=False)
 
 
 def verdict(f: Findings) -> tuple[str, list[str]]:
     """A headline, and one sentence for each space."""
     if not f.spaces:
         return _of_features(f)
-    readings = {space: _readings(f.label_free, space) for space in f.spaces}
+    readings = {space: _readings(f.label_free, space, f.tests) for space in f.spaces}
     factors = {space: _factors(f, space) for space in f.spaces}
     if any(readings.values()):
         return _headline(f, readings), [_sentence(s, f, readings[s], factors[s]) for s in f.spaces]
-    if not f.labelled:
+    if not f.labelled and f.exclusive is None:
         return "What the spaces encode could not be measured.", []
     each = [
         f"{_listed(r)} can be decoded from {s}." if r else f"None can be decoded from {s}." for s, r in factors.items()
     ]
+    if f.exclusive is not None:
+        return _named_leaks(f, readings) or "No known factor leaks; which augmentations are encoded is not known.", each
     return "Which augmentations the spaces encode was not measured; of the known factors:", each
 
 
@@ -57,15 +67,23 @@ def short(parameter: str) -> str:
 
 
 def _headline(f: Findings, readings: dict[str, list[Reading]]) -> str:
-    leaks = {
-        s: sorted((r for r in each if not r.own and r.score >= TRACE), reverse=True) for s, each in readings.items()
-    }
-    worst = sorted((s for s in leaks if leaks[s]), key=lambda s: -leaks[s][0].score)
-    if worst:
-        verbs = {s: "also encodes" if any(r.own for r in readings[s]) else "encodes" for s in worst}
-        return f"Not disentangled: {'; '.join(f'{s} {verbs[s]} {_listed(leaks[s])}' for s in worst)}."
+    if named := _named_leaks(f, readings):
+        return named
     doubts = _doubts(f, readings)
     return f"No augmentation group leaks, but {'; '.join(doubts)}." if doubts else DISENTANGLED
+
+
+def _named_leaks(f: Findings, readings: dict[str, list[Reading]]) -> str:
+    """What the spaces encode that is not their own; "" where nothing leaks."""
+    leaks = {s: [r for r in each if r.leak] for s, each in readings.items()}
+    for space, factor in f.exclusive.leaks if f.exclusive is not None else ():
+        assert f.exclusive is not None
+        test = f.exclusive[space, factor]
+        leaks[space].append(Reading(test.effect, factor, p=test.corrected, leak=True))
+    leaks = {s: sorted(each, reverse=True) for s, each in leaks.items()}
+    worst = sorted((s for s in leaks if leaks[s]), key=lambda s: -leaks[s][0].score)
+    verbs = {s: "also encodes" if any(r.own for r in readings[s]) else "encodes" for s in worst}
+    return f"Not disentangled: {'; '.join(f'{s} {verbs[s]} {_listed(leaks[s])}' for s in worst)}." if worst else ""
 
 
 def _doubts(f: Findings, readings: dict[str, list[Reading]]) -> list[str]:
@@ -95,7 +113,7 @@ def _doubts(f: Findings, readings: dict[str, list[Reading]]) -> list[str]:
 def _shared(f: Findings) -> dict[str, list[Reading]]:
     """Known factors that a style space encodes although another space encodes them better, and the spaces that do."""
     table = f.labelled.get("ridge")
-    if table is None:
+    if table is None or f.exclusive is not None:  # which decides it by tests
         return {}
     out = {}
     for factor in table.factors:
@@ -109,7 +127,7 @@ def _shared(f: Findings) -> dict[str, list[Reading]]:
 def _sentence(space: str, f: Findings, readings: Sequence[Reading], factors: Sequence[Reading]) -> str:
     """What one space encodes."""
     own = sorted((r for r in readings if r.own), reverse=True)
-    other = sorted((r for r in readings if not r.own and r.score >= TRACE), reverse=True)
+    other = sorted((r for r in readings if r.leak), reverse=True)
     held, weak = [r for r in own if r.score >= ENCODES], [r for r in own if TRACE <= r.score < ENCODES]
     style = f.label_free is not None and space in f.label_free.factors
     if held or weak:
@@ -128,27 +146,39 @@ def _sentence(space: str, f: Findings, readings: Sequence[Reading], factors: Seq
     return f"{text}."
 
 
-def _readings(t: ScoreTable | None, space: str) -> list[Reading]:
-    """Of the space's own group every parameter that can be scored, of another the one that is decoded best.
+def _readings(t: ScoreTable | None, space: str, tests: Exclusivity | None) -> list[Reading]:
+    """Of the space's own group every parameter that can be scored, of another the one that leaks most.
 
-    A group leaks through any of its parameters.
+    A group leaks through any of its parameters: by the test, or where there is none by a score of 0.1.
     """
     if t is None or space not in t.spaces:
         return []
     out = []
     for group in t.factors:
         table, parameters = parameters_of(t, group)
-        scored = [
-            Reading(
-                sure(table, space, p),
-                short(p) if group == space or p == group else f"{group}'s {short(p)}",
-                group == space,
-            )
-            for p in parameters
-            if not math.isnan(table[space, p])
-        ]
-        out += scored if group == space else [max(scored)] if scored else []
+        scored = [p for p in parameters if not math.isnan(table[space, p])]
+        if group == space:
+            out += [Reading(sure(table, space, p), short(p), True) for p in scored]
+            continue
+        found = []
+        for p in scored:
+            name, test = short(p) if p == group else f"{group}'s {short(p)}", tested(tests, space, p)
+            if test is None:
+                score = sure(table, space, p)
+                found.append(Reading(score, name, leak=score >= TRACE))
+            else:
+                assert tests is not None
+                found.append(Reading(test.effect, name, p=test.corrected, leak=tests.is_leak(space, p)))
+        out += [max(found, key=lambda r: (r.leak, r.score))] if found else []
     return out
+
+
+def tested(tests: Exclusivity | None, space: str, factor: str) -> Dependence | None:
+    """What the test says of a cell; None where there is no test of it."""
+    for table in (tests, tests.parts if tests is not None else None):
+        if table is not None and (space, factor) in table.tests and not math.isnan(table.tests[space, factor].p):
+            return table.tests[space, factor]
+    return None
 
 
 def parameters_of(t: ScoreTable, group: str) -> tuple[ScoreTable, list[str]]:
@@ -209,7 +239,21 @@ def _r2(score: float) -> str:
 def _listed(readings: Sequence[Reading], before: str = "") -> str:
     """ "hue (R² = 0.90), brightness (0.70) and contrast (0.60)"."""
     first, *rest = readings
-    return _names([f"{first.name} ({_r2(first.score)})", *(f"{before}{r.name} ({r.score:.2f})" for r in rest)])
+    head = (
+        f"{first.name} ({_r2(first.score) if first.p is None else f'partial {_r2(first.score)}, {p_value(first.p)}'})"
+    )
+    return _names([head, *(f"{before}{r.name} ({_further(r)})" for r in rest)])
+
+
+def _further(r: Reading) -> str:
+    return f"{r.score:.2f}" if r.p is None else f"{r.score:.2f}, {p_value(r.p)}"
+
+
+def p_value(p: float) -> str:
+    """ "p = 0.03", "p ≤ 0.001"; rounded up, so that none is said to be smaller than it is."""
+    if p <= 0.001:
+        return "p ≤ 0.001"
+    return f"p = {min(1.0, math.ceil(p * 1000 - 1e-9) / 1000 if p < 0.1 else math.ceil(p * 100 - 1e-9) / 100):.3g}"
 
 
 def _names(items: Iterable[str]) -> str:

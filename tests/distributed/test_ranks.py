@@ -121,7 +121,7 @@ def flat(terms):
     out = {"entropy": terms.entropy}
     if terms.content_entropy is not None:
         out["content_entropy"] = terms.content_entropy
-    for key in ("invariance", "constraint", "effective_rank", "rows"):
+    for key in ("invariance", "constraint", "effective_rank", "spread", "agreement", "rows"):
         out |= {f"{key}/{n}": value.double() for n, value in getattr(terms, key).items()}
     return out
 
@@ -315,7 +315,12 @@ def expect_alone(case):
         weight = torch.stack([s[2][f"rows/{space}"] for s in shard]) if space else images
         if key == "rows":
             want[n] = values.sum()
-        elif key == "effective_rank":  # Barlow Twins standardises by shard: then it is not that of the whole batch
+        elif key in (
+            "effective_rank",
+            "spread",
+            "agreement",
+        ):
+            # Barlow Twins standardizes by shard: then it is not that of the whole batch
             want[n] = whole[n] if case.family != "barlow" else torch.tensor(torch.nan)
         else:
             want[n] = (values * weight).sum() / weight.sum()

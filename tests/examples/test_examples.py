@@ -7,7 +7,7 @@ import sprites
 import synthetic
 import torch
 
-from ssd_addon.metrics import Circular
+from ssd_addon.metrics import Circular, Exclusivity
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,13 @@ def test_synthetic(dataset, method, tmp_path):
     expected = {"metrics.json", "matrix.png", "curves.png", "log.jsonl", "model.pt"}
     assert expected <= {p.name for p in tmp_path.iterdir()}
     assert (tmp_path / "views.png").exists() == (dataset == "sprites")
-    assert json.loads((tmp_path / "metrics.json").read_text())["config"]["method"] == method
+    stored = json.loads((tmp_path / "metrics.json").read_text())
+    assert stored["config"]["method"] == method
+    if dataset == "latents":
+        assert stored["exclusivity"] is None
+    else:
+        tests = Exclusivity.from_json(stored["exclusivity"])
+        assert tests.n == 200 and tests.null == "permutations" and tests.own["content"] == ("shape",)
 
 
 def test_a_run_is_scored_again_with_its_own_configuration(tmp_path, capsys):

@@ -11,7 +11,7 @@ from tiles import shrink
 from torch import nn
 
 from ssd_addon import JointEntropyLoss
-from ssd_addon.kernels import fast_product, launch, launch_around, negative_lse, operators, streaming
+from ssd_addon.kernels import dispatch, fast_product, launch, launch_around, negative_lse, operators, streaming
 from ssd_addon.kernels.launch import affordable_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value|overflow|divide:RuntimeWarning")
@@ -169,6 +169,18 @@ def test_short_of_memory_the_gradient_is_the_same(monkeypatch, prefix, tau, shor
     got, less = gradient()
     assert less <= 12_000 < room
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * want.norm().item())
+
+
+def test_free_memory_counts_the_allocators_reserve_and_asks_for_its_statistics_once(monkeypatch):
+    """They are hundreds of numbers, and `torch.cuda.memory_reserved()` sorts all of them for one."""
+    held = {"reserved_bytes": {"all": {"current": 700}}, "allocated_bytes": {"all": {"current": 300}}}
+    asked = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: asked.append(device) or held)
+    monkeypatch.setattr(torch.cuda.memory, "memory_stats", lambda device: pytest.fail("all statistics are flattened"))
+    device = torch.device("cuda", 0)
+    assert dispatch.free_memory(device) == 1000 + 700 - 300 and asked == [device]
+    assert dispatch.free_memory(torch.device("cpu")) > 2**60
 
 
 # ------------------------------------------------------------------------------------------ capture

@@ -7,7 +7,7 @@ from reference import unit
 from torch.autograd.graph import saved_tensors_hooks
 
 from ssd_addon import Embeddings, JointEntropyLoss, ViewPlan
-from ssd_addon.kernels import launch, negative_lse, off_diagonal_energy, table
+from ssd_addon.kernels import launch, launch_around, negative_lse, off_diagonal_energy, table
 from ssd_addon.kernels import unit as unit_rows
 from ssd_addon.kernels.operands import Columns
 
@@ -74,6 +74,48 @@ def test_a_temperature_has_a_gradient_only_where_it_is_asked_for(whole):
     tau.requires_grad_()
     with_, _ = counted(lambda: negative_lse(z, ids, tau, backend="triton"), [z, tau])
     assert without.calls.total() == 10 and with_.calls.total() == 11 and with_.calls["sum"] == 1
+
+
+def test_tiles_of_another_height_backward_take_one_launch_more(whole, monkeypatch):
+    """The bounds of the ids in them: once, as the triangle's columns are its rows."""
+    low = table.Configuration(32, 64, 64, 4, 2, False, 2)
+    high = table.configuration("", "sums", 20)
+    monkeypatch.setattr(table, "configuration", lambda arch, mode, *_: low if mode.startswith("weights") else high)
+    found, whole = [], launch.with_bounds
+    monkeypatch.setattr(launch, "with_bounds", lambda *args: found.append(args[-1]) or whole(*args))
+    z, ids = unit(200, 20).half().requires_grad_(), torch.arange(200) // 2
+    launches, _ = counted(lambda: negative_lse(z, ids, 0.15, backend="triton"), [z])
+    assert launches.calls.total() == 11 and launches.tiles.total() == 2, launches.calls
+    assert set(found) == {12}  # 7 tiles of 32 rows, 2 for the last column's, in whole 16 bytes
+    (grad,) = torch.autograd.grad(negative_lse(z, ids, 0.15, backend="triton").sum(), z)
+    (want,) = torch.autograd.grad(negative_lse(z.double(), ids, 0.15, backend="eager").sum(), z)
+    assert (grad.double() - want.double()).norm() < 1e-3 * want.double().norm()
+
+
+def test_a_triton_without_descriptors_runs_the_same_tiles_by_pointers(monkeypatch):
+    tile = table.Configuration(64, 64, 64, 4, 2, True, 2)
+    monkeypatch.setattr(table, "configuration", lambda *_: tile)
+    assert launch_around.configuration(torch.device("cpu"), "sums", 20) == tile
+    monkeypatch.setattr(launch_around, "HAS_DESCRIPTORS", False)
+    assert launch_around.configuration(torch.device("cpu"), "sums", 20) == tile._replace(descriptor=False)
+
+
+def test_a_layout_is_found_once_and_follows_the_tiles(monkeypatch):
+    cpu, tile = torch.device("cpu"), table.Configuration(64, 64, 64, 4, 2, False, 2)
+    monkeypatch.setattr(table, "configuration", lambda *_: tile)
+    first = launch_around.layout(cpu, 100, 20, False, False)
+    assert launch_around.layout(cpu, 100, 20, False, False) is first and first.columns.ends == (64, 192)
+    assert launch_around.layout(cpu, 100, 0, False, False).columns.ends == (128,)
+    tile = tile._replace(block_k=32)
+    assert launch_around.layout(cpu, 100, 20, False, False).columns.ends == (32, 128)
+
+
+def test_own_tiles_come_before_the_tables_and_those_of_an_architecture_before_the_default():
+    own = {"sums": {"inf": [32, 32, 32, 4, 2, False, 2]}}
+    every = table.table()["configurations"]
+    assert table.configuration("sm_90", "sums", 300, own) == table.Configuration(*own["sums"]["inf"])
+    assert table.configuration("sm_90", "weights", 300, own) == table.Configuration(*every["sm_90"]["weights"]["512"])
+    assert table.configuration("sm_80", "weights", 300) == table.Configuration(*every["default"]["weights"]["inf"])
 
 
 @pytest.mark.parametrize("family", ["simclr", "vicreg", "barlow"])

@@ -62,17 +62,17 @@ def check(r):
         # By tl.sum a warp shuffled 62 to 449 times for the column sums alone. What is left is that of row sums.
         assert epilogue["shfl"] <= (13 if r["arch"] in ("sm_90", "sm_100") else 33), r
         assert epilogue["bar"] <= 17, r
-        assert epilogue["exchanged"] <= 90, r
+        assert epilogue["exchanged"] <= 90 * n // 128, r
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sums", "weights"])
 def test_what_is_compiled_here_keeps_the_bounds(mode):
     found = compiled("--json", "--modes", mode, "--no-candidates")
-    assert [r["arch"] for r in found] == ["sm_80"] * 2 + ["sm_90"] * 2
+    tiles = len(table.table()["configurations"]["sm_90"][mode])
+    assert [r["arch"] for r in found] == ["sm_80"] * 2 + ["sm_90"] * 2 * tiles
     for r in found:
         check(r)
-        assert r["programs"] >= 2, r
 
 
 @pytest.mark.slow
@@ -120,10 +120,11 @@ def test_every_stored_variant_of_the_table_keeps_the_bounds():
 
 
 def test_as_many_programs_share_a_multiprocessor_as_intended():
-    """Two where the loss spends its time; one level more of sums, or a second matrix, may leave one."""
+    """Two where the loss spends its time; a second matrix, or tiles of 128 x 256 (for wide rows), may leave one."""
     for r in STORED:
         if not r["candidate"]:
-            intended = 2 if r["mode"] in ("sums", "weights", "sums_two", "weights_two") else 1
+            large = r["configuration"][0] * r["configuration"][1] > 128 * 128
+            intended = 2 if r["mode"] in ("sums", "weights", "sums_two", "weights_two") and not large else 1
             assert r["programs"] >= intended, r
 
 

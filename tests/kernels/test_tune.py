@@ -81,6 +81,17 @@ def test_recorded_launches_do_the_same_again():
     assert kept == (tiles.sums_kernel, tiles.weights_kernel, launch.add_product)
 
 
+@pytest.mark.parametrize("mode,launches", [("sums", 1), ("weights", 2)])
+def test_the_time_of_a_tile_is_that_of_its_kernel_and_of_the_products_that_read_what_it_wrote(
+    monkeypatch, mode, launches
+):
+    seen = []
+    monkeypatch.setattr(tune, "replayed", lambda found, device: seen.append(len(found)) or (lambda: None))
+    with tune.shrunk(SHORT):
+        assert "ms" in tune.Step(CPU, SHORT, mode, 8).timed(SQUARE)
+    assert seen == [launches]
+
+
 def _tensors(value):
     return [t for t in value if isinstance(t, torch.Tensor)] if isinstance(value, tuple) else []
 

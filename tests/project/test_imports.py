@@ -17,6 +17,7 @@ OTHERS = (
 )  # fmt: skip
 """Everything beside torch that some part of the library or of its examples uses."""
 LIGHT = (
+    "CollapseAlarm", "CollapseWarning",
     "DualAscent", "Embeddings", "EquivarianceLoss", "JointEntropyLoss", "Monitor", "StyleHeads", "ViewBatch",
     "ViewPlan", "heads", "kernels", "losses", "metrics", "monitor", "two_pass",
 )  # fmt: skip

@@ -87,7 +87,9 @@ def test_terms_are_written_when_it_is_their_turn(tmp_path):
     expected = [{"step": k, **given[k].scalars(), "lr": 0.1 * k} for k in (0, 3, 6)]
     assert lines(log) == expected == [r for r in returned if r]
     names = {"step", "loss", "entropy", "lr"}
-    names |= {f"{kind}/{s}" for kind in ("invariance", "constraint", "effective_rank") for s in SPACES}
+    by_space = ("invariance", "constraint", "effective_rank", "spread", "agreement")
+    names |= {f"{kind}/{s}" for kind in by_space for s in SPACES}
+    names |= {f"overlap/{pair}" for pair in ("content/color", "content/spatial", "color/spatial")}
     assert expected[0].keys() == names
 
 

@@ -1,5 +1,6 @@
 """The report: what it says of matrices made by hand, what it says where it cannot, and that one page holds it all."""
 
+import dataclasses
 import io
 import json
 import math
@@ -15,12 +16,13 @@ from torchvision.models import resnet18
 
 from ssd_addon import StyleHeads, report
 from ssd_addon.__main__ import main
-from ssd_addon.metrics import ScoreTable, label_free
+from ssd_addon.metrics import Dependence, Exclusivity, ScoreTable, label_free
 from ssd_addon.report import curves, pictures
+from ssd_addon.report import findings as measured
 from ssd_addon.report import page as rendering
 from ssd_addon.report.findings import Findings
 from ssd_addon.report.table import number
-from ssd_addon.report.verdict import short
+from ssd_addon.report.verdict import p_value, short
 
 
 def table(scores, factors, low=0.9, parts=None, probe="kernel"):
@@ -42,6 +44,14 @@ def findings(label_free=None, labelled=None, spaces=("content", "color", "spatia
 
 
 GROUPS = ("color", "spatial")
+
+
+def exclusivity_by_hand(cells, factors=GROUPS, own=None):
+    """Tests with (effect, corrected p) in some cells, none in the others."""
+    spaces = ("content", "color", "spatial")
+    found = {(s, f): Dependence(*(math.nan,) * 4) for s in spaces for f in factors}
+    found |= {cell: Dependence(3.0, effect, p, p) for cell, (effect, p) in cells.items()}
+    return Exclusivity(spaces, tuple(factors), own or {s: (s,) for s in GROUPS}, found, {}, 100, "permutations")
 
 
 def test_verdict_of_disentangled_spaces():
@@ -150,6 +160,64 @@ def test_no_verdict_without_a_matrix():
 
 
 @pytest.mark.parametrize(
+    ("effect", "p", "head"),
+    [
+        (0.03, 0.004, "Not disentangled: color also encodes spatial (partial R² = 0.03, p = 0.004)."),
+        (0.03, 0.0002, "Not disentangled: color also encodes spatial (partial R² = 0.03, p ≤ 0.001)."),
+        (0.01, 0.001, "Disentangled: each style space encodes its own augmentation group and no other."),
+        (0.3, 0.06, "Disentangled: each style space encodes its own augmentation group and no other."),
+    ],
+)
+def test_a_leak_is_what_the_test_rejects_with_an_effect_that_matters(effect, p, head):
+    """The score of 0.3 alone, which would be a leak without the test, does not decide."""
+    found = groups([0.0, 0.0], [0.9, 0.3], [0.0, 0.6])
+    tested = dataclasses.replace(found, tests=exclusivity_by_hand({("color", "spatial"): (effect, p)}))
+    said, each = report.verdict(tested)
+    assert said == head
+    assert ("but also spatial (partial" in each[1]) == head.startswith("Not")
+
+
+def test_a_cell_without_a_test_is_decided_by_its_score():
+    found = groups([0.0, 0.2], [0.9, 0.3], [0.0, 0.6])
+    tested = dataclasses.replace(found, tests=exclusivity_by_hand({("color", "spatial"): (0.0, 1.0)}))
+    assert report.verdict(tested)[0] == "Not disentangled: content encodes spatial (R² = 0.20)."
+
+
+def test_a_group_leaks_through_the_parameter_that_the_test_names():
+    names = ("color/0.ColorJitter/brightness_factor", "color/0.ColorJitter/hue_factor", "spatial/0.RandomAffine/angle")
+    parts = table({"content": [0.0, 0.0, 0.0], "color": [0.9, 0.9, 0.0], "spatial": [0.0, 0.0, 0.8]}, names)
+    whole = table({"content": [0.0, 0.0], "color": [0.9, 0.0], "spatial": [0.0, 0.8]}, GROUPS, parts=parts)
+    finer = exclusivity_by_hand({("content", names[0]): (0.2, 0.5), ("content", names[1]): (0.05, 0.01)}, names)
+    tests = dataclasses.replace(exclusivity_by_hand({("content", "color"): (0.05, 0.01)}), parts=finer)
+    head, _ = report.verdict(dataclasses.replace(findings(whole), tests=tests))
+    assert head == "Not disentangled: content encodes color's hue (partial R² = 0.05, p = 0.01)."
+
+
+def test_known_factors_leak_where_their_test_says_so():
+    labelled = {"ridge": table({"content": [0.95, 0.4], "color": [0.46, 0.9], "spatial": [0.0, 0.0]}, ("shape", "hue"))}
+    cells = {("content", "hue"): (0.4, 0.001), ("color", "shape"): (0.45, 0.03), ("spatial", "hue"): (0.0, 1.0)}
+    own = {"content": ("shape",), "color": ("hue",), "spatial": ()}
+    exclusive = exclusivity_by_hand(cells, ("shape", "hue"), own)
+    leaks = "color {}encodes shape (partial R² = 0.45, p = 0.03); content encodes hue (partial R² = 0.40, p ≤ 0.001)."
+    both = dataclasses.replace(findings(table(APART, GROUPS), labelled), exclusive=exclusive)
+    assert report.verdict(both)[0] == "Not disentangled: " + leaks.format("also ")
+    alone = dataclasses.replace(findings(None, labelled), exclusive=exclusive)
+    assert report.verdict(alone)[0] == "Not disentangled: " + leaks.format("")
+    nothing = dataclasses.replace(alone, exclusive=exclusivity_by_hand({}, ("shape", "hue"), own))
+    assert report.verdict(nothing)[0] == "No known factor leaks; which augmentations are encoded is not known."
+    nothing = dataclasses.replace(both, exclusive=nothing.exclusive)  # shape in two spaces is no doubt: it was tested
+    assert report.verdict(nothing)[0].startswith("Disentangled: ")
+
+
+@pytest.mark.parametrize(
+    ("p", "said"),
+    [(1.0, "p = 1"), (0.4321, "p = 0.44"), (0.05, "p = 0.05"), (0.0321, "p = 0.033"), (0.001, "p ≤ 0.001")],
+)
+def test_a_p_value_is_rounded_up(p, said):
+    assert p_value(p) == said
+
+
+@pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("color/0.ColorJitter/hue_factor", "hue"),
@@ -224,6 +292,52 @@ def test_the_numbers_on_the_page_are_those_of_the_tables(written):
         for space in t.spaces:
             for factor in t.factors:
                 assert f'title="{space}, {factor}">{number(t[space, factor])}<small>' in html
+
+
+def test_a_cell_that_was_tested_says_p_and_effect(written):
+    html, found, _ = written
+    for t in (found.tests, found.tests.parts):
+        for (space, factor), test in t.tests.items():
+            cell = re.search(rf'title="{re.escape(f"{space}, {factor}")}">(.*?)</td>', html)[1]
+            said = f"<small>{p_value(test.corrected)}, partial R² {number(test.effect)}</small>" if test.p > 0 else ""
+            assert said in cell and ("partial" in cell) == bool(said)
+    assert "test of conditional independence, given its own" in html and "at least 0.02" in html
+    kept = json.loads(re.search(r'id="findings">(.*?)</script>', html)[1])["exclusivity"]
+    assert Exclusivity.from_json(kept["label_free"]).leaks == found.tests.leaks == () and kept["labelled"] is None
+
+
+def test_known_factors_are_tested_where_it_is_said_whose_they_are(tmp_path):
+    own = {"content": (), "color": ("light",), "spatial": ("x",)}
+    found = report.write(tmp_path / "r.html", pages.model, pages.squares(60), own=own)
+    assert found.exclusive.own == own and not math.isnan(found.exclusive["color", "x"].p) and found.tests is None
+    html = (tmp_path / "r.html").read_text()
+    assert p_value(found.exclusive["color", "x"].corrected) in html and "test of conditional independence" in html
+    few = report.write(tmp_path / "r.html", pages.model, pages.squares(30), own=own)
+    assert few.exclusive is None and "at least 50 samples: got 30" in few.reasons["exclusivity of known factors"]
+    assert "test of what leaks: exclusivity: expected at least 50 samples" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("own", "error", "message"),
+    [
+        ({"colour": ("light",)}, ValueError, "own: expected spaces among content, color, spatial: got 'colour'"),
+        ({"color": ("hue",)}, ValueError, "own: expected factors among x, light, kind: got hue for space 'color'"),
+        ({"color": "light"}, TypeError, "own: expected a sequence of factors for space 'color'"),
+    ],
+)
+def test_own_factors_that_are_not_there_are_refused(tmp_path, own, error, message):
+    with pytest.raises(error, match=message):
+        report.write(tmp_path / "r.html", pages.model, pages.squares(12), own=own)
+
+
+def test_parameters_that_are_not_drawn_independently_are_not_tested(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("independent: expected factors that are drawn independently")
+
+    monkeypatch.setattr(measured, "exclusivity_of", refuse)
+    found = report.write(tmp_path / "r.html", pages.model, pages.squares(20), views=pages.views())
+    assert found.tests is None and found.label_free is not None
+    assert "test of what leaks: independent: expected factors" in (tmp_path / "r.html").read_text()
 
 
 def test_names_cannot_break_the_page(tmp_path):

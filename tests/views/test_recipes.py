@@ -59,7 +59,10 @@ def test_a_recipe_trains(groups, family, ascending):
 
 def test_what_photographs_were_measured_with():
     r = recipe("color_spatial")
-    assert r.loss == {"family": "simclr", "temperature": 0.15, "content_entropy": True} and r.ascent is None
+    assert (
+        r.loss == {"family": "simclr", "temperature": 0.15, "content_entropy": True, "content_keys": "all"}
+        and r.ascent is None
+    )
     assert recipe("content_only").loss == {"family": "simclr", "temperature": 0.15}
     for family in ("vicreg", "barlow"):
         assert recipe("color_spatial", family=family).loss == {"family": family}
@@ -174,8 +177,8 @@ def test_a_recipe_is_readable():
         ({"groups": [K.RandomHorizontalFlip()]}, "expected a preset's name or a mapping name -> operations: got list"),
         ({"family": "moco"}, "family: expected one of 'simclr'.*got 'moco'"),
         ({"sets": ("color", "hue")}, r"sets: expected names of groups \(spatial, color\): got hue"),
-        ({"sets": "color"}, r"sets: expected a sequence of names of groups: got 'color'"),
-        ({"sets": None}, r"sets: expected a sequence of names of groups: got None"),
+        ({"sets": "color"}, r"sets: expected a sequence of names of groups, or .auto.: got 'color'"),
+        ({"sets": None}, r"sets: expected a sequence of names of groups, or .auto.: got None"),
         ({"groups": {}}, "groups: expected at least one group, .*'content_only'"),
         ({"groups": {"content": []}}, "groups: 'content' is taken"),
         ({"groups": {"a": []}, "size": 32}, "size: expected with a preset alone, .*got groups a"),

@@ -1,0 +1,353 @@
+"""Which keys a group should have: does it overwrite its attribute, or change it relative to the image?
+
+A blur leaves a sharp photograph as blurred as was drawn: it *overwrites* the attribute, two images with the same draw
+look alike in it, and the key may be made from another image. A shift of the hue *changes* the hue that the image had,
+and such a key would have nothing in common with its query. The test asks whether what was drawn can be read off the
+view alone. Legend: n images, P views, K draws of an image, k numbers of a parameter, R resamples.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssd_addon import _checks
+from ssd_addon.augment.views import StructuredViews
+from ssd_addon.batch import ViewBatch
+from ssd_addon.differences import group_values
+from ssd_addon.metrics.embed import Images, batches
+from ssd_addon.metrics.evaluation import generators_kept
+from ssd_addon.metrics.probe import Probe, Split, at_least
+from ssd_addon.metrics.probes import BANDWIDTHS, KERNEL_ALPHAS, Inputs, Problem, Target, dual
+from ssd_addon.metrics.spaces import standardized
+from ssd_addon.metrics.statistics import image_statistics
+
+HALF = 0.5
+"""Of what was drawn: read off the view alone by more, a group overwrites; by less of what the original shows, not."""
+VISIBLE = 0.2
+"""R^2 beside the original below which a parameter cannot be said to show at all."""
+REPEATED = 32
+"""Images that are drawn many times."""
+LEAST = 40
+"""Images that the test needs."""
+OVERWRITES, CHANGES, MIXED, UNKNOWN = "overwrites", "changes", "in part", "cannot tell"
+BLOCK = 2**22
+"""Values of the images that are augmented at a time."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter of a group.
+
+    Attributes:
+        group, parameter: "color", "0.ColorJitter/hue_factor".
+        verdict: "overwrites", "changes" or "cannot tell".
+        alone: R^2 of the parameter from one view, on images that the probe has not seen.
+        beside: R^2 of the parameter from the view and other views of the same image, whose draws are known.
+        alone_interval, beside_interval: 95 %, over images.
+    """
+
+    group: str
+    parameter: str
+    verdict: str
+    alone: float
+    beside: float
+    alone_interval: tuple[float, float]
+    beside_interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Overwrites:
+    """What `overwrites` found; print it to read it.
+
+    Attributes:
+        groups: group -> "overwrites", "changes", "in part" (some of its parameters do, others do not) or "cannot tell".
+        parts: every parameter.
+        notes: group -> what was left out, or why there is nothing to say.
+        images: n.
+    """
+
+    groups: dict[str, str]
+    parts: tuple[Part, ...]
+    notes: dict[str, str]
+    images: int
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """The groups that overwrite their attribute: what `recipe(sets=...)` takes."""
+        return tuple(group for group, verdict in self.groups.items() if verdict == OVERWRITES)
+
+    def to_json(self) -> dict[str, Any]:
+        """Dictionaries, lists, strings and numbers alone."""
+        return asdict(self) | {"parts": [asdict(part) for part in self.parts], "sets": list(self.sets)}
+
+    def __str__(self) -> str:
+        def score(value: float, interval: tuple[float, float]) -> str:
+            return "{:.2f} ({:.2f} to {:.2f})".format(*(v + 0.0 for v in (value, *interval)))
+
+        rows = [("group", "parameter", "view alone", "beside the original", "it")]
+        for group, verdict in self.groups.items():
+            own = [part for part in self.parts if part.group == group]
+            if len(own) != 1:
+                rows.append((group, "", "", "", verdict))
+            for part in own:
+                scores = score(part.alone, part.alone_interval), score(part.beside, part.beside_interval)
+                rows.append(("" if len(own) > 1 else group, part.parameter, *scores, part.verdict))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.append(f"R^2 of what was drawn, with 95 % intervals, {self.images} images")
+        return "\n".join([*lines, *(f"{group}: {note}" for group, note in self.notes.items())])
+
+
+def overwrites(
+    groups: Mapping[str, Sequence[Any]],
+    images: Images,
+    *,
+    samples: int = 500,
+    draws: int = 48,
+    bootstrap: int = 200,
+    seed: int = 0,
+) -> Overwrites:
+    """Does each group overwrite its attribute, or change it relative to the image? Says so of your own images.
+
+    Every group is applied by itself. Where it overwrites its attribute, what was drawn (sigma of a blur) shows in the
+    view whatever the image; where it changes it (hue, rotation), it shows only beside the original. Two scores:
+    *alone*: R^2 of the parameter from statistics of one view by kernel ridge regression, on held-out images;
+    *beside*: R^2 of the parameter from the same statistics where the probe is fitted on other views of the same image.
+    A parameter is overwritten if the interval of `alone` lies above 0.5, and changed if `alone` lies below half of
+    `beside`, which must itself lie above 0.2; otherwise the test cannot tell. A group "overwrites" if all its
+    parameters are overwritten, and does so "in part" if some are and others are changed.
+
+    The statistics (colors, gradients, layout; `metrics.statistics`) need no training. They find what such statistics
+    show: a large network that is trained for long may read more off a view (how an upright photograph was turned, say),
+    and needs it for keys of other images to work.
+
+    >>> import kornia.augmentation as K
+    >>> gray = torch.rand(80, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(80, 3, 12, 12)
+    >>> found = overwrites({"hue": [K.ColorJitter(hue=0.5, p=1.0)]}, gray, draws=16)
+    >>> found.groups, found.sets
+    ({'hue': 'changes'}, ())
+
+    Args:
+        groups: name -> operations, as of `StructuredViews`; of a preset, `presets("color_spatial")["groups"]`.
+        images: [n, C, H, W], uint8 or in [0, 1], not normalized, of the size that the groups get in training; or
+            batches of them (a data loader, which should shuffle: the first `samples` images are taken). n >= 40.
+        samples: at most so many images; of a tensor they are drawn at random.
+        draws: of each of 32 images, for `beside`. Groups that draw several numbers at once need more.
+        bootstrap: resamples of the images, 2 or more.
+        seed: of the choice of images, the draws, the split and the resamples.
+
+    Raises:
+        ValueError, TypeError: fewer than 40 images; no group; groups or images that `StructuredViews` refuses, such as
+            a group that draws nothing.
+
+    Source: docs/choose-your-groups.md, section 2, with what it says of groups whose keys were tried both ways.
+    """
+    _checks.count(samples, "samples", LEAST)
+    _checks.count(draws, "draws", 8)
+    at_least("bootstrap", bootstrap, 2)
+    if not isinstance(groups, Mapping):
+        hint = '; of a preset, give presets("color_spatial")["groups"]' if isinstance(groups, str) else ""
+        raise TypeError(f"groups: expected a mapping name -> operations: got {type(groups).__name__}{hint}")
+    if not groups:
+        raise ValueError("groups: expected at least one group to ask about: got none")
+    made = {name: StructuredViews({name: operations}, seed=seed) for name, operations in groups.items()}
+    x = _taken(images, samples, seed)
+    parts: list[Part] = []
+    verdicts: dict[str, str] = {}
+    notes: dict[str, str] = {}
+    for name, views in made.items():
+        skipped: list[str] = []
+        own = _parts(name, views, x, draws, bootstrap, seed, skipped)
+        left_out = f"left out: {', '.join(dict.fromkeys(skipped))}" if skipped else ""
+        if not own:
+            left_out = (left_out + "; " if left_out else "") + "no parameter of this group varies"
+        elif any(p.verdict == UNKNOWN and p.beside_interval[0] <= VISIBLE and p.alone <= VISIBLE for p in own):
+            left_out += ("; " if left_out else "") + "what was drawn can hardly be seen, even beside the original"
+        if left_out:
+            notes[name] = left_out
+        parts += own
+        verdicts[name] = _verdict([p.verdict for p in own], complete=not skipped)
+    return Overwrites(verdicts, tuple(parts), notes, len(x))
+
+
+def _verdict(parts: Sequence[str], complete: bool) -> str:
+    """Of a group, from its parameters; a group with parameters that could not be asked about never overwrites."""
+    if {OVERWRITES, CHANGES} <= set(parts):
+        return MIXED
+    if parts and len(set(parts)) == 1 and (complete or parts[0] != OVERWRITES):
+        return parts[0]
+    return UNKNOWN
+
+
+def _taken(images: Images, samples: int, seed: int) -> Tensor:
+    """At most so many images [n, C, H, W]: of a tensor a random choice, of batches the first."""
+    if isinstance(images, Tensor):
+        count = len(images) if images.ndim else 0
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
+        x = images[order.to(images.device)] if count else images
+    else:
+        each: list[Tensor] = []
+        with generators_kept():  # a loader that shuffles draws from the global one
+            for batch in batches(images, 1):
+                each.append(batch)
+                if sum(map(len, each)) >= samples:
+                    break
+        if len({t.shape[1:] for t in each}) > 1:
+            got = _checks.names(sorted({_checks.shape(t[0]) for t in each}))
+            raise ValueError(f"images: expected batches of images of one size: got {got}")
+        x = torch.cat(each)[:samples] if each else torch.zeros(0)
+    if x.ndim == 0 or len(x) < LEAST:
+        raise ValueError(f"images: expected at least {LEAST}, which the intervals are over: got {_checks.shape(x)}")
+    return x
+
+
+def _parts(
+    name: str, views: StructuredViews, x: Tensor, draws: int, bootstrap: int, seed: int, skipped: list[str]
+) -> list[Part]:
+    """What is found of every parameter of one group."""
+    generator = torch.Generator().manual_seed(seed)
+    # alone: two draws of every image, half of the images held out
+    statistics, theta = _drawn(name, views, x, 2, (seed, 0), skipped)
+    split = Split.draw(len(x), Probe("kernel"), bootstrap, seed, torch.device("cpu"), repeats=2)
+    targets = {path: _target(value, split) for path, value in theta.items()}
+    varying = {path: target for path, target in targets.items() if target is not None}
+    if not varying:
+        return []
+    errors = _alone(statistics, list(varying.values()), split, seed)
+    held_out = len(split.test) // 2  # images; the rows of the second draw lie behind those of the first
+    once = split.weights[:, :held_out].double()
+    # beside: many draws of few images
+    few = x[:REPEATED]
+    again, repeated = _drawn(name, views, few, draws, (seed, 1), [])
+    z = standardized(torch.cat([s - s.mean(0) for s in again.values()], 1), torch.arange(len(few) * draws))
+    z = z.nan_to_num().view(draws, len(few), -1).transpose(0, 1)
+    resamples = torch.randint(len(few), (bootstrap, len(few)), generator=generator)
+    weights = torch.zeros(bootstrap, len(few), dtype=torch.double).scatter_add_(
+        1, resamples, torch.ones(bootstrap, len(few), dtype=torch.double)
+    )
+    out = []
+    for (path, target), error in zip(varying.items(), errors, strict=True):
+        y = target.values[split.test]
+        rows = [t.view(2, held_out, -1).transpose(0, 1) for t in (error, y)]
+        alone, alone_again = _scores(rows[0], rows[1], once)
+        t = repeated[path][:, _varies(theta[path])]
+        t = standardized(t, torch.arange(len(t))).nan_to_num().view(draws, len(few), -1).transpose(0, 1)
+        beside, beside_again = _scores(_beside(z, t), t, weights)
+        lower = alone_again - HALF * beside_again
+        interval, other = _interval(alone_again), _interval(beside_again)
+        verdict = UNKNOWN
+        if interval[0] > HALF:
+            verdict = OVERWRITES
+        elif _interval(lower)[1] < 0 and other[0] > VISIBLE:
+            verdict = CHANGES
+        out.append(Part(name, path.split("/", 1)[1], verdict, alone, beside, interval, other))
+    return out
+
+
+def _drawn(
+    name: str, views: StructuredViews, x: Tensor, draws: int, seed: tuple[int, ...], skipped: list[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Statistics and parameters of views of images [n, ...]: [draws * n, d], draw after draw, on the CPU."""
+    statistics: list[dict[str, Tensor]] = []
+    drawn: list[Any] = []
+    larger = max(x[0].numel(), views.independent(x[:1])[0].numel())  # a crop may enlarge
+    step = max(1, BLOCK // larger)
+    for i in range(math.ceil(draws / 2)):
+        pairs: list[ViewBatch] = []
+        for part in torch.split(x, step):
+            pairs.append(views.independent(part, seed=(*seed, i, len(pairs))))
+        for view in range(min(2, draws - 2 * i)):
+            for pair in pairs:
+                found = image_statistics(pair[view])
+                statistics.append({kind: s.cpu().double() for kind, s in found.items()})
+                drawn.append(pair.parameters[view])
+    joined = {kind: torch.cat([s[kind] for s in statistics]) for kind in statistics[0]}
+    if not all(bool(s.isfinite().all()) for s in joined.values()):
+        raise ValueError(f"group {name!r}: expected views of finite values: got NaN or inf from its operations")
+    return joined, group_values(name, drawn, skipped)
+
+
+def _varies(values: Tensor) -> Tensor:
+    """Which columns [k] of [P, k] are not constant."""
+    return values.amax(0) - values.amin(0) > 1e-6 * values.abs().amax(0)
+
+
+def _target(values: Tensor, split: Split) -> Target | None:
+    """A parameter to be predicted, standardized; None where it does not vary on both sides of the split."""
+    keep = _varies(values)
+    y = values[:, keep]
+    if not keep.any() or not all(bool(_varies(y[rows]).all()) for rows in (split.train, split.test)):
+        return None
+    return Target(standardized(y, split.train), torch.ones(len(y), dtype=torch.bool))
+
+
+def _alone(statistics: Mapping[str, Tensor], targets: Sequence[Target], split: Split, seed: int) -> list[Tensor]:
+    """Squared errors [rows held out, k] of every target, by kernel ridge regression on one kind of statistics or all.
+
+    Which kind, bandwidth and penalty are used is chosen for each target by cross-validation over training images.
+    """
+    least = torch.full((len(targets),), math.inf, dtype=torch.double)
+    out: list[Tensor] = [torch.zeros(0)] * len(targets)
+    for blocks in ([*statistics.values()], *([s] for s in statistics.values())):
+        inputs = Inputs(blocks, split.train, balance=True)
+        problem = Problem(inputs, split.train, targets, 5, seed, split.units)
+        train, test = inputs(split.train), inputs(split.test)
+        distances, further = torch.cdist(train, train) ** 2, torch.cdist(test, train) ** 2
+        near = distances[distances > 1e-12]
+        median = float(near.median().sqrt()) if len(near) else 1.0
+        for h in (median * m for m in BANDWIDTHS):
+            a, b, _, error = dual(problem, torch.exp(distances / (-2 * h**2)), [v * len(train) for v in KERNEL_ALPHAS])
+            predicted = torch.split(torch.exp(further / (-2 * h**2)) @ a + b, problem.widths, 1)
+            for i in torch.nonzero(error < least).flatten().tolist():
+                out[i] = targets[i].error(predicted[i], split.test)
+            least = torch.minimum(least, error)
+    return out
+
+
+def _beside(z: Tensor, theta: Tensor) -> Tensor:
+    """Squared errors [n, K, k] where every view's parameter is predicted from the other views of its image.
+
+    Kernel ridge regression in each image, leave one out: residuals y_i - yhat_i = (A y)_i / A_ii with A the inverse of
+    kernel + penalty + intercept. Bandwidth and penalty are chosen on every second image for the others.
+
+    Args:
+        z: statistics [n, K, d].
+        theta: [n, K, k].
+    """
+    draws = z.shape[1]
+    distances = torch.cdist(z, z) ** 2
+    other = distances[:, ~torch.eye(draws, dtype=torch.bool)].median(1).values.clamp(min=1e-9)[:, None, None]
+    found = []
+    for h in (0.3, 0.5, 1.0, 2.0):
+        kernel = torch.exp(distances / (-2 * h**2 * other)) + 1.0
+        for penalty in (1e-3, 1e-2, 1e-1, 1.0):
+            inverse = torch.linalg.inv(kernel + penalty * torch.eye(draws, dtype=z.dtype))
+            found.append(((inverse @ theta) / inverse.diagonal(dim1=1, dim2=2)[..., None]) ** 2)
+    errors = torch.stack(found)
+    out = torch.empty_like(theta)
+    for side in range(2):
+        out[side::2] = errors[errors[:, 1 - side :: 2].mean((1, 2, 3)).argmin(), side::2]
+    return out
+
+
+def _scores(errors: Tensor, y: Tensor, weights: Tensor) -> tuple[float, Tensor]:
+    """R^2, the mean over columns, of all images and of every resample [R].
+
+    Args:
+        errors, y: [n, views of an image, k].
+        weights: [R, n], how often an image is in each resample.
+    """
+    of: Callable[[Tensor], Tensor] = lambda t: torch.cat([t.sum(1).sum(0)[None], weights @ t.sum(1)])  # noqa: E731
+    count = torch.cat([weights.new_tensor([len(y)]), weights.sum(1)])[:, None] * y.shape[1]
+    total = (of(y**2) - of(y) ** 2 / count).clamp(min=1e-12)
+    scores = (1 - of(errors) / total).mean(1)
+    return float(scores[0]), scores[1:]
+
+
+def _interval(values: Tensor) -> tuple[float, float]:
+    low, high = values.quantile(values.new_tensor([0.025, 0.975])).tolist()
+    return low, high
