@@ -267,7 +267,7 @@ class TestLines:
         page.write_text("text\n<!-- pair: their protocol -->\nold\n<!-- end -->\n<!-- agreement -->\n<!-- end -->\n")
         report.write(runner.lines(out), page)
         text = page.read_text()
-        assert "old" not in text and "| try | theirs |" in text and "*Not run yet.*" in text
+        assert "old" not in text and "| try | theirs † |" in text and "*Not run yet.*" in text
         with pytest.raises(ValueError, match="expected a block of"):
             report.filled("<!-- pairs -->\n<!-- end -->", [])
 
