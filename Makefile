@@ -12,10 +12,7 @@ STAMP := .venv/.installed
 .PHONY: demo test test-fast test-browser lint types unit environments wheel benchmark clean
 
 demo: $(STAMP)
-	$(PY) examples/synthetic.py --dataset sprites --minutes 3 --out runs/demo
-	$(PY) -m ssd_addon report runs/demo --backbone examples/synthetic.py:ConvNet \
-	  --data examples/synthetic.py:sprites --out runs/demo/report.html
-	@echo "Open runs/demo/report.html in a browser; the numbers are in runs/demo/metrics.json"
+	OMP_WAIT_POLICY=passive $(PY) examples/demo.py --out runs/demo --report
 
 test: lint types unit
 

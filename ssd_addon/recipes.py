@@ -172,7 +172,7 @@ def recipe(
     >>> r.spaces
     {'content': 64, 'spatial': 32, 'blur': 32}
     >>> r.views["cross_image"], r.loss
-    (('blur',), {'family': 'simclr', 'temperature': 0.15, 'content_entropy': True})
+    (('blur',), {'family': 'simclr', 'temperature': 0.15, 'content_entropy': True, 'content_keys': 'all'})
     >>> r.equivariance, r.ascent
     ({'family': 'simclr', 'temperature': 0.15, 'weight': 0.5}, None)
 
@@ -257,6 +257,7 @@ def recipe(
     equivariance = loss | {"weight": 0.5}
     loss["content_entropy"] = True
     if tolerance is None:
+        loss["content_keys"] = "all"  # with the first key alone, the equivariance term costs content its shapes
         return Recipe(views, spaces, loss, equivariance, tested=tested)
     ascent: dict[str, Any] = {"tolerance": tolerance, "step_size": 0.05, "warmup_steps": warmup_steps}
     ascent["start"] = {"content": 2.0, **dict.fromkeys(names, 1.0)}

@@ -269,6 +269,7 @@ FINALISTS: dict[str, Config] = {
     "content weight 3": WIDE | EVERY | ENTROPY | HALF | FULL,
     "32 and 16": EVERY | ENTROPY | HALF | {"content_width": 32},
     "independence 3": WIDE | EVERY | ENTROPY | HALF | APART,
+    "independence 1": WIDE | EVERY | ENTROPY | HALF | {"independence": 1.0},
     "content weight 3, equivariance 0.1": WIDE | EVERY | ENTROPY | FULL | {"equivariance": 0.1},
     "independence 3 without content entropy, 16 and 16": EVERY | HALF | APART,
 }

@@ -187,6 +187,6 @@ def collapse(lines: list[Line], folder: Path) -> None:
 
 
 def draw(lines: list[Line], folder: Path) -> None:
-    """Every picture."""
+    """Every picture of the sections; those of the first page are in findings.py."""
     for picture in (cures, scans, sprites, photographs, keys, collapse):
         picture(lines, folder)

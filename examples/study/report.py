@@ -115,7 +115,12 @@ SPRITE_FACTORS = {
 }
 
 
-def sprites(kind: str, *experiments: str) -> Callable[[list[Line]], str]:
+OBJECT_FACTORS = {"shape": ("shape",), "texture": ("texture",), "ground": ("ground",)} | SPRITE_FACTORS
+
+
+def sprites(
+    kind: str, *experiments: str, factors: dict[str, tuple[str, ...]] = SPRITE_FACTORS
+) -> Callable[[list[Line]], str]:
     """Rows (method, space), columns factors, for one probe."""
 
     def make(lines: list[Line]) -> str:
@@ -125,11 +130,10 @@ def sprites(kind: str, *experiments: str) -> Callable[[list[Line]], str]:
             for name, found in rows_of(lines, e).items():
                 for space in found[0]["tables"][kind]:
                     cells = [
-                        cell([mean(score(x, kind, space, f) for f in fs) for x in found])
-                        for fs in SPRITE_FACTORS.values()
+                        cell([mean(score(x, kind, space, f) for f in fs) for x in found]) for fs in factors.values()
                     ]
                     rows.append([named(name, found, seeds[name]), space, *cells])
-        return table(["", "space", *SPRITE_FACTORS], rows)
+        return table(["", "space", *factors], rows)
 
     return make
 
@@ -182,6 +186,30 @@ def accuracy(*experiments: str) -> Callable[[list[Line]], str]:
     return make
 
 
+def tasks(half: str, *experiments: str) -> Callable[[list[Line]], str]:
+    """Rows tasks, columns (method, space): accuracies on one half of the held-out images."""
+
+    def make(lines: list[Line]) -> str:
+        columns: dict[tuple[str, str], list[Line]] = {}
+        for e in experiments:
+            for name, found in rows_of(lines, e).items():
+                found = [x for x in found if "tasks" in x]
+                for space in found[0]["tasks"]["own color"] if found else ():
+                    columns[name, space] = found
+        if not columns:
+            return table([], [])
+        rows = [
+            [task, *(cell([x["tasks"][task][space][half] for x in found]) for (_, space), found in columns.items())]
+            for task in next(iter(columns.values()))[0]["tasks"]
+        ]
+        head = [f"{named(SHORT.get(name, name), found, 3)}, {space}" for (name, space), found in columns.items()]
+        return table(["", *head], rows)
+
+    return make
+
+
+SHORT = {"all keys, content entropy, equivariance 0.5, 64 and 32": "the recipe"}
+
 TABLES: dict[str, Callable[[list[Line]], str]] = {
     "latents: families": latents("latents/families"),
     "latents: cures": latents("latents/cures"),
@@ -198,6 +226,16 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
     "sprites: families, label-free": label_free("sprites/families"),
     "sprites: ablations": sprites("linear", "sprites/ablations", "sprites/cross"),
     "sprites: ablations, label-free": label_free("sprites/ablations", "sprites/cross"),
+    "recipe: sprites, linear": sprites("linear", "sprites/finals"),
+    "recipe: sprites, kernel": sprites("kernel", "sprites/finals"),
+    "recipe: objects, linear": sprites("linear", "objects/finals", factors=OBJECT_FACTORS),
+    "recipe: objects, kernel": sprites("kernel", "objects/finals", factors=OBJECT_FACTORS),
+    "recipe: cifar, accuracy": accuracy("cifar/finals"),
+    "recipe: cifar, label-free": label_free("cifar/finals"),
+    "recipe: cifar, tasks": tasks("report", "cifar/finals"),
+    "scan: sprites, linear": sprites("linear", "sprites/scan"),
+    "scan: sprites, kernel": sprites("kernel", "sprites/scan"),
+    "scan: cifar, accuracy": accuracy("cifar/scan"),
     "cifar: accuracy": accuracy("cifar/methods", "cifar/weights", "cifar/crop"),
     "cifar: label-free": label_free("cifar/methods"),
     "cifar: settings": label_free("cifar/weights", "cifar/crop"),

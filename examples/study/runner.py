@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import grid, pictures, report
+from study import findings, grid, pictures, report
 from study.methods import METHODS, build_model
 from study.worlds import WORLDS
 from synthetic import learning_rate
@@ -184,7 +184,9 @@ def main(argv: list[str] | None = None) -> int:
     runs = [r for r in runs if args.command != "run" or key(r) not in done]
     if args.command == "tables":
         report.write(lines(args.out))
-        pictures.draw(lines(args.out), report.DOCS / "results")
+        found, folder = lines(args.out), report.DOCS / "results"
+        for draw in (pictures.draw, findings.without_cost, findings.of_sprites, findings.of_keys):
+            draw(found, folder)
         return 0
     if args.command == "list":
         for r in runs:

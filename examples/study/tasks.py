@@ -127,9 +127,10 @@ def of_spaces(z: Embeds, plain: Callable[[Tensor], Tensor], train: Labelled, hel
     Args:
         z: images, as the model knows them -> space -> embeddings.
         plain: images in [0, 1] -> as the model knows them.
-        train, held_out: images in [0, 1] and their classes.
+        train, held_out: images, uint8 or in [0, 1], and their classes.
     """
     (x, y), (new, truth) = train, held_out
+    x, new = (t if t.is_floating_point() else t / 255 for t in (x, new))
     seen, known = z(plain(x)), z(plain(new))
     out: dict[str, dict[str, dict[str, float]]] = {}
     probes = {s: fitted(seen[s], y) for s in seen}

@@ -18,8 +18,8 @@ OTHERS = (
 """Everything beside torch that some part of the library or of its examples uses."""
 LIGHT = (
     "CollapseAlarm", "CollapseWarning",
-    "DualAscent", "Embeddings", "EquivarianceLoss", "JointEntropyLoss", "Monitor", "StyleHeads", "ViewBatch",
-    "ViewPlan", "heads", "kernels", "losses", "metrics", "monitor", "two_pass",
+    "DualAscent", "Embeddings", "EquivarianceLoss", "IndependenceLoss", "JointEntropyLoss", "Monitor", "StyleHeads",
+    "ViewBatch", "ViewPlan", "heads", "kernels", "losses", "metrics", "monitor", "two_pass",
 )  # fmt: skip
 """Names that need torch alone."""
 NEEDS_KORNIA = sorted(

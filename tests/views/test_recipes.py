@@ -59,7 +59,10 @@ def test_a_recipe_trains(groups, family, ascending):
 
 def test_what_photographs_were_measured_with():
     r = recipe("color_spatial")
-    assert r.loss == {"family": "simclr", "temperature": 0.15, "content_entropy": True} and r.ascent is None
+    assert (
+        r.loss == {"family": "simclr", "temperature": 0.15, "content_entropy": True, "content_keys": "all"}
+        and r.ascent is None
+    )
     assert recipe("content_only").loss == {"family": "simclr", "temperature": 0.15}
     for family in ("vicreg", "barlow"):
         assert recipe("color_spatial", family=family).loss == {"family": family}

@@ -1,0 +1,212 @@
+"""docs/results/identifiability.md's tables, from the lines of the runs.
+
+A block of the page between `<!-- NAME -->` and `<!-- end -->` is what `TABLES[NAME]` makes of the lines; the rest is
+written by hand. Cells are means over seeds with the standard deviation.
+"""
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from identifiability import grid
+from identifiability.generators import VIEWS
+
+Line = dict[str, Any]
+PROBES = {"theirs": "kernel ridge", "theirs, linear": "linear", "linear": "linear", "kernel": "kernel"}
+PAGE = Path(__file__).parents[2] / "docs" / "results" / "identifiability.md"
+
+
+def found(lines: Iterable[Line], experiment: str, config: grid.Config) -> list[Line]:
+    """The lines of one row, by seed; the last one where a seed has several."""
+    wanted = {"world": grid.EXPERIMENTS[experiment][0], **config}
+    rows = [x for x in lines if x["experiment"] == experiment and x.get("config") == wanted]
+    by_seed = {x["seed"]: x for x in rows if x["seed"] < grid.seeds_of(experiment)}
+    return [by_seed[seed] for seed in sorted(by_seed)]
+
+
+def mean(values: Iterable[float]) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    return statistics.mean(known) if known else math.nan
+
+
+def cell(values: list[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    known = [v for v in values if not math.isnan(v)]
+    if not known:
+        return ""
+    text = f"{statistics.mean(known):.2f}"
+    if len(known) > 1:
+        text += f" ± {statistics.stdev(known):.2f}"
+    return re.sub(r"-(0\.00)(?!\d)", r"\1", text)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", "---", *["--:"] * (len(head) - 2)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else "*Not run yet.*"
+
+
+def named(name: str, rows: list[Line]) -> str:
+    """A row of one seed has a dagger; one that lacks some says so."""
+    if len(rows) == 1:
+        return f"{name} †"
+    wanted = grid.seeds_of(rows[0]["experiment"])
+    return name + ("" if len(rows) == wanted else f" ({len(rows)} of {wanted} seeds)")
+
+
+Measure = Callable[[dict[str, Any]], float]
+
+
+def rows_of(lines: list[Line], prefix: str, columns: dict[str, Measure]) -> str:
+    rows = []
+    for experiment, (_, its) in grid.EXPERIMENTS.items():
+        if experiment.startswith(prefix):
+            for name, config in its:
+                if runs := found(lines, experiment, config):
+                    cells = [cell([measure(x["scores"]) for x in runs]) for measure in columns.values()]
+                    rows.append([experiment.split("/")[1], named(name, runs), *cells])
+    return table(["setting", "method", *columns], rows)
+
+
+def of(kind: str, space: str, factor: str) -> Measure:
+    return lambda scores: float(scores[kind].get(space, {}).get(factor, math.nan))
+
+
+def pair(prefix: str, *kinds: str) -> Callable[[list[Line]], str]:
+    """What each space holds of content and style, by each of the kinds of score."""
+    cells = [("content", "content"), ("content", "style"), ("style", "style"), ("style", "content")]
+    columns = {
+        f"{factor} from {space} code" + (f", {PROBES[kind]}" if len(kinds) > 1 else ""): of(kind, space, factor)
+        for space, factor in cells
+        for kind in kinds
+    }
+    return lambda lines: rows_of(lines, prefix, columns)
+
+
+def conditional(lines: list[Line]) -> str:
+    columns = {
+        "style from style code": of("kernel", "style", "style"),
+        "style from style code and true content": of("conditional", "style", "style"),
+        "style from content code": of("kernel", "content", "style"),
+    }
+    return rows_of(lines, "pair/", columns)
+
+
+def latents_of(subset: str) -> tuple[set[str], set[str]]:
+    """The latents that all views of a subset observe, and the others."""
+    shared = set.intersection(*(set(VIEWS[int(k)]) for k in subset))
+    return {str(j) for j in shared}, {str(j) for j in range(6)} - {str(j) for j in shared}
+
+
+def over(kind: str, size: int, which: int) -> Measure:
+    """Mean over the subsets of so many views, and over the latents that they share (0) or do not (1)."""
+
+    def measure(scores: dict[str, Any]) -> float:
+        tables = {s: row for s, row in scores[kind].items() if len(s) == size}
+        return mean(float(row[j]) for s, row in tables.items() for j in sorted(latents_of(s)[which]) if j in row)
+
+    return measure
+
+
+def partial(kind: str) -> Callable[[list[Line]], str]:
+    sizes = {4: "all four views", 3: "three views", 2: "two views"}
+    columns = {
+        f"{what}, {name}": over(kind, size, which)
+        for size, name in sizes.items()
+        for which, what in enumerate(("shared", "not shared"))
+    }
+    return lambda lines: rows_of(lines, "partial/", columns)
+
+
+def finer(lines: list[Line]) -> str:
+    """Of the codes of three views: what only these three share, and what all four do."""
+
+    def measure(kind: str, common: bool) -> Measure:
+        def of_scores(scores: dict[str, Any]) -> float:
+            rows = {s: row for s, row in scores[kind].items() if len(s) == 3}
+            return mean(float(row[j]) for s, row in rows.items() for j in latents_of(s)[0] if (j in "01") == common)
+
+        return of_scores
+
+    kinds = {"kernel ridge": "theirs", "linear": "theirs, linear"}
+    what = {"what only the three share": False, "what all four share": True}
+    columns = {f"{name}, {k}": measure(kind, c) for name, c in what.items() for k, kind in kinds.items()}
+    return rows_of(lines, "partial/", columns)
+
+
+def budgets(lines: list[Line]) -> str:
+    rows = []
+    for prefix in ("pair/", "longer/", "partial/"):
+        seen = {}
+        for experiment, (_, its) in grid.EXPERIMENTS.items():
+            for name, config in its if experiment.startswith(prefix) else ():
+                runs = [x for x in found(lines, experiment, config) if "budget" in x]
+                seen.setdefault(name, []).extend(runs)
+        for name, runs in seen.items():
+            if runs:
+                b = runs[0]["budget"]
+                seconds = statistics.median(x["cpu_seconds"] for x in runs)
+                numbers = [b["steps"], b["samples"], b["passes"], b["weights"]]
+                rows.append([prefix[:-1], name, *(f"{n:,}" for n in numbers), f"{seconds:.0f}"])
+    head = [
+        "experiment",
+        "method",
+        "steps",
+        "samples a step",
+        "encoder passes a step",
+        "weights",
+        "seconds of one core",
+    ]
+    return table(head, rows)
+
+
+def agreement(lines: list[Line]) -> str:
+    its = [x for x in lines if x["experiment"] == "agreement"]
+    if not its:
+        return "*Not run yet.*"
+    rows = []
+    for name in ("pair", "partial"):
+        for what, value in its[-1][name].items():
+            text = (
+                ", ".join(f"{k} {v}" for k, v in value.items())
+                if isinstance(value, dict)
+                else f"{value:,}"
+                if isinstance(value, int)
+                else f"{value:.4g}"
+            )
+            rows.append([name, what, text])
+    return table(["experiment", "compared", "value"], rows)
+
+
+TABLES: dict[str, Callable[[list[Line]], str]] = {
+    "budgets": budgets,
+    "agreement": agreement,
+    "pair: their protocol": pair("pair/", "theirs"),
+    "pair: their linear probe": pair("pair/", "theirs, linear"),
+    "pair: our protocol": pair("pair/", "linear", "kernel"),
+    "pair: conditional": conditional,
+    "pair: longer": pair("longer/", "theirs", "theirs, linear"),
+    "partial: their protocol": partial("theirs"),
+    "partial: their linear probe": partial("theirs, linear"),
+    "partial: finer": finer,
+}
+
+
+def filled(text: str, lines: list[Line]) -> str:
+    """The page with every block made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise ValueError(f"identifiability.md: expected a block of {', '.join(TABLES)}: got {name!r}")
+        return f"<!-- {name} -->\n{TABLES[name](lines)}\n<!-- end -->"
+
+    return re.sub(r"<!-- ([^\n]+?) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
+
+
+def write(lines: list[Line], page: Path = PAGE) -> None:
+    """Fill the blocks of the page."""
+    page.write_text(filled(page.read_text(), lines))
+    print(f"written: {page}")
