@@ -278,8 +278,8 @@ TRIED = {"steps": 1200, "samples": 2000, "scored": 500}
 FINALS: dict[str, list[Row]] = {
     "sprites/finals": [(n, PLAIN | {"spatial_width": None} | TRIED | c, 3) for n, c in FINALISTS.items()],
     "objects/finals": [
-        *((n, PLAIN | TRIED | c, 3) for n, c in FINALISTS.items()),
-        ("content-only", PLAIN | TRIED | {"method": "content-only", "steps": 2400}, 1),
+        *((n, PLAIN | TRIED | {"steps": 1600} | c, 3) for n, c in FINALISTS.items()),
+        ("content-only", PLAIN | TRIED | {"method": "content-only", "steps": 3200}, 1),
     ],
     "cifar/finals": [
         *((n, CIFAR | PLAIN | {"steps": 1200, "scored": 500} | c, 3) for n, c in FINALISTS.items()),

@@ -115,12 +115,7 @@ SPRITE_FACTORS = {
 }
 
 
-OBJECT_FACTORS = {"shape": ("shape",), "texture": ("texture",), "ground": ("ground",)} | SPRITE_FACTORS
-
-
-def sprites(
-    kind: str, *experiments: str, factors: dict[str, tuple[str, ...]] = SPRITE_FACTORS
-) -> Callable[[list[Line]], str]:
+def sprites(kind: str, *experiments: str) -> Callable[[list[Line]], str]:
     """Rows (method, space), columns factors, for one probe."""
 
     def make(lines: list[Line]) -> str:
@@ -130,10 +125,11 @@ def sprites(
             for name, found in rows_of(lines, e).items():
                 for space in found[0]["tables"][kind]:
                     cells = [
-                        cell([mean(score(x, kind, space, f) for f in fs) for x in found]) for fs in factors.values()
+                        cell([mean(score(x, kind, space, f) for f in fs) for x in found])
+                        for fs in SPRITE_FACTORS.values()
                     ]
                     rows.append([named(name, found, seeds[name]), space, *cells])
-        return table(["", "space", *factors], rows)
+        return table(["", "space", *SPRITE_FACTORS], rows)
 
     return make
 
@@ -228,8 +224,6 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
     "sprites: ablations, label-free": label_free("sprites/ablations", "sprites/cross"),
     "recipe: sprites, linear": sprites("linear", "sprites/finals"),
     "recipe: sprites, kernel": sprites("kernel", "sprites/finals"),
-    "recipe: objects, linear": sprites("linear", "objects/finals", factors=OBJECT_FACTORS),
-    "recipe: objects, kernel": sprites("kernel", "objects/finals", factors=OBJECT_FACTORS),
     "recipe: cifar, accuracy": accuracy("cifar/finals"),
     "recipe: cifar, label-free": label_free("cifar/finals"),
     "recipe: cifar, tasks": tasks("report", "cifar/finals"),
