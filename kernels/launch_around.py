@@ -56,7 +56,8 @@ def layout(device: torch.device, d: int, prefix: int, maximum: bool, exact: bool
     sums, weights = configuration(device, "sums" + form, d), configuration(device, "weights" + form, d)
     if weights.resident and exact:  # two fp16 parts take that of rows which are too wide to stay in registers
         weights = configuration(device, "weights" + form, weights.block_k + 1)
-    return _layout(d, prefix, exact, sums, weights)
+    make = _layout if type(d) is int and type(prefix) is int else _layout.__wrapped__  # a symbolic size has no hash
+    return make(d, prefix, exact, sums, weights)
 
 
 @functools.lru_cache(maxsize=256)
