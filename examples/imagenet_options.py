@@ -33,7 +33,7 @@ def parse(argv: list[str] | None, text: str | None = None) -> argparse.Namespace
         "--recipe",
         choices=("paper", "recommended"),
         default="paper",
-        help="recommended: widths, content's keys and entropy, equivariance of ssd_addon.recipe; other options go first",
+        help="recommended: widths, content's keys and entropy, equivariance of ssd_addon.recipe; options go first",
     )
     p.add_argument("--preset", choices=("color_spatial", "appearance_spatial"), default="color_spatial")
     p.add_argument("--backbone", default="resnet50", help="a torchvision model, or timm:NAME")
