@@ -221,6 +221,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.go_on and not saved.exists():
         p.error(f"--go-on: expected the progress.pt of an earlier run in {args.out}: got none")
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     run = Run(args.seed, args.batch_size, args.lr)
     if args.go_on:
         run.load(torch.load(saved, weights_only=True))

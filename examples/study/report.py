@@ -1,7 +1,7 @@
 """docs/results.md's tables, from the lines of the study; its pictures are in pictures.py.
 
 A block of the page between `<!-- NAME -->` and `<!-- end -->` is what `TABLES[NAME]` makes of the lines; the rest is
-written by hand. Cells are means over seeds with the standard deviation; a row of one seed has a ° and no spread.
+written by hand. Cells are means over seeds with the standard deviation; a row of one seed has a † and no spread.
 """
 
 import math
@@ -51,7 +51,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def named(name: str, found: list[Line], seeds: int) -> str:
     missing = seeds - len(found)
-    return name + ("" if seeds > 1 and not missing else "°" if len(found) == 1 else f" ({len(found)} seeds)")
+    return name + ("" if seeds > 1 and not missing else "†" if len(found) == 1 else f" ({len(found)} seeds)")
 
 
 def score(line: Line, kind: str, space: str, factor: str) -> float:
@@ -162,7 +162,7 @@ def accuracy(*experiments: str) -> Callable[[list[Line]], str]:
     """Rows methods, columns backbone, content and the mean over style spaces, by both classifiers."""
 
     def make(lines: list[Line]) -> str:
-        rows, kinds = [], {"linear": "linear", "neighbours": "20 neighbours"}
+        rows, kinds = [], {"linear": "linear", "neighbours": "20 neighbors"}
         for e in experiments:
             seeds = {name: n for name, _, n in grid.EXPERIMENTS[e]}
             for name, found in rows_of(lines, e).items():

@@ -69,7 +69,8 @@ def train(config: dict[str, Any], seed: int, device: str = "cpu", keep: str = ""
             history.append({"step": step, **{k: round(v, 4) for k, v in of_content.items()}})
         if hasattr(method, "after"):
             method.after(found)
-        if step % 50 == 49 and not torch.isfinite(loss):
+        looked_at = device == "cpu" or step % 50 == 49 or step == c["steps"] - 1  # a look makes the host wait for a GPU
+        if looked_at and not torch.isfinite(loss):
             raise FloatingPointError(f"step {step}: the loss is {loss.item()}")
         if average is not None:
             average.update_parameters(model)

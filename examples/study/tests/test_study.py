@@ -174,7 +174,7 @@ class TestCells:
         lines.append(self.line(0, 0.0, 0.0) | {"config": {"world": "latents", "batch": 4}})  # the grid has left it
         rows = [r.split(" | ") for r in report.latents("latents/try")(lines).splitlines()]
         at = rows[0].index("styles")
-        assert [r[0] for r in rows[2:]] == ["| a", "| b°"]
+        assert [r[0] for r in rows[2:]] == ["| a", "| b†"]
         assert rows[2][at] == "0.60 ± 0.14" and rows[3][at] == "0.90"
         assert rows[2][rows[0].index("content in styles")] == "0.20 ± 0.14"
         assert rows[2][rows[0].index("other styles")] == "n/a"  # there is one style alone
@@ -183,7 +183,7 @@ class TestCells:
             " | ".join(r) for r in rows
         ]  # no seed counts twice
         one = report.latents("latents/try")(lines[:1]).splitlines()
-        assert one[2].startswith("| a° | ")
+        assert one[2].startswith("| a† | ")
         assert report.latents("latents/try")([]) == "*Not run yet.*"
         two = [self.line(s, 0.5, 0.1) | {"experiment": "latents/other"} for s in (1, 0)]
         assert report.rows_of(two, "latents/other")["a"] == two[::-1]
@@ -208,6 +208,17 @@ def test_pictures_of_what_there_is(tmp_path):
     full = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert {p.name for p in (report.DOCS / "results").glob("*.png")} >= full.keys() >= empty.keys()
     assert all(full[name] != picture for name, picture in empty.items())
+
+
+def test_a_run_whose_loss_is_not_finite_ends_at_once(monkeypatch):
+    class Broken(methods.Joint):
+        def forward(self, model, batch, log):
+            loss, terms = super().forward(model, batch, log)
+            return loss * float("nan"), terms
+
+    monkeypatch.setitem(methods.METHODS, "ours", Broken)
+    with pytest.raises(FloatingPointError, match="step 0: the loss is nan"):
+        runner.train({"world": "latents", "steps": 2, "batch": 16}, 0)
 
 
 def test_a_line_that_was_cut_off_is_no_run(tmp_path):
