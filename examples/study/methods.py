@@ -196,11 +196,15 @@ class Combined(Joint):
             options = {**family, "temperature": temperature, "weight": c["equivariance"]}
             self.terms.append(EquivarianceLoss(world.widths, world_changes(world), **options))
         self.independence = IndependenceLoss(world.widths, weight=c["independence"], **family)
+        self.contrast = c["contrast"]
+        self.alone = JointEntropyLoss(c["family"], temperature=c["temperature"] if c["family"] == "simclr" else None)
 
     def added(self, z: Mapping[str, Tensor], batch: ViewBatch) -> Tensor | float:
         total: Tensor | float = 0.0
         for term in self.terms:
             total = total + term(z, batch)
+        if self.contrast:  # the query and the content key, as content-only SSL has them
+            total = total + self.contrast * self.alone({"content": z["content"][:2]})
         return total + self.independence(z) if self.independence.weight else total
 
 
