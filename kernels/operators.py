@@ -8,8 +8,8 @@ Collectives stay outside the operators. Operands are made once, forward, and kep
 Legend: n local rows, N rows over all ranks, E levels (1, or 2 with a prefix), D columns.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Sequence  # noqa: UP035 (torch 2.5 reads an operator's schema from typing's alone)
 
 import torch
 from torch import Tensor

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from ssd_addon.recipes import recipe as recipe
     from ssd_addon.transform import StructuredTransform as StructuredTransform
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "audit": "auditing.measure",

@@ -1,13 +1,16 @@
 #!/bin/sh
-# Builds the wheel, installs it alone into a fresh environment that reads the first one's packages, imports every module
-# of it outside the repository, and type-checks a user's script against it. No second torch is installed.
+# Builds the source distribution, and the wheel from it as pip does; checks what they hold and what PyPI would show;
+# installs the wheel alone into a fresh environment that reads the first one's packages, imports every module of it
+# outside the repository, and type-checks a user's script against it. No second torch is installed.
 set -eu
 root=$(pwd)
 py=${PY:-.venv/bin/python}
 case $py in /*) ;; *) py=$root/$py ;; esac
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
-"$py" -m pip wheel --quiet --no-deps --wheel-dir "$dir/dist" .
+"$py" -m build --outdir "$dir/dist" . > "$dir/build.log" 2>&1 || { cat "$dir/build.log"; exit 1; }
+"$py" -m twine check --strict "$dir"/dist/*
+"$py" tests/project/distributions.py "$dir/dist"
 "$py" -m venv --without-pip "$dir/env"
 packages=$("$py" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 site=$("$dir/env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
