@@ -1,7 +1,7 @@
 """The page on PyPI: README.md, whose relative links and pictures PyPI cannot follow. Everything else: pyproject.toml.
 
-With a `Repository` among pyproject's `[project.urls]`, links and pictures lead to the tag of this version there. Without
-one, a relative link is left as its text and a picture as its caption.
+With a `Repository` among pyproject's `[project.urls]`, links and pictures lead to the tag of this version there.
+Without one, a relative link is left as its text and a picture as its caption.
 """
 
 import re

@@ -10,7 +10,7 @@ dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 "$py" -m build --outdir "$dir/dist" . > "$dir/build.log" 2>&1 || { cat "$dir/build.log"; exit 1; }
 "$py" -m twine check --strict "$dir"/dist/*
-"$py" tests/project/distributions.py "$dir/dist"
+"$py" tests/support/distributions.py "$dir/dist"
 "$py" -m venv --without-pip "$dir/env"
 packages=$("$py" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 site=$("$dir/env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

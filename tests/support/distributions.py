@@ -1,4 +1,4 @@
-"""What the two files of a release hold, and what their page on PyPI says: `python tests/project/distributions.py DIST`.
+"""What the two files of a release hold, and what their page on PyPI says: `python tests/support/distributions.py DIST`.
 
 tests/wheel.sh calls it after the build, from the project's root.
 """
@@ -19,8 +19,8 @@ MADE = {"PKG-INFO", "setup.cfg"}
 """By the build, beside the folder ssd_addon.egg-info."""
 LEFT_OUT = (".github/", ".gitignore", "ssd_addon/kernels")
 """Of the repository: what serves its host alone, and a symbolic link, for which pyproject's package-dir stands."""
-NOT_SOURCE = re.compile(r"(^|/)(runs|data|site|\.[a-z_]*cache)/|\.(pt|pth|ckpt|safetensors|npz|npy|tar|onnx|whl)$")
-LARGEST = 4 * 2**20
+NOT_SOURCE = re.compile(r"^(runs|data|site|\.[a-z_]*cache)/|\.(pt|pth|ckpt|safetensors|npz|npy|tar|onnx|whl)$")
+LARGEST = 10 * 2**20
 """Bytes of the source distribution; its documentation's pictures and tables of results take most of it."""
 
 
