@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     checkpoint = copy.deepcopy(fresh)
     if args.weights:
         (checkpoint,) = named_backbones([args.backbone], weights=[args.weights]).values()
-    elif kept.exists() and (stored := torch.load(kept))["config"] == config:
+    elif kept.exists() and (stored := torch.load(kept, weights_only=True))["config"] == config:
         checkpoint.load_state_dict(stored["backbone"])
     else:
         run("checkpoint", "content_only", checkpoint, args.checkpoint_steps, hidden=(512,))

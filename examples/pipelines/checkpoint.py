@@ -41,7 +41,7 @@ def main(argv=None):
     loading = {"batch_size": min(args.batch_size, len(data)), "num_workers": args.workers}
     backbone = resnet18()
     if args.weights:
-        backbone.load_state_dict(torch.load(args.weights))
+        backbone.load_state_dict(torch.load(args.weights, weights_only=True))
 
     r = recipe("color_spatial", size=args.size)
     views = StructuredViews(**r.views)

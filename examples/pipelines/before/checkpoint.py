@@ -37,7 +37,7 @@ def main(argv=None):
     loading = {"batch_size": min(args.batch_size, len(data)), "num_workers": args.workers}
     backbone = resnet18()
     if args.weights:
-        backbone.load_state_dict(torch.load(args.weights))
+        backbone.load_state_dict(torch.load(args.weights, weights_only=True))
 
     normalize = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     backbone.fc = nn.Identity()
