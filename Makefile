@@ -4,12 +4,14 @@
 # make test-fast      the tests that need milliseconds: neither slow nor distributed, about three minutes
 # make environments   the recipes of frameworks that need an environment of their own, two minutes
 # make test-browser   the report in a real browser; needs Chromium (apt-get install chromium, or its path in CHROMIUM)
+# make minimal        the fast tests with the lowest versions that pyproject.toml allows, in .cache/minimal (7 GB)
+# make newest         the same with the newest versions, in .cache/newest (7 GB); TESTS="tests/losses" takes some of them
 
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: demo test test-fast test-browser lint types unit environments wheel benchmark clean
+.PHONY: demo test test-fast test-browser lint types unit environments wheel minimal newest benchmark clean
 
 demo: $(STAMP)
 	OMP_WAIT_POLICY=passive $(PY) examples/demo.py --out runs/demo --report
@@ -38,6 +40,9 @@ environments: $(STAMP)
 
 wheel: $(STAMP)
 	PY=$(PY) sh tests/wheel.sh
+
+minimal newest:
+	PYTHON=$(PYTHON) sh tests/versions.sh $@ $(TESTS)
 
 benchmark: $(STAMP)
 	$(PY) benchmarks/losses.py --out docs/benchmarks

@@ -1,11 +1,16 @@
-"""The page on PyPI, which setup.py makes from README.md."""
+"""The page on PyPI, which setup.py makes from README.md; versions and pins that several files have to agree on."""
 
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from distributions import relative_addresses
+from lowest import lowest
+
+import ssd_addon
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -67,3 +72,44 @@ def test_relative_links_and_pictures(page, text, without, with_one):
 )
 def test_absolute_addresses_and_code_stay_as_they_are(page, text):
     assert page(text, {}) == page(text, REPOSITORY) == text
+
+
+def test_tools_that_ci_and_pre_commit_run_have_one_exact_version_in_one_place():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert all("==" in line for line in extras["lint"]), "a range would give CI another version than pre-commit"
+    assert any(line.startswith("ssd-addon[") and "lint" in line for line in extras["test"])
+    tools = {re.split(r"[\[=]", line)[0] for line in extras["lint"]}
+    assert not tools & {re.split(r"[\[<>=]", line)[0] for line in extras["test"]}
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert {hook["language"] for hook in hooks} == {"system"}
+    assert {hook["entry"].split()[2] for hook in hooks} <= tools
+    assert all(hook["entry"].startswith(".venv/bin/python -m ") for hook in hooks)
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = re.search(r"^## \[(.+)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert (citation["version"], str(citation["date-released"])) == (newest[1], newest[2])
+    assert newest[1] == ssd_addon.__version__
+
+
+def test_workflows_run_commands_that_there_are():
+    targets = set(re.findall(r"^([a-z][\w -]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = {name for line in targets for name in line.split()}
+    ci, versions = (
+        yaml.safe_load((ROOT / ".github" / "workflows" / f).read_text()) for f in ("ci.yml", "versions.yml")
+    )
+    assert {*ci[True]} == {"push", "pull_request"}  # YAML 1.1 reads the key `on` as true
+    assert ci["jobs"]["ci"]["steps"][-1]["run"] == "bash .ci/run" and (ROOT / ".ci" / "run").is_file()
+    assert {*versions[True]} == {"schedule", "workflow_dispatch"}
+    assert {row["target"] for row in versions["jobs"]["versions"]["strategy"]["matrix"]["include"]} <= targets
+
+
+def test_the_lowest_versions_are_those_of_every_requirement_of_users():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = lowest(project)
+    assert len(found) == len({line.partition("==")[0] for line in found}), "two extras ask for different versions"
+    assert {"torch==2.5.1", "kornia==0.9"} <= {*found} and not any("pytest" in line for line in found)
+    with pytest.raises(ValueError, match="^dependency: expected 'name>=version': got 'numpy'$"):
+        lowest({"dependencies": ["numpy"], "optional-dependencies": {}})

@@ -20,7 +20,6 @@ PAGE = Path(__file__).parents[1] / "project" / "api.txt"
 WITHOUT_ALL = {
     "alarm": ("CollapseAlarm", "CollapseEvent", "CollapseWarning"),
     "batch": ("ViewBatch",),
-    "checkpoints": ("Opened", "build_backbone", "build_views", "load"),
     "collate": ("ImageFiles", "StructuredCollate"),
     "crops": ("Cropped", "NativeCrops"),
     "embeddings": ("Embeddings",),
@@ -36,7 +35,7 @@ WITHOUT_ALL = {
     "transform": ("StructuredTransform",),
 }
 """Public names of the modules that have no `__all__`."""
-WITH_ALL = ("auditing", "augment", "kernels", "losses", "metrics", "operations", "report", "runs")
+WITH_ALL = ("auditing", "augment", "checkpoints", "kernels", "losses", "metrics", "operations", "report", "runs")
 
 
 def lines() -> list[str]:
