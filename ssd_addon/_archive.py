@@ -86,11 +86,23 @@ def _loaded(file: io.BufferedReader, map_location: Any, leave_out: bool = False)
         checked = _Checked(file)
     except zipfile.BadZipFile as error:
         raise _Unreadable("the end of its archive is missing or damaged, as in a file that was cut off") from error
+    _refuse_torchscript(file)
     how: dict[str, Any] = {"pickle_module": _Pickle, "weights_only": False} if leave_out else {"weights_only": True}
     try:
         return torch.load(checked, map_location=map_location, mmap=False, **how)  # type: ignore[arg-type]
     finally:
         checked.verify()  # also where it could not be loaded, as damage explains it best
+
+
+def _refuse_torchscript(file: io.BufferedReader) -> None:
+    """torch.load would hand such a file to torch.jit.load, which runs the code in it."""
+    try:
+        records = torch._C.PyTorchFileReader(file).get_all_records()  # by the reader that torch.load decides with
+    except RuntimeError:  # damaged, as torch.load will say too
+        records = []
+    file.seek(0)
+    if "constants.pkl" in records:
+        raise _Unreadable("it is a TorchScript archive, which holds code: save the module's state_dict() instead")
 
 
 class _Unreadable(Exception):

@@ -1,6 +1,7 @@
 """The weights of a backbone out of any file that a training left, never of another network and never in part."""
 
 import copy
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,19 @@ def test_hyperparameters_of_any_kind_are_left_out_and_nothing_is_run(tmp_path):
     torch.save(under("backbone.", source.half().state_dict()), tmp_path / "half.pt")
     load_weights(net, tmp_path / "half.pt")
     assert net.conv1.weight.dtype == torch.float32
+
+
+def test_a_torchscript_archive_is_refused_as_torch_would_run_its_code(tmp_path, monkeypatch):
+    path = tmp_path / "weights.pt"
+    torch.save(Small().state_dict(), path)
+    with zipfile.ZipFile(path, "a") as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        archive.writestr(f"{root}/constants.pkl", b"")  # by which torch.load recognizes one
+    run = []
+    monkeypatch.setattr(torch.jit, "load", lambda *args, **options: run.append(args))
+    with pytest.raises(ValueError, match="it is a TorchScript archive, which holds code: save the module's state_dict"):
+        load_weights(Small(), path)
+    assert run == []
 
 
 # ---- backbones by name
