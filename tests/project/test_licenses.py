@@ -28,6 +28,7 @@ WITHOUT_METADATA = {"torchcodec": "BSD-3-Clause"}
 WORDS = (
     (r"apache", "Apache-2.0"),
     (r"\bmit\b", "MIT"),
+    (r"\bhpnd\b", "HPND"),
     (r"\bbsd\b|kiwi licensing terms", "BSD"),
     (r"python software foundation|psf", "PSF-2.0"),
     (r"mozilla public license 2\.0|mpl-2\.0", "MPL-2.0"),

@@ -17,8 +17,8 @@ DATA = {"ssd_addon/py.typed", "ssd_addon/kernels/README.md", "ssd_addon/kernels/
 DATA |= {"ssd_addon/report/page.css", "ssd_addon/report/page.js"}
 MADE = {"PKG-INFO", "setup.cfg"}
 """By the build, beside the folder ssd_addon.egg-info."""
-LEFT_OUT = (".github/", ".gitignore", "ssd_addon/kernels")
-"""Of the repository: what serves its host alone, and a symbolic link, for which pyproject's package-dir stands."""
+LEFT_OUT = (".gitignore", "ssd_addon/kernels")
+"""Of the repository: the second is a symbolic link, for which the package-dir of pyproject.toml stands."""
 NOT_SOURCE = re.compile(r"^(runs|data|site|\.[a-z_]*cache)/|\.(pt|pth|ckpt|safetensors|npz|npy|tar|onnx|whl)$")
 LARGEST = 10 * 2**20
 """Bytes of the source distribution; its documentation's pictures and tables of results take most of it."""
@@ -43,7 +43,7 @@ def check_wheel(wheel: Path) -> Message:
         metadata = message_from_bytes(archive.read(f"{info}/METADATA"))
     code = {name for name in names if not name.startswith(f"{info}/")}
     same("the wheel's files", code, in_wheel(tracked()))
-    assert f"{info}/licenses/LICENSE" in names, f"the wheel should hold the licence: it has {sorted(names - code)}"
+    assert f"{info}/licenses/LICENSE" in names, f"the wheel should hold the license: it has {sorted(names - code)}"
     return metadata
 
 
