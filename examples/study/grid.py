@@ -332,6 +332,12 @@ BASELINES: dict[str, list[Row]] = {
             },
         }.items()
     ],
+    "cifar/tuned": [
+        ("content 256 wide, SSL on content, 1",
+         CHOSEN | RECIPE | {"steps": 1200, "content_width": 256, "contrast": 1.0}, 3),
+        ("content-only, 256 wide",
+         CHOSEN | {"method": "content-only", "steps": 2400, "content_width": 256, "style_width": 16}, 3),
+    ],
     "cifar/looc": [
         (f"LooC, tau {t}, spaces {a} and {b}",
          CHOSEN | {"method": "looc", "temperature": t, "steps": 600, "content_width": a, "style_width": b}, 1)
