@@ -8,6 +8,7 @@ Every slot of every output is written by one program, and sums run in a fixed or
 Legend: n local rows, N rows over all ranks, E levels (1, or 2 with a prefix), D columns. Rows are those of `operands`.
 """
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -36,7 +37,8 @@ WEIGHT_BYTES = 512 * 2**20
 SMALLEST_BLOCK = 1024
 """Rows of a block of W that are not halved again, however little memory is free: 2 to 8 MiB."""
 
-INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
+_ASKED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else _ASKED  # older ones have no knobs
 
 
 def why_not(device: torch.device) -> str | None:

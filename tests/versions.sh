@@ -13,10 +13,10 @@ case $kind in
     "$python" tests/support/lowest.py > "$dir/lowest.txt"
     cat "$dir/lowest.txt"
     # torchcodec fits one version of torch only, the newest; docs/api.md has the annotations of torch's newest version;
-    # warnings come from old versions that meet newer packages.
+    # torch 2.5 cannot compile the loss without breaks; warnings come from old versions that meet newer packages.
     "$py" -m pip install --quiet --constraint "$dir/lowest.txt" --editable '.[test]'
     "$py" -m pip uninstall --quiet --yes torchcodec
-    set -- -W default -k 'not torchcodec and not api_page' "$@"
+    set -- -W default -k 'not torchcodec and not api_page and not compile' "$@"
     ;;
   newest) "$py" -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]' ;;
   *) echo "expected minimal or newest: got $kind" >&2; exit 2 ;;
