@@ -1,0 +1,196 @@
+"""What the expressions of numbers.toml may call: functions that read the data files under docs/.
+
+Scores that are read from several seeds come as `Seeds`. Written in an expression by itself, it stands for its mean;
+`sd`, `low` and `high` take its spread. The means of the study are formed as its tables form them (study/report.py).
+"""
+
+import json
+import math
+import statistics
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+sys.path[:0] = [str(DOCS.parent / "examples")]
+
+from identifiability import grid as identifiability_grid  # noqa: E402
+from identifiability import report as identifiability_report  # noqa: E402
+from study import report  # noqa: E402
+
+__all__ = [
+    "Seeds",
+    "accuracy",
+    "data",
+    "domain",
+    "effective_rank",
+    "frozen",
+    "high",
+    "identified",
+    "latents",
+    "lines",
+    "losses",
+    "low",
+    "overwritten",
+    "partial",
+    "probes",
+    "rows",
+    "score",
+    "sd",
+    "task",
+]
+
+
+class Seeds(list[float]):
+    """A number for each seed."""
+
+    @property
+    def mean(self) -> float:
+        known = [v for v in self if not math.isnan(v)]
+        if not known:
+            raise ValueError("expected a score: got n/a for every seed")
+        return statistics.mean(known)
+
+
+def sd(values: Seeds) -> float:
+    """Standard deviation over seeds."""
+    return statistics.stdev(v for v in values if not math.isnan(v))
+
+
+def low(*values: Any) -> float:
+    """The smallest of numbers, or of the means of several scores."""
+    return min(v.mean if isinstance(v, Seeds) else v for v in _several(values))
+
+
+def high(*values: Any) -> float:
+    """The largest of numbers, or of the means of several scores."""
+    return max(v.mean if isinstance(v, Seeds) else v for v in _several(values))
+
+
+def _several(values: tuple[Any, ...]) -> Any:
+    if len(values) == 1 and isinstance(values[0], list) and not isinstance(values[0], Seeds):
+        return values[0]
+    return values
+
+
+@cache
+def data(path: str) -> Any:
+    """A JSON file, by its path under docs/."""
+    return json.loads((DOCS / path).read_text(encoding="utf-8"))
+
+
+@cache
+def lines(path: str) -> list[dict[str, Any]]:
+    """A file of one JSON object a line, by its path under docs/."""
+    return [json.loads(line) for line in (DOCS / path).read_text(encoding="utf-8").splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------------- the study
+
+
+@cache
+def _experiment(experiment: str) -> dict[str, list[dict[str, Any]]]:
+    return report.rows_of(lines("results/study.jsonl"), experiment)
+
+
+def rows(experiment: str, name: str) -> list[dict[str, Any]]:
+    """A row of the study, a line for each seed, by the name that examples/study/grid.py gives it."""
+    found = _experiment(experiment)
+    if name not in found:
+        raise ValueError(f"{experiment}: expected one of {', '.join(found)}: got {name}")
+    return found[name]
+
+
+def score(experiment: str, name: str, kind: str, space: str, *factors: str) -> Seeds:
+    """R^2 of a space by `kind`: "linear", "kernel", "conditional", "label-free", or "each" (label-free, by parameter).
+
+    Several factors are averaged in each seed. A factor may be a part of its name that no other has.
+    """
+    kind = {"each": "label-free, each"}.get(kind, kind)
+    found = rows(experiment, name)
+    known = found[0]["tables"][kind][space]
+    names = [_named(known, factor) for factor in factors]
+    return Seeds(report.mean(report.score(line, kind, space, f) for f in names) for line in found)
+
+
+def _named(known: dict[str, float], part: str) -> str:
+    matching = [f for f in known if f == part] or [f for f in known if part in f]
+    if len(matching) != 1:
+        raise ValueError(f"expected one of {', '.join(known)}: got {part}")
+    return matching[0]
+
+
+def latents(experiment: str, name: str, number: str) -> Seeds:
+    """A column of the tables of latents, such as "styles" or "content in styles"."""
+    return Seeds(report.latent_numbers(line)[number] for line in rows(experiment, name))
+
+
+def accuracy(experiment: str, name: str, space: str, kind: str) -> Seeds:
+    """Class accuracy of photographs: by "linear" or by "neighbours"; space "styles" is the mean over style spaces."""
+    found = [line for line in rows(experiment, name) if "accuracy" in line]
+    spaces = [space]
+    if space == "styles":
+        spaces = [s for s in found[0]["accuracy"] if s not in ("content", "backbone")]
+    return Seeds(report.mean(line["accuracy"][s][kind] for s in spaces) for line in found)
+
+
+def effective_rank(experiment: str, name: str, space: str) -> Seeds:
+    return Seeds(line["terms"][f"effective_rank/{space}"] for line in rows(experiment, name))
+
+
+def task(experiment: str, name: str, which: str, space: str, half: str = "report") -> Seeds:
+    """Accuracy on a task of style."""
+    return Seeds(line["tasks"][which][space][half] for line in rows(experiment, name))
+
+
+# ---------------------------------------------------------------------------------------------------- other results
+
+
+def identified(experiment: str, name: str, kind: str, space: str, factor: str) -> Seeds:
+    """Identifiability, pairs: kind "theirs" (kernel ridge), "theirs, linear", "linear", "kernel" or "conditional"."""
+    return Seeds(line["scores"][kind][space][factor] for line in _identifiability(experiment, name))
+
+
+def partial(name: str, kind: str, size: int, what: str) -> Seeds:
+    """Identifiability, partial views: what sets of so many views "share", or do not ("not")."""
+    measure = identifiability_report.over(kind, size, ("share", "not").index(what))
+    return Seeds(measure(line["scores"]) for line in _identifiability("partial/independent", name))
+
+
+def _identifiability(experiment: str, name: str) -> list[dict[str, Any]]:
+    configs = dict(identifiability_grid.EXPERIMENTS[experiment][1])
+    return identifiability_report.found(lines("results/identifiability.jsonl"), experiment, configs[name])
+
+
+def domain(name: str, kind: str, space: str, factor: str) -> float:
+    """A domain of docs/domains.md; kind "nonlinear" is the kernel probe."""
+    table = data("results/domains.json")[name]["tables"][{"each": "label-free, each parameter"}.get(kind, kind)][space]
+    return float(table[_named(table, factor)])
+
+
+def overwritten(images: str, n: int, group: str, parameter: str, column: str = "alone") -> list[float]:
+    """Which groups overwrite: R^2 of one parameter for each seed."""
+    return [
+        part[column]
+        for line in data("results/overwrites.json")
+        if line["images"] == images and line["n"] == n
+        for part in line["found"]["parts"]
+        if part["group"] == group and parameter in part["parameter"]
+    ]
+
+
+def probes(method: str, space: str, column: str) -> Seeds:
+    """results/linear-probe.json: a method's scores, a number for each seed."""
+    return Seeds(float(run["probes"][space][column]) for run in data("results/linear-probe.json")["runs"][method])
+
+
+def frozen(row: str, table: str, space: str, factor: str) -> Seeds:
+    """results/frozen.jsonl: R^2 ("groups", "parameters") or accuracy."""
+    found = [line for line in lines("results/frozen.jsonl") if line["row"] == row]
+    return Seeds(line["tables"][table][space][_named(line["tables"][table][space], factor)] for line in found)
+
+
+def losses(path: str, *columns: str) -> list[list[float]]:
+    """Rows of the benchmark of the losses, in the order of its file."""
+    return [[result[c] for c in columns] for result in data(path)["results"]]
