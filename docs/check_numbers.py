@@ -103,7 +103,7 @@ def rows_of_table(page: str, head: str) -> list[Span]:
     if len(starts) != 1:
         raise Wrong(f"table {head!r}: expected one such table: got {len(starts)}")
     place, spans = starts[0], []
-    while place < len(page) and page[place : place + 4].lstrip().startswith("|"):
+    while place < len(page) and page[place : place + 4].lstrip(" ").startswith("|"):
         end = page.find("\n", place) + 1 or len(page)
         spans.append((place, end))
         place = end
