@@ -104,8 +104,8 @@ def aims(s: dict[str, Any]) -> str:
             ratios.append("-" if t is None else f"{t['ms'] / called:.2f}" + (f" ({aim})" if aim else ""))
         cells = [shape(r), f"{r['aim_ms']:g}", number(called), number(graph), reached]
         rows.append([*cells, *(f"{100 * x:.0f} %" for x in shares), *ratios])
-    head = ["N x D", "aim, ms", "as called, ms", "in a graph, ms", "aim", "of the peak", "of the library's rate"]
-    return table([*head, "eager / ours (aim)", "torch.compile / ours (aim)"], rows)
+    head = ["N x D", "goal, ms", "as called, ms", "in a graph, ms", "goal", "of the peak", "of the library's rate"]
+    return table([*head, "eager / ours (goal)", "torch.compile / ours (goal)"], rows)
 
 
 def training(s: dict[str, Any]) -> str:

@@ -26,11 +26,13 @@ __all__ = [
     "domain",
     "effective_rank",
     "frozen",
+    "gpu",
     "high",
     "identified",
     "latents",
     "lines",
-    "losses",
+    "loss_memory",
+    "loss_ratio",
     "low",
     "overwritten",
     "partial",
@@ -38,6 +40,7 @@ __all__ = [
     "rows",
     "score",
     "sd",
+    "speeds",
     "task",
 ]
 
@@ -191,6 +194,34 @@ def frozen(row: str, table: str, space: str, factor: str) -> Seeds:
     return Seeds(line["tables"][table][space][_named(line["tables"][table][space], factor)] for line in found)
 
 
-def losses(path: str, *columns: str) -> list[list[float]]:
-    """Rows of the benchmark of the losses, in the order of its file."""
-    return [[result[c] for c in columns] for result in data(path)["results"]]
+def speeds(path: str) -> list[list[float]]:
+    """Rows of a table of the losses' benchmark: our seconds, theirs, and the ratio with its smallest and largest."""
+    return [
+        [
+            r["seconds"]["ssd_addon"]["median"],
+            r["seconds"][name]["median"],
+            *(ratio[k] for k in ("median", "min", "max")),
+        ]
+        for r in data(path)["results"]
+        for name, ratio in r["speedup"].items()
+    ]
+
+
+def loss_ratio(path: str, family: str, b: int, d: int, name: str) -> float:
+    """How many times as fast our loss is as another one."""
+    found = next(r for r in data(path)["results"] if (r["family"], r["B"], r["D"]) == (family, b, d))
+    return float(found["speedup"][name]["median"])
+
+
+def loss_memory(b: int, d: int, name: str) -> float:
+    """Our memory in percent of another loss's."""
+    found = next(r for r in data("benchmarks/losses.json")["results"] if (r["B"], r["D"]) == (b, d))
+    return float(100 * found["memory"]["ssd_addon"] / found["memory"][name])
+
+
+def gpu(n: int, d: int, method: str, what: str = "ms") -> float:
+    """The GPU run: a method's milliseconds at N x D ("graph": ours in a CUDA graph), or its MiB."""
+    found = next(r for r in data("benchmarks/gpu/gpu.json")["stages"]["speed"]["result"] if (r["N"], r["D"]) == (n, d))
+    if what == "MiB":
+        return float(found["memory_MiB"][method])
+    return float((found["graph"] if method == "graph" else found["times"][method])["ms"])
