@@ -42,6 +42,8 @@ __all__ = [
     "sd",
     "speeds",
     "task",
+    "tile_ms",
+    "tile_share",
 ]
 
 
@@ -225,3 +227,16 @@ def gpu(n: int, d: int, method: str, what: str = "ms") -> float:
     if what == "MiB":
         return float(found["memory_MiB"][method])
     return float((found["graph"] if method == "graph" else found["times"][method])["ms"])
+
+
+def tile_ms(kernel: str, **wanted: Any) -> float:
+    """The GPU run: the fastest of a kernel's tiles (such as "weights, 128") with these warps, or in registers or not."""
+    tried = data("benchmarks/gpu/gpu.json")["stages"]["tune"]["result"]["candidates"][kernel]
+    places = {"warps": 3, "resident": 8}
+    return float(min(t["ms"] for t in tried if all(t["configuration"][places[k]] == v for k, v in wanted.items())))
+
+
+def tile_share(name: str) -> float:
+    """The GPU run: the share of the card's peak that a kernel's fastest tile reached."""
+    found = data("benchmarks/gpu/gpu.json")["stages"]
+    return float(found["variants"]["result"][name]["TFLOPs"] / found["machine"]["result"]["peak16_TFLOPs"])
