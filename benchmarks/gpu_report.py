@@ -1,7 +1,7 @@
 """The tables and the picture of the GPU run: `python benchmarks/gpu_report.py`, from docs/benchmarks/gpu/*.json.
 
-What stands between `<!-- gpu: NAME -->` and `<!-- end -->` in the pages is written by `TABLES[NAME]`; a test holds the
-pages to the measurement. `--picture` also draws docs/benchmarks/gpu/gpu.png, which needs matplotlib.
+In the pages, `TABLES[NAME]` writes the text between `<!-- gpu: NAME -->` and `<!-- end -->`; a test holds the pages to
+the measurement. `--picture` also draws docs/benchmarks/gpu/gpu.png, which needs matplotlib.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Time and memory of the losses beside lightly's, in one run: python benchmarks/losses.py --out docs/benchmarks
+"""Compare time and memory of the losses with lightly's, in one run: python benchmarks/losses.py --out docs/benchmarks
 
 First checks that what is timed is the same loss (value and gradient), then measures forward + backward on the CPU in
-float32. Methods take turns, in reversed order every second round, so that a busy machine slows all of them alike.
-With --threads 1 the clock is processor time, which other work on the machine leaves alone; else it is the wall clock.
+float32. Methods take turns, in reversed order every second round, so that a busy machine slows all of them alike. With
+--threads 1 the clock is processor time, which other work on the machine does not affect; else it is the wall clock.
 Times are medians; a ratio is the median of the ratios within a round; brackets are the smallest and the largest.
 
-Memory is the peak of the resident set in a fresh process per method: inputs are made and a tiny batch has gone through,
-the high-water mark is set back to the present size, one forward + backward runs, and the gradients' own bytes are taken
-off. The work space of the matrix product counts as the method's.
+Memory is the peak of the resident set in a fresh process per method. The process makes the inputs, runs a tiny batch,
+resets the high-water mark to the present size and runs one forward + backward; the bytes of the gradients are
+subtracted. The work space of the matrix product counts as the method's.
 
 Legend: B images, D width of the space, V = 2 views, N = V * B rows, u = 2 N^2 D operations of one N x N product.
 """

@@ -230,7 +230,7 @@ def gpu(n: int, d: int, method: str, what: str = "ms") -> float:
 
 
 def tile_ms(kernel: str, **wanted: Any) -> float:
-    """The GPU run: the fastest of a kernel's tiles (such as "weights, 128") with these warps, or in registers or not."""
+    """The GPU run: the fastest of a kernel's tiles (such as "weights, 128"), by its warps or place."""
     tried = data("benchmarks/gpu/gpu.json")["stages"]["tune"]["result"]["candidates"][kernel]
     places = {"warps": 3, "resident": 8}
     return float(min(t["ms"] for t in tried if all(t["configuration"][places[k]] == v for k, v in wanted.items())))

@@ -1,6 +1,7 @@
 """Numbers in the prose of README.md and docs/ are those of the data files (docs/check_numbers.py)."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,22 @@ def test_scores_stand_for_their_mean_over_seeds():
     assert numbers.evaluate("[x, sd(x), high(x, 0.1)]", names) == pytest.approx([0.3, 0.1414, 0.3], abs=1e-4)
     with pytest.raises(ValueError, match="n/a for every seed"):
         _ = data["Seeds"]([float("nan")]).mean
+
+
+WRITTEN = {"equality": "page", "exclusivity": "page", "shards": "page", "survive": "page", "views": "table"}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_page_that_a_script_writes_whole_is_what_it_makes_of_the_data(name):
+    script = pytest.importorskip(f"benchmarks.{name}")
+    found = json.loads((DOCS / "benchmarks" / f"{name}.json").read_text())
+    made = getattr(script, WRITTEN[name])(found)
+    assert (DOCS / "benchmarks" / f"{name}.md").read_text() == made, f"write it anew with benchmarks/{name}.py"
+
+
+def test_the_page_on_views_has_the_table_of_equality():
+    def rows(page):
+        return [line for line in page.splitlines() if line.startswith("| ")]
+
+    block = (DOCS / "views.md").read_text().split("<!-- equality -->")[1].split("<!-- end -->")[0]
+    assert rows(block) == rows((DOCS / "benchmarks" / "equality.md").read_text())
