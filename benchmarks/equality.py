@@ -129,8 +129,8 @@ def page(report: dict[str, Any]) -> str:
         "# How close views are to torchvision on PIL images",
         "",
         "The fast path of `StructuredViews` crops as torchvision does: 99.9 % of the pixels differ by at most",
-        f"{crops[0]:.0f} of 255 levels. Kornia's operations one by one (`fast=False`) reach {crops[1]:.0f} levels, because",
-        "they resize without antialiasing. Colors and blur are the same on both paths.",
+        f"{crops[0]:.0f} of 255 levels. Kornia's operations one by one (`fast=False`) reach {crops[1]:.0f} levels,",
+        "because they resize without antialiasing. Colors and blur are the same on both paths.",
         "",
         f"The columns are statistics of the difference per pixel to torchvision on PIL images, in levels of 255, over"
         f" {report['images']} photographs.",

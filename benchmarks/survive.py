@@ -172,8 +172,8 @@ def page(about: dict) -> str:
             f"{bits} tensors and {logs} logs differ between runs that were killed {kills} times in all and a run that "
             "was never killed.",
             "",
-            f"Every run has {about['results'][0]['steps of each run']} steps and saves each of them. Results are compared "
-            f"bit for bit at the end. torch {about['torch'].split('+')[0]}, CPU, gloo.",
+            f"Every run has {about['results'][0]['steps of each run']} steps and saves each of them. Results are "
+            f"compared bit for bit at the end. torch {about['torch'].split('+')[0]}, CPU, gloo.",
             "",
             "| processes | kills | runs | what differs |",
             "|--:|---|--:|---|",

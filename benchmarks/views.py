@@ -315,8 +315,8 @@ def table(report: dict[str, Any]) -> str:
         "",
         "# How fast views are made",
         "",
-        f"On one CPU core, `StructuredViews` makes {min(ratios):.1f} to {max(ratios):.1f} times as many views a second as",
-        "lightly's `SimCLRTransform`, whole batches at a time. What limits it is on the page about [views](../views.md#speed).",
+        f"On one CPU core, `StructuredViews` makes {min(ratios):.1f} to {max(ratios):.1f} times as many views a second",
+        "as lightly's `SimCLRTransform`, whole batches at a time. What limits it: [views](../views.md#speed).",
         "",
     ]
     for label, found in report["sizes"].items():
