@@ -117,13 +117,13 @@ def page(about: dict) -> str:
             "# Reading photographs from folders and from shards",
             "",
             f"From a disk, WebDataset shards are read {gain('cold|webdataset'):.1f} times as fast as a folder in "
-            f"random order, and {gain('few|webdataset'):.1f} times with a few shards at a time. Once photographs are decoded, "
-            f"little of that is left ({gain('224|webdataset', '224|folder'):.2f} times at 224 px).",
+            f"random order, and {gain('few|webdataset'):.1f} times with a few shards at a time. Once photographs are "
+            f"decoded, little of that is left ({gain('224|webdataset', '224|folder'):.2f} times at 224 px).",
             "",
             f"The table gives images/s on one thread: the median (and range) of {about['rounds']} rounds in which the "
-            f"sources took turns, for {about['images']:,} photographs of {about['kilobytes']:.0f} kB on average, in shards "
-            f"of {about['shard MiB']} MiB. The first three rows are per processor second. torch {about['torch']}, litdata "
-            f"{about['litdata']}.",
+            f"sources took turns, for {about['images']:,} photographs of {about['kilobytes']:.0f} kB on average, in "
+            f"shards of {about['shard MiB']} MiB. The first three rows are per processor second. torch "
+            f"{about['torch']}, litdata {about['litdata']}.",
             "",
             "| | folder | WebDataset | litdata |",
             "|---|--:|--:|--:|",

@@ -22,6 +22,8 @@ from study import report  # noqa: E402
 __all__ = [
     "Seeds",
     "accuracy",
+    "budget",
+    "color_change",
     "data",
     "domain",
     "effective_rank",
@@ -240,3 +242,20 @@ def tile_share(name: str) -> float:
     """The GPU run: the share of the card's peak that a kernel's fastest tile reached."""
     found = data("benchmarks/gpu/gpu.json")["stages"]
     return float(found["variants"]["result"][name]["TFLOPs"] / found["machine"]["result"]["peak16_TFLOPs"])
+
+
+def budget(method: str, space: str) -> list[float]:
+    """A row of the table of results/linear-probe.json: each column for each seed."""
+    runs = data("results/linear-probe.json")["runs"][method]
+    columns = ("linear", "20-NN", "linear, 1% of labels", "linear, 10% of labels")
+    return [*(run["probes"][space][c] for c in columns for run in runs), *color_change(method, space)]
+
+
+def color_change(method: str, space: str) -> Seeds:
+    """results/linear-probe.json: label-free R^2 of the color group."""
+    return Seeds(
+        cell["score"]
+        for run in data("results/linear-probe.json")["runs"][method]
+        for cell in run["parameters"]["cells"]
+        if (cell["space"], cell["factor"]) == (space, "color")
+    )
