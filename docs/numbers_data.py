@@ -37,6 +37,7 @@ __all__ = [
     "loss_ratio",
     "low",
     "overwritten",
+    "pairs",
     "partial",
     "probes",
     "rows",
@@ -157,6 +158,12 @@ def task(experiment: str, name: str, which: str, space: str, half: str = "report
 def identified(experiment: str, name: str, kind: str, space: str, factor: str) -> Seeds:
     """Identifiability, pairs: kind "theirs" (kernel ridge), "theirs, linear", "linear", "kernel" or "conditional"."""
     return Seeds(line["scores"][kind][space][factor] for line in _identifiability(experiment, name))
+
+
+def pairs(experiment: str, name: str, kind: str) -> list[Seeds]:
+    """Identifiability, pairs: content from content code, style from content code, style from style code."""
+    cells = (("content", "content"), ("content", "style"), ("style", "style"))
+    return [identified(experiment, name, kind, *cell) for cell in cells]
 
 
 def partial(name: str, kind: str, size: int, what: str) -> Seeds:
