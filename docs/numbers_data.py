@@ -27,6 +27,7 @@ __all__ = [
     "data",
     "domain",
     "effective_rank",
+    "first_objects",
     "frozen",
     "gpu",
     "high",
@@ -266,3 +267,9 @@ def color_change(method: str, space: str) -> Seeds:
         for cell in run["parameters"]["cells"]
         if (cell["space"], cell["factor"]) == (space, "color")
     )
+
+
+def first_objects(kind: str, space: str) -> float:
+    """results/objects-first.jsonl: the largest score of the shape over all runs that have the space."""
+    found = [line["tables"][kind] for line in lines("results/objects-first.jsonl")]
+    return max(table[space]["shape"] for table in found if space in table)
