@@ -1,4 +1,4 @@
-"""docs/results.md's pictures, from the lines of the study. A panel that has not been run yet says so."""
+"""The pictures of docs/results.md, from the lines of the study. A panel that has not been run says so."""
 
 import textwrap
 from pathlib import Path
@@ -34,7 +34,7 @@ def heat(axis: Any, title: str, matrix: list[list[float]] | None, spaces: list[s
 
 
 def means(found: list[Line] | None, kind: str, spaces: list[str], factors: list[tuple[str, ...]]) -> Any:
-    """Mean over seeds of each cell, a cell of several factors the mean of theirs."""
+    """Mean over seeds of each cell; a cell of several factors is their mean."""
     if not found:
         return None
     return [[mean(mean(score(x, kind, s, f) for f in fs) for x in found) for fs in factors] for s in spaces]
@@ -57,7 +57,7 @@ def cures(lines: list[Line], folder: Path) -> None:
             matrix = means(found, "kernel", names, [(n,) for n in names])
             heat(axis, f"{family}, {title}", matrix, words if axis is row[0] else [""] * 3, words)
         row[0].set_ylabel("space")
-    figure.supxlabel("what it knows: R² of a kernel probe, mean over seeds", fontsize=11)
+    figure.supxlabel("what it encodes: R² of a kernel probe, mean over seeds", fontsize=11)
     figure.savefig(folder / "latents-cures.png", dpi=110)
     plt.close(figure)
 
@@ -67,7 +67,7 @@ TITLES = {"temperature": "temperature", "batch": "images in a batch", "steps": "
 
 
 def scans(lines: list[Line], folder: Path) -> None:
-    """SimCLR's styles, and the content in their spaces, as one setting moves; the others are the defaults."""
+    """SimCLR's styles, and the content in their spaces, by one setting; the others are the defaults."""
     if not all(rows_of(lines, experiment) for experiment in SCANS.values()):
         return
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained", sharey=True)
@@ -103,7 +103,7 @@ METHODS = ["content-only", "ours", "LooC", "AugSelf"]
 
 
 def sprites(lines: list[Line], folder: Path) -> None:
-    """What each space of each method knows of the sprites."""
+    """What each space of each method encodes of the sprites."""
     _methods(
         rows_of(lines, "sprites/methods"),
         METHODS,
@@ -115,7 +115,7 @@ def sprites(lines: list[Line], folder: Path) -> None:
 
 
 def photographs(lines: list[Line], folder: Path) -> None:
-    """Without labels: what each space of each method knows of the augmentations of photographs."""
+    """Label-free: what each space of each method encodes of the augmentations of photographs."""
     _label_free(rows_of(lines, "cifar/methods"), METHODS, folder / "cifar-methods.png")
 
 
@@ -146,7 +146,7 @@ def _methods(
     what: str,
     path: Path,
 ) -> None:
-    """A panel for each method, one above the other, as high as it has spaces."""
+    """A panel for each method, one above the other; the height depends on the number of spaces."""
     spaces = {n: list(found[n][0]["tables"][kind]) if n in found else ["content", "backbone"] for n in names}
     heights = [len(s) + 0.9 for s in spaces.values()]
     figure, axes = plt.subplots(
@@ -164,7 +164,7 @@ def _methods(
 
 
 def collapse(lines: list[Line], folder: Path) -> None:
-    """Content's misalignment and effective rank while it trains, at three ways to weigh it."""
+    """Misalignment and effective rank of content during training, for three ways to set its weight."""
     found = rows_of(lines, "sprites/collapse")
     if not found:
         return
