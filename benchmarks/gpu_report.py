@@ -250,7 +250,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def written(text: str, s: dict[str, Any]) -> str:
-    """A page with its tables made anew."""
+    """A page with its tables rewritten."""
 
     def made(match: re.Match[str]) -> str:
         return f"<!-- gpu: {match[1]} -->\n{TABLES[match[1]](s)}\n<!-- end -->"

@@ -192,7 +192,7 @@ def rows(architectures: list[int], modes: list[str] | None = None, candidates: b
 
 
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """New rows in place of the old ones of their version and architecture."""
+    """Replace old rows of the same version and architecture by new ones."""
     replaced = {(r["triton"], r["arch"]) for r in new}
     kept = [r for r in old if (r["triton"], r["arch"]) not in replaced]
     return sorted(kept + new, key=lambda r: ([int(v) for v in r["triton"].split(".")[:2]], int(r["arch"][3:])))

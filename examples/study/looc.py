@@ -1,6 +1,6 @@
 """LooC, leave-one-out contrastive learning (Xiao et al. 2021, arXiv 2008.05659), as a loss on the same embeddings.
 
-Query q, keys k_0 (every augmentation drawn anew) and k_1..k_M (k_i shares augmentation i with the query): the views of
+Query q, keys k_0 (every augmentation redrawn) and k_1..k_M (k_i shares augmentation i with the query): the views of
 a shared-query plan. With E(i, x) = exp(<v_i(q), v_i(x)> / tau) in space i, v_i of unit length, N_i the keys of other
 images:
 

@@ -76,16 +76,16 @@ def scans(lines: list[Line], folder: Path) -> None:
         found = [line for its in rows_of(lines, experiment).values() for line in its if line["seed"] == 0]
         found += [its[0] for name, its in middle.items() if name.startswith("simclr")]
         default = grid.OF_WORLD["latents"][key]
-        for cross, colour, keys in ((False, plots.PALETTE[1], "same-image"), (True, plots.PALETTE[0], "cross-image")):
+        for cross, color, keys in ((False, plots.PALETTE[1], "same-image"), (True, plots.PALETTE[0], "cross-image")):
             points = sorted(
                 (line["config"].get(key, default), latent_numbers(line))
                 for line in found
                 if line["config"].get("cross", False) == cross
             )
             x = [p[0] for p in points]
-            axis.plot(x, [p[1]["styles"] for p in points], "o-", color=colour, label=f"{keys} keys: styles")
+            axis.plot(x, [p[1]["styles"] for p in points], "o-", color=color, label=f"{keys} keys: styles")
             leak = [p[1]["content in styles"] for p in points]
-            axis.plot(x, leak, "o--", mfc="white", color=colour, label=f"{keys} keys: content in style spaces")
+            axis.plot(x, leak, "o--", mfc="white", color=color, label=f"{keys} keys: content in style spaces")
         axis.set_xscale("log")
         ticks = sorted({line["config"].get(key, default) for line in found})
         axis.set_xticks(ticks, [f"{t:,}" if t >= 1 else str(t) for t in ticks])
@@ -174,9 +174,9 @@ def collapse(lines: list[Line], folder: Path) -> None:
         "effective_rank/content": "effective rank of content",
     }
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
-        for (name, its), colour in zip(found.items(), plots.PALETTE, strict=False):
+        for (name, its), color in zip(found.items(), plots.PALETTE, strict=False):
             history = its[0]["history"]
-            axis.plot([h["step"] for h in history], [h[key] for h in history], label=name, color=colour)
+            axis.plot([h["step"] for h in history], [h[key] for h in history], label=name, color=color)
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("step")
         axis.set_ylim(bottom=0)
