@@ -27,6 +27,7 @@ __all__ = [
     "data",
     "domain",
     "effective_rank",
+    "example",
     "first_objects",
     "frozen",
     "gpu",
@@ -150,7 +151,7 @@ def effective_rank(experiment: str, name: str, space: str) -> Seeds:
 
 def task(experiment: str, name: str, which: str, space: str, half: str = "report") -> Seeds:
     """Accuracy on a task of style."""
-    return Seeds(line["tasks"][which][space][half] for line in rows(experiment, name))
+    return Seeds(line["tasks"][which][space][half] for line in rows(experiment, name) if "tasks" in line)
 
 
 # ---------------------------------------------------------------------------------------------------- other results
@@ -273,3 +274,10 @@ def first_objects(kind: str, space: str) -> float:
     """results/objects-first.jsonl: the largest score of the shape over all runs that have the space."""
     found = [line["tables"][kind] for line in lines("results/objects-first.jsonl")]
     return max(table[space]["shape"] for table in found if space in table)
+
+
+def example(name: str, kind: str, space: str, factor: str) -> float:
+    """results/NAME.json, a run of examples/synthetic.py; kind "nonlinear" is the kernel probe."""
+    cells = data(f"results/{name}.json")["tables"][kind]["cells"]
+    known = {cell["factor"]: cell["score"] for cell in cells if cell["space"] == space}
+    return float(known[_named(known, factor)])
