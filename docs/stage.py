@@ -79,7 +79,8 @@ class Stage:
         """The page with its includes, pictures and links as the site needs them."""
 
         def include(match: re.Match[str]) -> str:
-            return self.text((Path(source).parent / match[1]).as_posix(), page).replace("\n# ", "\n## ")
+            path = os.path.normpath(Path(source).parent / match[1])
+            return (ROOT / path).read_text(encoding="utf-8")
 
         def twins(match: re.Match[str]) -> str:
             if not (ROOT / source).parent.joinpath(f"{match[2]}-dark.png").exists():
