@@ -4,7 +4,9 @@ import importlib
 import importlib.util
 import inspect
 import re
+import sys
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,8 @@ def test_the_pages_are_laid_out_with_links_that_hold(tmp_path, monkeypatch):
     method = (tmp_path / "method.md").read_text()
     assert re.search(r"\(source/ssd_addon/losses/joint\.py\.md#__codelineno-0-\d+\)", method)
     assert "(changelog.md)" in (tmp_path / "readme.md").read_text()
+    assert "](idea/views.png#only-light)![" in (tmp_path / "idea.md").read_text()
+    assert (tmp_path / "idea" / "views-dark.png").is_file()
 
 
 def test_a_link_to_nothing_stops_the_build(tmp_path, monkeypatch):
@@ -140,3 +144,23 @@ def test_what_the_api_describes_is_there_and_its_docstring_names_its_own_argumen
         for section in re.findall(r"^Args:\n((?:    .*\n|\n)*)", inspect.getdoc(thing) + "\n", re.MULTILINE):
             given = {n for line in re.findall(r"^    (\w[\w, *]*): ", section, re.MULTILINE) for n in line.split(", ")}
             assert given and given <= known, f"{name}: {sorted(given - known)}"
+
+
+@pytest.mark.slow
+def test_the_figures_of_the_idea_come_from_their_script(tmp_path):
+    idea = script("idea")
+    idea.draw(tmp_path, dpi=20)
+    drawn = {p.name for p in tmp_path.iterdir()}
+    assert drawn == {p.name for p in idea.OUT.iterdir()}
+    shown = {Path(to).name for to, _ in stage.links(TEXTS["docs/idea.md"]) if to.startswith("idea/")}
+    assert shown == {name for name in drawn if "-dark" not in name} and all(
+        f"{n[:-4]}-dark.png" in drawn for n in shown
+    )
+
+
+def test_doctests_are_shown_as_code(monkeypatch):
+    monkeypatch.setitem(sys.modules, "griffe", types.SimpleNamespace(Extension=object, Object=object))
+    fenced = script("docstrings").fenced
+    text = "Adds.\n\n>>> 1 + 1\n2\n\nArgs:\n    a: one.\n        >>> 2\n        2\n"
+    code = ("```pycon\n>>> 1 + 1\n2\n```", "        ```pycon\n        >>> 2\n        2\n        ```")
+    assert fenced(text) == f"Adds.\n\n{code[0]}\n\nArgs:\n    a: one.\n{code[1]}\n"
