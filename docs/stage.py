@@ -1,9 +1,9 @@
 """Lay out the pages of the site in build/site, where Zensical builds them: `make docs` does both.
 
-The pages of docs/ are copied, and README.md, CHANGELOG.md, CONTRIBUTING.md and kernels/README.md, which lie outside,
-join them. Links are changed so that they work on the site too: a link to code leads to a page that shows the file
-(`joint.py#L40` to its line 40), and a figure or a data file that is linked is copied. A picture with a dark version
-(`NAME-dark.png` beside `NAME.png`) changes with the color scheme. A link to a file that does not exist is an error.
+The pages of docs/ are copied, and README.md, CHANGELOG.md, kernels/README.md and others that lie outside join them.
+Links are changed so that they work on the site too: a link to code leads to a page that shows the file (`joint.py#L40`
+to its line 40), and a figure or a data file that is linked is copied. A picture with a dark version (`NAME-dark.png`
+beside `NAME.png`) changes with the color scheme. A link to a file that does not exist is an error.
 """
 
 import os
@@ -17,15 +17,23 @@ OUTSIDE = {
     "README.md": "readme.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contribute.md",
+    "SECURITY.md": "security.md",
     "kernels/README.md": "kernels.md",
 }
-"""Files outside docs/ -> pages of the site."""
+"""Files outside docs/ -> pages of the site, where they exist; they take the place of a page of that name."""
 CODE = re.compile(r"^( *)(`{3,}|~{3,})[^\n]*\n.*?^ *\2[^\n]*$|(`+)[^`].*?\3", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?P<before>\]\(|(?:src|srcset|href)=\")(?P<path>[^)\"#\s]*)(?P<anchor>#[^)\"\s]*)?(?P<after>[)\"])")
 PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)#\s]+)\.png\)")
-INCLUDE = re.compile(r"^<!-- include (\S+) -->$", re.MULTILINE)
 UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n\n"
-LANGUAGES = {".py": "python", ".json": "json", ".jsonl": "json", ".toml": "toml", ".sh": "bash", ".css": "css"}
+LANGUAGES = {
+    ".py": "python",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ipynb": "json",
+    ".toml": "toml",
+    ".sh": "bash",
+    ".css": "css",
+}
 
 
 def pages() -> dict[str, str]:
@@ -76,11 +84,7 @@ class Stage:
         return os.path.relpath(to, PurePosixPath(page).parent).replace(os.sep, "/") + anchor
 
     def text(self, source: str, page: str) -> str:
-        """The page with its includes, pictures and links as the site needs them."""
-
-        def include(match: re.Match[str]) -> str:
-            path = os.path.normpath(Path(source).parent / match[1])
-            return (ROOT / path).read_text(encoding="utf-8")
+        """The page with its pictures and links as the site needs them."""
 
         def twins(match: re.Match[str]) -> str:
             if not (ROOT / source).parent.joinpath(f"{match[2]}-dark.png").exists():
@@ -93,7 +97,7 @@ class Stage:
             to = self.target(match["path"], match["anchor"] or "", source, page)
             return f"{match['before']}{to}{match['after']}"
 
-        text = INCLUDE.sub(include, (ROOT / source).read_text(encoding="utf-8"))
+        text = (ROOT / source).read_text(encoding="utf-8")
         return "".join(
             piece if code else LINK.sub(link, PICTURE.sub(twins, piece)) for piece, code in outside_code(text)
         )
@@ -101,8 +105,6 @@ class Stage:
     def write(self) -> None:
         shutil.rmtree(STAGE, ignore_errors=True)
         for source, page in self.pages.items():
-            if source == "CONTRIBUTING.md":
-                continue  # a part of contribute.md
             text = self.text(source, page)
             if source == "README.md":
                 text = UNSEARCHED + text  # it says again what the pages say

@@ -68,7 +68,7 @@ def test_every_page_is_in_the_navigation_once():
 
     in_nav = [*flat(OPTIONS["nav"])]
     assert len(in_nav) == len({*in_nav})
-    assert {*PAGES.values()} - {"readme.md"} == {*in_nav}
+    assert {*PAGES.values()} - {"readme.md", "security.md"} == {*in_nav}
 
 
 def test_the_site_asks_for_nothing_outside():
@@ -99,6 +99,18 @@ def test_a_link_to_nothing_stops_the_build(tmp_path, monkeypatch):
     (tmp_path / "docs" / "a.md").write_text("[b](b.md)")
     with pytest.raises(SystemExit, match=r"docs/a.md: expected a link to a file of this repository: got b.md"):
         stage.Stage().text("docs/a.md", "a.md")
+
+
+def test_a_file_outside_takes_the_place_of_a_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "ROOT", tmp_path)
+    monkeypatch.setattr(stage, "STAGE", tmp_path / "stage")
+    (tmp_path / "docs" / "assets").mkdir(parents=True)
+    (tmp_path / "docs" / "contribute.md").write_text("the old page")
+    (tmp_path / "docs" / "index.md").write_text("[contribute](../CONTRIBUTING.md#tests)")
+    (tmp_path / "CONTRIBUTING.md").write_text("the file, [home](docs/index.md)")
+    stage.Stage().write()
+    assert (tmp_path / "stage" / "contribute.md").read_text() == "the file, [home](index.md)"
+    assert (tmp_path / "stage" / "index.md").read_text() == "[contribute](contribute.md#tests)"
 
 
 def test_the_method_names_the_lines_where_its_equations_stand():
