@@ -2,17 +2,15 @@
 # make test           environment, install with what the tests need, lint, types, tests: about seven minutes on two cores
 #                     beside the install
 # make test-fast      the tests that need milliseconds: neither slow nor distributed, about three minutes
-# make environments   the recipes of frameworks that need an environment of their own, two minutes
 # make docs           the documentation into site/, strictly: open site/index.html, no server is needed
-# make test-browser   the report and the documentation in a real browser; needs Chromium (apt-get install chromium, or
-#                     its path in CHROMIUM)
+# make environments   the recipes of frameworks that need an environment of their own, two minutes
+# make test-browser   the report in a real browser; needs Chromium (apt-get install chromium, or its path in CHROMIUM)
 
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
-DOCS_STAMP := .venv/.installed-docs
 
-.PHONY: demo test test-fast test-browser docs lint types unit environments wheel benchmark clean
+.PHONY: demo test test-fast test-browser lint types unit environments wheel benchmark clean
 
 demo: $(STAMP)
 	OMP_WAIT_POLICY=passive $(PY) examples/demo.py --out runs/demo --report
@@ -32,12 +30,17 @@ unit: $(STAMP)
 test-fast: $(STAMP)
 	$(PY) -m pytest -n auto --dist loadscope -m "not slow and not distributed"
 
-docs: $(DOCS_STAMP)
+test-browser: $(STAMP) docs
+	$(PY) -m pytest tests/browser
+
+.PHONY: docs
+docs: .venv/.installed-docs
 	$(PY) docs/stage.py
 	$(PY) -m zensical build --strict --clean
 
-test-browser: docs
-	$(PY) -m pytest tests/browser
+.venv/.installed-docs: $(STAMP)
+	$(PY) -m pip install --quiet -e '.[docs]'
+	touch $@
 
 environments: $(STAMP)
 	PY=$(PY) sh tests/environments/huggingface.sh
@@ -57,10 +60,6 @@ $(STAMP): pyproject.toml
 	$(PY) -m pip install --quiet -e '.[test]'
 	$(PY) -c 'import torch, torchvision'
 	touch $(STAMP)
-
-$(DOCS_STAMP): $(STAMP)
-	$(PY) -m pip install --quiet -e '.[docs]'
-	touch $(DOCS_STAMP)
 
 clean:
 	rm -rf .venv build dist site runs *.egg-info .pytest_cache .mypy_cache .ruff_cache
