@@ -179,3 +179,9 @@ def test_doctests_are_shown_as_code(monkeypatch):
     text = "Adds.\n\n>>> 1 + 1\n2\n\nArgs:\n    a: one.\n        >>> 2\n        2\n"
     code = ("```pycon\n>>> 1 + 1\n2\n```", "        ```pycon\n        >>> 2\n        2\n        ```")
     assert fenced(text) == f"Adds.\n\n{code[0]}\n\nArgs:\n    a: one.\n{code[1]}\n"
+
+
+def test_home_says_how_many_lines_change_in_a_pipeline():
+    diffs = script("diffs")
+    new = [diffs.changes(file.stem)[1] for file in (diffs.SCRIPTS / "before").glob("*.py")]
+    assert f": {min(new)} to {max(new)} new lines" in TEXTS["docs/index.md"]
