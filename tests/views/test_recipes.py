@@ -180,7 +180,7 @@ def test_a_recipe_is_readable():
         ({"sets": "color"}, r"sets: expected a sequence of names of groups, or .auto.: got 'color'"),
         ({"sets": None}, r"sets: expected a sequence of names of groups, or .auto.: got None"),
         ({"groups": {}}, "groups: expected at least one group, .*'content_only'"),
-        ({"groups": {"content": []}}, "groups: 'content' is taken"),
+        ({"groups": {"content": []}}, "groups: expected names other than 'content'"),
         ({"groups": {"a": []}, "size": 32}, "size: expected with a preset alone, .*got groups a"),
         ({"groups": {"a": []}, "normalize": False}, "normalize: expected with a preset alone"),
         ({"size": 0}, "size: expected"),
