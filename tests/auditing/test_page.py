@@ -169,7 +169,7 @@ def test_class_accuracy_is_that_of_a_loop():
 @pytest.mark.parametrize(
     "labels,message",
     [
-        (torch.zeros(40, dtype=torch.long), "two classes or more on both sides of the split: got one class"),
+        (torch.zeros(40, dtype=torch.long), "at least two classes on both sides of the split: got one class"),
         (torch.rand(40), "expected classes, integers"),
         (torch.zeros(30, dtype=torch.long), "a value for each of the 40 samples"),
     ],

@@ -76,7 +76,9 @@ def test_kinds_of_images_mix_and_numbers_of_channels_do_not():
     uint8, array = torch.full((3, 4, 4), 255, dtype=torch.uint8), np.full((4, 4), 0.5)
     images, _, _ = collate([(uint8, 0), (array, 0), (picture("L"), 0)])
     assert images.dtype == torch.float32 and images[:, 0, 0, 0].tolist() == [1, 0.5, torch.tensor(200 / 255).item()]
-    with pytest.raises(ValueError, match=r"expected the same number of channels in all images of a batch: got \[3, 12\]"):
+    with pytest.raises(
+        ValueError, match=r"expected the same number of channels in all images of a batch: got \[3, 12\]"
+    ):
         collate([(uint8, 0), (np.zeros((4, 4, 12), np.uint8), 0)])
 
 

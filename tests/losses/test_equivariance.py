@@ -267,7 +267,7 @@ def test_embeddings_and_batches_that_do_not_fit_are_refused():
             loss(embeddings() | {"color": wrong}, batch)
     with pytest.raises(TypeError, match="batch: expected a ViewBatch"):
         loss(embeddings(), batch.views)
-    with pytest.raises(ValueError, match="batch: expected the parameters of two views.*got 0"):
+    with pytest.raises(ValueError, match="batch: expected the parameters of at least two views.*got 0"):
         loss(embeddings(), ViewBatch(batch.views, batch.plan))
     with pytest.raises(ValueError, match="batch: expected 3 numbers for the change of color/0.ColorJitter/hue_factor"):
         EquivarianceLoss(WIDTHS, {**views().parameter_sizes(), "color/0.ColorJitter/hue_factor": 3})(

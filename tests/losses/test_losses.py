@@ -125,7 +125,7 @@ def test_spaces_match_by_name_never_by_position():
     other = Embeddings({n: z[n] for n in ("content", "spatial", "color")}, plan)
     for family in FAMILIES:
         assert JointEntropyLoss(family)(other).item() == pytest.approx(JointEntropyLoss(family)(z).item(), rel=1e-12)
-    with pytest.raises(ValueError, match="give the weights by name"):
+    with pytest.raises(ValueError, match="weights: expected a mapping by name"):
         JointEntropyLoss(weights=(1, 2, 3))(other)
 
 
@@ -304,7 +304,7 @@ def test_plan_and_spaces_must_agree():
         JointEntropyLoss()(Embeddings({"content": t(3, 5, 3), "colour": t(3, 5, 3)}, plan))
     with pytest.raises(ValueError, match="missing: color"):
         JointEntropyLoss()(Embeddings({"content": t(3, 5, 3)}, plan))
-    with pytest.raises(ValueError, match="'content' must be the first space"):
+    with pytest.raises(ValueError, match="expected 'content' as the first space"):
         JointEntropyLoss()(Embeddings({"color": t(3, 5, 3), "content": t(3, 5, 3)}, plan))
 
 

@@ -337,10 +337,10 @@ def test_no_gradient_and_the_callers_mode_stays():
     ("given", "error", "message"),
     [
         ([], ValueError, "images: expected at least one batch: got none"),
-        (X[:0], ValueError, r"images: expected \[n, C, H, W\] with an image or more: got \[0, 3, 6, 6\]"),
+        (X[:0], ValueError, r"images: expected \[n, C, H, W\] with at least one image: got \[0, 3, 6, 6\]"),
         (torch.rand(3), ValueError, r"images: expected \[n, C, H, W\].*got \[3\]"),
         ([{"image": X}], TypeError, r"images: expected batches \[b, C, H, W\].*got dict"),
-        ([("photo.png", X)], TypeError, "or tuples that begin with one: got str"),
+        ([("photo.png", X)], TypeError, "or tuples that start with one: got str"),
         ("photos", TypeError, "got str"),
     ],
 )

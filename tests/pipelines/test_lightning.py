@@ -154,7 +154,7 @@ def test_views_of_workers_are_taken_with_their_parameters(labels, parameters):
 
 
 REFUSED = {
-    "views of a transform that is not named": ([torch.rand(2, 3, 12, 12)] * 2, 1, "self.views is their StructuredTr"),
+    "views of a transform that is not named": ([torch.rand(2, 3, 12, 12)] * 2, 1, "self.views to their Structured"),
     "another thing": ("name", 1, "images .*: got tuple of str, int"),
 }
 

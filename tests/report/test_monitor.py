@@ -419,8 +419,8 @@ def test_ranks_other_than_0_write_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"views": pages.views()}, ValueError, "views and factors need images to be measured on: got no images"),
-        ({"factors": FACTORS}, ValueError, "views and factors need images to be measured on: got no images"),
+        ({"views": pages.views()}, ValueError, "expected images, on which views and factors are measured: got none"),
+        ({"factors": FACTORS}, ValueError, "expected images, on which views and factors are measured: got none"),
         ({"every": 0}, ValueError, "every: expected a whole number, 1 or more: got 0"),
         ({"every": 1.5}, ValueError, "every: expected a whole number, 1 or more: got 1.5"),
         ({"log_every": -1}, ValueError, "log_every: expected a whole number, 1 or more: got -1"),

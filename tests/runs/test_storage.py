@@ -271,7 +271,7 @@ def test_large_weights_are_read_once(tmp_path, monkeypatch):
         return File()
 
     monkeypatch.setattr(storage._archive, "open", counted, raising=False)
-    with pytest.raises(ValueError, match="no heads' configuration"):
+    with pytest.raises(ValueError, match="no configuration of the heads"):
         load(tmp_path / "m.pt")
     assert 4 * 10**6 in read and sum(read) < 4 * 10**6 + 20_000 and max(counts) == 4 * 10**6
 

@@ -469,7 +469,9 @@ def test_a_late_trial_refuses_a_group_that_changes_no_pixel():
 
 @pytest.mark.parametrize("operations", [torch.nn.Sequential(K.RandomGamma((0.5, 2.0))), K.RandomGamma((0.5, 2.0))])
 def test_what_is_no_sequence_says_what_to_write(operations):
-    with pytest.raises(TypeError, match=r"expected a sequence of operations: got (Sequential; use list|RandomGamma; use \[)"):
+    with pytest.raises(
+        TypeError, match=r"expected a sequence of operations: got (Sequential; use list|RandomGamma; use \[)"
+    ):
         StructuredViews({"g": operations}, seed=0)
 
 

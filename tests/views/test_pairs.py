@@ -44,7 +44,9 @@ def test_what_a_plan_says():
     shared = ViewPlan(pairs={"content": [(0, 1)], "color": [(0, 2)]})
     assert shared.pairs(3)["color"][:2] == (0, 2) == ViewPlan.shared_query(("content", "color")).pairs(3)["color"][:2]
     assert ViewPlan.interleaved(("content", "color")).view_pairs == {"content": ((0, 1),), "color": ((0, 1),)}
-    with pytest.raises(ValueError, match=r"pairs: expected one pair .* got several for content, scanner; use view_pairs"):
+    with pytest.raises(
+        ValueError, match=r"pairs: expected one pair .* got several for content, scanner; use view_pairs"
+    ):
         plan.pairs(3)
 
 
@@ -169,7 +171,11 @@ def test_a_batch_of_views_of_several_sizes_can_be_moved_and_cut():
 @pytest.mark.parametrize(
     "views,error,message",
     [
-        ([torch.zeros(3, 3, 8, 8), torch.zeros(2, 3, 8, 8)], ValueError, "the same number of images in every view: got 3, 2"),
+        (
+            [torch.zeros(3, 3, 8, 8), torch.zeros(2, 3, 8, 8)],
+            ValueError,
+            "the same number of images in every view: got 3, 2",
+        ),
         ([torch.zeros(3, 3, 8, 8), torch.zeros(3, 3, 8)], ValueError, "the same number of dimensions"),
         ([], TypeError, "a list of V tensors"),
         ([1, 2], TypeError, "a list of V tensors"),

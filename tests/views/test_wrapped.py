@@ -131,7 +131,10 @@ def test_what_lies_in_one_random_apply_fires_together():
         (K.ColorJitter, "got the class ColorJitter"),
         (lambda x: x, "operations.seeded"),
         (7, "got int"),
-        (v2.RandomErasing(0.7, value="random"), r"0\.RandomErasing draws v with another type or shape every time.*seeded"),
+        (
+            v2.RandomErasing(0.7, value="random"),
+            r"0\.RandomErasing draws v with another type or shape every time.*seeded",
+        ),
     ],
 )
 def test_what_cannot_be_shared_by_its_parameters_is_refused_by_name(op, message):
@@ -214,7 +217,11 @@ def test_names_and_generators_of_ones_own():
     "fn,error,message",
     [
         (lambda x: None, ValueError, "expected the function to return a tensor.*got NoneType"),
-        (lambda x: x[:, : int(torch.randint(3, 9, ()))], ValueError, "expected the function to return samples of one shape"),
+        (
+            lambda x: x[:, : int(torch.randint(3, 9, ()))],
+            ValueError,
+            "expected the function to return samples of one shape",
+        ),
         (lambda x: x.mul_(torch.rand(1)), None, None),  # works in place on a copy of its own
     ],
 )
