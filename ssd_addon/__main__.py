@@ -4,7 +4,7 @@
     python -m ssd_addon report RUN_OR_CHECKPOINT --data DIR --out report.html  what each space of a model encodes
     python -m ssd_addon tune                                                   measure the GPU for backend="auto"
 
-Flags are named here alone: errors of the library name its arguments and are reworded.
+Errors of the library name its arguments; `flagged` replaces these by the names of flags.
 """
 
 import argparse
@@ -39,17 +39,17 @@ FLAGS = (
     "seed",
 )
 ARGUMENTS = {"explored": "explore"}
-"""Arguments of the library whose flag has another name."""
+"""Arguments of the library whose flag has a different name."""
 DATA: dict[str, Any] = {
     "required": True,
     "metavar": "DIR_OR_DATASET",
-    "help": "a folder of images (class folders are labels; val/ is taken where there is one), or FILE.py:NAME or "
-    "MODULE:NAME, where NAME is a data set, or makes one or a pair (images, factors)",
+    "help": "a folder of images (class folders are labels; its val/ is used if there is one), or FILE.py:NAME or "
+    "MODULE:NAME, where NAME is a data set, or a function that returns one or a pair (images, factors)",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; an error is one line on standard error, and the status 1."""
+    """Run a command and return its exit status; an error is printed as one line on standard error, with status 1."""
     parser = _parser()
     args = parser.parse_args(argv)
     for name in ("samples", "explore", "batch_size", "size", "draws"):
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _said(error: Exception, args: argparse.Namespace) -> str:
-    """One line for a person: the library's words with flags for arguments, other errors with their type."""
+    """One line for the user: the library's message with flags for arguments, other errors with their type."""
     if isinstance(error, ValueError | TypeError | OSError | ImportError) and _of_the_library(error):
         return flagged(" ".join(str(error).split()), args)
     from ssd_addon.report.text import first_line
@@ -78,7 +78,7 @@ def _said(error: Exception, args: argparse.Namespace) -> str:
 
 
 def _of_the_library(error: BaseException) -> bool:
-    """Whether the line that raised it is the library's: not torch's, nor of code that the user named."""
+    """Whether the error was raised by this library, and not by torch or by the user's code."""
     frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and Path(frames[-1]).is_relative_to(Path(__file__).parent)
 
@@ -164,21 +164,21 @@ def _audit_parser(commands: Any) -> None:
 def _tune_parser(commands: Any) -> None:
     t = commands.add_parser(
         "tune",
-        help="measure on this machine's GPU which backend and which tiles of the loss are the fastest",
-        description="Measure the fused kernels on a GPU, about a minute, and keep what was found in "
-        "${SSD_ADDON_CACHE:-~/.cache/ssd-addon}/kernels, where backend='auto' looks first. Without it 'auto' goes by "
-        "an estimate from the GPU's properties.",
+        help="measure on this machine's GPU which backend and which tile sizes of the loss are fastest",
+        description="Measure the fused kernels on a GPU, in about a minute, and store the result in "
+        "${SSD_ADDON_CACHE:-~/.cache/ssd-addon}/kernels, where backend='auto' looks first. Without it, 'auto' uses an "
+        "estimate from the GPU's properties.",
     )
-    t.add_argument("--device", default="cuda", help="cuda, or cuda:1 and so on where there are several GPUs")
-    t.add_argument("--seconds", type=float, default=60.0, help="to spend, about (default 60); more tries more tiles")
+    t.add_argument("--device", default="cuda", help="cuda, or cuda:1 and so on if there are several GPUs")
+    t.add_argument("--seconds", type=float, default=60.0, help="approximate time; more tries more tiles (default 60)")
     t.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)  # on a CPU, in triton's interpreter
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Measure the kernels on a GPU, and keep what was found.
+    """Measure the kernels on a GPU and store the result.
 
     Raises:
-        ValueError: no GPU on which they run.
+        ValueError: there is no GPU on which they run.
     """
     if not args.seconds > 0:
         raise ValueError(f"seconds: expected a time above 0: got {args.seconds:g}")
@@ -191,8 +191,8 @@ def tune(args: argparse.Namespace) -> None:
     device = torch.device("cpu" if args.rehearse else args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "tune: expected a CUDA device: got none, torch sees no GPU here; backend='auto' takes 'eager' and "
-            "'streaming' on a CPU, for which there is nothing to tune"
+            "tune: expected a CUDA device: got none, as torch finds no GPU; on a CPU backend='auto' uses 'eager' and "
+            "'streaming', which need no tuning"
         )
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -201,7 +201,7 @@ def tune(args: argparse.Namespace) -> None:
     from ssd_addon.kernels import tune as tuning
 
     file = tuning.run(device, seconds=args.seconds, rehearse=args.rehearse, say=_print)
-    use = "a rehearsal, which nothing reads" if args.rehearse else "backend='auto' goes by it from the next start on"
+    use = "a rehearsal, which is not used" if args.rehearse else "backend='auto' uses it in new processes"
     _print(f"written: {file}; {use}")
 
 
@@ -301,10 +301,10 @@ def report(args: argparse.Namespace) -> None:
 
 
 def _device(name: str) -> str:
-    """A device that tensors can be put on and read from.
+    """Check that a device can hold and return tensors, and return its name.
 
     Raises:
-        ValueError: one that this machine does not have.
+        ValueError: this machine does not have the device.
     """
     import torch
 
@@ -321,14 +321,14 @@ def _device(name: str) -> str:
 
 
 def flagged(message: str, args: argparse.Namespace) -> str:
-    """An error of the library with flags in the place of its arguments.
+    """An error message of the library with flags instead of arguments.
 
-    "data: ..." becomes "--data: ...", where that was given, and "backbone='...'" becomes "--backbone '...'".
+    "data: ..." becomes "--data: ...", if that was given, and "backbone='...'" becomes "--backbone '...'".
     """
     message = re.sub(rf"\b({'|'.join(FLAGS)})=(?=')", r"--\1 ", message)
     match = re.match(r"(\w+): ", message)
     name = "" if match is None else ARGUMENTS.get(match[1], match[1]).replace("_", "-")
-    if args.command == "audit" and name == "backbone":  # which is no flag there
+    if args.command == "audit" and name == "backbone":  # there it is a positional argument
         return f"MODEL: {message[message.index(': ') + 2 :]}"
     given = name in FLAGS and getattr(args, name.replace("-", "_"), None) is not None
     if match is not None and given:
@@ -340,7 +340,7 @@ def flagged(message: str, args: argparse.Namespace) -> str:
 
 
 def _print(text: str, *, error: bool = False) -> None:
-    """A line for people, whatever the names in it and the encoding of the terminal are."""
+    """Print a line, whatever the names in it and the encoding of the terminal are."""
     from ssd_addon.report.text import clean
 
     stream = sys.stderr if error else sys.stdout

@@ -202,7 +202,7 @@ def test_another_plan_is_refused():
         ({"warmup_steps": True}, ValueError, "warmup_steps"),
         ({"start": -0.5}, ValueError, "start: expected .* got -0.5"),
         ({"start": {"content": 1.0, "colour": 1.0, "spatial": 1.0}}, ValueError, "start: .*missing: color"),
-        ({"spaces": ("color", "content")}, ValueError, "'content' must be the first"),
+        ({"spaces": ("color", "content")}, ValueError, "expected 'content' as the first space"),
         ({"spaces": "content"}, TypeError, "DualAscent: expected a sequence of space names"),
         ({"spaces": JointEntropyLoss()}, TypeError, r"JointEntropyLoss\(weights=DualAscent\(spaces, ...\)\)"),
     ],

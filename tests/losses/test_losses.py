@@ -253,8 +253,12 @@ def t(v, b, d, **kw):
     [
         ({"content": t(4, 5, 3), "color": t(4, 5, 3), "spatial": t(3, 5, 3)}, ValueError, "need 4 views: got 3 in spa"),
         ({"content": t(2, 5, 3), "color": t(2, 5, 3)}, ValueError, r"need 3 views: got 2; .*ViewPlan.interleaved"),
-        ({"color": t(2, 5, 3)}, ValueError, "'content' is missing.*got color"),
-        ({"color": t(3, 5, 3), "content": t(3, 5, 3)}, ValueError, "'content' must be the first.*got color, content"),
+        ({"color": t(2, 5, 3)}, ValueError, "expected the space 'content'.*got color"),
+        (
+            {"color": t(3, 5, 3), "content": t(3, 5, 3)},
+            ValueError,
+            "expected 'content' as the first space.*got color, content",
+        ),
         ({"content": t(2, 1, 3)}, ValueError, "at least 2 images in the batch.*got 1"),
         ({"content": t(2, 0, 3)}, ValueError, "at least 2 images in the batch.*got 0"),
         ({"content": t(2, 5, 0)}, ValueError, "width of at least 1"),

@@ -61,7 +61,7 @@ MISTAKES = {
     "no plan": (
         lambda: criterion(heads(FEATURES)),
         ValueError,
-        r"rows of all views \[V\*B, d\], the plan beside them, criterion\(z, transform.plan\)",
+        r"embeddings of all views \[V\*B, d\], pass the plan too, criterion\(z, transform.plan\)",
     ),
     "the transform in the plan's place": (
         lambda: criterion(heads(FEATURES), TRANSFORM),

@@ -569,7 +569,10 @@ def test_the_command_takes_a_file_and_fewer_images(run, tmp_path, capsys):
         ({"run": "nothing"}, "expected a run's folder or a checkpoint"),
         ({"data": "nothing"}, "expected a folder of images"),
         ({"out": "model.pt/x/r.html"}, "can be written"),
-        ({"more": ["--backbone", "torchvision:nonsense"]}, "no classification model 'nonsense'"),
+        (
+            {"more": ["--backbone", "torchvision:nonsense"]},
+            "expected a classification model of torchvision .*: got 'nonsense'",
+        ),
         ({"more": ["--views", "nonsense"]}, "preset: expected one of"),
         ({"more": ["--device", "foo"]}, "--device: expected one that this machine has, such as cpu: got foo"),
         ({"more": ["--device", "cuda:99"]}, "--device: expected one that this machine has, such as cpu: got cuda:99"),

@@ -184,9 +184,9 @@ def test_views_of_a_failed_restore_draw_what_they_would_have(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "it is the pointer .*Git LFS"),
         (b"\n<!DOCTYPE html><html>", "it is an HTML page"),
         (b"\x10\x00\x00\x00\x00\x00\x00\x00" + b'{"a":{"dtype":"F32"}}', "it is a safetensors file"),
-        (b"step,loss\n1,2\n", "it is no file of torch.save: it begins with b'step,loss"),
-        (b"", "it is no file of torch.save: it is empty"),
-        (pickle.dumps({"a": 1}), "it is no file of torch.save"),
+        (b"step,loss\n1,2\n", "it is not a file of torch.save: it starts with b'step,loss"),
+        (b"", "it is not a file of torch.save: it is empty"),
+        (pickle.dumps({"a": 1}), "it is not a file of torch.save"),
     ],
 )
 def test_files_of_another_kind_are_not_called_dangerous(tmp_path, content, message):
