@@ -130,7 +130,7 @@ class Objective(KeepsType):
         """Raise if a backend is requested by name and the family offers no choice."""
         if backend not in ("auto", "eager"):
             raise ValueError(
-                f"backend: expected 'auto' or 'eager', as the family {self.name!r} computes its entropy itself: got "
+                f"backend: expected 'auto' or 'eager', as family {self.name!r} computes its entropy itself: got "
                 f"{backend!r}; simclr, vicreg and barlow have other backends"
             )
 

@@ -498,7 +498,7 @@ def test_weights_are_found_under_the_names_of_wrappers(kind):
 def test_weights_of_two_models_in_one_file_are_not_guessed():
     model = StyleHeads(Small(), SPACES, hidden=())
     both = {f"{who}.{k}": t for who in ("student", "teacher") for k, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"under several prefixes, student\., teacher\.; keep the keys of the one"):
+    with pytest.raises(ValueError, match=r"got several, with prefixes student\., teacher\.; keep the keys of the one"):
         model.restore(model.config(), both)
 
 

@@ -255,7 +255,7 @@ def test_names_and_coefficients_are_checked():
 @pytest.mark.parametrize("backend", ["streaming", "triton"])
 def test_a_backend_that_a_family_does_not_have_is_refused(backend):
     for family in (TWINS["vicreg"], "sigreg"):
-        with pytest.raises(ValueError, match=f"computes its entropy itself, .* got '{backend}'"):
+        with pytest.raises(ValueError, match=f"computes its entropy itself: got '{backend}'"):
             JointEntropyLoss(family, backend=backend)
     assert JointEntropyLoss(TWINS["vicreg"], backend="eager").terms(embeddings()).backend == "eager"
 

@@ -240,7 +240,7 @@ def test_presets_without_normalize(none):
     [
         ({"mean": [0.5] * 3}, "got the keys mean"),
         ({"mean": [0.5] * 3, "std": [0.0] * 3}, "standard deviation above 0"),
-        ({"mean": [0.5] * 3, "std": [0.5]}, "of each channel"),
+        ({"mean": [0.5] * 3, "std": [0.5]}, "for each channel"),
         ("imagenet", "got 'imagenet'"),
     ],
 )
