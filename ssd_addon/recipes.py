@@ -108,7 +108,7 @@ def _normalize(given: bool | Mapping[str, Sequence[float]] | None) -> list[nn.Mo
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """Arguments for every part of the training; print the recipe to read them.
+    """Arguments for views, model and losses; print the recipe to read them.
 
     To change a value, override it: `r.loss | {"temperature": 0.1}`, and likewise in `r.equivariance`, which has to use
     the criterion's temperature.
