@@ -243,7 +243,7 @@ def thresholds(device: torch.device, plan: Plan, until: float, say: Say, report:
                 return
             found["inf" if width == plan.widths[-1] else str(width)] = rows_
             told = "never" if rows_ == NEVER else f"from N = {rows_:,}"
-            say(f"triton beside {'TF32' if tf32 else 'float32'}, D = {width}: {told}")
+            say(f"triton against {'TF32' if tf32 else 'float32'}, D = {width}: {told}")
         report.record["auto"][name] = found
 
 

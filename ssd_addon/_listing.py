@@ -198,7 +198,7 @@ def _walk(
 ) -> list[_Folder]:
     """The folders from `top` down that contain images, in the order of torchvision's ImageFolder."""
     found: list[_Folder] = []
-    # Each folder's path, its path below the root, the same printable, and what `_entered` returns.
+    # Each folder's path, its path below the root, the printable form of that, and the result of `_entered`.
     todo = [(top.path, top.name, shown, *target)]
     while todo:
         path, below, shown, real, links = todo.pop()

@@ -41,7 +41,7 @@ class ViewParameters(dict[str, dict[str, dict[str, Tensor]]]):
 
 
 def stacked(views: Any) -> tuple[Any, tuple[int, int]]:
-    """Views as one tensor [V, B, ...], or, where they differ in size, a list of V tensors [B, ...]; and (V, B)."""
+    """Views as one tensor [V, B, ...], or as a list of V tensors [B, ...] if their sizes differ; and (V, B)."""
     if isinstance(views, Tensor):
         if views.ndim < 3:
             raise ValueError(f"ViewBatch: expected views [V, B, ...]: got {_checks.shape(views)}")

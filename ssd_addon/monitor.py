@@ -129,7 +129,9 @@ class Monitor:
                 try:
                     self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(tensorboard))
                 except ImportError as error:
-                    raise ImportError("a folder for TensorBoard needs it: pip install tensorboard") from error
+                    raise ImportError(
+                        "tensorboard: expected the package, to write to a folder: got none; pip install tensorboard"
+                    ) from error
         elif tensorboard is not None and not callable(getattr(tensorboard, "add_scalar", None)):
             raise TypeError(f"tensorboard: expected a folder or a writer: got {type(tensorboard).__name__}")
         self._own_writer = isinstance(tensorboard, str | Path)

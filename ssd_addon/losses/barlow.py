@@ -29,7 +29,7 @@ class BarlowTwins(Objective):
     """The Barlow Twins family. In `Terms`, the constraint is the mean over coordinates of (c_kk - 1)^2.
 
     Args:
-        redundancy: coefficient of the squared off-diagonal entries.
+        redundancy: coefficient of the squared off-diagonal entries in the entropy.
     """
 
     defaults: ClassVar[dict[str, float | None]] = {"redundancy": 0.0051}

@@ -159,5 +159,7 @@ def tensorboard(folder: str | Path, *, after: int) -> Any:
     try:
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
     except ImportError as error:
-        raise ImportError("event files for TensorBoard need it: pip install tensorboard") from error
+        raise ImportError(
+            "tensorboard: expected the package, to write event files: got none; pip install tensorboard"
+        ) from error
     return writer(str(folder), purge_step=after + 1)
