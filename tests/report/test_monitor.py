@@ -392,7 +392,7 @@ def test_without_matplotlib_the_numbers_are_written(monkeypatch):
 
 def test_a_folder_needs_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match="a folder for TensorBoard needs it: pip install tensorboard"):
+    with pytest.raises(ImportError, match="tensorboard: expected the package, to write to a folder: got none"):
         Monitor(None, tensorboard=tmp_path)
 
 
