@@ -7,11 +7,12 @@ written by hand. Cells are means over seeds with the standard deviation; a row o
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from study import grid
+from study.reach import shared
 
 from ssd_addon.report.verdict import short
 
@@ -49,9 +50,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+SHORT = {"all keys, content entropy, equivariance 0.5, 64 and 32": "the recipe"}
+
+
 def named(name: str, found: list[Line], seeds: int) -> str:
     missing = seeds - len(found)
-    return name + ("" if seeds > 1 and not missing else "†" if len(found) == 1 else f" ({len(found)} seeds)")
+    mark = "" if seeds > 1 and not missing else "†" if len(found) == 1 else f" ({len(found)} seeds)"
+    return SHORT.get(name, name) + mark
 
 
 def score(line: Line, kind: str, space: str, factor: str) -> float:
@@ -115,7 +120,14 @@ SPRITE_FACTORS = {
 }
 
 
-def sprites(kind: str, *experiments: str) -> Callable[[list[Line]], str]:
+OBJECT_FACTORS = {"shape": ("shape",), "ground": ("ground",), "texture": ("texture",)} | {
+    k: v for k, v in SPRITE_FACTORS.items() if k != "shape"
+}
+
+
+def sprites(
+    kind: str, *experiments: str, factors: Mapping[str, tuple[str, ...]] = SPRITE_FACTORS
+) -> Callable[[list[Line]], str]:
     """Rows (method, space), columns factors, for one probe."""
 
     def make(lines: list[Line]) -> str:
@@ -125,11 +137,10 @@ def sprites(kind: str, *experiments: str) -> Callable[[list[Line]], str]:
             for name, found in rows_of(lines, e).items():
                 for space in found[0]["tables"][kind]:
                     cells = [
-                        cell([mean(score(x, kind, space, f) for f in fs) for x in found])
-                        for fs in SPRITE_FACTORS.values()
+                        cell([mean(score(x, kind, space, f) for f in fs) for x in found]) for fs in factors.values()
                     ]
                     rows.append([named(name, found, seeds[name]), space, *cells])
-        return table(["", "space", *SPRITE_FACTORS], rows)
+        return table(["", "space", *factors], rows)
 
     return make
 
@@ -198,15 +209,43 @@ def tasks(half: str, *experiments: str) -> Callable[[list[Line]], str]:
             [task, *(cell([x["tasks"][task][space][half] for x in found]) for (_, space), found in columns.items())]
             for task in next(iter(columns.values()))[0]["tasks"]
         ]
-        head = [f"{named(SHORT.get(name, name), found, 3)}, {space}" for (name, space), found in columns.items()]
+        head = [f"{named(name, found, 3)}, {space}" for (name, space), found in columns.items()]
         return table(["", *head], rows)
 
     return make
 
 
-SHORT = {"all keys, content entropy, equivariance 0.5, 64 and 32": "the recipe"}
+def trials(*experiments: str) -> Callable[[list[Line]], str]:
+    """Rows trials, columns what the choice among them is made by: the backbone's tasks on the half for choosing."""
+
+    def make(lines: list[Line]) -> str:
+        rows = []
+        for e in experiments:
+            for name, found in rows_of(lines, e).items():
+                tasks = found[0]["tasks"]
+                chosen = {task: its["backbone"]["choose"] for task, its in tasks.items()}
+                cells = [
+                    mean(chosen.values()),
+                    chosen["classes, linear"],
+                    tasks["classes, linear"]["content"]["choose"],
+                ]
+                rows.append([named(name, found, 1), *(cell([c]) for c in cells)])
+        return table(["", "mean of all tasks, backbone", "classes, backbone", "classes, content"], rows)
+
+    return make
+
+
+def reach(_: list[Line]) -> str:
+    """Rows spaces, columns factors: what the two views of the space's pair share."""
+    rows = [
+        [f"{space} pair", *(cell([mean(of[f] for f in fs)]) for fs in SPRITE_FACTORS.values())]
+        for space, of in shared().items()
+    ]
+    return table(["R² of one view's factor from the other view", *SPRITE_FACTORS], rows)
+
 
 TABLES: dict[str, Callable[[list[Line]], str]] = {
+    "reach: sprites": reach,
     "latents: families": latents("latents/families"),
     "latents: cures": latents("latents/cures"),
     "latents: controls": latents("latents/controls"),
@@ -224,6 +263,16 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
     "sprites: ablations, label-free": label_free("sprites/ablations", "sprites/cross"),
     "recipe: sprites, linear": sprites("linear", "sprites/finals"),
     "recipe: sprites, kernel": sprites("kernel", "sprites/finals"),
+    "recipe: objects, linear": sprites("linear", "objects/finals", factors=OBJECT_FACTORS),
+    "recipe: objects, kernel": sprites("kernel", "objects/finals", factors=OBJECT_FACTORS),
+    "recipe: imagenet": label_free("imagenet/recipe"),
+    "families: sprites, three seeds": sprites("linear", "sprites/each"),
+    "families: sprites, kernel": sprites("kernel", "sprites/each"),
+    "families: cifar, accuracy": accuracy("cifar/each"),
+    "families: cifar, label-free": label_free("cifar/each"),
+    "content: accuracy": accuracy("cifar/content"),
+    "content: label-free": label_free("cifar/content"),
+    "baselines: trials": trials("cifar/looc", "cifar/augself"),
     "recipe: cifar, accuracy": accuracy("cifar/finals"),
     "recipe: cifar, label-free": label_free("cifar/finals"),
     "recipe: cifar, tasks": tasks("report", "cifar/finals"),
@@ -239,11 +288,15 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
 }
 
 
+PAGES = ("results.md", *(f"results/{name}.md" for name in ("recipe", "latents", "sprites", "photographs")))
+
+
 def write(lines: list[Line], docs: Path = DOCS) -> None:
-    """Fill the blocks of results.md."""
-    page = docs / "results.md"
-    page.write_text(filled(page.read_text(), lines))
-    print(f"written: {page}")
+    """Fill the blocks of the pages of results."""
+    for name in PAGES:
+        page = docs / name
+        page.write_text(filled(page.read_text(), lines))
+        print(f"written: {page}")
 
 
 def filled(text: str, lines: list[Line]) -> str:
@@ -252,7 +305,7 @@ def filled(text: str, lines: list[Line]) -> str:
     def made(match: re.Match[str]) -> str:
         name = match[1]
         if name not in TABLES:
-            raise ValueError(f"results.md: expected a block of {', '.join(TABLES)}: got {name!r}")
+            raise ValueError(f"the pages of results: expected a block of {', '.join(TABLES)}: got {name!r}")
         return f"<!-- {name} -->\n{TABLES[name](lines)}\n<!-- end -->"
 
     return re.sub(r"<!-- ([^\n]+?) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
