@@ -43,8 +43,8 @@ ARGUMENTS = {"explored": "explore"}
 DATA: dict[str, Any] = {
     "required": True,
     "metavar": "DIR_OR_DATASET",
-    "help": "a folder of images (class folders are labels; its val/ is used if there is one), or FILE.py:NAME or "
-    "MODULE:NAME, where NAME is a data set, or a function that returns one or a pair (images, factors)",
+    "help": "a folder of images (class folders are labels; val/ is taken where there is one), or FILE.py:NAME or "
+    "MODULE:NAME, where NAME is a data set, or makes one or a pair (images, factors)",
 }
 
 

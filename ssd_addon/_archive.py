@@ -85,7 +85,7 @@ def _loaded(file: io.BufferedReader, map_location: Any, leave_out: bool = False)
     try:
         checked = _Checked(file)
     except zipfile.BadZipFile as error:
-        raise _Unreadable("the end of its archive is missing or damaged, as in a truncated file") from error
+        raise _Unreadable("the end of its archive is missing or damaged, as in a file that was cut off") from error
     how: dict[str, Any] = {"pickle_module": _Pickle, "weights_only": False} if leave_out else {"weights_only": True}
     try:
         return torch.load(checked, map_location=map_location, mmap=False, **how)  # type: ignore[arg-type]
