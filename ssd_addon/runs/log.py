@@ -15,7 +15,7 @@ def cut_log(path: str | Path, step: int, *, unfinished: Sequence[str] = ()) -> N
     Args:
         path: path of the log.
         step: step of the checkpoint.
-        unfinished: keys of entries at this step that are removed too, as the resumed run writes them again, such as
+        unfinished: keys; entries that have one of them are removed too, as the resumed run writes them again, such as
             those of an epoch that had not ended.
 
     A killed run may leave a truncated line, empty lines, or zero bytes after a loss of power. The new log is written
