@@ -106,8 +106,8 @@ def gradient(
     k = a.x.shape[1]
     if a.rows.numel() or k > c.block_k:
         raise ValueError(
-            f"configuration: expected, to keep the gradient in registers, float16 rows of at most {c.block_k} "
-            f"columns: got {'float32' if a.rows.numel() else 'float16'} rows of {k}"
+            f"configuration: expected float16 rows of at most {c.block_k} columns, as it keeps the gradient in "
+            f"registers: got {'float32' if a.rows.numel() else 'float16'} rows of {k}"
         )
     c = c._replace(block_k=k)
     resident_kernel[(triton.cdiv(a.n, c.block_m),)](

@@ -140,8 +140,8 @@ class Guard:
             whose = f" in the space {_checks.names(spaces)}" if spaces else ""
             reason = f": {loss}" if isinstance(loss, BaseException) else ""
             raise TooManySkipped(
-                f"step {step}: expected a finite loss and finite gradients: got {self.skipped} steps in a row without"
-                f"{whose}{reason}",
+                f"step {step}: expected a finite loss and finite gradients: got {self.skipped} consecutive steps that "
+                f"are not finite{whose}{reason}",
                 step,
                 spaces,
             )

@@ -353,12 +353,16 @@ def test_bad_images(given, error, message):
     ("returned", "error", "message"),
     [
         (lambda x: None, TypeError, r"expected images \[b, C, H, W\] -> space -> \[b, d\], or .*: got NoneType"),
-        (lambda x: x, ValueError, r"features \[b, F\]: got \[7, 3, 6, 6\] for 7 images; pool it to a row per image"),
+        (
+            lambda x: x,
+            ValueError,
+            r"features \[b, F\]: got \[7, 3, 6, 6\] for 7 images; pool it to one vector per image",
+        ),
         (lambda x: x.mean((1, 2, 3)), ValueError, r"features \[b, F\]: got \[7\] for 7 images$"),
         (lambda x: x[:5].mean((2, 3)), ValueError, r"features \[b, F\]: got \[5, 3\] for 7 images$"),
         (lambda x: {"color": x.mean((2, 3))[None]}, ValueError, r"space 'color' as \[7, d\].*got \[1, 7, 3\]"),
         (lambda x: {"color": x.mean((1, 2, 3))}, ValueError, r"space 'color' as \[7, d\].*got \[7\]"),
-        (lambda x: {"color": x[:5].mean((2, 3))}, ValueError, r"a row per image: got \[5, 3\]"),
+        (lambda x: {"color": x[:5].mean((2, 3))}, ValueError, r"one vector per image: got \[5, 3\]"),
         (lambda x: {"content": x.mean((2, 3)), "color": math.pi}, ValueError, "space 'color'.*: got float"),
     ],
 )

@@ -389,9 +389,9 @@ def test_bad_k_of_embeddings(backend):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (25, "query: expected rows 0 to 24: got 25 to 25"),
-        (-1, "query: expected rows 0 to 24: got -1 to -1"),
-        ([3, 25, 4], "query: expected rows 0 to 24: got 3 to 25"),
+        (25, "query: expected positions 0 to 24: got 25 to 25"),
+        (-1, "query: expected positions 0 to 24: got -1 to -1"),
+        ([3, 25, 4], "query: expected positions 0 to 24: got 3 to 25"),
         (torch.tensor([-2, 7]), "got -2 to 7"),
     ],
 )
@@ -411,8 +411,8 @@ def test_rows_are_integers(rows):
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        ({}, "expected embeddings of every weighted space: missing content, color$"),
-        ({"content": torch.ones(2, 5)}, "every weighted space: missing color$"),
+        ({}, "expected embeddings of every weighted space: got none of content, color$"),
+        ({"content": torch.ones(2, 5)}, "every weighted space: got none of color$"),
         ({"content": torch.ones(2, 5), "color": torch.ones(2, 4)}, r"'color' as \[2, 3\].*: got \[2, 4\]"),
         ({"content": torch.ones(2, 4), "color": torch.ones(2, 3)}, r"'content' as \[2, 5\].*: got \[2, 4\]"),
         ({"content": torch.ones(2, 5), "color": torch.ones(3, 3)}, r"'color' as \[2, 3\].*: got \[3, 3\]"),
@@ -512,5 +512,5 @@ def test_rows_of_every_integer_type(dtype):
     z = spaces()
     built, query = StyleIndex(z), torch.tensor([3, 7])
     assert torch.equal(built.search(query.to(dtype), k=3)[1], built.search(query, k=3)[1])
-    with pytest.raises(ValueError, match="expected rows 0 to 24: got 3 to 99"):
+    with pytest.raises(ValueError, match="expected positions 0 to 24: got 3 to 99"):
         built.search(torch.tensor([3, 99], dtype=dtype), k=3)

@@ -590,7 +590,7 @@ def test_the_command_takes_a_file_and_fewer_images(run, tmp_path, capsys):
         ({"data": "bad.py:two"}, "to have 3 channels, but got 2 channels instead)\n"),
         ({"data": "bad.py:raises"}, "bad.py:raises raised ZeroDivisionError: division by zero"),
         ({"data": "bad.py:last"}, "expected [n, C, H, W]: got [20, 32, 32, 4], which looks like [n, H, W, C]"),
-        ({"run": "channels1.pt"}, "name it yourself, --backbone 'torchvision:NAME', 'timm:NAME' or 'FILE.py:NAME'"),
+        ({"run": "channels1.pt"}, "pass --backbone 'torchvision:NAME', 'timm:NAME' or 'FILE.py:NAME'"),
         (
             {"run": "channels4.pt", "more": ["--backbone", "bad.py:four"]},
             "to have 4 channels, but got 3 channels instead)\n",

@@ -270,7 +270,7 @@ def test_the_caller_may_name_other_views(tmp_path):
         ({"preset": "colours"}, "preset: expected one of 'color_spatial'.*got 'colours'"),
         (
             {"preset": "color_spatial", "then": [], "seed": 1},
-            "expected preset, size, normalize, plan, cross_image, constrained_crop: got then, seed too",
+            "expected only preset, size, normalize, plan, cross_image, constrained_crop: got then, seed too",
         ),
         ({"preset": "color_spatial", "size": 8, "plan": "both"}, "plan: expected one of 'shared_query'.*got 'both'"),
         ({"groups": {}, "sede": 1}, "views: expected constrained_crop, cross_image, .*groups.*: got sede"),
@@ -545,7 +545,7 @@ def test_unknown_models(tmp_path, backbone, message):
     ("spec", "message"),
     [
         ("resnet18", "backbone: expected torchvision:NAME, timm:NAME or FILE.py:NAME: got 'resnet18'"),
-        ("HERE/none.py:Net", "backbone: expected a Python file: got .*none.py, which is no file"),
+        ("HERE/none.py:Net", "backbone: expected a Python file: got .*none.py, which is not a file"),
         ("HERE/net.py:", "got '.*net.py:'"),
         ("HERE/net.py:Other", "backbone: .*net.py has no 'Other'"),
         ("HERE/net.py:make", "backbone: expected .*net.py:make to make an nn.Module: got int"),

@@ -51,7 +51,7 @@ def load(path, **options):
         ({"config": {"lr": np.float32(0.1)}}, "got float32 in 'lr' of 'config'"),
         ({"numpy": np.random.default_rng(0).bit_generator.state["state"] | {"a": np.ones(2)}}, "ndarray in 'a' of 'nu"),
         ({"rng": [frozenset({1})]}, "got frozenset in 'rng'"),
-        ({"heads": {"x": 1}}, "expected names of their own beside config, .*: got the state 'heads'"),
+        ({"heads": {"x": 1}}, "expected distinct names other than config, .*: got the state 'heads'"),
         ({"state_dict": {}}, "got the state 'state_dict'"),
         ({"parts": {"state_dict": nn.Linear(1, 1)}}, "got the part 'state_dict'"),
         ({"parts": {"step": nn.Linear(1, 1)}, "step": 3}, "got the part 'step'"),
