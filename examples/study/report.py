@@ -1,7 +1,7 @@
-"""docs/results.md's tables, from the lines of the study; its pictures are in pictures.py.
+"""The tables of docs/results.md, from the lines of the study; its pictures are in pictures.py.
 
-A block of the page between `<!-- NAME -->` and `<!-- end -->` is what `TABLES[NAME]` makes of the lines; the rest is
-written by hand. Cells are means over seeds with the standard deviation; a row of one seed has a † and no spread.
+`TABLES[NAME]` writes the block of the page between `<!-- NAME -->` and `<!-- end -->`; the rest is written by hand.
+Cells are means over seeds with the standard deviation; a row of one seed has a † and no spread.
 """
 
 import math
@@ -21,12 +21,12 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 def rows_of(lines: Iterable[Line], experiment: str) -> dict[str, list[Line]]:
-    """Name -> its lines by seed, in the order of the grid; only what the grid still asks for."""
+    """Name -> its lines by seed, in the order of the grid; only rows that are still in the grid."""
     out: dict[str, list[Line]] = {}
     for name, config, seeds in grid.EXPERIMENTS[experiment]:
         wanted = {"world": grid.world(experiment), **config}
         found = [x for x in lines if x["experiment"] == experiment and x["config"] == wanted and x["seed"] < seeds]
-        by_seed = {x["seed"]: x for x in found}  # a line for each seed, the last one where there are more
+        by_seed = {x["seed"]: x for x in found}  # a line for each seed, the last one if there are several
         if found:
             out[name] = [by_seed[seed] for seed in sorted(by_seed)]
     return out
@@ -72,7 +72,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def latent_numbers(line: Line) -> dict[str, float]:
-    """What a matrix says, each a mean over style blocks (kernel probe where nothing else is said)."""
+    """Summaries of a matrix, each a mean over style blocks (kernel probe unless stated otherwise)."""
     spaces = list(line["tables"]["kernel"])
     factors = list(line["tables"]["kernel"]["backbone"])
     styles = [f for f in factors if f != "content"]
@@ -146,7 +146,7 @@ def sprites(
 
 
 def told(parameters: Iterable[str]) -> tuple[str, ...]:
-    """Without whether an operation fired, but for grey, whose only parameter it is: nothing tells it of the others."""
+    """The parameters without whether an operation was applied, except for grayscale, which has no other."""
     return tuple(p for p in parameters if not p.endswith("batch_prob") or "Grayscale" in p)
 
 
@@ -300,7 +300,7 @@ def write(lines: list[Line], docs: Path = DOCS) -> None:
 
 
 def filled(text: str, lines: list[Line]) -> str:
-    """The page with every block made anew."""
+    """The page with every block rewritten."""
 
     def made(match: re.Match[str]) -> str:
         name = match[1]

@@ -571,7 +571,7 @@ def test_the_command_takes_a_file_and_fewer_images(run, tmp_path, capsys):
         ({"out": "model.pt/x/r.html"}, "can be written"),
         (
             {"more": ["--backbone", "torchvision:nonsense"]},
-            "expected a classification model of torchvision .*: got 'nonsense'",
+            "expected a classification model of torchvision (see torchvision.models): got 'nonsense'",
         ),
         ({"more": ["--views", "nonsense"]}, "preset: expected one of"),
         ({"more": ["--device", "foo"]}, "--device: expected one that this machine has, such as cpu: got foo"),
