@@ -14,7 +14,7 @@ from ssd_addon.report.document import document
 from ssd_addon.report.pictures import picture
 from ssd_addon.report.table import score_table, short_name
 from ssd_addon.report.text import html, name
-from ssd_addon.report.verdict import ENCODES, TRACE
+from ssd_addon.report.readings import ENCODES, TRACE
 
 ROW = "Features"
 BESIDE = 4

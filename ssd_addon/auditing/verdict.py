@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ssd_addon.auditing.measure import Audited
 from ssd_addon.metrics import ScoreTable
-from ssd_addon.report.verdict import ENCODES, TRACE, parameters_of, short, sure
+from ssd_addon.report.readings import ENCODES, TRACE, parameters_of, plural, short, sure
 
 NOWHERE, AT_ONCE = "nowhere", "at once"
 
