@@ -48,7 +48,7 @@ KEYS = Section(*_GROUPS, "2. Does the group set its style, or shift it?")
 WIDTHS = Section(*_GROUPS, "3. Widths, temperature, weights")
 SEE = Section(*_GROUPS, "4. See that it works")
 COLLAPSE = Section("training", "Training", "The run says that a space collapses")
-READ = Section("report", "The report", "How to read it")
+READ = Section("report", "The report", "How to read the matrices")
 LEAK = Section("report", "The report", "What a leak is")
 LAYERS = Section("pipelines/checkpoint", "Style spaces for a checkpoint you have", "When it helps, and when not")
 MEASURED = Section("audit", "Audit", "How it is measured")
@@ -72,8 +72,9 @@ INTO_STYLE = (
     "narrower."
 )
 IN_BOTH = (
-    "Content and a style space both encode {what}: if the style's group changes it, let the group do so over the whole "
-    "range that the images have; if not, use cross-image keys, provided that the group overwrites its attribute."
+    "Content and a style space both encode {what}: where the style's group changes a factor, let it do so over the "
+    "whole range that the images have; elsewhere use cross-image keys, provided that the group overwrites its "
+    "attribute."
 )
 IN_STYLES = "Several style spaces encode {what}: check that no two groups change the same attribute."
 FACTOR_IN_CONTENT = (

@@ -192,7 +192,7 @@ def _curves(f: Findings) -> str:
             drawn.append(panel(title, unit, series, marks))
             shown |= series.keys()
     if not drawn:
-        out.append(_na("there is no log.jsonl beside the checkpoint" if not f.log else "the log holds no curve"))
+        out.append(_na("there is no log.jsonl beside the checkpoint" if not f.log else "the log has no values to draw"))
     else:
         legend = "".join(
             f'<li><i style="background:var(--s{k % 6})"></i>{html(f.spaces[k])}</li>' for k in sorted(shown)

@@ -107,7 +107,7 @@ def test_sliders_mix_the_spaces(browser, page_file):
     assert neighbours(page, "#by-mix")[0] != names
     page.locator("#slider2").fill("0")
     page.locator("#slider0").fill("0")
-    assert "Move a slider off 0" in page.locator("#by-mix").inner_text()
+    assert "Move a slider away from 0" in page.locator("#by-mix").inner_text()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
