@@ -44,6 +44,11 @@ def test_loads_in_silence_and_fits(browser, page_file, size, scheme):
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert page.locator("#verdict").inner_text().startswith("Disentangled: ")
     assert page.locator("#by-mix button").count() == 8
+    matrix, legend = (page.locator(f".beside {part}").bounding_box() for part in ("table", ".how"))
+    if size == "desktop":
+        assert legend["x"] > matrix["x"] + matrix["width"] and legend["y"] < matrix["y"] + 60
+    else:
+        assert legend["y"] > matrix["y"] + matrix["height"]
     pictures = page.evaluate("[...document.images].every((i) => i.complete && i.naturalWidth > 0)")
     assert pictures
     folder = Path("runs/browser")
