@@ -42,7 +42,8 @@ def test_loads_in_silence_and_fits(browser, page_file, size, scheme):
     assert complaints == []
     assert all(url.startswith(("file:", "data:")) for url in requests)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert page.locator("#verdict").inner_text().startswith("Disentangled: ")
+    head = page.locator("#verdict").inner_text()  # content is a function of the place, which a kernel probe finds out
+    assert head.startswith("Not disentangled: both spatial and content encode the known factor x (kernel probe")
     assert page.locator("#by-mix button").count() == 8
     matrix, legend = (page.locator(f".beside {part}").bounding_box() for part in ("table", ".how"))
     if size == "desktop":
