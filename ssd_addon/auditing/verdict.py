@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ssd_addon.auditing.measure import Audited
 from ssd_addon.metrics import ScoreTable
 from ssd_addon.report.advice import LAYERS, MEASURED, RECIPE, Section
-from ssd_addon.report.readings import ENCODES, TRACE, parameters_of, short, sure
+from ssd_addon.report.readings import ENCODES, TRACE, parameters_of, plural, short, sure
 
 NOWHERE, AT_ONCE = "nowhere", "after the pixels"
 
@@ -91,12 +91,12 @@ def advice(a: Audited) -> list[tuple[str, Section]]:
     each, out = courses(a), []
     if earlier := [c.name for c in each if c.state.startswith("after ") and c.state != AT_ONCE]:
         text = (
-            f"An earlier layer still encodes {listed(earlier)}: style heads that read several layers can use it "
-            "without training the backbone again."
+            f"From an earlier layer, {listed(earlier)} can still be decoded: style heads that read several layers can use "
+            "this without training the backbone again."
         )
         out.append((text, LAYERS))
     if wanted := [c.name for c in each if c.state in ("weak", AT_ONCE) or (c.state == "encoded" and c.lost)]:
-        them = "them" if len(wanted) > 1 else "it"
+        them = "them" if plural(wanted) else "it"
         text = f"To keep more of {listed(wanted)}, train with a style space for the augmentations that change {them}."
         out.append((text, RECIPE))
     if nowhere := [c.name for c in each if c.state == NOWHERE]:
@@ -128,7 +128,7 @@ def sentences(a: Audited) -> list[str]:
         t = a.accuracy
         rows = ", ".join(f"{r} {number(t[r, f])}" for f in t.factors[:1] for r in ("backbone", "untrained", "pixels"))
         out.append(
-            f"Class accuracy of a linear probe: {rows}. Of k nearest neighbors, on the backbone's features: "
+            f"Class accuracy of a linear probe: {rows}. Of k nearest neighbors: backbone "
             f"{number(t['backbone', 'k-NN'])}."
         )
     return out

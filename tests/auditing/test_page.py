@@ -57,8 +57,8 @@ def test_the_headline_says_what_became_of_each_parameter():
     ]
     assert advice(audit) == [
         (
-            "An earlier layer still encodes hue: style heads that read several layers can use it without training the "
-            "backbone again.",
+            "From an earlier layer, hue can still be decoded: style heads that read several layers can use this without "
+            "training the backbone again.",
             sections.LAYERS,
         ),
         (
@@ -79,6 +79,7 @@ def test_the_headline_of_features_that_encode_little():
     )
     everything = made({"translations": (0.9, 0.9, 0.9, 0.9, 0.9)})
     assert headline(everything) == "The features encode translations (R² = 0.90)." and advice(everything) == []
+    assert "augmentations that change them." in advice(made({"translations": (0.9, 0.9, 0.9, 0.3, 0.3)}))[0][0]
     worse = made({"hue_factor": (0.9, 0.9, 0.9, 0.6, 0.9)})
     assert [section for _, section in advice(worse)] == [sections.RECIPE]
 
