@@ -91,8 +91,8 @@ def advice(a: Audited) -> list[tuple[str, Section]]:
     each, out = courses(a), []
     if earlier := [c.name for c in each if c.state.startswith("after ") and c.state != AT_ONCE]:
         text = (
-            f"From an earlier layer, {listed(earlier)} can still be decoded: style heads that read several layers can use "
-            "this without training the backbone again."
+            f"From an earlier layer, {listed(earlier)} can still be decoded: style heads that read several layers can "
+            "use this without training the backbone again."
         )
         out.append((text, LAYERS))
     if wanted := [c.name for c in each if c.state in ("weak", AT_ONCE) or (c.state == "encoded" and c.lost)]:

@@ -57,8 +57,8 @@ def test_the_headline_says_what_became_of_each_parameter():
     ]
     assert advice(audit) == [
         (
-            "From an earlier layer, hue can still be decoded: style heads that read several layers can use this without "
-            "training the backbone again.",
+            "From an earlier layer, hue can still be decoded: style heads that read several layers can use this "
+            "without training the backbone again.",
             sections.LAYERS,
         ),
         (
