@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     r.add_argument(
         "--views",
-        help="the augmentations of the training: a preset, a JSON file or FILE.py:NAME (default: those on the card)",
+        help="the augmentations used in training: a preset, a JSON file or FILE.py:NAME (default: those on the card)",
     )
     r.add_argument(
         "--size", type=int, help="height and width of the images in pixels (default: the card's size, else 224)"

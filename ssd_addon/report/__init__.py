@@ -54,7 +54,7 @@ def write(
         images: [n, C, H, W], uint8 or in [0, 1], not normalized (Normalize of the views' `then` is applied), or `Data`.
             Gray images are repeated to 3 channels where the model does not take one, and color images made gray where
             it does not take three.
-        views: the `StructuredViews` of the training; without them the page has no label-free matrix.
+        views: the `StructuredViews` used in training; without them the page has no label-free matrix.
         factors: name -> a value for each image, as in `metrics.r2_matrix`.
         names: a caption for each image.
         log: entries of the run's JSON-lines log, for the curves.
