@@ -3,8 +3,8 @@
     python docs/notebook.py           # write docs/folder-to-report.md from examples/notebooks/folder_to_report.ipynb
     python docs/notebook.py --run     # run it first, about ten minutes, and take its pictures into docs/results
 
-The notebook is committed without outputs. A code cell whose metadata names a "picture" has written that file to OUT; the
-page shows the copy in docs/results below the cell. A test holds the page to the notebook.
+The notebook is committed without outputs. A code cell whose metadata names a "picture" has written that file to OUT;
+the page shows the copy in docs/results below the cell. A test holds the page to the notebook.
 """
 
 import argparse

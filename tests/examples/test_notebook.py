@@ -73,7 +73,8 @@ def test_it_runs_without_a_folder_and_without_weights(tmp_path, quick, capsys):
         assert (tmp_path / name).stat().st_size > 0
     for cell in CODE:
         if cell["metadata"].get("picture"):
-            assert min(Image.open(tmp_path / cell["metadata"]["picture"]).size) > 100
+            with Image.open(tmp_path / cell["metadata"]["picture"]) as picture:
+                assert min(picture.size) > 100
     shown = [str(part) for each in seen if isinstance(each, docs.Shown) for part in each.content]
     assert [Path(s).name for s in shown if s.endswith(".png")][-1] == "retrieval.png"
     assert sum("<iframe" in s for s in shown) == 2
@@ -99,9 +100,9 @@ def test_a_folder_of_photographs_and_a_download_that_fails(tmp_path, quick, monk
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     until = [cell for cell in CODE if cell["id"] in ("settings", "images", "groups", "audit")]
-    names, _ = docs.run(until, OUT=tmp_path / "out", FOLDER=tmp_path / "mine", **TINY | {"WEIGHTS": "DEFAULT"})
+    names, _ = docs.run(until, OUT=tmp_path / "out", FOLDER=tmp_path / "mine", **TINY | {"WEIGHTS": "pretrained"})
     said = capsys.readouterr().out
-    assert "could not be downloaded, so the network is untrained" in said
+    assert "could not be downloaded, so this is an untrained network" in said
     assert len(names["train_images"]) == 54 and not (tmp_path / "out" / "sprites").exists()
 
 
