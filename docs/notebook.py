@@ -3,8 +3,9 @@
     python docs/notebook.py           # write docs/folder-to-report.md from examples/notebooks/folder_to_report.ipynb
     python docs/notebook.py --run     # run it first, about ten minutes, and take its pictures into docs/results
 
-The notebook is committed without outputs. A code cell whose metadata names a "picture" has written that file to OUT;
-the page shows the copy in docs/results below the cell. A test holds the page to the notebook.
+The notebook is committed without outputs. The metadata of a code cell names the "pictures" that it has written to OUT,
+with a description of each; the page shows their copies in docs/results below the cell. A test holds the page to the
+notebook.
 """
 
 import argparse
@@ -35,10 +36,15 @@ def cells(notebook: Path = NOTEBOOK) -> list[Cell]:
     return [cell | {"source": "".join(cell["source"])} for cell in found]
 
 
-def picture_of(cell: Cell) -> Path | None:
-    """The copy in docs/results of the picture that a cell makes."""
-    name = cell["metadata"].get("picture")
-    return PICTURES / f"notebook-{name}" if name else None
+def pictures_of(cell: Cell) -> dict[str, str]:
+    """The files that a cell writes to OUT, and what each shows."""
+    found: dict[str, str] = cell["metadata"].get("pictures", {})
+    return found
+
+
+def copy_of(picture: str) -> Path:
+    """Where the docs have it."""
+    return PICTURES / f"notebook-{picture}"
 
 
 def page(found: list[Cell]) -> str:
@@ -50,8 +56,7 @@ def page(found: list[Cell]) -> str:
             parts.append(re.sub(r"\]\((?=\.\./\.\./)", "](../", text).replace("](../../../", "](../"))
         else:
             parts.append(f"```python\n{cell['source']}\n```")
-        if (picture := picture_of(cell)) is not None:
-            parts.append(f"![{cell['metadata']['alt']}](results/{picture.name})")
+        parts += [f"![{text}](results/{copy_of(name).name})" for name, text in pictures_of(cell).items()]
     link = f"../{NOTEBOOK.relative_to(ROOT).as_posix()}"
     parts.insert(1, f"This page is [a notebook]({link}): open it in Jupyter to run it on your images.")
     return "\n\n".join(parts) + "\n"
@@ -136,9 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.run:
         with tempfile.TemporaryDirectory() as folder:
             run(found, OUT=Path(folder), WEIGHTS=None)
-            for cell in found:
-                if (picture := picture_of(cell)) is not None:
-                    shutil.copyfile(Path(folder) / cell["metadata"]["picture"], picture)
+            for name in (name for cell in found for name in pictures_of(cell)):
+                shutil.copyfile(Path(folder) / name, copy_of(name))
     PAGE.write_text(page(found), encoding="utf-8")
     print(f"written: {PAGE}")
 
