@@ -1,4 +1,4 @@
-"""Eager against streaming log-sums on this CPU: where "auto" should change from one to the other.
+"""Compare eager with streaming log-sums on this CPU, to find where "auto" should change from one to the other.
 
     python benchmarks/backends.py            # half a minute; the table of docs/benchmarks.md
 
@@ -21,7 +21,7 @@ ROUNDS = 6
 
 
 def seconds(z: torch.Tensor, ids: torch.Tensor, backend: str) -> float:
-    """Of one forward and backward: the mean over enough of them to take some hundredths of a second."""
+    """Seconds of one forward and backward pass: the mean over enough passes to take some hundredths of a second."""
     n = len(z)
     repeats = max(1, 2**21 // n**2)
     start = time.perf_counter()

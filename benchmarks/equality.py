@@ -1,10 +1,10 @@
-"""How far the fast path is from torchvision's operations on PIL images: photographs, the same boxes and factors.
+"""How much the fast path of the views differs from torchvision on PIL images: photographs, the same boxes and factors.
 
     python benchmarks/equality.py --data DIR --out docs/benchmarks      writes equality.json, equality.md, equality.png
 
-Each operation alone, then all of them in order, on images of a folder: |difference| of a pixel in levels of 255. PIL
-rounds to 256 levels after every operation and between the axes of a resize, and knows 256 hues; the fast path rounds
-once, after the crop. The same for the path of Kornia's operations one by one (`fast=False`).
+Measures |difference| of a pixel in levels of 255, for each operation alone and then for all of them in order, on the
+images of a folder. PIL rounds to 256 levels after every operation and between the axes of a resize, and has 256 hues;
+the fast path rounds once, after the crop. Kornia's operations one by one (`fast=False`) are measured in the same way.
 """
 
 import argparse
@@ -67,6 +67,7 @@ OPERATIONS: dict[str, tuple[Any, Callable[[Image.Image, Parameters, int], Image.
     "blur": (K.RandomGaussianBlur((13, 13), (0.1, 2.0), p=1.0), blurred),
 }
 ALL = ("crop, bicubic", "flip", "jitter", "blur")
+PATHS = ("fast", "one by one")
 
 
 def differences(x: Tensor, names: tuple[str, ...], fast: bool) -> Tensor:
@@ -98,7 +99,7 @@ def main() -> None:
     histograms = {}
     for label, names in [*((n, (n,)) for n in OPERATIONS), ("all: " + ", ".join(ALL), ALL)]:
         entry = {}
-        for path, fast in (("fast", True), ("one by one", False)):
+        for path, fast in zip(PATHS, (True, False), strict=True):
             d = differences(x, names, fast)
             q = np.quantile(d.numpy(), [0.5, 0.99, 0.999])
             entry[path] = {
@@ -114,10 +115,25 @@ def main() -> None:
         print(label, entry, flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "equality.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.out / "equality.md").write_text(page(report))
+    picture(histograms, args.out / "equality.png")
+
+
+def page(report: dict[str, Any]) -> str:
+    """What was measured, in Markdown."""
+    every = report["operations"]
+    crops = [max(every[f"crop, {how}"][path]["p999"] for how in ("bilinear", "bicubic")) for path in PATHS]
     lines = [
         "<!-- written by benchmarks/equality.py -->",
         "",
-        f"{len(x)} photographs; |difference| to torchvision on PIL images, in levels of 255",
+        "# How close views are to torchvision on PIL images",
+        "",
+        "The fast path of `StructuredViews` crops as torchvision does: 99.9 % of the pixels differ by at most",
+        f"{crops[0]:.0f} of 255 levels. Kornia's operations one by one (`fast=False`) reach {crops[1]:.0f} levels,",
+        "because they resize without antialiasing. Colors and blur are the same on both paths.",
+        "",
+        f"The columns are statistics of the difference per pixel to torchvision on PIL images, in levels of 255, over"
+        f" {report['images']} photographs.",
         "",
         "| operation | mean | 99 % | 99.9 % | largest | mean, one by one | 99.9 %, one by one |",
         "| --- | --: | --: | --: | --: | --: | --: |",
@@ -128,8 +144,7 @@ def main() -> None:
             f"| {label} | {f['mean']:.2f} | {f['p99']:.1f} | {f['p999']:.1f} | {f['max']:.0f} | {s['mean']:.2f} | "
             f"{s['p999']:.1f} |"
         )
-    (args.out / "equality.md").write_text("\n".join(lines) + "\n")
-    picture(histograms, args.out / "equality.png")
+    return "\n".join(lines) + "\n"
 
 
 def picture(found: dict[str, Any], path: Path) -> None:

@@ -1,15 +1,15 @@
-"""How often `metrics.exclusivity` rejects where the truth is known.
+"""How often `metrics.exclusivity` rejects when the truth is known.
 
     python benchmarks/exclusivity.py --out docs/benchmarks
 
-A factor is a function of the space's own factors and a remainder. The space is a nonlinear function of its own factors,
-mixed into d columns with a little noise, and may hold a direction that is not its own:
+A factor is a function of the space's own factors and of a remainder. The space is a nonlinear function of its own
+factors, mixed into d columns with a little noise. It may have one more direction:
 
     null cases   a direction of noise: 5 % of the tests should reject at the level of 5 %
-    leaks        a direction that explains a given share (partial R^2) of the remainder: more should
+    leaks        a direction that explains a given share (partial R^2) of the remainder: more tests should reject
 
-Every repetition draws other samples from a seed of its own. Results go to exclusivity.json after each line of the table
-and lines that are there are kept, so that a run can be stopped and continued. `--quick` is a smoke run.
+Every repetition draws new samples from its own seed. Each line of the table goes to exclusivity.json when it is done,
+and lines already there are kept, so that a run can be stopped and continued. `--quick` is a smoke run.
 """
 
 import argparse
@@ -175,20 +175,25 @@ def plan(quick: bool) -> list[tuple[str, int, int, float, str, int, bool]]:
 def page(made: dict[str, Any]) -> str:
     """The lines as two tables in Markdown."""
     seed = made["first_seed"]
+    null, middle, large = ([x for x in made["lines"] if x["share"] == share] for share in (0.0, 0.02, 0.05))
     out = [
-        "# How often the exclusivity test rejects where the truth is known",
+        "# How often the exclusivity test is right",
         "",
-        "`python benchmarks/exclusivity.py --out docs/benchmarks` made this page from",
+        f"Without a leak, `metrics.exclusivity` rejects in {_range(null, 'rejected')} of the tests at a level of 5 %,",
+        f"and reports a leak in {_range(null, 'leaks')}. A leak that explains 5 % of what remains of a factor is found",
+        f"in {_range(large, 'rejected')} of the tests, and one of 2 % in {_range(middle, 'rejected')}, depending on",
+        "the samples (n) and on the width of the space (d).",
+        "",
+        f"Each repetition is one test at level {made['level']} with B = {made['resamples']} resamples.",
+        f"Seeds are {seed}, {seed + 1}, ... Brackets are 95 % intervals (Wilson) of the share. A *leak* is a rejection",
+        "with an effect of at least 0.02. `python benchmarks/exclusivity.py --out docs/benchmarks` made this page from",
         "[exclusivity.json](exclusivity.json).",
-        f"The level is {made['level']}, with B = {made['resamples']} resamples; one test in each repetition.",
-        f"Seeds are {seed}, {seed + 1}, ... In brackets: 95 % intervals (Wilson) of the share.",
-        "Leaks are rejections with an effect of at least 0.02.",
         "",
-        "## Nothing to be found: a rejection is an error",
+        "## Without a leak: a rejection is an error",
         "",
         *_table(["factor, given", "null", "n", "d", "repetitions", "rejected", "leaks", "processor s"], made, False),
         "",
-        "## A leak of known size: a rejection is right",
+        "## With a leak of known size: a rejection is right",
         "",
         *_table(
             [
@@ -220,6 +225,12 @@ def _table(columns: list[str], made: dict[str, Any], leaks: bool) -> list[str]:
         cells += [f"{x['effect']:.3f} ± {x['effect_std']:.3f}"] * leaks + [f"{x['cpu_seconds']:.2f}"]
         out.append(f"| {' | '.join(map(str, cells))} |")
     return out
+
+
+def _range(lines: list[dict[str, Any]], what: str) -> str:
+    """Smallest and largest share of the repetitions over some lines."""
+    shares = sorted(100 * x[what] / x["repetitions"] for x in lines)
+    return f"{shares[0]:.0f} %" if shares[0] == shares[-1] else f"{shares[0]:.0f} to {shares[-1]:.0f} %"
 
 
 def _share(count: int, x: dict[str, Any]) -> str:

@@ -3,13 +3,13 @@
     python benchmarks/gpu.py --out docs/benchmarks/gpu     from the root of the repository; needs torch and triton alone
     python benchmarks/gpu.py --out tried --rehearse        the same stages on a CPU, in the interpreter, at toy sizes
 
-Writes gpu.json (after every stage, so that a run cut short leaves what it has) and table.json: the tiles that were
-fastest here, and from which size on "auto" should pick triton. Copy it to kernels/table.json to use it. Losses of other
-packages are timed too where they can be imported, or lie as *.whl beside this file: siglip-kernel, memeff, inf-cl.
+Writes gpu.json (after every stage, so that an interrupted run keeps its results) and table.json: the tiles that were
+fastest here, and from which size on "auto" should use triton. Copy it to kernels/table.json to use it. The losses of
+siglip-kernel, memeff and inf-cl are timed too if they can be imported or lie as *.whl beside this file.
 
-The stages (gpu_stages/) run in a process of their own. One that raises says so in the json, and the next one runs;
-where one takes too long, ends the process or breaks the device, a fresh process goes on with the next. Times are CUDA
-events after warm-up, medians with quartiles; the methods of a shape take turns. u = 2 N^2 D operations.
+The stages (gpu_stages/) run in a process of their own. If a stage raises, the error goes into the json and the next
+stage runs. If it takes too long, ends the process or breaks the device, a fresh process continues with the next stage.
+Times are CUDA events after warm-up, medians with quartiles; the methods of a shape take turns. u = 2 N^2 D operations.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The tables and the picture of the GPU run: `python benchmarks/gpu_report.py`, from docs/benchmarks/gpu/*.json.
 
-What stands between `<!-- gpu: NAME -->` and `<!-- end -->` in the pages is written by `TABLES[NAME]`; a test holds the
-pages to the measurement. `--picture` also draws docs/benchmarks/gpu/gpu.png, which needs matplotlib.
+In the pages, `TABLES[NAME]` writes the text between `<!-- gpu: NAME -->` and `<!-- end -->`; a test holds the pages to
+the measurement. `--picture` also draws docs/benchmarks/gpu/gpu.png, which needs matplotlib.
 """
 
 import argparse
@@ -104,8 +104,8 @@ def aims(s: dict[str, Any]) -> str:
             ratios.append("-" if t is None else f"{t['ms'] / called:.2f}" + (f" ({aim})" if aim else ""))
         cells = [shape(r), f"{r['aim_ms']:g}", number(called), number(graph), reached]
         rows.append([*cells, *(f"{100 * x:.0f} %" for x in shares), *ratios])
-    head = ["N x D", "aim, ms", "as called, ms", "in a graph, ms", "aim", "of the peak", "of the library's rate"]
-    return table([*head, "eager / ours (aim)", "torch.compile / ours (aim)"], rows)
+    head = ["N x D", "goal, ms", "as called, ms", "in a graph, ms", "goal", "of the peak", "of the library's rate"]
+    return table([*head, "eager / ours (goal)", "torch.compile / ours (goal)"], rows)
 
 
 def training(s: dict[str, Any]) -> str:
@@ -250,7 +250,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def written(text: str, s: dict[str, Any]) -> str:
-    """A page with its tables made anew."""
+    """A page with its tables rewritten."""
 
     def made(match: re.Match[str]) -> str:
         return f"<!-- gpu: {match[1]} -->\n{TABLES[match[1]](s)}\n<!-- end -->"

@@ -1,13 +1,13 @@
-"""Time and memory of the losses beside lightly's, in one run: python benchmarks/losses.py --out docs/benchmarks
+"""Compare time and memory of the losses with lightly's, in one run: python benchmarks/losses.py --out docs/benchmarks
 
 First checks that what is timed is the same loss (value and gradient), then measures forward + backward on the CPU in
-float32. Methods take turns, in reversed order every second round, so that a busy machine slows all of them alike.
-With --threads 1 the clock is processor time, which other work on the machine leaves alone; else it is the wall clock.
+float32. Methods take turns, in reversed order every second round, so that a busy machine slows all of them alike. With
+--threads 1 the clock is processor time, which other work on the machine does not affect; else it is the wall clock.
 Times are medians; a ratio is the median of the ratios within a round; brackets are the smallest and the largest.
 
-Memory is the peak of the resident set in a fresh process per method: inputs are made and a tiny batch has gone through,
-the high-water mark is set back to the present size, one forward + backward runs, and the gradients' own bytes are taken
-off. The work space of the matrix product counts as the method's.
+Memory is the peak of the resident set in a fresh process per method. The process makes the inputs, runs a tiny batch,
+resets the high-water mark to the present size and runs one forward + backward; the bytes of the gradients are
+subtracted. The work space of the matrix product counts as the method's.
 
 Legend: B images, D width of the space, V = 2 views, N = V * B rows, u = 2 N^2 D operations of one N x N product.
 """
@@ -168,7 +168,7 @@ def peak_memory(family: str, name: str, b: int, d: int) -> int:
 
 
 def outside_memory(name: str, b: int, d: int) -> int:
-    """The same as a user's script sees it: two embeddings apart, which ours has to stack, and nothing warmed up."""
+    """The memory as a user's script sees it: two separate embeddings, which ours has to stack, and no warm-up."""
     method = methods("simclr")[name]
     x, y = (torch.randn(b, d).requires_grad_() for _ in range(2))
     before = resident("VmRSS")
@@ -229,7 +229,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {  # Okabe-Ito colours, and a marker each
+    style = {  # Okabe-Ito colors, and a marker each
         OURS: ("#0072B2", "o", "ssd_addon (streaming)"),
         "DCLLoss": ("#009E73", "s", "lightly DCLLoss"),
         "NTXentLoss": ("#D55E00", "^", "lightly NTXentLoss"),
@@ -240,12 +240,12 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     for (above, below), d in zip(axes.T.reshape(-1, 2), widths, strict=True):
         own = [r for r in rows if r["D"] == d]
         n = [2 * r["B"] for r in own]
-        for name, (colour, marker, label) in style.items():
+        for name, (color, marker, label) in style.items():
             t = [r["seconds"][name] for r in own]
             middle = [x["median"] for x in t]
             bars = [[x["median"] - x["min"] for x in t], [x["max"] - x["median"] for x in t]]
-            above.errorbar(n, middle, yerr=bars, color=colour, marker=marker, label=label, capsize=3)
-            below.plot(n, [r["memory"][name] / 2**20 for r in own], color=colour, marker=marker, label=label)
+            above.errorbar(n, middle, yerr=bars, color=color, marker=marker, label=label, capsize=3)
+            below.plot(n, [r["memory"][name] / 2**20 for r in own], color=color, marker=marker, label=label)
         repeats = [r["repeats"] for r in own]
         above.set_title(f"D = {d}, n = {min(repeats)} to {max(repeats)} repeats")
         below.set_xlabel("N = 2B rows")

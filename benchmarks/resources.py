@@ -1,4 +1,4 @@
-"""Compile every kernel of the table, and every candidate, without a GPU, and report what it takes.
+"""Compile every kernel of the table, and every candidate, without a GPU, and report its registers and instructions.
 
     python benchmarks/resources.py                  prints a table, for sm_80, 86, 89, 90, 100 and 120
     python benchmarks/resources.py --out docs/benchmarks     also writes resources.json and resources.md
@@ -192,7 +192,7 @@ def rows(architectures: list[int], modes: list[str] | None = None, candidates: b
 
 
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """New rows in place of the old ones of their version and architecture."""
+    """Replace old rows of the same version and architecture by new ones."""
     replaced = {(r["triton"], r["arch"]) for r in new}
     kept = [r for r in old if (r["triton"], r["arch"]) not in replaced]
     return sorted(kept + new, key=lambda r: ([int(v) for v in r["triton"].split(".")[:2]], int(r["arch"][3:])))
@@ -239,14 +239,18 @@ def markdown(found: list[dict[str, Any]]) -> str:
     return f"Triton {', '.join(versions)}.\n\n" + "\n\n".join("\n".join(lines) for lines in sections.values())
 
 
-PAGE = """# What the kernels take
+PAGE = """# What the kernels take of the hardware
 
-Written by `python benchmarks/resources.py --out docs/benchmarks`. Compiled ahead of time; nothing here was run. Where
-versions of Triton differ, slashes separate them in the order below. Instructions are counted per warp: *prologue*, one
-turn of the *loop* (over block_k columns; where resident, over a tile of columns' rows), and *epilogue*, along the
-shortest way, which is that of a tile without a comparison of image ids and without a store across the diagonal. SHFL
-(shuffles), BAR (barriers) and the 32-bit words that a lane *exchanges* by shuffles or through shared memory are those
-of the epilogue.
+Registers, shared memory and instructions of every kernel and every candidate, for six architectures. They were compiled
+ahead of time by `python benchmarks/resources.py --out docs/benchmarks`; nothing here was run.
+
+- If versions of Triton differ, slashes separate their values in the order below.
+- Instructions are counted per warp, along the shortest path: that of a tile without a comparison of image ids and
+  without a store across the diagonal.
+- The *prologue* comes before the *loop*. One turn of the loop covers block_k columns; in resident variants it covers
+  the rows of a tile of columns. The *epilogue* comes after it.
+- SHFL (shuffles), BAR (barriers) and the 32-bit words that a lane *exchanges* by shuffles or through shared memory are
+  those of the epilogue.
 """
 
 

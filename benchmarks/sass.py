@@ -1,9 +1,10 @@
-"""Instructions of a compiled kernel by part: before its loop, in it, and after it. Reads what `nvdisasm -c` prints.
+"""Count the instructions of a compiled kernel before, in and after its loop. Reads the output of `nvdisasm -c`.
 
-A kernel's product loops are the cycles of its control flow that hold tensor-core instructions. "prologue" is the
-shortest way from the entry to the first of them, "loop" the shortest turn of each, "epilogue" the shortest way from
-there to the end: what a tile executes that takes no optional branch (the comparison of image ids, a store across the
-diagonal). "whole" counts every instruction that can be reached behind the first loop. All counts are per warp.
+A kernel's product loops are the cycles of its control flow that contain tensor-core instructions. "prologue" is the
+shortest path from the entry to the first of them, "loop" the shortest turn of each, and "epilogue" the shortest path
+from there to the end: the instructions of a tile that takes no optional branch (the comparison of image ids, a store
+across the diagonal). "whole" counts every instruction that can be reached after the first loop. All counts are per
+warp.
 """
 
 import heapq

@@ -3,9 +3,9 @@
     python benchmarks/survive.py --kills 50 --out docs/benchmarks
 
 examples/imagenet.py trains a small network on pictures of noise and saves every step. A quarter of the kills waits
-until a checkpoint is being written. What is killed is the process, and with two processes one of the ranks or all of
-them with their launcher. In the end weights, probes, views' state and losses have to be equal bit for bit to those of
-an uninterrupted run, and no step may be missing in the log or stand in it twice.
+until a checkpoint is being written. With one process, that process is killed; with two, one rank, or all of them with
+their launcher. In the end the weights, probes, losses and the state of the views must equal those of an uninterrupted
+run bit for bit, and no step may be missing from the log or appear in it twice.
 """
 
 import argparse
@@ -157,18 +157,23 @@ def survive(processes: int, kills: int, seed: int) -> dict:
 def page(about: dict) -> str:
     """The figures as a page."""
     rows = []
+    bits, logs = (sum(each[f"{what} that differ"] for each in about["results"]) for what in ("tensors", "logs"))
+    kills = sum(n for each in about["results"] for n in each["kills"].values())
     for each in about["results"]:
-        kills = ", ".join(f"{n} {how}" for how, n in sorted(each["kills"].items()))
+        how_often = ", ".join(f"{n} {how}" for how, n in sorted(each["kills"].items()))
         same = f"{each['tensors that differ']} tensors, {each['logs that differ']} logs"
-        rows.append(f"| {each['processes']} | {sum(each['kills'].values())} ({kills}) | {each['runs']} | {same} |")
+        rows.append(f"| {each['processes']} | {sum(each['kills'].values())} ({how_often}) | {each['runs']} | {same} |")
     return "\n".join(
         [
             "<!-- written by benchmarks/survive.py -->",
             "",
-            "# Runs that were killed",
+            "# Training runs that were killed",
             "",
-            f"Every run has {about['results'][0]['steps of each run']} steps, saves each of them, and is compared in "
-            f"the end with one that was never killed. torch {about['torch'].split('+')[0]}, CPU, gloo.",
+            f"{bits} tensors and {logs} logs differ between runs that were killed {kills} times in all and a run that "
+            "was never killed.",
+            "",
+            f"Every run has {about['results'][0]['steps of each run']} steps and saves each of them. Results are "
+            f"compared bit for bit at the end. torch {about['torch'].split('+')[0]}, CPU, gloo.",
             "",
             "| processes | kills | runs | what differs |",
             "|--:|---|--:|---|",

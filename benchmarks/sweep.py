@@ -1,11 +1,11 @@
-"""Every family of timm and torchvision as a backbone: what works, and what does not and why.
+"""Try every family of timm and torchvision as a backbone: what works, what does not, and why.
 
     python benchmarks/sweep.py --out docs/benchmarks      writes sweep.json and sweep.md, in a quarter of an hour
 
-The smallest model of each module, built without data on torch's meta device and wrapped with every pooling: the width,
-whether each parameter gets a gradient, whether the caller's module stays as it was, and whether the exported weights
-have the keys of the library's own model without a classifier and load into it. Then, with random weights and images,
-whether the features are that model's output.
+The smallest model of each family is built without data on torch's meta device and wrapped with every pooling. Checked
+are the width, whether each parameter gets a gradient, whether the caller's module is unchanged, and whether the
+exported weights have the keys of the library's own model without a classifier and load into it. Then, with random
+weights and images, whether the features are that model's output.
 """
 
 import argparse
@@ -227,17 +227,25 @@ def page(results: list[Result]) -> str:
         "",
         "# Backbones: every family of timm and torchvision",
         "",
-        f"timm {timm.__version__}, torchvision {torchvision.__version__.partition('+')[0]}, torch "
-        f"{torch.__version__.partition('+')[0]}. {families['timm']} families of timm and {families['torchvision']} of "
-        f"torchvision, the smallest model of each and {len(ALSO)} more of timm whose tokens differ: "
-        f"{len(results) - len(faults)} of {len(results)} models pass.",
+        f"`StyleHeads` takes {len(results) - len(faults)} of {len(results)} models: the smallest of each of "
+        f"{families['timm']} families of timm and {families['torchvision']} of torchvision, and {len(ALSO)} more of "
+        "timm whose tokens differ.",
         "",
-        "A model passes where `StyleHeads` reads its width, every parameter that requires a gradient gets one, the "
-        "module that was given is unchanged, `export_backbone()` has the keys of the library's model without a "
-        "classifier (timm: `num_classes=0`) and loads into it strictly (keys: same), and the features of random images "
-        "are that model's output, averaged where it is a map (numbers: same, to 1e-6). The columns auto, mean and cls "
-        "are the width of the features with that `pool`; \"-\": refused, for cls because there is no class token, for "
-        "mean as said below.",
+        "A model passes if",
+        "",
+        "- `StyleHeads` finds the width of its features,",
+        "- every parameter that requires a gradient gets one,",
+        "- the module that was given is unchanged,",
+        "- `export_backbone()` has the keys of the library's model without a classifier (timm: `num_classes=0`) and "
+        "loads into it strictly (column *keys*: same),",
+        "- the features of random images are that model's output, averaged if it is a map (column *numbers*: same, to "
+        "1e-6).",
+        "",
+        "The columns *auto*, *mean* and *cls* give the width of the features with that `pool`. \"-\" means that it is "
+        "refused: *cls* because there is no class token, *mean* for the reasons below.",
+        "",
+        f"timm {timm.__version__}, torchvision {torchvision.__version__.partition('+')[0]}, torch "
+        f"{torch.__version__.partition('+')[0]}.",
         "",
             "## Exceptions",
         "",

@@ -3,7 +3,7 @@
     python docs/pictures.py report.html docs/results    # of a report: desktop, explorer, phone. Needs Chromium
     python docs/pictures.py objects docs/results        # of the second generator: shapes, grounds, images
 
-Writes report-desktop.png (verdict and matrices), report-explorer.png (an image, its neighbours, a mix) and
+Writes report-desktop.png (verdict and matrices), report-explorer.png (an image, its neighbors, a mix) and
 report-phone.png (the same page on a phone, in the dark); or objects.png.
 """
 

@@ -1,4 +1,4 @@
-"""Types of command-line arguments: what was expected, and what came."""
+"""Types of command-line arguments whose errors say what was expected and what was given."""
 
 import argparse
 import math
@@ -8,7 +8,7 @@ import os
 def whole(text: str, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more: got {text!r}")
-    if int(text) >= 2**62:  # torch counts in 64 bits; seeds have ranks and epochs added
+    if int(text) >= 2**62:  # torch uses 64 bits; ranks and epochs are added to seeds
         raise argparse.ArgumentTypeError(f"expected a whole number below 2**62: got {text}")
     return int(text)
 
@@ -43,14 +43,14 @@ def named_widths(text: str) -> dict[str, int]:
 
 
 def edge(text: str) -> int:
-    """Pixels, at most 16384: a view of more takes gigabytes."""
+    """Pixels, at most 16384: a larger view takes gigabytes."""
     if (pixels := whole(text)) > 2**14:
         raise argparse.ArgumentTypeError(f"expected an edge of at most {2**14} pixels: got {text}")
     return pixels
 
 
 def too_large(size: int) -> str:
-    """What is wrong with so many bytes on this machine; "" for nothing, or where its memory is not known."""
+    """Why so many bytes do not fit this machine; "" if they do, or if its memory is not known."""
     try:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

@@ -1,15 +1,15 @@
-"""Sprites, until every space holds its own factors: what `make demo` runs.
+"""Train on sprites until every space encodes its own factors: `make demo` runs this.
 
-    python examples/demo.py --out runs/demo              stops as soon as the bar is reached, or after --steps
-    python examples/demo.py --out runs/demo --go-on      goes on where it stopped
+    python examples/demo.py --out runs/demo              stops as soon as the goal is reached, or after --steps
+    python examples/demo.py --out runs/demo --go-on      continues where it stopped
 
-The bar, by a linear probe on sprites that were not trained on: content encodes the shape (accuracy above chance 0.9 or
-more) and neither hue nor position (R2 0.1 at most), color encodes hue (0.95), spatial the position (0.9). It is
-measured every 50 steps on an average of the weights, and once more, on other sprites, at the end.
+The goal, for a linear probe on sprites that were not trained on: content encodes the shape (accuracy above chance 0.9
+or more) and neither hue nor position (R2 0.1 at most), color encodes hue (0.95), spatial the position (0.9). It is
+measured every 50 steps on an average of the weights, and once more at the end, on other sprites.
 
-Writes what examples/synthetic.py writes (metrics.json, matrix.png, curves.png, views.png, log.jsonl, model.pt), and
-progress.pt to go on from. No seconds are fixed in advance: the number of threads is the one with which a step is the
-fastest while it runs, as more threads than free cores make a step several times slower.
+Writes the same files as examples/synthetic.py (metrics.json, matrix.png, curves.png, views.png, log.jsonl, model.pt),
+and progress.pt, from which --go-on continues. While it runs, it chooses the number of threads with which a step is
+fastest, because more threads than free cores make a step several times slower.
 """
 
 import argparse
@@ -42,18 +42,18 @@ BAR = {
     "color encodes the hue": ("color", ("hue",), ">=", 0.95),
     "spatial encodes the position": ("spatial", ("x", "y"), ">=", 0.9),
 }
-"""What has to be so: a space, factors, and the bound that each of their scores keeps."""
+"""The goal: a space, factors, and the bound that each of their scores has to meet."""
 MARGIN = 0.02
-"""By how much the bar is to be passed while it trains, so that it is passed on other sprites too."""
+"""By how much the goal has to be exceeded during training, so that it is reached on other sprites too."""
 EVERY, FIRST = 50, 300
 """Steps between measurements, and before the first of them."""
 
 
 class Net(nn.Module):
-    """A small backbone for 48 pixels that a processor is quick with: [N, 3, H, W] -> [N, 256].
+    """A small backbone for 48 pixels that is fast on a CPU: [N, 3, H, W] -> [N, 256].
 
-    A wide first stride, then two readings of the last map: its average and maximum, which know what is there, and a
-    narrow copy of all of it, which knows where.
+    A wide first stride, then two readouts of the last map: its average and maximum, which encode what is there, and a
+    narrow copy of all of it, which encodes where.
     """
 
     def __init__(self) -> None:
@@ -72,12 +72,12 @@ class Net(nn.Module):
 
 
 def fastest_threads(step: Callable[[], Any], most: int, *, rounds: int = 3) -> int:
-    """With how many threads, of 1, 2, 4 ... most, a step takes the least time; they take turns. It stays set."""
+    """The number of threads, of 1, 2, 4 ... most, with which a step is fastest; they take turns. torch keeps it."""
     counts = [n for n in (1, 2, 4, 8, 16) if n < most] + [most]
     seconds = dict.fromkeys(counts, 0.0)
     for _ in range(rounds if len(counts) > 1 else 0):
         for n in counts:
-            if seconds[n] > 3 * min(seconds.values()) > 0:  # so slow once that it need not be tried again
+            if seconds[n] > 3 * min(seconds.values()) > 0:  # so slow that it need not be tried again
                 continue
             torch.set_num_threads(n)
             begin = time.perf_counter()
@@ -89,19 +89,19 @@ def fastest_threads(step: Callable[[], Any], most: int, *, rounds: int = 3) -> i
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def table(model: nn.Module, seed: int, n: int) -> ScoreTable:
-    """How well a linear probe reads each factor of n sprites from each space."""
+    """How well a linear probe decodes each factor of n sprites from each space."""
     factors = draw_factors(n, torch.Generator().manual_seed(seed))
     z = embed(model, render(factors), batch_size=500, on_sphere=True)
     return r2_matrix(z, scored(factors), probe="ridge", bootstrap=0)
 
 
 def missed(scores: ScoreTable, margin: float = 0.0) -> list[str]:
-    """What of the bar is not reached, with the score."""
+    """The parts of the goal that are not reached, with their scores."""
     out = []
     for claim, (space, factors, way, bound) in BAR.items():
         found = [float(scores[space, f]) for f in factors]
@@ -113,7 +113,7 @@ def missed(scores: ScoreTable, margin: float = 0.0) -> list[str]:
 
 
 def brief(scores: ScoreTable) -> str:
-    """The scores of the bar in a line."""
+    """The scores of the goal in one line."""
     parts: dict[str, list[str]] = {}
     for space, f, way, _ in BAR.values():
         found = [float(scores[space, g]) for g in f]
@@ -123,7 +123,7 @@ def brief(scores: ScoreTable) -> str:
 
 
 class Run:
-    """A training run that can be stopped and gone on with."""
+    """A training run that can be stopped and continued."""
 
     def __init__(self, seed: int, batch_size: int, lr: float) -> None:
         torch.manual_seed(seed)
@@ -145,7 +145,7 @@ class Run:
         return render(draw_factors(n, self.generator))
 
     def update(self) -> None:
-        """One step."""
+        """Train for one step."""
         begin = time.monotonic()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * min(1.0, (self.step + 1) / 50, (500 / (self.step + 1)) ** 0.5)
@@ -184,14 +184,14 @@ class Run:
 
 
 def train(run: Run, steps: int, threads: int | None) -> ScoreTable | None:
-    """Until the bar is passed, or for so many more steps; the last scores."""
+    """Train until the goal is reached, or for so many more steps; returns the last scores."""
     last, scores, shown, before = run.step + steps, None, time.monotonic(), 0
     while run.step < last:
-        if run.step % 100 == 0 and run.step < last - 50:  # what else the machine does may have changed
+        if run.step % 100 == 0 and run.step < last - 50:  # other work on the machine may have changed
             chosen = threads or fastest_threads(run.update, cores())
             torch.set_num_threads(chosen)
             if chosen != before:
-                print(f"threads: {chosen}" + ("" if threads else ", with which a step is the fastest"), flush=True)
+                print(f"threads: {chosen}" + ("" if threads else " (fastest)"), flush=True)
             before = chosen
         run.update()
         if run.step % EVERY == 0 and run.step >= FIRST:
@@ -208,14 +208,14 @@ def train(run: Run, steps: int, threads: int | None) -> ScoreTable | None:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("runs/demo"))
-    p.add_argument("--go-on", action="store_true", help="from OUT/progress.pt, for up to --steps more")
-    p.add_argument("--steps", type=whole, default=1500, help="at most so many")
-    p.add_argument("--threads", type=whole, help="instead of those with which a step is the fastest")
+    p.add_argument("--go-on", action="store_true", help="continue from OUT/progress.pt, for up to --steps more")
+    p.add_argument("--steps", type=whole, default=1500, help="largest number of steps")
+    p.add_argument("--threads", type=whole, help="number of threads (default: those with which a step is fastest)")
     p.add_argument("--batch-size", type=whole, default=128)
-    p.add_argument("--samples", type=whole, default=2000, help="sprites to score at the end")
+    p.add_argument("--samples", type=whole, default=2000, help="number of sprites that are scored at the end")
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--seed", type=count, default=0)
-    p.add_argument("--report", action="store_true", help="write OUT/report.html, too")
+    p.add_argument("--report", action="store_true", help="also write OUT/report.html")
     args = p.parse_args(argv)
     saved = args.out / "progress.pt"
     if args.go_on and not saved.exists():
@@ -244,18 +244,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     short = missed(tables["linear"])
     result |= {"steps": run.step, "reached": not short, "missed": short}
     (args.out / "metrics.json").write_text(json.dumps(result, indent=1))
-    print(f"\nAfter {run.step} steps, on sprites that it was not trained on:  {brief(tables['linear'])}")
+    print(f"\nAfter {run.step} steps, on sprites that were not trained on:  {brief(tables['linear'])}")
     if short:
         print("Not reached: " + "; ".join(short))
-        print(f"To go on where it stopped: {sys.executable} examples/demo.py --out {args.out} --go-on")
+        print(f"Continue training with: {sys.executable} examples/demo.py --out {args.out} --go-on")
     else:
         print("Reached: " + ", ".join(BAR))
     if args.report:
         page = args.out / "report.html"
         data = "examples/synthetic.py:sprites"
         command(["report", str(args.out), "--backbone", "examples/demo.py:Net", "--data", data, "--out", str(page)])
-        print("About the size of the sprites, which the page names: a change by 0.75 to 1.3 reaches only some of the")
-        print("sizes, so content keeps the rest; and without it content would learn the size and not the shape.")
+        print("The page says that content encodes some of the size. The augmentation changes it only by 0.75 to 1.3,")
+        print("less than sprites differ, so content may keep the rest. Without it content would not learn the shape.")
         print(f"Open {page} in a browser; the numbers are in {args.out / 'metrics.json'}")
     return result
 

@@ -1,15 +1,15 @@
-"""Groups for images that are not RGB photographs, tried on pictures that are drawn on the spot (scenes.py).
+"""Groups for images that are not RGB photographs, tried on pictures that the script draws (scenes.py).
 
     python examples/domains.py --domain multispectral --out runs/multispectral
     python examples/domains.py --domain histology --out runs/histology
     python examples/domains.py --domain gray --out runs/gray
 
 multispectral   12 bands. "geometry": rotation, shift, scale; "sensor": gain and offset of every band
-histology       stained tissue. "spatial": right-angle turns and flips; "stain": jitter of hematoxylin and eosin
+histology       stained tissue. "spatial": right-angle rotations and flips; "stain": jitter of hematoxylin and eosin
 gray            one channel, as in radiology. "spatial": rotation, shift, scale; "acquisition": gamma and noise
 
 Each takes one to two minutes on one or two cores and writes metrics.json, matrix.png, views.png, curves.png, log.jsonl
-and model.pt. The measured matrices are in docs/domains.md. A page about a run:
+and model.pt. The measured matrices are in docs/domains.md. To make a report of a run:
 
     python -m ssd_addon report runs/multispectral --data examples/domains.py:multispectral_data --bands 3,2,1 \\
         --backbone examples/domains.py:multispectral_net --views examples/domains.py:multispectral_views
@@ -33,13 +33,13 @@ from ssd_addon.report import Data
 
 
 def data(domain: str, samples: int = 1000) -> Data:
-    """Images of a domain and what is known of them, for `report --data`."""
+    """Images of a domain and their factors, for `report --data`."""
     images, factors = held_out(domain, samples, 10_001)
     return Data(images, factors, classes=DOMAINS[domain].classes)
 
 
 def held_out(domain: str, samples: int, seed: int) -> tuple[Tensor, dict[str, Factor]]:
-    """Images to measure on, with noise as views have it: a model never saw any without."""
+    """Images to measure on, with the noise that views have: the model never saw images without noise."""
     generator = torch.Generator().manual_seed(seed)
     images, factors = DOMAINS[domain].draw(samples, generator)
     noise = Noise(DOMAINS[domain].noise)
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     p.add_argument("--batch-size", type=whole, default=64)
     p.add_argument("--content", type=whole, default=None, help="width of the content space (default: the domain's)")
     p.add_argument("--style", type=whole, default=8, help="width of each style space")
-    p.add_argument("--samples", type=whole, default=3000, help="images for the probes")
+    p.add_argument("--samples", type=whole, default=3000, help="number of images for the probes")
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--seed", type=count, default=0)
     p.add_argument("--out", type=Path, default=None, help="default runs/DOMAIN")

@@ -1,16 +1,18 @@
-"""Style spaces for a checkpoint you have: heads alone on a frozen backbone, beside full training.
+"""Style spaces for a checkpoint you have: heads alone on a frozen backbone, compared with full training.
 
     python examples/frozen.py --data DIR --out runs/frozen.jsonl          # makes the checkpoint first: content-only SSL
     python examples/frozen.py --data DIR --out runs/mine.jsonl --backbone torchvision:resnet18 --weights FILE \
         --layers layer1,layer2,layer3,layer4
 
-DIR has train/CLASS/* and val/CLASS/*. Every row of ROWS is trained and written to OUT as a JSON line: R2 of the change
-of every augmentation's parameters from each space (`parameter_matrix`, images of val), accuracy of linear probes and 20
-neighbors on the classes of val. What OUT holds is not run again. The checkpoint sees 2 views of an image in each of
---checkpoint-steps, the heads 4 in --steps; "trained in full" sees as many as both together.
+DIR has train/CLASS/* and val/CLASS/*. Every row of ROWS is trained and written to OUT as a JSON line: the R2 of the
+change of every augmentation's parameters from each space (`parameter_matrix`, images of val), and the accuracy of
+linear probes and 20 neighbors on the classes of val. Rows that are in OUT are not run again. The checkpoint sees 2
+views of an image in each of --checkpoint-steps, the heads 4 in --steps; "trained in full" sees as many views as both
+together.
 
-Fifteen minutes of one free core for a seed with all rows. Expect, of hue in the color space, 0.08 (frozen, 1 hidden
-layer), 0.36 (frozen, layers in cells) and 0.35 (in full); docs/pipelines/checkpoint.md has the rest.
+A seed with all rows takes fifteen minutes of one free core. Expect an R2 of 0.08 (frozen, 1 hidden layer), 0.36
+(frozen, layers in cells) and 0.35 (in full) for hue in the color space; docs/pipelines/checkpoint.md has the other
+scores.
 """
 
 import argparse
@@ -49,7 +51,7 @@ ROWS: dict[str, dict] = {
 
 
 def score(model: StyleHeads, views: StructuredViews, seen: Labeled, new: Labeled, draws: int) -> dict:
-    """Label-free matrix, finer matrix of single parameters, and accuracy of content and of the backbone's features."""
+    """The label-free matrix, by group and by parameter, and the accuracy of content and of the backbone's features."""
     made = parameter_matrix(model, views, new[0], draws=draws, backbone=True, bootstrap=0)
     z, z_new = (embed(model, views.plain(x)) for x, _ in (seen, new))
     probes = {"linear": linear_accuracy, "neighbors": knn_accuracy}
@@ -61,13 +63,13 @@ def score(model: StyleHeads, views: StructuredViews, seen: Labeled, new: Labeled
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    """Trains and scores what OUT does not hold yet; returns the lines of this configuration."""
+    """Train and score the rows that OUT does not have yet; returns the lines of this configuration."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--out", type=Path, default=Path("runs/frozen.jsonl"))
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     p.add_argument("--backbone", default=f"{Path(__file__).with_name('synthetic.py')}:ConvNet")
-    p.add_argument("--weights", type=Path, help="of the backbone; none: it is trained content-only first")
+    p.add_argument("--weights", type=Path, help="weights of the backbone (default: content-only SSL trains it first)")
     p.add_argument("--layers", type=names, default=["map.2", "map.5", "map.8", "map.11"])
     for name, default in {"checkpoint-steps": 1600, "steps": 400, "size": 32, "batch-size": 128, "draws": 2}.items():
         p.add_argument(f"--{name}", type=whole, default=default)

@@ -1,23 +1,23 @@
-"""Content and style spaces from a folder of photographs, ImageNet's layout, on one process or many.
+"""Train content and style spaces on a folder of photographs in ImageNet's layout, in one process or many.
 
-    python examples/imagenet.py --data DIR --out runs/imagenet                          # one GPU, or a patient CPU
+    python examples/imagenet.py --data DIR --out runs/imagenet                          # one GPU, or slowly on a CPU
     torchrun --nproc-per-node 8 --max-restarts 3 examples/imagenet.py --data DIR --out runs/imagenet --resume \
         --batch-size 64
 
-DIR holds train/CLASS/*.jpg and, for the probes, val/CLASS/*.jpg, or is such a folder; or shards (shards.py). The
+DIR holds train/CLASS/*.jpg and, for the probes, val/CLASS/*.jpg; or class folders alone; or shards (shards.py). The
 defaults are the paper's recipe: ResNet-50, 100 epochs, LARS with 10 warm-up epochs, a total batch of 512.
 
-Small and quick, on a CPU, 4,000 photographs of 32 pixels in ten classes (from CIFAR-10):
+A small, fast run on a CPU, with 4,000 photographs of 32 pixels in ten classes (from CIFAR-10):
 
     python examples/imagenet.py --data DIR --out runs/small --backbone resnet18 --size 32 --batch-size 128 --epochs 8 \
         --warmup-epochs 0.5 --hidden 512,512 --widths content=128,spatial=64,color=64 --optimizer adamw --workers 0
 
-Expect, within 5 minutes on two cores: loss from 5.4 (step 10) to 2.9 and, on 1,000 other photographs, linear probes of
-0.33 (backbone), 0.32 (content), 0.22 (spatial), 0.25 (color) against a chance of 0.10 (docs/results.md). So short a run
-shows that it learns, not that it disentangles. The recipe above was not run at its full length.
-OUT/ gets log.jsonl (a JSON object a line), views.png (what each key shares), curves.png, checkpoint.pt and the ones
-before it; `python -m ssd_addon report OUT --data DIR --out report.html` makes a page of them. `--resume` continues from
-the newest checkpoint that is whole, or starts where there is none. Exit codes: 143 and 130 after SIGTERM and SIGINT (a
+It takes 5 minutes on two cores. The loss falls from 5.4 (step 10) to 2.9, and on 1,000 other photographs linear probes
+reach 0.33 (backbone), 0.32 (content), 0.22 (spatial) and 0.25 (color); chance is 0.10 (docs/results.md). So short a run
+shows that training works, not that it disentangles. The recipe above was not run at its full length.
+OUT/ gets log.jsonl (one JSON object a line), views.png (what each key shares), curves.png, checkpoint.pt and earlier
+checkpoints; `python -m ssd_addon report OUT --data DIR --out report.html` makes a page of them. `--resume` continues
+from the newest intact checkpoint, or starts if there is none. Exit codes: 143 and 130 after SIGTERM and SIGINT (a
 checkpoint was written), 4 after too many steps that were not finite, 1 after any other error.
 """
 
@@ -53,7 +53,7 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
     if saved.there() and not args.resume:
         raise FileExistsError(f"{args.out} holds the checkpoint of another run: give --resume, or another --out")
 
-    # Views and data. The loader makes the crops (uint8), the device does the other operations.
+    # Views and data. The loader makes the crops (uint8), and the device does all other operations.
     preset = "content_only" if args.method == "content-only" else args.preset
     given = {"family": args.family, "sets": args.cross_image, "size": args.size}
     made = recipe(preset, **given)
@@ -73,7 +73,7 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
     core = StyleHeads(build_backbone(args), widths | args.widths, hidden=args.hidden)
     if args.activation_checkpointing:
         runs.checkpoint_activations(core.backbone)
-    sharded = args.strategy == "fsdp" and world > 1  # FSDP takes contiguous weights alone
+    sharded = args.strategy == "fsdp" and world > 1  # FSDP takes only contiguous weights
     core = core.to(device, memory_format=torch.contiguous_format if sharded else torch.channels_last)
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in core.modules())
     if world > 1 and norms and not (gpu and args.sync_batch_norm):
@@ -105,7 +105,7 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
     amp = torch.autocast(device.type, dtype=kind) if kind else contextlib.nullcontext()
     scaler = torch.amp.GradScaler(device.type, enabled=kind is torch.float16)
 
-    # Probes on labels: on queries while training, on whole images of val/ after each epoch.
+    # Probes on labels: on queries during training, on whole images of val/ after each epoch.
     probing = None
     if loaders.unscored:
         say(loaders.unscored)
@@ -119,7 +119,7 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
         say("\n".join(described(found, args.workers)))
         return found
 
-    # Where the run stands, and what `python -m ssd_addon report` has to know.
+    # The state of the run, and what `python -m ssd_addon report` needs.
     name = args.backbone if args.backbone.startswith("timm:") else f"torchvision:{args.backbone}"
     card = {"name": args.out.name, "backbone": name, "family": args.family, "size": args.size}
     card["views"] = {"preset": preset, "size": args.size, "plan": args.plan, "cross_image": tuple(args.cross_image)}
@@ -139,7 +139,7 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
             raise runs.TooManySkipped(f"step {step}: expected a finite state to save: got NaN in {bad}", step)
 
         def write(path: Path) -> None:
-            if rank == 0 or sharded:  # a sharded state is gathered by all ranks
+            if rank == 0 or sharded:  # all ranks gather a sharded state
                 runs.save_run(path, core, parts=parts, card=card, config=config, **state)
 
         saved.save(step, write)
@@ -151,9 +151,9 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
         step = stored["step"]
         runs.set_random_states(stored["rng"], device)
         data.replaced.copy_(stored["broken"])
-        if probing and rank == 0:  # which has the counts of all ranks
+        if probing and rank == 0:  # the file has the counts of all ranks
             probing.counted.copy_(stored["counted"])
-    if rank == 0:  # what was logged after the checkpoint happens again
+    if rank == 0:  # steps after the checkpoint are logged again
         runs.cut_log(log, step, unfinished=("partial",)) if stored else log.write_text("")
     samples = (held_out or data).spread(args.measure) if rank == 0 or sharded else []
     images = StructuredCollate(args.size)(samples)[0] if len(samples) >= 10 else None
@@ -167,7 +167,7 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
         return (x.to(device) / 255 - mean) / std
 
     def end_of_epoch(epoch: int, **more: bool) -> dict[str, float]:
-        """Probes, matrices and broken files; the checkpoint is written already."""
+        """Log probes, matrices and broken files; the checkpoint is already written."""
         record = probing.accuracies("train", probing.counted) if probing else {}
         if held_out and probing:
             with amp, held_out.watched():
@@ -184,7 +184,7 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
         return record
 
     record: dict[str, float] = {}
-    if step and step % per_epoch == 0 and not runs.logged(log, step, "epoch"):  # killed while it was scored
+    if step and step % per_epoch == 0 and not runs.logged(log, step, "epoch"):  # killed during scoring
         record = end_of_epoch(step // per_epoch - 1)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     first, started = step, time.perf_counter()
@@ -224,7 +224,7 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
                     own = {"backbone": features[0].detach(), **{n: t[0].detach() for n, t in z.items()}}
                     queries.append((own, labels))
                 found = each if isinstance(each, Diverged) else torch.stack([t.loss.detach() for t in each]).sum()
-                scaled = scaler.is_enabled() and scaler.get_scale() >= 1  # the scaler skips what overflows in float16
+                scaled = scaler.is_enabled() and scaler.get_scale() >= 1  # it skips steps that overflow in float16
                 try:
                     fine = guard.fine(step, found, () if scaled else parameters)
                 except runs.TooManySkipped:
@@ -239,7 +239,7 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
                     criterion.weights.step(terms)
                     if ema:
                         ema.update_parameters(core)
-                    if probing:  # after the verdict, on which all ranks agree: its gradients are exchanged too
+                    if probing:  # after the decision on which all ranks agree: its gradients are exchanged too
                         probing.step(queries)
                 optimizer.zero_grad()
                 step += 1
@@ -277,7 +277,7 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Trains; returns the last numbers of the log."""
+    """Train; returns the last numbers of the log."""
     args = parse(argv, __doc__)
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     except runs.TooManySkipped as error:
         print(error, file=sys.stderr, flush=True)
         raise SystemExit(4) from error
-    if world > 1:  # not after an error: ranks that torchrun starts again would meet addresses that are gone
+    if world > 1:  # not after an error: ranks that torchrun restarts would find dead addresses
         dist.destroy_process_group()
     return record
 

@@ -1,7 +1,7 @@
 """The causal latent model: content and style blocks, mixed by a random invertible network.
 
-Views are drawn in latent space just as structured views of images are: style m's key takes block m from the query and
-redraws the others; content is always the image's own (with cross-image keys: another image's).
+Views are drawn in latent space in the same way as structured views of images: the key of style m takes block m from the
+query and redraws the other blocks. The content is the image's own, or another image's with cross-image keys.
 """
 
 import torch
@@ -11,7 +11,7 @@ from ssd_addon import ViewBatch, ViewPlan
 
 
 def widths(default: dict[str, int], given: str) -> dict[str, int]:
-    """The widths of the spaces, those of "content=16,color=4" instead of the default ones."""
+    """The widths of the spaces: the defaults, replaced by those named in a string such as "content=16,color=4"."""
     own = dict(part.partition("=")[::2] for part in given.split(",") if part)
     if set(own) - set(default) or not all(d.isdecimal() and int(d) for d in own.values()):
         raise SystemExit(f"--widths: expected NAME=D with D from 1 on and names of {', '.join(default)}: got {given!r}")
@@ -22,14 +22,14 @@ class CausalLatents:
     """x = g(c, s_1, ..., s_M); c ~ N(0, 1), or correlated; s_m ~ N(0, 1), or N(a_m c, 1).
 
     Args:
-        seed: of the mixing and of the dependences; the draws of a batch come from its own generator.
-        content, styles, style: width of c, number of style blocks, width of each.
+        seed: seed of the mixing and of the dependences; the draws of a batch come from its own generator.
+        content, styles, style: width of c, number of style blocks, width of each block.
         dependent: the coordinates within c and within each s_m are correlated.
         content_dependent: s_m has mean a_m c.
         cross_image: the key of style m is made from the image m rows away.
         plan: "shared_query" (2 + M views) or "interleaved" (2 views).
-        structured: False draws every key anew, so that no pair shares a style: ordinary SSL's pairs.
-        spaces: False has the one space content, and two views.
+        structured: False redraws every key, so that no pair shares a style, as in ordinary SSL.
+        spaces: False has only the content space, and two views.
     """
 
     sample_ndim = 1

@@ -1,4 +1,4 @@
-"""A backbone read at several layers: what the last one has lost, an earlier one may still have."""
+"""Read a backbone at several layers: an earlier layer may still encode what the last one has lost."""
 
 import torch
 import torch.nn.functional as F

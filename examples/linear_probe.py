@@ -1,16 +1,16 @@
-"""What a trained model's features are good for: linear probes, nearest neighbors and few labels, space by space.
+"""Score a trained model's features by linear probes, nearest neighbors and few labels, space by space.
 
     python examples/linear_probe.py runs/imagenet --data DIR --out runs/imagenet/probes.json
     python examples/linear_probe.py runs/imagenet --data DIR --labels 0.01 0.1        # with 1 % and 10 % of the labels
 
 RUN is a run's folder or a file of StyleHeads.save; DIR holds train/CLASS/*.jpg and val/CLASS/*.jpg. The model is in
-evaluation mode and is not trained. Whole images are embedded once; on them every space, and the backbone, gets
-- a linear probe: softmax regression on standardized features, SGD with a cosine schedule, one for each learning rate
-  of a grid, all trained at once; the rate is chosen on a tenth of the training images;
+evaluation mode and is not trained. Whole images are embedded once. Every space, and the backbone, is scored by
+- a linear probe: softmax regression on standardized features, SGD with a cosine schedule. One probe for each learning
+  rate of a grid is trained at the same time, and the rate is chosen on a tenth of the training images;
 - k nearest neighbors by cosine, k = 20 and 200, each with the weight exp(cosine / 0.07);
 - the linear probe again with a part of the labels, the same share of every class.
 
-OUT gets a JSON object: "probes" (space -> measure -> accuracy on val) and, where the run says how its views are drawn,
+OUT gets a JSON object: "probes" (space -> measure -> accuracy on val) and, if the run stores how its views are drawn,
 "parameters" (which augmentations each space encodes, `metrics.parameter_matrix`; for content-only runs, those of the
 preset color_spatial). Expect a minute for 4,000 photographs of 32 pixels on two cores.
 """
@@ -74,24 +74,28 @@ def neighbors(x: Tensor, y: Tensor, x_new: Tensor, y_new: Tensor, k: int) -> flo
 
 
 def few(y: Tensor, part: float, seed: int) -> Tensor:
-    """Rows that hold this share of every class, one at least."""
+    """Rows with this share of every class, at least one each."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(y), generator=generator)
     return torch.cat([(own := order[y[order] == c])[: max(1, round(part * len(own)))] for c in y.unique()])
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Embeds, probes and writes; returns what is written."""
+    """Embed, probe and write; returns what is written."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", type=Path, metavar="RUN")
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--out", type=Path)
-    p.add_argument("--size", type=whole, help="edge of the images (default: what the run says)")
-    p.add_argument("--labels", type=share, nargs="*", default=[0.01, 0.1], help="shares of the labels")
+    p.add_argument("--size", type=whole, help="edge of the images (default: that of the run)")
+    p.add_argument(
+        "--labels", type=share, nargs="*", default=[0.01, 0.1], help="shares of the labels for further probes"
+    )
     p.add_argument("--epochs", type=whole, default=30, help="of the linear probes")
     p.add_argument("--batch-size", type=whole, default=128)
     p.add_argument("--workers", type=count, default=0)
-    p.add_argument("--measure", type=count, default=1000, help="images of val for the label-free matrix; 0: none")
+    p.add_argument(
+        "--measure", type=count, default=1000, help="number of val images for the label-free matrix; 0: none"
+    )
     p.add_argument("--seed", type=count, default=0)
     args = p.parse_args(argv)
     opened = runs.load(args.run)
@@ -125,7 +129,7 @@ def main(argv: list[str] | None = None) -> dict:
     out: dict = {"probes": found, "images": {"train": len(y), "val": len(y_new)}}
     measured = torch.cat(kept)[: args.measure] if kept else torch.zeros(0)
     if opened.views is not None and len(measured) >= 10:
-        alone = len(opened.views.plan.spaces) == 1  # content-only: what does it keep of the same groups?
+        alone = len(opened.views.plan.spaces) == 1  # content-only: what does it encode of the same groups?
         views = StructuredViews(**presets("color_spatial", size=size), seed=args.seed) if alone else opened.views
         table = parameter_matrix(opened.model, views, measured, backbone=True)
         print(table, flush=True)

@@ -1,14 +1,14 @@
-"""Irregular objects on textured grounds: a second generator whose factors are all known, beside sprites.py.
+"""Irregular objects on textured grounds: a second generator with known factors, beside sprites.py.
 
-One object lies on a ground; the light falls on both. Factors: shape (ten closed curves of equal area), texture of the
-object (plain, stripes, checks, rings), ground (six gray patterns), position x and y, scale, rotation, hue of the
+One object lies on a ground, and the light falls on both. Factors: shape (ten closed curves of equal area), texture of
+the object (plain, stripes, checks, rings), ground (six gray patterns), position x and y, scale, rotation, hue of the
 object, and brightness of the light. The groups of synthetic.py change hue and brightness (color), position, scale and
-rotation (spatial); nothing touches shape, texture and ground, so they are content. The grounds are gray, so that a
-change of hue cannot be told by comparing the object with its ground, and the light scales all pixels, as the change of
-brightness does. Every ground is one pattern, the same in all images, so that it cannot tell one image from all others.
+rotation (spatial). Nothing changes shape, texture and ground, so they are content. The grounds are gray, so that a
+change of hue cannot be decoded by comparing the object with its ground, and the light scales all pixels, as the change
+of brightness does. Every ground is one pattern, the same in all images, so that it does not identify a single image.
 
-The curves are far apart and the grounds darker than any object, because a small network that is trained for a thousand
-steps learns the shape of nothing else, with labels or without: docs/results/objects.md.
+The curves are very different and the grounds darker than any object, because a small network trained for a thousand
+steps learns no other shapes, with labels or without: docs/results/objects.md.
 """
 
 import math
@@ -26,7 +26,7 @@ SHAPES, TEXTURES, GROUNDS = (
     ("plain", "ramp", "stripes", "waves", "blotches", "net"),
 )
 HARMONICS = 6
-MARK, GRAY, WAVE = 0.15, 0.1, 0.05  # contrast of textures; gray of grounds and its swing
+MARK, GRAY, WAVE = 0.15, 0.1, 0.05  # contrast of textures; gray level of grounds and its amplitude
 RANGES = {
     "x": (-0.25, 0.25),
     "y": (-0.25, 0.25),
@@ -43,19 +43,19 @@ area, of the half edge; hue: of the circle."""
 def _curves() -> tuple[Tensor, Tensor]:
     """Amplitudes and phases [SHAPES, HARMONICS] of radius(angle) = 1 + sum a_k cos((k + 1) angle + phase_k).
 
-    Of 400 random curves of equal area, those that are farthest apart: each next one is the one whose nearest chosen
-    curve, turned to fit as well as it can, is farthest.
+    They are the most different ones among 400 random curves of equal area: each next curve is the one whose distance to
+    the nearest chosen curve, after the best rotation, is largest.
     """
     g, n, angles = torch.Generator().manual_seed(7), 400, 180
     share = torch.rand(n, HARMONICS - 1, generator=g) ** 3  # mostly one or two harmonics
     total = 0.35 + 0.25 * torch.rand(n, 1, generator=g)
-    # No first harmonic: it would only move the object.
+    # No first harmonic, which would only move the object.
     amplitudes = torch.cat([torch.zeros(n, 1), total * share / share.sum(1, keepdim=True)], 1)
     phases = 2 * math.pi * torch.rand(n, HARMONICS, generator=g)
     k = torch.arange(1, HARMONICS + 1)[:, None] * 2 * math.pi * torch.arange(angles) / angles
     radius = 1 + (amplitudes[:, :, None] * torch.cos(k + phases[:, :, None])).sum(1)
     f = torch.fft.fft(radius / radius.square().mean(1, keepdim=True).sqrt())
-    # Curves of equal power: the squared distance after the best turn follows from the largest correlation.
+    # Curves of equal power: the squared distance after the best rotation follows from the largest correlation.
     distance = 2 - 2 * torch.fft.ifft(f[:, None] * f.conj()).real.amax(-1) / angles
     chosen = [int(distance.mean(1).argmax())]
     while len(chosen) < SHAPES:
@@ -73,7 +73,7 @@ def draw_objects(n: int, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def render_objects(factors: dict[str, Tensor], size: int = 48, *, textured: bool = True) -> Tensor:
-    """Images [n, 3, size, size] in [0, 1] on the device of the factors; untextured: plain objects on black."""
+    """Images [n, 3, size, size] in [0, 1] on the device of the factors; if untextured, plain objects on black."""
     f = {k: v if v.dtype == torch.long else v.float() for k, v in factors.items()}
     device, one = f["x"].device, (slice(None), None, None)
     line = (torch.arange(size, device=device) + 0.5) / size * 2 - 1
@@ -85,7 +85,9 @@ def render_objects(factors: dict[str, Tensor], size: int = 48, *, textured: bool
     amplitudes, phases = (t.to(device)[f["shape"]] for t in _curves())
     for k in range(HARMONICS):
         edge = edge + amplitudes[:, k, None, None] * torch.cos((k + 1) * angle + phases[:, k, None, None])
-    edge = edge / (1 + amplitudes.square().sum(1) / 2).sqrt()[one]  # of equal area, so that size does not tell shape
+    edge = (
+        edge / (1 + amplitudes.square().sum(1) / 2).sqrt()[one]
+    )  # of equal area, so that the shape cannot be decoded from the size
     alpha = (0.5 - (radius - edge) * r * size / 2 * 0.8).clamp(0, 1)
     color = _rgb(f["hue"], torch.ones_like(f["hue"]))[:, :, None, None]
     if not textured:

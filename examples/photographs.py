@@ -1,4 +1,4 @@
-"""Photographs for training and for scores, probes on them, and what is counted over them on every rank."""
+"""Photographs for training and for scores, probes on them, and counts over all ranks."""
 
 import hashlib
 import warnings
@@ -22,16 +22,16 @@ NONE = -1
 
 
 class Photographs(Dataset):
-    """Images in files or shards, with a flag for each that was replaced because it is broken, whichever worker met it.
+    """Images in files or shards, with a flag for each that was replaced because it is broken, for all workers.
 
-    Where images are `scored`, each counts once: one in the place of a broken one has the label -1. What every worker is
-    reading is noted, for the error of one that was killed or that does not come to an end.
+    If images are `scored`, each counts once: the replacement of a broken one has the label -1. The set notes what every
+    worker is reading, for the error when a worker was killed or hangs.
     """
 
     def __init__(self, root: Path, args: Any, size: int, scored: bool = False) -> None:
         self.files = image_files(root, broken=args.broken, short_side=size, decode=args.decode)
         self.scored = scored
-        self.layout = b""  # of the shards, where the order depends on it
+        self.layout = b""  # of the shards, if the order depends on it
         self.replaced = torch.zeros(len(self.files), dtype=torch.uint8).share_memory_()
         self.reading = torch.full((max(1, args.workers),), NONE).share_memory_()
 
@@ -46,7 +46,9 @@ class Photographs(Dataset):
             warnings.simplefilter("always")
             image, label, name = self.files[index]
         replaced = name != self.files.names[index]
-        for warning in met if not (replaced and self.replaced[index]) else ():  # of a broken file once, not every epoch
+        for warning in (
+            met if not (replaced and self.replaced[index]) else ()
+        ):  # report a broken file once, not every epoch
             warnings.warn(warning.message, stacklevel=2)
         if replaced:
             self.replaced[index] = 1
@@ -56,7 +58,7 @@ class Photographs(Dataset):
 
     @property
     def digest(self) -> str:
-        """Of the names of all files and their classes: another data set of the same size has another."""
+        """A hash of the names of all files and their classes, which differs between data sets of the same size."""
         digest = hashlib.blake2b(digest_size=16)
         for name, label in zip(self.files.names, self.files.targets, strict=True):
             digest.update(f"{name}\0{label}\0".encode("utf-8", "surrogateescape"))
@@ -64,11 +66,11 @@ class Photographs(Dataset):
         return digest.hexdigest()
 
     def broken(self, device: torch.device) -> Tensor:
-        """The flags of all ranks; every rank has to call it."""
+        """Combine the flags of all ranks; every rank has to call it."""
         return (summed(self.replaced.to(device, torch.int64)) > 0).to("cpu", torch.uint8)
 
     def check_broken(self, flags: Tensor, most: float) -> None:
-        """End the run where more than this share of the files is broken."""
+        """End the run if more than this share of the files is broken."""
         bad = flags.nonzero().flatten().tolist()
         if len(bad) > most * len(self):
             shown = ", ".join(self.files.names[i] for i in bad[:20]) + (", ..." if len(bad) > 20 else "")
@@ -79,7 +81,7 @@ class Photographs(Dataset):
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Errors of data-loader workers that were killed or time out name the files that they were reading."""
+        """Add the names of the files being read to errors of data-loader workers that were killed or timed out."""
         try:
             yield
         except RuntimeError as error:
@@ -89,23 +91,23 @@ class Photographs(Dataset):
             raise RuntimeError(f"{error}; at that moment, {'; '.join(busy) or 'no worker was reading'}") from error
 
     def spread(self, most: int) -> list[tuple]:
-        """At most so many samples, spread over the files, without those that stand in for a broken one."""
+        """At most so many samples, spread over the files, without replacements of broken ones."""
         rows = torch.linspace(0, len(self) - 1, min(most, len(self))).long().tolist()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the training says it
+            warnings.simplefilter("ignore")  # training reports it
             return [sample for i in rows if (sample := self.files[i])[2] == self.files.names[i]]
 
 
 class Loaders:
     """Training images and, where there is a val folder, held-out ones, for one rank: uint8.
 
-    Of training images the workers make the crops of all `views`, each from the image at its own size; with a load size
-    they make images of one size, which are cropped later, with fewer pixels.
+    Workers make the crops of all `views` of the training images, each from the image at its full resolution. With a
+    load size they make images of one size, which the device crops later, with fewer pixels.
 
     Attributes:
         data, held_out: the photographs; held_out is None without a val folder.
-        steps: of an epoch, on every rank.
-        unscored: why no probe can be trained, "" where one can.
+        steps: number of steps in an epoch, on every rank.
+        unscored: why no probe can be trained, or "".
     """
 
     def __init__(self, args: Any, views: StructuredViews, world: int, rank: int, pinned: bool) -> None:
@@ -117,7 +119,7 @@ class Loaders:
         self.sampler = ResumableSampler(self.data, world, rank, shuffle=True, seed=args.seed)
         if args.mix_shards:
             self.sampler = self._few_shards(args.mix_shards, world, rank, args.seed)
-        self.draws = torch.Generator()  # of the loaders: the global generator belongs to the model
+        self.draws = torch.Generator()  # for the loaders: the global generator belongs to the model
         common = {"num_workers": args.workers, "pin_memory": pinned, "generator": self.draws}
         common |= {"timeout": args.timeout} if args.workers else {}
         self.loader = DataLoader(
@@ -150,7 +152,7 @@ class Loaders:
         return ShardSampler(files.shards, mixed=mixed, num_replicas=world, rank=rank, seed=seed)
 
     def epoch(self, epoch: int, begin: int) -> Iterator[Any]:
-        """The batches of an epoch from a step on."""
+        """The batches of an epoch, from a given step on."""
         self.sampler.set_epoch(epoch)
         self.sampler.start = begin * self.args.batch_size * self.args.accumulate
         self.draws.manual_seed(self.args.seed + epoch)
@@ -160,7 +162,7 @@ class Loaders:
 
 
 class Probing:
-    """Online linear probes with their optimizer and what they got right in this epoch, over ranks."""
+    """Online linear probes with their optimizer and their hits in this epoch, over ranks."""
 
     def __init__(self, widths: dict[str, int], classes: int, device: torch.device, world: int) -> None:
         self.probes = OnlineProbes(widths, classes).to(device)
@@ -170,7 +172,7 @@ class Probing:
         self.counted = torch.zeros(1 + len(self.probes.names), dtype=torch.int64, device=device)
 
     def step(self, queries: Sequence[tuple[dict[str, Tensor], Tensor]]) -> None:
-        """A step of the probes on (features, labels) of the parts of a training step; hits are counted."""
+        """Train the probes for a step on (features, labels) of the parts of a training step, and count their hits."""
         self.optimizer.zero_grad()
         for features, labels in queries:
             labels = labels.to(self.counted.device)
@@ -186,7 +188,7 @@ class Probing:
 
     @torch.no_grad()
     def scored(self, model: Any, loader: Any) -> Tensor:
-        """Images that have a label, and how many of them each probe classifies rightly."""
+        """The number of images with a label, and how many of them each probe classifies correctly."""
         counted = torch.zeros_like(self.counted)
         model.eval(), self.probes.eval()
         for x, labels in loader:
@@ -204,7 +206,7 @@ def in_memory(folder: Path, size: int) -> tuple[Tensor, Tensor]:
 
 
 def summed(each: Tensor) -> Tensor:
-    """The sum over ranks, in a tensor of its own."""
+    """The sum over ranks, in a new tensor."""
     total = each.clone()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -212,7 +214,7 @@ def summed(each: Tensor) -> Tensor:
 
 
 def counts(probes: OnlineProbes, logits: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """[1 + S]: the images that have a label, and how many of them each probe classifies rightly."""
+    """[1 + S]: the number of images with a label, and how many of them each probe classifies correctly."""
     own = labels >= 0
     hits = probes.hits({name: t[own] for name, t in logits.items()}, labels[own])
     return torch.cat([own.sum()[None], hits])

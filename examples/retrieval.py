@@ -1,16 +1,16 @@
-"""What a search by each space finds: how alike its nearest neighbors are in hue, sharpness and other attributes.
+"""Score searches by each space: how similar nearest neighbors are in hue, sharpness and other attributes.
 
     python examples/retrieval.py runs/imagenet --data DIR
     python examples/retrieval.py FILE.py:NAME --data DIR --size 64 --out runs/retrieval.json
 
 MODEL is a run's folder, a file of StyleHeads.save, or code FILE.py:NAME (timm:NAME, torchvision:NAME), where NAME()
 makes a module that maps images [n, 3, H, W] in [0, 1] to spaces or features. DIR holds CLASS/*.jpg, or train/CLASS and
-val/CLASS, of which val is taken. No label is used but for the column "class", which is there where DIR has two classes
-or more.
+val/CLASS, of which val is used. Labels are used only for the column "class", which is shown if DIR has two classes or
+more.
 
-Attributes are measured on the images themselves (`metrics.image_attributes`). 1 is the best order that there is, 0 that
-of any images. Beside the spaces and the backbone stands "pixels", the images averaged in a grid of 8 x 8. OUT gets the
-table as JSON, with the distances behind each score. Expect ten seconds for 1,000 photographs of 32 pixels on one core.
+Attributes are measured on the images themselves (`metrics.image_attributes`). 1 is the best possible order, and 0 that
+of random images. The row "pixels" is a reference: the images averaged in a grid of 8 x 8. OUT gets the table as JSON,
+with the distances behind each score. 1,000 photographs of 32 pixels take ten seconds on one core.
 """
 
 import argparse
@@ -33,7 +33,7 @@ PIXELS = 8
 
 
 def images_of(folder: Path, size: int, most: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
-    """At most so many images [n, 3, size, size], uint8, their classes [n] and the classes' names."""
+    """At most so many images [n, 3, size, size] uint8, their classes [n], and the names of the classes."""
     files = image_files(folder / "val" if (folder / "val").is_dir() else folder, short_side=size)
     rows = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:most].tolist()
     batches = list(DataLoader(Subset(files, rows), 64, collate_fn=StructuredCollate(size)))
@@ -41,13 +41,13 @@ def images_of(folder: Path, size: int, most: int, seed: int) -> tuple[Tensor, Te
 
 
 def main(argv: list[str] | None = None) -> RetrievalTable:
-    """Embeds, searches and prints; returns the table."""
+    """Embed, search and print; returns the table."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", metavar="MODEL")
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--backbone", help="FILE.py:NAME of a run whose backbone is code")
-    p.add_argument("--size", type=whole, help="edge of the images (default: what the run says, or 224)")
-    p.add_argument("--images", type=whole, default=2000, help="at most so many, drawn at random")
+    p.add_argument("--size", type=whole, help="edge of the images (default: that of the run, or 224)")
+    p.add_argument("--images", type=whole, default=2000, help="largest number of images, drawn at random")
     p.add_argument("-k", type=whole, default=10, help="neighbors")
     p.add_argument("--batch-size", type=whole, default=128)
     p.add_argument("--out", type=Path)

@@ -1,8 +1,8 @@
-"""Pictures for domains.py, drawn in vectorized torch, and the operations that change them. n pictures of SIZE pixels.
+"""Pictures for domains.py, drawn in vectorized torch, and the operations that change them.
 
-Every picture has a content (a cover, a tissue, a region of the body), a place or direction, and an acquisition of its
-own. The operations draw from a wider range than the pictures do, or content could keep what a picture has. No noise is
-drawn before a rotation or a shift: streaks at the border of a view would tell content where everything was.
+Every picture has its own content (a cover, a tissue, a region of the body), place or direction, and acquisition. The
+operations draw from a wider range than the pictures, or content could keep the style of a picture. No noise is drawn
+before a rotation or a shift: streaks at the border of a view would reveal where everything was.
 """
 
 import math
@@ -22,14 +22,14 @@ Drawn = tuple[Tensor, dict[str, Factor]]
 
 @dataclass(frozen=True)
 class Domain:
-    """One kind of images.
+    """One kind of image.
 
     Attributes:
-        channels: of an image.
-        draw: (n, generator) -> n images [n, C, SIZE, SIZE] in [0, 1] and what is known of them.
+        channels: number of channels of an image.
+        draw: (n, generator) -> n images [n, C, SIZE, SIZE] in [0, 1] and their factors.
         groups, then: make the operations of `StructuredViews`.
         noise: the largest standard deviation of the noise that views have.
-        content: width of the content space: little for a content of few factors, as spare room holds traces of styles.
+        content: width of the content space: small if content has few factors, as a wider space keeps remains of styles.
         classes: factor -> names of its classes.
         bands: the channels that pictures show as red, green and blue; None for all.
     """
@@ -49,7 +49,7 @@ def uniform(shape: int | tuple[int, ...], low: float, high: float, g: torch.Gene
 
 
 def ratio(shape: int | tuple[int, ...], most: float, g: torch.Generator) -> Tensor:
-    """Factors from 1 / most to most, even in their logarithm."""
+    """Factors from 1 / most to most, uniform in their logarithm."""
     return torch.exp(uniform(shape, -math.log(most), math.log(most), g))
 
 
@@ -80,7 +80,7 @@ SPECTRA = torch.tensor(
 
 
 class BandGain:
-    """A sensor: every band of an image has a gain and an offset of its own."""
+    """A sensor with a separate gain and offset for every band of an image."""
 
     def __init__(self, gain: float = 1.5, offset: float = 0.03) -> None:
         self.gain, self.offset = gain, offset
@@ -95,7 +95,7 @@ class BandGain:
 
 
 def multispectral(n: int, g: torch.Generator) -> Drawn:
-    """A field of one cover on bare soil, seen by a sensor with a gain of its own in every band."""
+    """A field of one cover on bare soil, seen by a sensor with its own gain in every band."""
     cover = torch.randint(len(COVERS), (n,), generator=g)
     x, y = uniform(n, -0.3, 0.3, g), uniform(n, -0.3, 0.3, g)
     angle = uniform(n, 0, math.pi, g)
@@ -131,7 +131,7 @@ def stained(stains: Tensor) -> Tensor:
 
 
 class StainJitter:
-    """Scales hematoxylin and eosin by factors of their own, and adds a little of each, as another laboratory would."""
+    """Scales hematoxylin and eosin by separate factors, and adds a little of each, as another laboratory would."""
 
     def __init__(self, scale: float = 1.8, offset: float = 0.03) -> None:
         self.scale, self.offset = scale, offset
@@ -147,7 +147,7 @@ class StainJitter:
 
 
 def histology(n: int, g: torch.Generator) -> Drawn:
-    """Nuclei of one kind of tissue, whose edge lies on one side of the picture; beyond it is clear glass."""
+    """Nuclei of one kind of tissue, which ends on one side of the picture; beyond it is clear glass."""
     tissue, side = torch.randint(len(TISSUES), (n,), generator=g), torch.randint(4, (n,), generator=g)
     most = 24
     kind = tissue[:, None]
@@ -162,7 +162,7 @@ def histology(n: int, g: torch.Generator) -> Drawn:
     nuclei = (there * ellipses(x, y, a, b, uniform((n, most), 0, math.pi, g))).amax(1)
     line = (torch.arange(SIZE) + 0.5) / SIZE
     wavy = uniform((n, 1), 0.62, 0.82, g) + 0.05 * torch.sin(9 * line + uniform((n, 1), 0, 6, g))
-    inside = ((wavy[:, :, None] - line) * SIZE + 0.5).clamp(0, 1)  # tissue on the left: the edge is right
+    inside = ((wavy[:, :, None] - line) * SIZE + 0.5).clamp(0, 1)  # tissue on the left: its edge is on the right
     inside = torch.stack([torch.rot90(inside, k, (1, 2)) for k in range(4)])[side, torch.arange(n)]
     fibers = 1 + 0.25 * torch.nn.functional.avg_pool2d(torch.randn(n, 1, SIZE + 2, SIZE + 2, generator=g), 3, stride=1)
     amounts = ratio((n, 2), 1.25, g)
@@ -199,7 +199,7 @@ def gray(n: int, g: torch.Generator) -> Drawn:
     organs = uniform(n, 0.8, 1.2, g)
 
     def placed(x: float | Tensor, y: float | Tensor) -> tuple[Tensor, Tensor]:
-        """A point of the body in the picture."""
+        """Where a point of the body lies in the picture."""
         return x0 + tilt.cos() * x - tilt.sin() * y, y0 + tilt.sin() * x + tilt.cos() * y
 
     def part(x: float | Tensor, y: float | Tensor, a: float | Tensor, b: float | Tensor, turn: float = 0.0) -> Tensor:

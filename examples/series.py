@@ -1,11 +1,11 @@
-"""Style spaces for time series: which waveform it is, apart from the gain and the shift it was recorded with.
+"""Style spaces for time series: the waveform, separated from the gain and the shift of the recording.
 
     python examples/series.py --out runs/series
 
-Series of 4 channels are made on the spot. Each has a waveform (sine, square, sawtooth, pulses, chirp or two tones) and
-a frequency, and was recorded with a gain and a shift of its own: x = gain * (wave + noise) + shift. Two operations,
-written here, change them: `Gain` scales a series about the mean of each channel, and `Shift` adds to all of it.
-`Window` cuts 128 of 160 steps out, anew for every view. Takes about a minute on two cores and writes metrics.json,
+The script makes series of 4 channels. Each has a waveform (sine, square, sawtooth, pulses, chirp or two tones) and a
+frequency, and was recorded with its own gain and shift: x = gain * (wave + noise) + shift. Two operations, written
+here, change them: `Gain` scales each channel about its mean, and `Shift` adds a number to the whole series. `Window`
+cuts out 128 of 160 steps, drawn again for every view. It takes about a minute on two cores and writes metrics.json,
 matrix.png, curves.png, log.jsonl, model.pt and series.png. The measured matrix is in docs/domains.md.
 """
 
@@ -29,16 +29,16 @@ CHANNELS, LONG, STEPS = 4, 160, 128
 OWN_GAIN, OWN_SHIFT, NOISE = 1.5, 0.5, 0.1
 """Series are recorded with a gain of 2/3 to 3/2 and a shift of -0.5 to 0.5."""
 GAIN, SHIFT = 3.0, 2.0
-"""The operations reach further than what they hide: 1/3 to 3, -2 to 2."""
+"""The operations have a wider range than the recordings: 1/3 to 3, -2 to 2."""
 
 
 def log_uniform(n: int, most: float, generator: torch.Generator) -> Tensor:
-    """[n] factors from 1 / most to most."""
+    """Factors [n] from 1 / most to most."""
     return torch.exp(math.log(most) * (2 * torch.rand(n, generator=generator) - 1))
 
 
 class Gain:
-    """Scales a series [C, T] about the mean of each channel, so that its shift stays as it is."""
+    """Scales a series [C, T] about the mean of each channel, so that its shift does not change."""
 
     def __init__(self, most: float = GAIN) -> None:
         self.most = most
@@ -65,7 +65,7 @@ class Shift:
 
 
 class Window:
-    """Cuts STEPS steps out of a longer series, from a step that is drawn."""
+    """Cuts STEPS steps out of a longer series, starting at a random step."""
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
         return {"start": torch.randint(shape[-1] - STEPS + 1, (shape[0],), generator=generator)}
@@ -104,7 +104,7 @@ def waves(kind: Tensor, cycles: Tensor, phase: Tensor) -> Tensor:
 
 
 def record(n: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """n series [n, C, T] and how they were made; the amplifier scales the noise too, or noise would tell its gain."""
+    """n series [n, C, T] and their factors; the gain scales the noise too, or the noise would reveal it."""
     kind = torch.randint(len(WAVES), (n,), generator=generator)
     cycles = 4 + 4 * torch.rand(n, generator=generator)
     wave = waves(kind, cycles, torch.rand(n, generator=generator))
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     p.add_argument("--batch-size", type=whole, default=128)
     p.add_argument("--content", type=whole, default=8, help="width of the content space")
     p.add_argument("--style", type=whole, default=4, help="width of each style space")
-    p.add_argument("--samples", type=whole, default=3000, help="series for the probes")
+    p.add_argument("--samples", type=whole, default=3000, help="number of series for the probes")
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--seed", type=count, default=0)
     p.add_argument("--out", type=Path, default=Path("runs/series"))

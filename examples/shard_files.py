@@ -1,4 +1,4 @@
-"""Photographs in shards as a data set; see shards.py, which writes them."""
+"""Photographs in shards as a data set; shards.py writes the shards."""
 
 import json
 import os
@@ -22,15 +22,15 @@ OPEN = 64  # shards that a process keeps open
 
 
 def image_files(root: Path, **options: Any) -> ImageFiles:
-    """The photographs of a folder: `ShardFiles` where it holds shards, `ImageFiles` otherwise."""
+    """The photographs of a folder: `ShardFiles` if it holds shards, `ImageFiles` otherwise."""
     return ShardFiles(root, **options) if root.is_dir() and kind_of(root) else ImageFiles(root, **options)
 
 
 def kind_of(folder: Path) -> Literal["litdata", "webdataset"] | None:
-    """Which shards a folder holds.
+    """The kind of shards in a folder.
 
     Raises:
-        ValueError: shards of two kinds, or beside images.
+        ValueError: shards of two kinds, or shards and images.
     """
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     tars = [entry.name for entry in entries if entry.name.endswith(".tar")]
@@ -52,7 +52,7 @@ def kind_of(folder: Path) -> Literal["litdata", "webdataset"] | None:
 
 
 class _Table:
-    """Where each sample lies, with the interface of `_listing.Listing`."""
+    """The place of each sample in the shards, with the interface of `_listing.Listing`."""
 
     def __init__(self, root: Path, classes: list[str], columns: dict[str, np.ndarray]) -> None:
         self.root, self.classes, self.columns = root, classes, columns
@@ -74,20 +74,20 @@ class _Table:
 
 
 class ShardFiles(ImageFiles):
-    """Photographs in shards, as `ImageFiles` gives those of folders; arguments and attributes are the same.
+    """Photographs in shards, like `ImageFiles` for folders; arguments and attributes are the same.
 
-    What is broken is an image that cannot be decoded, that is not of the length or the checksum that was written, or in
-    a shard that can no longer be read.
+    An image is broken if it cannot be decoded, if it differs from the length or the checksum that was written, or if
+    its shard can no longer be read.
 
     Args:
-        ahead: ask for the whole of a shard when the first sample of it is read, which helps where the samples of few
-            shards are read at a time (`runs.ShardSampler`).
+        ahead: request the whole shard when its first sample is read, which helps if the samples of few shards are read
+            at a time (`runs.ShardSampler`).
 
     Attributes:
-        shards: number of the shard of every sample, for `runs.ShardSampler`.
+        shards: the number of every sample's shard, for `runs.ShardSampler`.
 
     Raises:
-        ValueError: shards that are not those that were written: missing, added, or of another length.
+        ValueError: shards that differ from those that were written: missing, added, or of another length.
     """
 
     def __init__(self, root: str | Path, *, ahead: bool = False, **options: Any) -> None:
@@ -130,10 +130,10 @@ class ShardFiles(ImageFiles):
         """The bytes of a photograph's file.
 
         Raises:
-            OSError: they are not those that were written, or cannot be read.
+            OSError: they differ from what was written, or cannot be read.
         """
         columns = self._listing.columns
-        if self._reader[0] != os.getpid():  # handles are not shared by processes
+        if self._reader[0] != os.getpid():  # processes cannot share handles
             self._reader = os.getpid(), _Tars(self._listing) if self._kind == "webdataset" else _Chunks(self.root)
         shard = int(self.shards[k])
         if self.ahead and shard not in self._asked:
@@ -151,7 +151,7 @@ class ShardFiles(ImageFiles):
 
 
 class _Tars:
-    """Reads parts of files, of which it keeps a few open."""
+    """Reads parts of files, and keeps a few files open."""
 
     def __init__(self, table: _Table) -> None:
         self.table, self.open = table, OrderedDict[int, BinaryIO]()
@@ -170,12 +170,12 @@ class _Tars:
 
 
 class _Chunks:
-    """Reads samples of litdata's chunks by their numbers."""
+    """Reads samples of litdata's chunks by index."""
 
     def __init__(self, root: Path) -> None:
         from litdata import StreamingDataset
 
-        # By default up to 256 neighbors of a sample are read with it, which is of no use in a random order.
+        # By default up to 256 neighbors of a sample are read with it, which is useless in a random order.
         self.samples = StreamingDataset(str(root.resolve()), batch_decode=0, shuffle=False, drop_last=True)
 
     def __call__(self, shard: int, start: int, size: int) -> bytes:
@@ -188,7 +188,7 @@ class _Chunks:
 
 
 def _listed(folder: Path) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The columns of the table of .tar files that have none, and their classes; kept beside them where possible."""
+    """The columns of the table of .tar files that have none, and their classes; stored beside them if possible."""
     print(f"{folder}: listing .tar files, once", file=sys.stderr, flush=True)
     written = sorted(p.name for p in folder.glob("*.tar"))
     found: dict[str, list[int]] = {"starts": [], "sizes": [], "shards": []}
@@ -246,7 +246,7 @@ def complete(
 
 
 def save(folder: Path, columns: dict[str, np.ndarray], classes: list[str]) -> None:
-    """Keeps the table; several processes may do so at once."""
+    """Store the table; several processes may do so at once."""
     for name in (CLASSES, TABLE):
         beside = folder / f".{os.getpid()}-{name}"
         with open(beside, "wb") as file:

@@ -1,17 +1,17 @@
-"""Photographs in shards: large files that each hold many, which network file systems read much faster than small ones.
+"""Write photographs into shards: large files of many photographs, which network file systems read much faster.
 
     python examples/shards.py DIR OUT --format webdataset      # or litdata, which needs `pip install litdata`
     python examples/imagenet.py --data OUT --out runs/mine
 
-DIR holds class folders, or train/ and val/ with class folders. OUT gets the bytes of every file as they are, its class
-and its name: .tar files as WebDataset reads them (KEY.jpg, KEY.cls, KEY.name), or chunks as litdata reads them (samples
-{"image", "label", "name"}), with classes.json and samples.npz, which says where each photograph lies and its checksum.
-The photographs are put into shards in random order, so that a few shards are a sample of all classes.
+DIR holds class folders, or train/ and val/ with class folders. OUT gets the unchanged bytes of every file, its class
+and its name: .tar files for WebDataset (KEY.jpg, KEY.cls, KEY.name), or chunks for litdata (samples {"image", "label",
+"name"}), with classes.json and samples.npz, which has the place and the checksum of each photograph. The photographs
+are put into shards in random order, so that a few shards are a sample of all classes.
 
-`ShardFiles(OUT)` is a data set for any loop: samples (PIL image, label, name) in the order of the folder that they come
-from. Samples are read where they lie, in any order, so `runs.ResumableSampler` gives the same batches as with folders.
-.tar files that were written by others work too, where each key has one image and, for labels, a number as .cls; they
-are listed once, and samples.npz is kept beside them.
+`ShardFiles(OUT)` is a data set for any loop: samples (PIL image, label, name) in the order of the original folder.
+Samples are read from the shards in any order, so `runs.ResumableSampler` gives the same batches as with folders. .tar
+files from other sources work too, if each key has one image and, for labels, a number as .cls. They are listed once,
+and samples.npz is stored beside them.
 """
 
 import argparse
@@ -48,19 +48,19 @@ def write(
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Writes photographs as shards into a new folder, which appears when it is complete.
+    """Write photographs as shards into a new folder, which appears when it is complete.
 
     Args:
-        files: what to write.
+        files: the photographs.
         out: the folder.
         kind: litdata or webdataset.
-        shard_bytes: of a shard, about.
+        shard_bytes: approximate size of a shard.
         workers: threads that read files.
-        seed: of the order in which they are put into shards.
-        say: takes lines about the progress.
+        seed: seed of the order in which they are put into shards.
+        say: is called with lines about the progress.
 
     Raises:
-        FileExistsError: the folder is there and not empty, or one was left by a command that was cut short.
+        FileExistsError: the folder is not empty, or an interrupted command has left one.
         OSError: a file that cannot be read.
     """
     part = out.with_name(out.name + ".part")
@@ -134,7 +134,7 @@ def _write_chunks(out: Path, samples: Samples, most: int, shards: np.ndarray, st
 
 
 def _read(paths: Sequence[Path], workers: int) -> Iterator[bytes]:
-    """The contents of files, read a little ahead."""
+    """The contents of files, read a few files ahead."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
         waiting = deque(pool.submit(path.read_bytes) for path in paths[: 4 * workers + 4])
         for k in range(len(paths)):
@@ -150,8 +150,8 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("out", type=Path, metavar="OUT")
     p.add_argument("--format", choices=("litdata", "webdataset"), required=True)
     p.add_argument("--workers", type=count, default=8, help="threads that read files")
-    p.add_argument("--shard-mb", type=number, default=64, help="of a shard, about, in MiB")
-    p.add_argument("--seed", type=count, default=0, help="of the order in which photographs are put into shards")
+    p.add_argument("--shard-mb", type=number, default=64, help="approximate size of a shard in MiB")
+    p.add_argument("--seed", type=count, default=0, help="seed of the order in which photographs are put into shards")
     args = p.parse_args(argv)
     splits = [split for split in ("train", "val") if (args.data / split).is_dir()]
     for split in splits or ["."]:

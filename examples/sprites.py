@@ -1,9 +1,9 @@
-"""Coloured sprites, drawn in vectorised torch: every factor known.
+"""Colored sprites, drawn in vectorized torch, with known factors.
 
 A sprite is a filled shape on black, antialiased by its signed distance in pixels. Factors: shape (square, ellipse,
 heart, triangle), scale, rotation with the shape's own symmetry, position x and y, hue and brightness. The ground is
-black because a change of brightness scales it too: on grey, the ratio of sprite to ground would tell the sprite's own
-brightness whatever the augmentation did, and content would rightly keep it.
+black because a change of brightness scales it too: on gray, the ratio of sprite to ground would reveal the sprite's own
+brightness whatever the augmentation does, and content could keep it.
 """
 
 import math
@@ -46,7 +46,7 @@ def render(factors: dict[str, Tensor], size: int = 48) -> Tensor:
     dy = line[None, :, None] - f["y"][:, None, None]
     c, s = torch.cos(f["rotation"])[:, None, None], torch.sin(f["rotation"])[:, None, None]
     r = f["scale"][:, None, None]
-    u, v = (c * dx + s * dy) / r, (-s * dx + c * dy) / r  # the sprite's own frame, radius about 1
+    u, v = (c * dx + s * dy) / r, (-s * dx + c * dy) / r  # coordinates of the sprite, radius about 1
     square = torch.maximum(u.abs(), v.abs()) - 0.85
     ellipse = (torch.sqrt((u / 1.15) ** 2 + (v / 0.62) ** 2) - 1) * 0.7
     h, w = -v * 1.1 + 0.15, u.abs() * 1.05
@@ -67,7 +67,7 @@ def _rgb(hue: Tensor, value: Tensor, saturation: float = 0.85) -> Tensor:
 
 
 def scored(factors: dict[str, Tensor]) -> dict[str, Tensor | Circular]:
-    """The factors as a probe predicts them: angles as (cos, sin), rotation of each shape by itself."""
+    """The factors as a probe predicts them: angles as (cos, sin), the rotation of each shape separately."""
     shape = factors["shape"]
     out: dict[str, Tensor | Circular] = {
         "shape": shape,
@@ -84,7 +84,7 @@ def scored(factors: dict[str, Tensor]) -> dict[str, Tensor | Circular]:
 
 
 def load_dsprites(path: str | Path, n: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """n images of the original dSprites file (npz with imgs and latents_values), coloured by a drawn hue.
+    """n images of the original dSprites file (npz with imgs and latents_values), colored by a random hue.
 
     Returns images [n, 3, 64, 64] in [0, 1] and the factors; dSprites has square, ellipse, heart.
     """

@@ -1,4 +1,4 @@
-"""How many images a second each stage of a training can do, and which of them bounds it: `imagenet.py --stages`."""
+"""How many images a second each stage of training can process, and which one is the limit: `imagenet.py --stages`."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ def stages(
     amp: AbstractContextManager,
     device: torch.device,
 ) -> dict[str, float]:
-    """Stage -> images a second, each timed alone for a few seconds; "loader" is read, decode and collate together."""
+    """Stage -> images a second, each measured alone for seconds; "loader" is read, decode and collate together."""
     files = data.files
     batch = next(iter(loader))[0]
     size = len(batch)
@@ -83,7 +83,7 @@ def stages(
 
 
 def described(found: dict[str, float], workers: int) -> list[str]:
-    """The rates as lines, and what bounds the run: the loader works beside the device, views and network in turn."""
+    """The rates as lines, and the limit of the run: the loader works beside the device, views and network in turn."""
     device = 1 / (1 / found["views"] + 1 / found["forward and backward"])
     if workers:
         total, beside = min(found["loader"], device), "beside"

@@ -1,12 +1,12 @@
-"""Does it disentangle? Train on synthetic data whose factors are known, and score what each space knows.
+"""Does it disentangle? Train on synthetic data with known factors, and score what each space encodes.
 
     python examples/synthetic.py --dataset sprites --minutes 12 --out runs/sprites
     python examples/synthetic.py --dataset sprites --method content-only --minutes 12 --out runs/sprites-content
     python examples/synthetic.py --dataset latents --cross-image --out runs/latents
 
-Writes metrics.json, matrix.png, curves.png, log.jsonl, and for sprites views.png. The reach of the augmentations on
+Writes metrics.json, matrix.png, curves.png, log.jsonl, and for sprites views.png. The ranges of the augmentations on
 sprites: hue over the whole circle, brightness x 0.5-1.5, shifts of +-0.3 of the half edge, scale x 0.75-1.3, rotation
-over the whole circle. What came out of 13 minutes, and with which options, is in docs/results.md.
+over the whole circle. The results of 13 minutes, with the options, are in docs/results.md.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from ssd_addon.runs import build_views
 class ConvNet(nn.Module):
     """A small backbone for 48 to 64 pixels: [N, C, H, W] -> [N, 256].
 
-    Three strided blocks and one that looks around, then two readings of the last map: its average and maximum, which
-    know what is there, and a narrow copy of all of it, which knows where.
+    Three strided blocks and one without stride, then two readouts of the last map: its average and maximum, which
+    encode what is there, and a narrow copy of all of it, which encodes where.
     """
 
     def __init__(self, width: int = 128, channels: int = 3) -> None:
@@ -67,17 +67,17 @@ GROUPS = {
         ]
     ],
 }
-"""The operations that change sprites, by Kornia's names: what the checkpoint's card says of the views."""
+"""The operations that change sprites, by Kornia's names, as the card of the checkpoint describes the views."""
 
 
 OWN = {"content": ("shape",), "color": ("hue", "brightness"), "spatial": ("x", "y", "scale")}
-"""What each space should encode of sprites; rotation is left out, since it is an angle of one shape at a time."""
+"""What each space should encode of sprites, without rotation, an angle whose meaning depends on the shape."""
 TESTED = 2000
-"""Sprites that decide whether a space depends on more than its own factors; below 50 there is no test."""
+"""Number of sprites for the test whether a space depends on other factors than its own; no test below 50."""
 
 
 def leaks(z: dict[str, Tensor], factors: dict[str, Any]) -> Exclusivity | None:
-    """Whether a space depends on a factor that is not its own; sprites' factors are drawn independently."""
+    """Test whether a space depends on a factor that is not its own; the factors of sprites are independent."""
     n = min(TESTED, len(factors["shape"]))
     if n < 50:
         return None
@@ -111,7 +111,7 @@ class Latents(CausalLatents):
 
 
 class Sprites:
-    """Images made anew for every step, with the two groups that change them."""
+    """New images for every step, with the two groups that change them."""
 
     sample_ndim = 3
 
@@ -156,8 +156,8 @@ def learning_rate(progress: float, base: float) -> float:
 def shares(embeddings: dict[str, Tensor], factors: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Space -> factor -> share of the (unit-length) embedding's variance that is a function of that factor.
 
-    A probe tells whether a factor can be read from a space, however faintly it is written there; this tells how much
-    of the space it takes. The functions are class means, four powers, or six harmonics, by least squares.
+    A probe says whether a factor can be decoded from a space, however small its share. This function gives the share of
+    the space's variance. The functions are class means, four powers, or six harmonics, by least squares.
     """
     out: dict[str, dict[str, float]] = {}
     for space, z in embeddings.items():
@@ -166,7 +166,7 @@ def shares(embeddings: dict[str, Tensor], factors: dict[str, Any]) -> dict[str, 
         out[space] = {}
         for name, factor in factors.items():
             if isinstance(factor, Circular):
-                if isinstance(factor.fold, Tensor):  # an angle that only some samples have
+                if isinstance(factor.fold, Tensor):  # an angle that is defined only for some samples
                     continue
                 angle = factor.angle.double()
                 columns = [f(k * angle) for k in range(1, 7) for f in (torch.cos, torch.sin)]
@@ -187,20 +187,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     p.add_argument("--method", choices=("ours", "content-only"), default="ours")
     p.add_argument("--family", choices=FAMILIES, default="simclr")
     p.add_argument("--plan", choices=("shared_query", "interleaved"), default="shared_query")
-    p.add_argument("--cross-image", action="store_true", help="keys of styles are made from other images")
+    p.add_argument("--cross-image", action="store_true", help="make the keys of styles from other images")
     p.add_argument("--temperature", type=float, default=None)
     p.add_argument("--content-weight", type=float, default=None, help="weight of content's invariance (styles keep 1)")
     p.add_argument(
         "--widths", default="", metavar="NAME=D,...", help="default content=8,color=32,spatial=128; latents: 16 and 8"
     )
     p.add_argument("--content-keys", choices=("first", "all"), default="first")
-    p.add_argument("--content-entropy", action="store_true", help="a further entropy term on content alone")
+    p.add_argument("--content-entropy", action="store_true", help="add an entropy term on content alone")
     p.add_argument("--dual-ascent", type=float, default=None, metavar="TOLERANCE")
     p.add_argument("--dual-step", type=float, default=0.005, help="step size of the dual ascent")
     p.add_argument("--dual-warmup", type=count, default=500, help="steps before the dual ascent begins")
     p.add_argument("--dependent", action="store_true", help="latents: statistically dependent blocks")
     p.add_argument("--content-dependent-style", action="store_true", help="latents: style depends on content")
-    p.add_argument("--dsprites", type=Path, default=None, help="the original dSprites npz, instead of drawn sprites")
+    p.add_argument("--dsprites", type=Path, default=None, help="the original dSprites npz instead of drawn sprites")
     p.add_argument("--size", type=whole, default=48)
     p.add_argument("--batch-size", type=whole, default=128)
     p.add_argument("--minutes", type=float, default=12.0)
@@ -209,16 +209,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "--rows",
         choices=("auto", "unit", "raw"),
         default="auto",
-        help="score unit-length rows, as SimCLR's loss sees them, or raw ones",
+        help="score L2-normalized embeddings, as SimCLR's loss sees them, or raw ones",
     )
-    p.add_argument("--samples", type=whole, default=4000, help="labelled samples for the probes")
+    p.add_argument("--samples", type=whole, default=4000, help="number of labeled samples for the probes")
     p.add_argument("--lr", type=float, default=2e-3)
-    p.add_argument("--amp", action="store_true", help="bfloat16 autocast: faster where the processor has it")
+    p.add_argument("--amp", action="store_true", help="bfloat16 autocast: faster if the processor supports it")
     p.add_argument("--seed", type=count, default=0)
     p.add_argument("--evaluate", action="store_true", help="score OUT/model.pt again, instead of training")
     p.add_argument("--out", type=Path, default=Path("runs/synthetic"))
     args = p.parse_args(argv)
-    if args.evaluate:  # with the configuration of the run itself: other arguments would draw other data
+    if args.evaluate:  # with the configuration of the run: other arguments would draw other data
         stored = args.out / "metrics.json"
         if not stored.exists() or not (args.out / "model.pt").exists():
             p.error(f"--evaluate: expected metrics.json and model.pt of a finished run in {args.out}: got none")
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.dataset == "latents" and "content" in factors:
         tables["conditional"] = r2_matrix(z, factors, probe="kernel", given=("content",))
     if args.dataset == "sprites":
-        scored_views = build_views({"groups": GROUPS})  # also for a model that was trained without style spaces
+        scored_views = build_views({"groups": GROUPS})  # also for a model without style spaces
         made = parameter_matrix(model, scored_views, x[:2000], on_sphere=unit, backbone=True)
         tables |= {"label-free": made, **({"label-free, each parameter": made.parts} if made.parts else {})}
     for title, table in tables.items():

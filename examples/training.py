@@ -1,4 +1,4 @@
-"""What series.py, domains.py and frozen.py share: a training loop, the scores of what it made, the files of a run."""
+"""The training loop, the scores and the files of a run that series.py, domains.py and frozen.py share."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from ssd_addon.metrics import Factor, ScoreTable, embed, parameter_matrix, r2_ma
 from ssd_addon.recipes import Recipe
 
 Samples = Callable[[int, torch.Generator], tuple[Tensor, dict[str, Factor]]]
-"""(n, generator) -> n samples [n, ...], made anew, and what is known of them."""
+"""(n, generator) -> n new samples [n, ...] and their factors."""
 
 
 def learning_rate(progress: float, base: float) -> float:
@@ -38,9 +38,9 @@ def train(
     hidden: Sequence[int] = (256,),
     frozen: bool = False,
 ) -> tuple[StyleHeads, list[dict[str, Any]]]:
-    """A backbone with the recommended settings and AdamW; prints the progress, and returns the terms as they went.
+    """Train a backbone with the recommended settings and AdamW; prints the progress and returns the logged terms.
 
-    Where the backbone is `frozen`, the heads alone are trained.
+    If the backbone is `frozen`, only the heads are trained.
     """
     generator = torch.Generator().manual_seed(seed)
     views(samples(2, generator)[0])  # which shows it what the samples are like
@@ -78,7 +78,7 @@ def train(
 def score(
     model: StyleHeads, views: StructuredViews, samples: Tensor, factors: Mapping[str, Factor], changed: Tensor
 ) -> dict[str, ScoreTable]:
-    """The known factors of `samples` by a linear and a kernel probe, and what augmentations change in `changed`."""
+    """Score the known factors of `samples` by two probes, and the changes by augmentations of `changed`."""
     z = embed(model, views.plain(samples), batch_size=500, on_sphere=True)
     tables = {name: r2_matrix(z, factors, probe=kind) for name, kind in (("linear", "ridge"), ("nonlinear", "kernel"))}
     made = parameter_matrix(model, views, changed, on_sphere=True, backbone=True)
@@ -93,7 +93,7 @@ def write(
     config: Mapping[str, Any],
     card: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """metrics.json, matrix.png, curves.png, log.jsonl and model.pt; prints the tables."""
+    """Write metrics.json, matrix.png, curves.png, log.jsonl and model.pt; prints the tables."""
     for title, table in tables.items():
         print(f"\n{title}\n{table}")
     result = {

@@ -1,6 +1,6 @@
-"""Whether what is written here from the equations agrees with the authors' code, which is imported from a checkout.
+"""Compare the code written here from the equations with the authors' code, which is imported from a checkout.
 
-Losses are compared in value and gradient on the same numbers, encoders in their number of weights, the generators by
+Losses are compared in value and gradient on the same numbers, encoders by their number of weights, and generators by
 the covariance of many draws and the condition numbers of their mixings.
 """
 
@@ -24,7 +24,7 @@ DRAWS = 400_000
 
 @contextlib.contextmanager
 def modules(folder: Path, names: Sequence[str]) -> Iterator[list[ModuleType]]:
-    """Modules of a folder by their bare names, which are forgotten afterwards: both checkouts use the same names."""
+    """Import modules of a folder by their bare names, and forget them again: both checkouts use the same names."""
     if not (folder / f"{names[0]}.py").is_file():
         raise SystemExit(f"agree: expected a checkout with {names[0]}.py: got {folder}")
     before = dict(sys.modules)
@@ -40,7 +40,7 @@ def modules(folder: Path, names: Sequence[str]) -> Iterator[list[ModuleType]]:
 
 
 def compare(pair: Path, partial: Path) -> dict[str, Any]:
-    """All comparisons: the largest differences, beside the sizes of what is compared."""
+    """All comparisons: the largest differences, and the sizes of what is compared."""
     return {"pair": _pair(pair), "partial": _partial(partial)}
 
 
@@ -105,7 +105,7 @@ def _moments(ours: Tensor, theirs: Tensor) -> dict[str, float]:
 
 
 def _conditions(networks: ModuleType, width: int = 10) -> dict[str, Any]:
-    """Mean and largest condition number of the layers of a few mixings."""
+    """Mean and largest condition number of the layers of several mixings."""
     np.random.seed(0)  # noqa: NPY002 - their networks read the legacy generator
     theirs = []
     for _ in range(3):

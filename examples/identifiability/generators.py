@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import leaky_relu
 
-POOL = 25_000  # random matrices, of which a mixing takes its layers
-BEST = 0.001  # from this share of the pool, the one with the lowest condition numbers
+POOL = 25_000  # random matrices from which a mixing takes its layers
+BEST = 0.001  # the share of the pool that is used: the lowest condition numbers
 SLOPE = 0.2  # of the leaky ReLU between layers
 
 
@@ -74,7 +74,7 @@ class ContentStyle:
     """x = g(c, s) with c ~ N(0, C) and s = e + B c + a, e ~ N(0, S); an augmentation adds N(0, A) to some styles.
 
     Args:
-        seed: of everything that a run draws once: g, C, S, A, B, a.
+        seed: seed of everything that a run draws once: g, C, S, A, B, a.
         content, style: widths of c and s.
         change: probability that the augmentation changes a style, one draw for each style and sample.
         statistical: C, S and A are Wishart draws instead of the identity.
@@ -120,9 +120,9 @@ class ContentStyle:
 
         Args:
             n: samples.
-            kinds: of each view: "query", the sample itself; "content key", its augmentation, which shares c;
-                "style key", which shares s with the query and has the content of a sample of its own, whatever s is
-                (an intervention on s); "negative", another sample.
+            kinds: the kind of each view: "query", the sample itself; "content key", its augmentation, which shares c;
+                "style key", which shares s with the query and has the content of another sample, whatever s is (an
+                intervention on s); "negative", another sample.
             g: draws the samples.
         """
         c, s = self.latents(n, g)
@@ -151,11 +151,11 @@ VIEWS = ((0, 1, 2, 3, 4), (0, 1, 2, 4, 5), (0, 1, 2, 3, 5), (0, 1, 3, 4, 5))
 
 
 class PartialViews:
-    """x_k = g_k(z[S_k]): each view mixes a subset of the latents z ~ N(0, Sigma) by a network of its own.
+    """x_k = g_k(z[S_k]): each view mixes a subset of the latents z ~ N(0, Sigma) by its own network.
 
     Args:
-        seed: of the mixings and of Sigma.
-        dependent: so many first latents have a Wishart covariance; the others are independent.
+        seed: seed of the mixings and of Sigma.
+        dependent: the number of first latents with a Wishart covariance; the others are independent.
         views: S_k, the latents of each view.
     """
 

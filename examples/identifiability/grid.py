@@ -1,8 +1,8 @@
-"""What is run: experiment -> rows (a name and what differs from the defaults), three seeds each; longer runs have one.
+"""The runs: experiment -> rows (a name and its differences from the defaults), three seeds each; longer runs have one.
 
 Budgets are encoder passes: a step of any method costs the same number of observations through an encoder of the same
-size. They are a fraction of the papers' (100,001 steps of 3 x 6,144 or 8 x 4,096 passes, and encoders 50 times as wide
-as their input), so that a run takes a minute or less of one core.
+size. They are a fraction of the papers' budgets (100,001 steps of 3 x 6,144 or 8 x 4,096 passes, and encoders 50 times
+as wide as their input), so that a run takes a minute or less of one core.
 """
 
 from typing import Any
@@ -63,7 +63,7 @@ def seeds_of(experiment: str) -> int:
 
 
 def runs(prefixes: list[str] | None = None) -> list[dict[str, Any]]:
-    """Every (configuration, seed) of the experiments that begin with one of the prefixes; first seeds first."""
+    """Every (configuration, seed) of the experiments that begin with one of the prefixes; first seeds come first."""
     wanted = [e for e in EXPERIMENTS if not prefixes or any(e.startswith(p) for p in prefixes)]
     for p in prefixes or ():
         if not any(e.startswith(p) for e in EXPERIMENTS):

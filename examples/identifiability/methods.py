@@ -1,4 +1,4 @@
-"""What is trained: the two papers' contrastive losses, written from their equations, and this library's loss.
+"""The methods: the two papers' contrastive losses, written from their equations, and this library's loss.
 
 Every method is a module with `loss(world, samples, g)`, `passes(samples)`, the encoder passes that it costs, and
 `encode`. Legend: V views, n samples of a batch, d width of a space.
@@ -19,7 +19,7 @@ Config = dict[str, Any]
 
 
 def trunk(width: int, times: Sequence[int]) -> nn.Sequential:
-    """An MLP whose hidden layers are so many times as wide as its input; leaky ReLUs of slope 0.01."""
+    """An MLP with hidden layers of a multiple of its input's width; leaky ReLUs of slope 0.01."""
     sizes = [width, *(width * k for k in times)]
     layers = [nn.Sequential(nn.Linear(a, b), nn.LeakyReLU(0.01)) for a, b in itertools.pairwise(sizes)]
     return nn.Sequential(*(layer for pair in layers for layer in pair))
@@ -54,9 +54,9 @@ def _squared(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Theirs(nn.Module):
-    """The content encoder of von Kügelgen et al.: as many outputs as there is content, negatives from a third sample.
+    """The content encoder of von Kügelgen et al.: one output for each content latent, negatives from a third sample.
 
-    With `style pairs`, as many outputs again for style, trained by the same loss on pairs that share style.
+    With `style pairs`, it has as many more outputs for style, trained by the same loss on pairs that share style.
     """
 
     def __init__(self, c: Config, world: ContentStyle) -> None:
@@ -82,7 +82,7 @@ class Theirs(nn.Module):
 
 
 class Ours(nn.Module):
-    """Content alone, or content and style, by `JointEntropyLoss`: the same trunk, one linear head for each space."""
+    """Content alone, or content and style, by `JointEntropyLoss`: the same trunk, a linear head for each space."""
 
     def __init__(self, c: Config, world: ContentStyle) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Ours(nn.Module):
         if "style" not in self.plan.spaces:
             return self.criterion(self.model(views))
         z = self.model(views)
-        # The style key shows another sample's content: it is another image, though its style is the query's.
+        # The style key shows another sample's content, so it is another image with the query's style.
         ids = torch.arange(samples, device=views.device).expand(len(views), -1).clone()
         ids[2] += samples
         z.image_ids = ids
@@ -124,7 +124,7 @@ Subset = tuple[int, ...]
 
 
 def subsets(views: int) -> list[Subset]:
-    """All sets of two views or more, all views first."""
+    """All sets of two or more views, beginning with all views."""
     return [s for size in range(views, 1, -1) for s in itertools.combinations(range(views), size)]
 
 
@@ -134,10 +134,10 @@ def named(subset: Subset) -> str:
 
 
 class TheirsPartial(nn.Module):
-    """One encoder for each view, as many outputs as it observes latents, and the loss of every subset of views.
+    """One encoder for each view, with one output for each observed latent, and the loss of every subset of views.
 
-    An output is assigned to a latent of its view beforehand (their option "ground_truth"): the code of a subset is made
-    of the outputs that are assigned to the latents that it shares.
+    Each output is assigned to a latent of its view beforehand (their option "ground_truth"). The code of a subset
+    consists of the outputs for the latents that it shares.
     """
 
     def __init__(self, c: Config, world: PartialViews) -> None:
@@ -169,7 +169,7 @@ class OursPartial(nn.Module):
     """One encoder for each view, a linear head for each space, and `JointEntropyLoss` over a plan of pairs of views.
 
     `spaces` of the configuration: "subsets" has a space for each subset of views, "latents" one for all views and one
-    for each subset of all views but one. With `entropy` "separate" every subset has a loss of its own, over its own
+    for each subset of all views but one. With `entropy` "separate" every subset has its own loss, over its own
     views, instead of the joint entropy of all spaces. With `dual`, a tolerance, dual ascent raises the weights of
     spaces whose pairs disagree by more.
     """
@@ -225,7 +225,7 @@ class OursPartial(nn.Module):
         return torch.stack(losses).sum()
 
     def after(self) -> None:
-        """Once the optimizer has stepped."""
+        """Called after the optimizer's step."""
         if isinstance(self.criterion.weights, DualAscent):
             self.criterion.weights.step(self.terms)
 

@@ -1,7 +1,7 @@
-"""docs/results/identifiability.md's tables, from the lines of the runs.
+"""The tables of docs/results/identifiability.md, from the lines of the runs.
 
-A block of the page between `<!-- NAME -->` and `<!-- end -->` is what `TABLES[NAME]` makes of the lines; the rest is
-written by hand. Cells are means over seeds with the standard deviation.
+`TABLES[NAME]` writes the block of the page between `<!-- NAME -->` and `<!-- end -->`; the rest is written by hand.
+Cells are means over seeds with the standard deviation.
 """
 
 import math
@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "results" / "identifiability.md"
 
 
 def found(lines: Iterable[Line], experiment: str, config: grid.Config) -> list[Line]:
-    """The lines of one row, by seed; the last one where a seed has several."""
+    """The lines of one row, by seed; the last one if a seed has several."""
     wanted = {"world": grid.EXPERIMENTS[experiment][0], **config}
     rows = [x for x in lines if x["experiment"] == experiment and x.get("config") == wanted]
     by_seed = {x["seed"]: x for x in rows if x["seed"] < grid.seeds_of(experiment)}
@@ -49,7 +49,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def named(name: str, rows: list[Line]) -> str:
-    """A row of one seed has a dagger; one that lacks some says so."""
+    """The name of a row, with a dagger for a single seed and a note if seeds are missing."""
     if len(rows) == 1:
         return f"{name} †"
     wanted = grid.seeds_of(rows[0]["experiment"])
@@ -75,7 +75,7 @@ def of(kind: str, space: str, factor: str) -> Measure:
 
 
 def pair(prefix: str, *kinds: str) -> Callable[[list[Line]], str]:
-    """What each space holds of content and style, by each of the kinds of score."""
+    """What each space encodes of content and style, by each kind of score."""
     cells = [("content", "content"), ("content", "style"), ("style", "style"), ("style", "content")]
     columns = {
         f"{factor} from {space} code" + (f", {PROBES[kind]}" if len(kinds) > 1 else ""): of(kind, space, factor)
@@ -121,7 +121,7 @@ def partial(kind: str) -> Callable[[list[Line]], str]:
 
 
 def finer(lines: list[Line]) -> str:
-    """Of the codes of three views: what only these three share, and what all four do."""
+    """Codes of three views: latents that only these three share, and latents that all four share."""
 
     def measure(kind: str, common: bool) -> Measure:
         def of_scores(scores: dict[str, Any]) -> float:
@@ -195,7 +195,7 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
 
 
 def filled(text: str, lines: list[Line]) -> str:
-    """The page with every block made anew."""
+    """The page with every block rewritten."""
 
     def made(match: re.Match[str]) -> str:
         name = match[1]

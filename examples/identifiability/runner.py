@@ -1,15 +1,16 @@
-"""Two published identifiability experiments, their method and this library's on equal budgets.
+"""Two published identifiability experiments: their methods and this library's on equal budgets.
 
-    python examples/identifiability run                      # resumes: what has a line is not run again
+    python examples/identifiability run                      # resumes: rows that have a line are not run again
     python examples/identifiability run pair --device cuda
     python examples/identifiability agree --pair DIR --partial DIR
     python examples/identifiability list
     python examples/identifiability tables                   # fills docs/results/identifiability.md
 
-Generators: von Kügelgen et al. 2021 (arXiv 2106.04619; pairs of content and style) and Yao et al. 2024
-(arXiv 2311.04056; partially observed views). Everything is written from the papers' equations; `agree` compares it with
-checkouts of the authors' code (github.com/ysharma1126/ssl_identifiability, github.com/CausalLearningAI/multiview-crl),
-DIR. Every run is one line of docs/results/identifiability.jsonl. A run has one thread.
+Generators: von Kügelgen et al. 2021 (arXiv 2106.04619; pairs of content and style) and Yao et al. 2024 (arXiv
+2311.04056; partially observed views). Everything is written from the papers' equations. `agree` compares it with
+checkouts (DIR) of the authors' code (github.com/ysharma1126/ssl_identifiability,
+github.com/CausalLearningAI/multiview-crl). Every run is one line of docs/results/identifiability.jsonl and has one
+thread.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from identifiability.scores import of_pair, of_views
 
 ROOT = Path(__file__).parents[2]
 LINES = ROOT / "docs" / "results" / "identifiability.jsonl"
-HELD_OUT = 10_000  # seed of the samples that scores are made of
+HELD_OUT = 10_000  # seed of the samples for the scores
 
 
 def world_of(c: dict[str, Any], seed: int) -> Any:
@@ -38,7 +39,7 @@ def world_of(c: dict[str, Any], seed: int) -> Any:
 
 
 def rate(step: int, steps: int, peak: float, warmup: int = 50) -> float:
-    """A linear rise over the first steps, and a cosine to zero."""
+    """A linear warm-up over the first steps, then a cosine to zero."""
     return peak * min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
@@ -84,7 +85,7 @@ def train(config: dict[str, Any], seed: int, device: str = "cpu") -> dict[str, A
 
 @torch.no_grad()
 def score(c: dict[str, Any], world: Any, method: Any) -> dict[str, Any]:
-    """Scores by both protocols, of samples that no training saw; of the true latents where there is no method."""
+    """Scores by both protocols on samples not used in training; of the true latents if there is no method."""
     g = torch.Generator().manual_seed(HELD_OUT)
     like = None if method is None else next(method.parameters())
     if c["world"] == "pair":
@@ -107,7 +108,7 @@ def key(run: dict[str, Any]) -> str:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The finished runs; a last line that was cut off is left out."""
+    """The finished runs, without a last line that was cut off."""
     text = path.read_text().splitlines() if path.exists() else []
     if text and not text[-1].endswith("}"):
         text.pop()
@@ -115,7 +116,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def commit() -> str | None:
-    """Of the code that runs; the lines that it writes do not count as a change."""
+    """The commit of the code that runs; the lines that it writes do not count as a change."""
     asked = ["git", "-C", str(ROOT), "describe", "--always", "--exclude", "*"]
     try:
         name = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
@@ -130,8 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("command", choices=("run", "list", "tables", "agree"))
     p.add_argument("experiments", nargs="*", help=f"of {', '.join(grid.EXPERIMENTS)}, or how they begin; none: all")
-    p.add_argument("--device", default="cpu", help="of the training; scores are computed on the CPU")
-    p.add_argument("--steps", type=int, help="instead of the grid's, to try it; needs --out")
+    p.add_argument("--device", default="cpu", help="device of the training; scores are computed on the CPU")
+    p.add_argument("--steps", type=int, help="steps instead of the grid's, to try it; needs --out")
     p.add_argument("--pair", type=Path, metavar="DIR", help="agree: a checkout of ssl_identifiability")
     p.add_argument("--partial", type=Path, metavar="DIR", help="agree: a checkout of multiview-crl")
     p.add_argument("--out", type=Path, default=LINES)

@@ -1,4 +1,4 @@
-"""Both protocols' scores: kernel ridge regression as the two papers' code has it, and `metrics.r2_matrix`."""
+"""The scores of both protocols: kernel ridge regression as in the two papers' code, and `metrics.r2_matrix`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -92,15 +92,15 @@ def of_views(
 ) -> dict[str, Any]:
     """Table -> subset of views -> latent -> score.
 
-    "theirs" and "theirs, linear" are means over the subset's views; the library's three read the code of its first
-    view, "conditional" with the latents `common` to all views beside it.
+    "theirs" and "theirs, linear" are means over the subset's views. The three tables of this library score the code of
+    its first view; "conditional" is given the latents `common` to all views.
 
     Args:
         codes: subset -> view -> code [n, d].
         z: latents [n, width].
-        common: what all views observe.
-        train: rows that their protocol is fitted on.
-        rows: that the library's tables are made of.
+        common: the latents that all views observe.
+        train: number of rows on which their protocol is fitted.
+        rows: number of rows for this library's tables.
     """
     out: dict[str, Any] = {"theirs": {}, "theirs, linear": {}}
     for subset, by_view in codes.items():

@@ -14,7 +14,7 @@ from ssd_addon.metrics import embed, parameter_matrix
 
 
 def accuracy(features, labels, steps=200):
-    """Of a linear probe that is fitted on every second image, on the others."""
+    """Accuracy of a linear probe on the other images, after fitting it to every second one."""
     x = (features - features.mean(0)) / features.std(0).clamp(min=1e-6)
     torch.manual_seed(0)
     probe = nn.Linear(x.shape[1], int(labels.max()) + 1)
@@ -29,7 +29,7 @@ def accuracy(features, labels, steps=200):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--data", required=True)
-    p.add_argument("--weights", help="a state dict of resnet18; none: an untrained network")
+    p.add_argument("--weights", help="a state dict of resnet18 (default: an untrained network)")
     p.add_argument("--size", type=int, default=224)
     p.add_argument("--batch-size", type=int, default=256)
     p.add_argument("--epochs", type=int, default=10)

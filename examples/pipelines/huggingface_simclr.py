@@ -27,10 +27,10 @@ class Model(nn.Module):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--data", help="folder of images; without it, random images")
-    p.add_argument("--model", help="a name on the hub; without it, a small ViT of random weights")
+    p.add_argument("--model", help="a name on the hub; without it, a small ViT with random weights")
     p.add_argument("--out", type=Path, default=Path("runs/huggingface"))
     p.add_argument("--size", type=int, default=32)
-    p.add_argument("--images", type=int, default=256, help="how many random images")
+    p.add_argument("--images", type=int, default=256, help="number of random images")
     p.add_argument("--batch-size", type=int, default=64)
     p.add_argument("--steps", type=int, default=100)
     p.add_argument("--resume", action="store_true")

@@ -30,7 +30,7 @@ def main(argv=None):
     p.add_argument("--data", help="folder of images; without it, random images")
     p.add_argument("--method", choices=("simclr", "vicreg", "barlow"), default="simclr")
     p.add_argument("--size", type=int, default=32)
-    p.add_argument("--images", type=int, default=1024, help="how many random images")
+    p.add_argument("--images", type=int, default=1024, help="number of random images")
     p.add_argument("--batch-size", type=int, default=256)
     p.add_argument("--workers", type=int, default=0)
     p.add_argument("--epochs", type=int, default=10)

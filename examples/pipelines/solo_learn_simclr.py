@@ -52,7 +52,7 @@ def main(argv=None):
     p.add_argument("--data", type=Path, help="folder of class folders; without it, random images")
     p.add_argument("--out", type=Path, default=Path("runs/solo_learn"))
     p.add_argument("--size", type=int, default=32)
-    p.add_argument("--images", type=int, default=256, help="how many random images")
+    p.add_argument("--images", type=int, default=256, help="number of random images")
     p.add_argument("--batch-size", type=int, default=64)
     p.add_argument("--workers", type=int, default=0)
     p.add_argument("--epochs", type=int, default=1)

@@ -21,7 +21,7 @@ def forward(self, batch, stage):
     if "image" in batch:  # validation: one view
         z, features = self.heads(batch["image"], features=True)
         label, out = batch["label"], {}
-    else:  # a list of views, or named views beside which Module puts the number of the batch
+    else:  # a list of views, or named views and the index of the batch
         views = batch.get("views", batch)
         views = [v for v in (views.values() if isinstance(views, dict) else views) if isinstance(v, dict)]
         z, features = self.heads([view["image"] for view in views], features=True)
@@ -37,7 +37,7 @@ def main(argv=None):
     p.add_argument("--data", type=Path, help="folder with train/ and val/ of class folders; without it, random images")
     p.add_argument("--out", type=Path, default=Path("runs/stable_pretraining"))
     p.add_argument("--size", type=int, default=32)
-    p.add_argument("--images", type=int, default=256, help="how many random images")
+    p.add_argument("--images", type=int, default=256, help="number of random images")
     p.add_argument("--batch-size", type=int, default=64)
     p.add_argument("--epochs", type=int, default=1)
     p.add_argument("--accelerator", default="auto")

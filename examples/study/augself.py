@@ -2,10 +2,10 @@
 
     L = L_ssl + weight * sum_t mean (phi_t(f(v_1), f(v_2)) - (omega_t(v_2) - omega_t(v_1)))^2
 
-f are the features of the backbone and phi_t a three-layer perceptron for augmentation parameter t, so style is kept in
-the backbone, and in no space of its own. Targets are the differences that `metrics.parameter_differences` makes (an
-angle or a hue as cosine and sine), on a scale of their own: standardised over the batch, so that no range of a
-parameter weighs more. The paper takes a cross-entropy for flips; here they are two values like any other.
+f are the features of the backbone and phi_t is a three-layer perceptron for augmentation parameter t, so style is kept
+in the backbone and not in a separate space. Targets are the differences that `metrics.parameter_differences` computes
+(an angle or a hue as cosine and sine), standardized over the batch, so that a parameter with a wide range has no larger
+weight. The paper uses a cross-entropy for flips; here they are two values like any other.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ class AugSelf(nn.Module):
 
     Args:
         features: F, the width of the backbone.
-        targets: name -> k, the parameters that are predicted.
+        targets: name -> k, the width of each parameter that is predicted.
         hidden: width of the perceptrons.
     """
 

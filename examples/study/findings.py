@@ -1,4 +1,4 @@
-"""The pictures of the first page of docs/results.md, from the lines of the study."""
+"""The pictures at the top of docs/results.md, from the lines of the study."""
 
 import statistics
 import textwrap
@@ -16,7 +16,7 @@ RECIPE = "all keys, content entropy, equivariance 0.5, 64 and 32"
 
 
 def without_cost(lines: list[Line], folder: Path) -> None:
-    """Photographs: classes and changes of color, read from two backbones."""
+    """Photographs: classes and changes of color, decoded from two backbones."""
     found = rows_of(lines, "cifar/finals")
     if not {RECIPE, "content-only"} <= set(found):
         return
@@ -62,7 +62,7 @@ def of_sprites(lines: list[Line], folder: Path) -> None:
 
 
 def of_keys(lines: list[Line], folder: Path) -> None:
-    """Content while it trains, with its first key and with all keys, both with the equivariance term."""
+    """Content during training, with its first key and with all keys, both with the equivariance term."""
     found = rows_of(lines, "sprites/scan")
     shown = {"equivariance 0.5": "first key", "all keys, equivariance 0.5": "all keys"}
     if not set(shown) <= set(found):

@@ -1,6 +1,6 @@
-"""The grid of the study: experiment -> rows (a name and what differs from the defaults), with three seeds or one.
+"""The grid of the study: experiment -> rows (a name and its differences from the defaults), with three seeds or one.
 
-Three seeds for what docs/results.md claims, one where a setting is only scanned. In all about six hours of two cores.
+Claims of docs/results.md have three seeds, scans of a setting have one. All of it takes about six hours of two cores.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ DEFAULTS: Config = {
     "equivariance": 1.0,
     "independence": 25.0,
     "style_width": None,
-    "tasks": False,  # photographs: what the spaces are good for (tasks.py), on two halves of the held-out images
+    "tasks": False,  # photographs: accuracy on tasks (tasks.py), on two halves of the held-out images
     "scored": 1000,  # images of the label-free matrix; 0: none (sprites, objects)
-    "curve": 0,  # sprites and objects: the linear table of every so many steps, of the weights and of their average
+    "curve": 0,  # sprites and objects: the linear table every so many steps, for the weights and for their average
     "augself": 1.0,
     "contrast": 0.0,  # photographs: weight of ordinary SSL on content alone, beside the joint loss
     "amp": False,
-    "history": 0,  # keep content's terms of every so many steps
+    "history": 0,  # log content's terms every so many steps
 }
 OF_WORLD: dict[str, Config] = {
     "latents": {
@@ -57,7 +57,7 @@ Row = tuple[str, Config, int]  # name, configuration, number of seeds
 
 
 def both(name: str, c: Config, seeds: int = 1, crossed: int | None = None) -> list[Row]:
-    """With keys of the same image, and with cross-image keys (`crossed` seeds of these, where not as many)."""
+    """With same-image keys, and with cross-image keys (`crossed` seeds of these, if fewer)."""
     return [(f"{name}, same-image", c, seeds), (f"{name}, cross-image", c | {"cross": True}, crossed or seeds)]
 
 
@@ -251,7 +251,7 @@ CANDIDATES: dict[str, Config] = {
     "plain, 8 and 16": {"content_width": 8},
     "ascent 0.01": {"content_weight": 2.0, "dual": 0.01},
 }
-"""What might be the one recipe: settings that are scanned on every data set with one seed."""
+"""Candidates for the recipe: settings that are scanned on every data set with one seed."""
 SHORT = {"steps": 1200, "curve": 200, "samples": 2000, "scored": 0}
 SCANS: dict[str, list[Row]] = {
     "sprites/scan": [(n, PLAIN | {"spatial_width": None} | SHORT | c, 1) for n, c in CANDIDATES.items()],
@@ -274,7 +274,7 @@ FINALISTS: dict[str, Config] = {
     "content weight 3, equivariance 0.1": WIDE | EVERY | ENTROPY | FULL | {"equivariance": 0.1},
     "independence 3 without content entropy, 16 and 16": EVERY | HALF | APART,
 }
-"""The best of the scan and what lies beside them, with three seeds on every data set."""
+"""The best settings of the scan and their neighbors, with three seeds on every data set."""
 TRIED = {"steps": 1200, "samples": 2000, "scored": 500}
 FINALS: dict[str, list[Row]] = {
     "sprites/finals": [(n, PLAIN | {"spatial_width": None} | TRIED | c, 3) for n, c in FINALISTS.items()],
@@ -296,24 +296,24 @@ RECIPE = WIDE | EVERY | ENTROPY | HALF
 GENTLE = RECIPE | {"equivariance": 0.1}
 IMAGENETS: dict[str, list[Row]] = {
     "imagenet/recipe": [
-        ("the recipe", IMAGENET | PLAIN | RECIPE | {"steps": 800}, 3),
-        ("content-only", IMAGENET | PLAIN | {"method": "content-only", "steps": 1600, "content_width": 64}, 3),
+        ("the recipe", IMAGENET | PLAIN | RECIPE | {"steps": 600}, 3),
+        ("content-only", IMAGENET | PLAIN | {"method": "content-only", "steps": 1200, "content_width": 64}, 3),
     ],
 }
 OTHERS = ("vicreg", "barlow", "sigreg", "frossl", "mmcr")
 FAMILIES: dict[str, list[Row]] = {
     "sprites/each": [
-        (f"{family}, {name}", PLAIN | {"spatial_width": None} | TRIED | {"family": family} | c, seeds)
-        for name, c, seeds in (("the recipe", RECIPE, 3), ("the recipe, equivariance 0.1", GENTLE, 3))
+        (f"{family}, {name}", PLAIN | {"spatial_width": None} | TRIED | {"steps": 800, "family": family} | c, 3)
+        for name, c in (("the recipe", RECIPE), ("the recipe, equivariance 0.1", GENTLE))
         for family in OTHERS
     ],
     "cifar/each": [
-        (f"{family}, {name}", CIFAR | PLAIN | {"steps": 1200, "scored": 500, "family": family} | c, 3)
+        (f"{family}, {name}", CIFAR | PLAIN | {"steps": 800, "scored": 500, "family": family} | c, 3)
         for name, c in (("the recipe", RECIPE), ("the recipe, equivariance 0.1", GENTLE))
         for family in OTHERS
     ],
 }
-"""The recipe in the other families, with the equivariance term as it is and weak."""
+"""The recipe in the other families, with the equivariance term at its weight and at a smaller one."""
 
 CHOSEN = CIFAR | PLAIN | {"scored": 500, "tasks": True, "content_width": 64, "style_width": 32}
 BASELINES: dict[str, list[Row]] = {
@@ -332,6 +332,12 @@ BASELINES: dict[str, list[Row]] = {
             },
         }.items()
     ],
+    "cifar/tuned": [
+        ("content 256 wide, SSL on content, 1",
+         CHOSEN | RECIPE | {"steps": 1200, "content_width": 256, "contrast": 1.0}, 3),
+        ("content-only, 256 wide",
+         CHOSEN | {"method": "content-only", "steps": 2400, "content_width": 256, "style_width": 16}, 3),
+    ],
     "cifar/looc": [
         (f"LooC, tau {t}, spaces {a} and {b}",
          CHOSEN | {"method": "looc", "temperature": t, "steps": 600, "content_width": a, "style_width": b}, 1)
@@ -345,8 +351,8 @@ BASELINES: dict[str, list[Row]] = {
         for w in (0.1, 0.3, 1.0, 3.0, 10.0)
     ],
 }  # fmt: skip
-"""What would raise the content space's accuracy, and the baselines' own settings: as many trials as ours had, half as
-long, one seed, chosen on the half of the held-out images that is not reported."""
+"""Settings that may raise the content space's accuracy, and settings of the baselines: as many trials as ours had, half
+as long, one seed, chosen on the half of the held-out images that is not reported."""
 
 EXPERIMENTS: dict[str, list[Row]] = {
     **LATENTS, **SPRITES, **PHOTOGRAPHS, **SCANS, **FINALS, **IMAGENETS, **FAMILIES, **BASELINES,
@@ -359,7 +365,7 @@ def world(experiment: str) -> str:
 
 
 def runs(names: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Every (configuration, seed) of the experiments that begin with the names: first seeds and first rows first."""
+    """Every (configuration, seed) of the experiments whose names begin so; first seeds and first rows come first."""
     if unknown := [n for n in names if not any(e.startswith(n) for e in EXPERIMENTS)]:
         raise SystemExit(f"expected experiments of {', '.join(EXPERIMENTS)}: got {', '.join(unknown)}")
     chosen = [e for e in EXPERIMENTS if not names or any(e.startswith(n) for n in names)]

@@ -1,4 +1,4 @@
-"""What is trained in a study: the library's loss in its forms, the controls, the cures that were tried, the baselines.
+"""The methods of the study: the library's loss in its forms, controls, cures that were tried, and baselines.
 
 A method is a module: (model, batch, terms wanted) -> (loss, terms or None). Legend: V views, B images, S spaces.
 """
@@ -23,7 +23,7 @@ Result = tuple[Tensor, Terms | None]
 
 
 class Trunk(nn.Module):
-    """A backbone and the hidden layers that all heads share: one projector whose output is split into spaces."""
+    """A backbone and hidden layers that all heads share: one projector whose output is split into spaces."""
 
     def __init__(self, backbone: nn.Module, features: int, hidden: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Trunk(nn.Module):
 def build_model(c: Config, world: Any) -> StyleHeads:
     backbone, features, hidden = world.backbone(), world.features, (256,)
     if c["heads"] == "one projector":
-        # As wide as gives it the weights of the separate heads.
+        # The width gives it as many weights as the separate heads have.
         widths = world.widths.values()
         width = round(sum(features * 256 + 256 * d for d in widths) / (features + sum(widths)))
         return StyleHeads(
@@ -49,14 +49,14 @@ def build_model(c: Config, world: Any) -> StyleHeads:
 
 
 class Joint(nn.Module):
-    """JointEntropyLoss, with dual ascent where the configuration has a tolerance."""
+    """JointEntropyLoss, with dual ascent if the configuration has a tolerance."""
 
     def __init__(self, c: Config, world: Any, **options: Any) -> None:
         super().__init__()
         family = c["family"]
         weights: Any = None
         several = len(world.widths) > 1
-        if c["content_weight"] is not None and several:  # of one space, it would outweigh the entropy: collapse
+        if c["content_weight"] is not None and several:  # with one space, it would outweigh the entropy: collapse
             weights = dict.fromkeys(world.widths, resolve_family(family).weight) | {"content": c["content_weight"]}
         self.ascends = c["dual"] is not None and several
         if self.ascends:
@@ -79,7 +79,7 @@ class Joint(nn.Module):
         return self.criterion(z) + self.added(z, batch), None
 
     def added(self, z: Mapping[str, Tensor], batch: ViewBatch) -> Tensor | float:
-        """What a method adds to the loss."""
+        """The term that a method adds to the loss."""
         return 0.0
 
     def after(self, terms: Terms | None) -> None:
@@ -88,7 +88,7 @@ class Joint(nn.Module):
 
 
 class SeparateEntropies(Joint):
-    """The mean over spaces of a contrastive loss of each: nothing keeps one from repeating another (SimCLR)."""
+    """The mean over spaces of separate contrastive losses: nothing keeps a space from repeating another (SimCLR)."""
 
     def forward(self, model: StyleHeads, batch: ViewBatch, log: bool) -> Result:
         z = model(batch)
@@ -106,10 +106,10 @@ class SeparateEntropies(Joint):
 
 
 class Cube(nn.Module):
-    """Squared distance in a cube instead of the cosine on a sphere: z = tanh, no normalisation.
+    """Squared distance in a cube instead of the cosine on a sphere: z = tanh, no normalization.
 
     invariance_s = mean |z_a - z_b|^2 / tau,  entropy = mean log sum exp(-mean_s |z_i - z_j|^2 / tau); a cube has no
-    rotations, under which a sphere's code may turn with the content.
+    rotations, by which a code on a sphere may become entangled with the content.
     """
 
     def __init__(self, c: Config, world: Any) -> None:
@@ -132,7 +132,7 @@ class Cube(nn.Module):
 
 
 class Equivariant(Joint):
-    """The joint loss and `EquivarianceLoss`: a known change of parameters does to every code the same."""
+    """The joint loss and `EquivarianceLoss`: a known change of parameters has the same effect on every code."""
 
     def __init__(self, c: Config, world: Any) -> None:
         super().__init__(c, world)
@@ -149,7 +149,7 @@ class Equivariant(Joint):
 
 
 class Independent(Joint):
-    """VICReg's loss, and spaces decorrelated nonlinearly: covariances of random Fourier features across spaces."""
+    """VICReg's loss with nonlinear decorrelation of spaces: covariances of random Fourier features across spaces."""
 
     def __init__(self, c: Config, world: Any, features: int = 128) -> None:
         super().__init__(c, world)
@@ -174,7 +174,7 @@ class Independent(Joint):
 
 
 class IndependentEquivariant(Independent):
-    """Both: independent features against the leak, a known answer to known changes against the twist that it brings."""
+    """Both: independent features against the leak, equivariance against the entanglement that they bring."""
 
     def __init__(self, c: Config, world: Any) -> None:
         super().__init__(c, world)
@@ -185,7 +185,7 @@ class IndependentEquivariant(Independent):
 
 
 class Combined(Joint):
-    """The candidates for one recipe: the joint loss, an equivariance term and spaces that repeat nothing."""
+    """The candidates for the recipe: the joint loss, an equivariance term and an independence term."""
 
     def __init__(self, c: Config, world: Any) -> None:
         super().__init__(c, world)
@@ -239,7 +239,7 @@ class WithAugSelf(Joint):
 
 
 def world_changes(world: Any) -> dict[str, int]:
-    """The parameters that two views differ by, and their widths."""
+    """The parameters in which two views differ, and their widths."""
     batch = world.batch(64, torch.Generator().manual_seed(0))
     return {k: v.shape[1] for k, v in parameter_differences(batch.parameters[0], batch.parameters[1]).items()}
 

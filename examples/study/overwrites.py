@@ -1,13 +1,12 @@
-"""Does a group overwrite its attribute? `recipes.overwrites` on photographs and sprites, beside what training found.
+"""Does a group overwrite its attribute? `recipes.overwrites` on photographs and sprites, compared with training.
 
     python examples/study/overwrites.py --cifar DIR --imagenet DIR --out docs/results/overwrites.json
     python examples/study/overwrites.py --out docs/results/overwrites.json --page docs/choose-your-groups.md
 
 CIFAR's DIR holds train/CLASS/*.jpg and val/CLASS/*.jpg, ImageNet's train/CLASS/*.JPEG. Each run is one line of OUT, and
-what is there already is not run again. The number of images was chosen on CIFAR's training images and on sprites of
-seeds 0 to 2 ("chosen on"); what is reported comes from CIFAR's other images, from ImageNet and from other sprites.
-With --page the tables between `<!-- overwrites: NAME -->` and `<!-- end -->` are written anew. Expect twenty minutes of
-one core for all of it.
+runs that are there are not repeated. The number of images was chosen on CIFAR's training images and on sprites of seeds
+0 to 2 ("chosen on"); reported numbers come from CIFAR's other images, from ImageNet and from other sprites. --page
+rewrites the tables between `<!-- overwrites: NAME -->` and `<!-- end -->`. All of it takes twenty minutes of one core.
 """
 
 import argparse
@@ -105,7 +104,7 @@ def table(rows: list[list[str]]) -> str:
 
 
 def by_part(lines: list[Line]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """(group, parameter) -> what was found, one for each seed."""
+    """(group, parameter) -> the findings, one for each seed."""
     out: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
         for part in line["found"]["parts"]:

@@ -1,4 +1,4 @@
-"""docs/results.md's pictures, from the lines of the study. A panel that has not been run yet says so."""
+"""The pictures of docs/results.md, from the lines of the study. A panel that has not been run says so."""
 
 import textwrap
 from pathlib import Path
@@ -34,7 +34,7 @@ def heat(axis: Any, title: str, matrix: list[list[float]] | None, spaces: list[s
 
 
 def means(found: list[Line] | None, kind: str, spaces: list[str], factors: list[tuple[str, ...]]) -> Any:
-    """Mean over seeds of each cell, a cell of several factors the mean of theirs."""
+    """Mean over seeds of each cell; a cell of several factors is their mean."""
     if not found:
         return None
     return [[mean(mean(score(x, kind, s, f) for f in fs) for x in found) for fs in factors] for s in spaces]
@@ -57,7 +57,7 @@ def cures(lines: list[Line], folder: Path) -> None:
             matrix = means(found, "kernel", names, [(n,) for n in names])
             heat(axis, f"{family}, {title}", matrix, words if axis is row[0] else [""] * 3, words)
         row[0].set_ylabel("space")
-    figure.supxlabel("what it knows: R² of a kernel probe, mean over seeds", fontsize=11)
+    figure.supxlabel("what it encodes: R² of a kernel probe, mean over seeds", fontsize=11)
     figure.savefig(folder / "latents-cures.png", dpi=110)
     plt.close(figure)
 
@@ -67,7 +67,7 @@ TITLES = {"temperature": "temperature", "batch": "images in a batch", "steps": "
 
 
 def scans(lines: list[Line], folder: Path) -> None:
-    """SimCLR's styles, and the content in their spaces, as one setting moves; the others are the defaults."""
+    """SimCLR's styles, and the content in their spaces, by one setting; the others are the defaults."""
     if not all(rows_of(lines, experiment) for experiment in SCANS.values()):
         return
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained", sharey=True)
@@ -76,16 +76,16 @@ def scans(lines: list[Line], folder: Path) -> None:
         found = [line for its in rows_of(lines, experiment).values() for line in its if line["seed"] == 0]
         found += [its[0] for name, its in middle.items() if name.startswith("simclr")]
         default = grid.OF_WORLD["latents"][key]
-        for cross, colour, keys in ((False, plots.PALETTE[1], "same-image"), (True, plots.PALETTE[0], "cross-image")):
+        for cross, color, keys in ((False, plots.PALETTE[1], "same-image"), (True, plots.PALETTE[0], "cross-image")):
             points = sorted(
                 (line["config"].get(key, default), latent_numbers(line))
                 for line in found
                 if line["config"].get("cross", False) == cross
             )
             x = [p[0] for p in points]
-            axis.plot(x, [p[1]["styles"] for p in points], "o-", color=colour, label=f"{keys} keys: styles")
+            axis.plot(x, [p[1]["styles"] for p in points], "o-", color=color, label=f"{keys} keys: styles")
             leak = [p[1]["content in styles"] for p in points]
-            axis.plot(x, leak, "o--", mfc="white", color=colour, label=f"{keys} keys: content in style spaces")
+            axis.plot(x, leak, "o--", mfc="white", color=color, label=f"{keys} keys: content in style spaces")
         axis.set_xscale("log")
         ticks = sorted({line["config"].get(key, default) for line in found})
         axis.set_xticks(ticks, [f"{t:,}" if t >= 1 else str(t) for t in ticks])
@@ -103,7 +103,7 @@ METHODS = ["content-only", "ours", "LooC", "AugSelf"]
 
 
 def sprites(lines: list[Line], folder: Path) -> None:
-    """What each space of each method knows of the sprites."""
+    """What each space of each method encodes of the sprites."""
     _methods(
         rows_of(lines, "sprites/methods"),
         METHODS,
@@ -115,7 +115,7 @@ def sprites(lines: list[Line], folder: Path) -> None:
 
 
 def photographs(lines: list[Line], folder: Path) -> None:
-    """Without labels: what each space of each method knows of the augmentations of photographs."""
+    """Label-free: what each space of each method encodes of the augmentations of photographs."""
     _label_free(rows_of(lines, "cifar/methods"), METHODS, folder / "cifar-methods.png")
 
 
@@ -146,7 +146,7 @@ def _methods(
     what: str,
     path: Path,
 ) -> None:
-    """A panel for each method, one above the other, as high as it has spaces."""
+    """A panel for each method, one above the other; the height depends on the number of spaces."""
     spaces = {n: list(found[n][0]["tables"][kind]) if n in found else ["content", "backbone"] for n in names}
     heights = [len(s) + 0.9 for s in spaces.values()]
     figure, axes = plt.subplots(
@@ -164,7 +164,7 @@ def _methods(
 
 
 def collapse(lines: list[Line], folder: Path) -> None:
-    """Content's misalignment and effective rank while it trains, at three ways to weigh it."""
+    """Misalignment and effective rank of content during training, for three ways to set its weight."""
     found = rows_of(lines, "sprites/collapse")
     if not found:
         return
@@ -174,9 +174,9 @@ def collapse(lines: list[Line], folder: Path) -> None:
         "effective_rank/content": "effective rank of content",
     }
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
-        for (name, its), colour in zip(found.items(), plots.PALETTE, strict=False):
+        for (name, its), color in zip(found.items(), plots.PALETTE, strict=False):
             history = its[0]["history"]
-            axis.plot([h["step"] for h in history], [h[key] for h in history], label=name, color=colour)
+            axis.plot([h["step"] for h in history], [h[key] for h in history], label=name, color=color)
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("step")
         axis.set_ylim(bottom=0)

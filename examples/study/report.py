@@ -1,17 +1,18 @@
-"""docs/results.md's tables, from the lines of the study; its pictures are in pictures.py.
+"""The tables of docs/results.md, from the lines of the study; its pictures are in pictures.py.
 
-A block of the page between `<!-- NAME -->` and `<!-- end -->` is what `TABLES[NAME]` makes of the lines; the rest is
-written by hand. Cells are means over seeds with the standard deviation; a row of one seed has a † and no spread.
+`TABLES[NAME]` writes the block of the page between `<!-- NAME -->` and `<!-- end -->`; the rest is written by hand.
+Cells are means over seeds with the standard deviation; a row of one seed has a † and no spread.
 """
 
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from study import grid
+from study.reach import shared
 
 from ssd_addon.report.verdict import short
 
@@ -20,12 +21,12 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 def rows_of(lines: Iterable[Line], experiment: str) -> dict[str, list[Line]]:
-    """Name -> its lines by seed, in the order of the grid; only what the grid still asks for."""
+    """Name -> its lines by seed, in the order of the grid; only rows that are still in the grid."""
     out: dict[str, list[Line]] = {}
     for name, config, seeds in grid.EXPERIMENTS[experiment]:
         wanted = {"world": grid.world(experiment), **config}
         found = [x for x in lines if x["experiment"] == experiment and x["config"] == wanted and x["seed"] < seeds]
-        by_seed = {x["seed"]: x for x in found}  # a line for each seed, the last one where there are more
+        by_seed = {x["seed"]: x for x in found}  # a line for each seed, the last one if there are several
         if found:
             out[name] = [by_seed[seed] for seed in sorted(by_seed)]
     return out
@@ -49,9 +50,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+SHORT = {"all keys, content entropy, equivariance 0.5, 64 and 32": "the recipe"}
+
+
 def named(name: str, found: list[Line], seeds: int) -> str:
     missing = seeds - len(found)
-    return name + ("" if seeds > 1 and not missing else "†" if len(found) == 1 else f" ({len(found)} seeds)")
+    mark = "" if seeds > 1 and not missing else "†" if len(found) == 1 else f" ({len(found)} seeds)"
+    return SHORT.get(name, name) + mark
 
 
 def score(line: Line, kind: str, space: str, factor: str) -> float:
@@ -67,7 +72,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def latent_numbers(line: Line) -> dict[str, float]:
-    """What a matrix says, each a mean over style blocks (kernel probe where nothing else is said)."""
+    """Summaries of a matrix, each a mean over style blocks (kernel probe unless stated otherwise)."""
     spaces = list(line["tables"]["kernel"])
     factors = list(line["tables"]["kernel"]["backbone"])
     styles = [f for f in factors if f != "content"]
@@ -115,7 +120,14 @@ SPRITE_FACTORS = {
 }
 
 
-def sprites(kind: str, *experiments: str) -> Callable[[list[Line]], str]:
+OBJECT_FACTORS = {"shape": ("shape",), "ground": ("ground",), "texture": ("texture",)} | {
+    k: v for k, v in SPRITE_FACTORS.items() if k != "shape"
+}
+
+
+def sprites(
+    kind: str, *experiments: str, factors: Mapping[str, tuple[str, ...]] = SPRITE_FACTORS
+) -> Callable[[list[Line]], str]:
     """Rows (method, space), columns factors, for one probe."""
 
     def make(lines: list[Line]) -> str:
@@ -125,17 +137,16 @@ def sprites(kind: str, *experiments: str) -> Callable[[list[Line]], str]:
             for name, found in rows_of(lines, e).items():
                 for space in found[0]["tables"][kind]:
                     cells = [
-                        cell([mean(score(x, kind, space, f) for f in fs) for x in found])
-                        for fs in SPRITE_FACTORS.values()
+                        cell([mean(score(x, kind, space, f) for f in fs) for x in found]) for fs in factors.values()
                     ]
                     rows.append([named(name, found, seeds[name]), space, *cells])
-        return table(["", "space", *SPRITE_FACTORS], rows)
+        return table(["", "space", *factors], rows)
 
     return make
 
 
 def told(parameters: Iterable[str]) -> tuple[str, ...]:
-    """Without whether an operation fired, but for grey, whose only parameter it is: nothing tells it of the others."""
+    """The parameters without whether an operation was applied, except for grayscale, which has no other."""
     return tuple(p for p in parameters if not p.endswith("batch_prob") or "Grayscale" in p)
 
 
@@ -198,15 +209,43 @@ def tasks(half: str, *experiments: str) -> Callable[[list[Line]], str]:
             [task, *(cell([x["tasks"][task][space][half] for x in found]) for (_, space), found in columns.items())]
             for task in next(iter(columns.values()))[0]["tasks"]
         ]
-        head = [f"{named(SHORT.get(name, name), found, 3)}, {space}" for (name, space), found in columns.items()]
+        head = [f"{named(name, found, 3)}, {space}" for (name, space), found in columns.items()]
         return table(["", *head], rows)
 
     return make
 
 
-SHORT = {"all keys, content entropy, equivariance 0.5, 64 and 32": "the recipe"}
+def trials(*experiments: str) -> Callable[[list[Line]], str]:
+    """Rows trials, columns what the choice among them is made by: the backbone's tasks on the half for choosing."""
+
+    def make(lines: list[Line]) -> str:
+        rows = []
+        for e in experiments:
+            for name, found in rows_of(lines, e).items():
+                tasks = found[0]["tasks"]
+                chosen = {task: its["backbone"]["choose"] for task, its in tasks.items()}
+                cells = [
+                    mean(chosen.values()),
+                    chosen["classes, linear"],
+                    tasks["classes, linear"]["content"]["choose"],
+                ]
+                rows.append([named(name, found, 1), *(cell([c]) for c in cells)])
+        return table(["", "mean of all tasks, backbone", "classes, backbone", "classes, content"], rows)
+
+    return make
+
+
+def reach(_: list[Line]) -> str:
+    """Rows spaces, columns factors: what the two views of the space's pair share."""
+    rows = [
+        [f"{space} pair", *(cell([mean(of[f] for f in fs)]) for fs in SPRITE_FACTORS.values())]
+        for space, of in shared().items()
+    ]
+    return table(["R² of one view's factor from the other view", *SPRITE_FACTORS], rows)
+
 
 TABLES: dict[str, Callable[[list[Line]], str]] = {
+    "reach: sprites": reach,
     "latents: families": latents("latents/families"),
     "latents: cures": latents("latents/cures"),
     "latents: controls": latents("latents/controls"),
@@ -224,6 +263,16 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
     "sprites: ablations, label-free": label_free("sprites/ablations", "sprites/cross"),
     "recipe: sprites, linear": sprites("linear", "sprites/finals"),
     "recipe: sprites, kernel": sprites("kernel", "sprites/finals"),
+    "recipe: objects, linear": sprites("linear", "objects/finals", factors=OBJECT_FACTORS),
+    "recipe: objects, kernel": sprites("kernel", "objects/finals", factors=OBJECT_FACTORS),
+    "recipe: imagenet": label_free("imagenet/recipe"),
+    "families: sprites, three seeds": sprites("linear", "sprites/each"),
+    "families: sprites, kernel": sprites("kernel", "sprites/each"),
+    "families: cifar, accuracy": accuracy("cifar/each"),
+    "families: cifar, label-free": label_free("cifar/each"),
+    "content: accuracy": accuracy("cifar/content"),
+    "content: label-free": label_free("cifar/content"),
+    "baselines: trials": trials("cifar/looc", "cifar/augself"),
     "recipe: cifar, accuracy": accuracy("cifar/finals"),
     "recipe: cifar, label-free": label_free("cifar/finals"),
     "recipe: cifar, tasks": tasks("report", "cifar/finals"),
@@ -239,20 +288,24 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
 }
 
 
+PAGES = ("results.md", *(f"results/{name}.md" for name in ("recipe", "latents", "sprites", "photographs")))
+
+
 def write(lines: list[Line], docs: Path = DOCS) -> None:
-    """Fill the blocks of results.md."""
-    page = docs / "results.md"
-    page.write_text(filled(page.read_text(), lines))
-    print(f"written: {page}")
+    """Fill the blocks of the pages of results."""
+    for name in PAGES:
+        page = docs / name
+        page.write_text(filled(page.read_text(), lines))
+        print(f"written: {page}")
 
 
 def filled(text: str, lines: list[Line]) -> str:
-    """The page with every block made anew."""
+    """The page with every block rewritten."""
 
     def made(match: re.Match[str]) -> str:
         name = match[1]
         if name not in TABLES:
-            raise ValueError(f"results.md: expected a block of {', '.join(TABLES)}: got {name!r}")
+            raise ValueError(f"the pages of results: expected a block of {', '.join(TABLES)}: got {name!r}")
         return f"<!-- {name} -->\n{TABLES[name](lines)}\n<!-- end -->"
 
     return re.sub(r"<!-- ([^\n]+?) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)

@@ -1,14 +1,14 @@
-"""Does it disentangle, and what decides it? Runs a grid of configurations and seeds; docs/results.md is made from it.
+"""Does it disentangle, and what decides it? Runs a grid of configurations and seeds, and makes docs/results.md of it.
 
-    python examples/study run latents --workers 2                       # resumes: what has a line is not run again
+    python examples/study run latents --workers 2                       # resumes: finished runs are not repeated
     python examples/study run sprites --workers 2
     python examples/study run cifar imagenet --workers 2 --cifar DIR --imagenet DIR
-    python examples/study list                                          # what is there, what is missing
-    python examples/study tables                                        # docs/results.md's tables and pictures
+    python examples/study list                                          # what has been run, what is missing
+    python examples/study tables                                        # the tables and pictures of docs/results.md
 
-Every finished run is one line of docs/results/study.jsonl: experiment, name, configuration (what differs from the
-defaults), seed, commit, what each space knows, the last terms of the loss, seconds. A run has one thread, so that two
-workers on two cores do not disturb each other; its length is steps, never minutes. The grid is in grid.py.
+Every finished run is one line of docs/results/study.jsonl: experiment, name, configuration (differences from the
+defaults), seed, commit, what each space encodes, the last terms of the loss, seconds. A run has one thread, so that two
+workers on two cores do not disturb each other. Its length is given in steps, never in minutes. The grid is in grid.py.
 """
 
 import argparse
@@ -38,13 +38,13 @@ LINES = Path(__file__).parents[2] / "docs" / "results" / "study.jsonl"
 
 
 def train(config: dict[str, Any], seed: int, device: str = "cpu", keep: str = "", label: str = "") -> dict[str, Any]:
-    """One run: what its line in the results says."""
+    """One run; returns its line of the results."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     c = grid.DEFAULTS | grid.OF_WORLD[config["world"]] | config | {"device": device, "keep": keep, "label": label}
     g = torch.Generator().manual_seed(seed)
     world: Any = WORLDS[c["world"]](c, seed)
-    if c["method"] == "truth":  # what the factors themselves tell of each other
+    if c["method"] == "truth":  # how well the factors themselves predict each other
         return {"seconds": 0.0, **world.scores(None, None, False)}
     model = build_model(c, world).to(device)
     method: Any = METHODS[c["method"]](c, world).to(device)
@@ -69,7 +69,9 @@ def train(config: dict[str, Any], seed: int, device: str = "cpu", keep: str = ""
             history.append({"step": step, **{k: round(v, 4) for k, v in of_content.items()}})
         if hasattr(method, "after"):
             method.after(found)
-        looked_at = device == "cpu" or step % 50 == 49 or step == c["steps"] - 1  # a look makes the host wait for a GPU
+        looked_at = (
+            device == "cpu" or step % 50 == 49 or step == c["steps"] - 1
+        )  # reading a value makes the host wait for a GPU
         if looked_at and not torch.isfinite(loss):
             raise FloatingPointError(f"step {step}: the loss is {loss.item()}")
         if average is not None:
@@ -85,7 +87,7 @@ def train(config: dict[str, Any], seed: int, device: str = "cpu", keep: str = ""
     seconds = time.monotonic() - start
 
     def scored(x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Every space, and the backbone itself also where all heads share a hidden layer behind it."""
+        """Every space, and the backbone itself even if all heads share a hidden layer after it."""
         features = model.features(x)
         z = model.project(features)
         if c["method"] == "cube":
@@ -122,7 +124,7 @@ def key(run: dict[str, Any]) -> str:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The finished runs; a last line that was cut off is none."""
+    """The finished runs, without a last line that was cut off."""
     text = path.read_text().splitlines() if path.exists() else []
     if text and not text[-1].endswith("}"):
         text.pop()
@@ -130,7 +132,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def commit() -> str | None:
-    """Of the code that runs."""
+    """The commit of the code that runs."""
     asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
@@ -147,7 +149,7 @@ def attempt(run: dict[str, Any], places: dict[str, str], device: str = "cpu", ke
 
 
 def end_with(parent: int) -> None:
-    """In a worker: stop when the runner was stopped, also by a signal that it could not pass on."""
+    """In a worker: stop when the runner has stopped, even by a signal that it could not pass on."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -161,15 +163,15 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("command", choices=("run", "list", "tables"))
     p.add_argument("experiments", nargs="*", help=f"of {', '.join(grid.EXPERIMENTS)}, or how they begin; none: all")
-    p.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
-    p.add_argument("--seeds", type=int, default=3, help="only the first so many of every row")
+    p.add_argument("--workers", type=int, default=1, help="runs at the same time, one thread each")
+    p.add_argument("--seeds", type=int, default=3, help="only the first so many seeds of every row")
     p.add_argument("--rows", default="", metavar="REGEX", help="only rows whose name holds it")
     p.add_argument("--cifar", default="", help="DIR with train/CLASS/* and val/CLASS/*, 32 pixels")
     p.add_argument("--imagenet", default="", help="DIR with train/CLASS/*")
     p.add_argument("--device", default="cpu", help="cuda: the runs share the device, in 32 bits without autocast")
-    p.add_argument("--keep", default="", metavar="DIR", help="also write the trained weights there")
-    p.add_argument("--minutes", type=float, help="start no run, and end those that run, after so many")
-    p.add_argument("--steps", type=int, help="instead of the grid's, to try it; needs --out")
+    p.add_argument("--keep", default="", metavar="DIR", help="folder that also gets the trained weights")
+    p.add_argument("--minutes", type=float, help="minutes after which no run is started and running ones are ended")
+    p.add_argument("--steps", type=int, help="steps instead of the grid's, to try it; needs --out")
     p.add_argument("--out", type=Path, default=LINES)
     args = p.parse_args(argv)
     if args.steps and args.out == LINES:
@@ -228,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
             failed += len(runs) - count
             print(f"{args.minutes} minutes are over: {len(runs) - count} runs are missing", flush=True)
         finally:
-            if count < len(runs):  # nothing waits for what runs or is still to run
+            if count < len(runs):  # do not wait for runs
                 for future in waiting:
                     future.cancel()
                 for process in list((pool._processes or {}).values()):

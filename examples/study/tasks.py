@@ -1,7 +1,7 @@
-"""What a representation is good for: classes, from all labels and from few, under shifted colors, and tasks of style.
+"""Score a representation on tasks: classes, from all labels and from few, under shifted colors, and tasks of style.
 
-Everything is measured twice, on the even and on the odd held-out images: settings are chosen on the first half
-("choose") and results are reported on the second ("report"), which no choice has seen.
+Everything is measured on the even and on the odd held-out images: settings are chosen on the first half ("choose"),
+and results are reported on the second ("report"), which no choice has used.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ HALVES = {"choose": slice(0, None, 2), "report": slice(1, None, 2)}
 
 
 def fitted(x: Tensor, y: Tensor, decay: float = 1e-3, steps: int = 200) -> Callable[[Tensor], Tensor]:
-    """Softmax regression on standardized columns, fitted by L-BFGS: a function from rows [n, d] to classes [n]."""
+    """Softmax regression on standardized columns, fitted by L-BFGS; returns a function from [n, d] to classes [n]."""
     x, y = x.detach().float().cpu(), y.cpu()
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     a = (x - mean) / std
@@ -44,12 +44,12 @@ def fitted(x: Tensor, y: Tensor, decay: float = 1e-3, steps: int = 200) -> Calla
 
 
 def linear_accuracy(x: Tensor, y: Tensor, x_new: Tensor, y_new: Tensor, decay: float = 1e-3) -> float:
-    """Of softmax regression on standardized columns, fitted on (x, y); accuracy on (x_new, y_new)."""
+    """Accuracy on (x_new, y_new) of softmax regression on standardized columns, fitted on (x, y)."""
     return round(float((fitted(x, y, decay)(x_new) == y_new.cpu()).float().mean()), 4)
 
 
 def neighbours(x: Tensor, y: Tensor, x_new: Tensor, k: int = 20) -> Tensor:
-    """The most frequent class among the k nearest by cosine."""
+    """The most frequent class among the k nearest neighbors by cosine."""
     cosine = nn.functional.normalize(x_new, dim=1) @ nn.functional.normalize(x, dim=1).T
     y = y.to(cosine.device)
     votes = nn.functional.one_hot(y[cosine.topk(min(k, len(y)), dim=1).indices]).sum(1)
@@ -65,7 +65,7 @@ SHIFTS: dict[str, Callable[[Tensor], Tensor]] = {
     "gray": lambda x: x.mean(1, keepdim=True).expand_as(x),
     "half as bright": lambda x: 0.5 * x,
 }
-"""What happens to all colors of a test set in another place than that of the labels."""
+"""Changes of all colors in a test set, as in another place than that of the labels."""
 
 
 def _quadrant(x: Tensor, k: Tensor) -> Tensor:
@@ -102,11 +102,11 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "orientation": _turned,
     "corner": _quadrant,
 }
-"""Tasks whose answer a style holds: which of four things was done to an image."""
+"""Tasks that a style answers: which of four changes was made to an image."""
 
 
 def own_color(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The color class of every image, of six by its mean hue weighted by chroma, and whether it has a color at all."""
+    """The color class of every image (six classes of its mean hue, weighted by chroma), and whether it has a color."""
     top, low = x.amax(1), x.amin(1)
     chroma = top - low
     a, b = x[:, 0] - 0.5 * (x[:, 1] + x[:, 2]), 0.75**0.5 * (x[:, 1] - x[:, 2])
@@ -125,8 +125,8 @@ def of_spaces(z: Embeds, plain: Callable[[Tensor], Tensor], train: Labelled, hel
     """task -> space -> {"choose": accuracy, "report": accuracy}.
 
     Args:
-        z: images, as the model knows them -> space -> embeddings.
-        plain: images in [0, 1] -> as the model knows them.
+        z: images, as the model takes them -> space -> embeddings.
+        plain: images in [0, 1] -> images as the model takes them.
         train, held_out: images, uint8 or in [0, 1], and their classes.
     """
     (x, y), (new, truth) = train, held_out

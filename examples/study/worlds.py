@@ -1,7 +1,7 @@
-"""The data of a study: batches of structured views, and labelled samples to score.
+"""The data of a study: batches of structured views, and labeled samples to score.
 
 A world has `.plan`, `.widths` (of its spaces), `.backbone()` with `.features` outputs, `.sample_ndim`,
-`.batch(n, generator)`, `.scores(z, model, unit)`: tables of what each space knows; images lie on `.device`.
+`.batch(n, generator)`, `.scores(z, model, unit)`: tables of what each space encodes; images are on `.device`.
 """
 
 import math
@@ -29,7 +29,7 @@ ONE_SPACE = ("content-only", "augself")  # methods without style spaces, of two 
 
 
 def photograph_groups(name: str, size: int) -> Any:
-    """Kornia's operations by group: by kind, as a user would, or one group for each; other names are presets."""
+    """Kornia's operations by group: "kinds" as a user would group them, "each" by itself; other names are presets."""
     crop = ["RandomResizedCrop", {"size": [size, size], "scale": [0.3, 1.0], "ratio": [1.0, 1.0], "p": 1.0}]
     turn = ["RandomRotation", {"degrees": 180.0, "p": 1.0}]
 
@@ -48,7 +48,7 @@ def photograph_groups(name: str, size: int) -> Any:
 
 
 def tables(matrices: dict[str, Any]) -> dict[str, Table]:
-    """Name -> space -> factor -> score, to three digits; NaN is left out."""
+    """Name -> space -> factor -> score, rounded to three digits, without NaN."""
     out: dict[str, Table] = {}
     for name, m in matrices.items():
         rows = {s: {f: round(float(m[s, f]), 3) for f in m.factors} for s in m.spaces}
@@ -93,7 +93,7 @@ class LatentWorld(CausalLatents):
 
 
 class ImageWorld:
-    """What sprites and photographs share: views from a recipe, and the label-free matrix."""
+    """The parts that sprites and photographs share: views from a recipe, and the label-free matrix."""
 
     sample_ndim, features = 3, 256
 
@@ -121,7 +121,9 @@ class ImageWorld:
         return ConvNet()
 
     def structured(self, images: Tensor) -> ViewBatch:
-        if self.config["method"] == "unstructured pairs":  # a query and as many keys as ours has; none shares a group
+        if (
+            self.config["method"] == "unstructured pairs"
+        ):  # a query and as many keys as ours has, none of which shares a group
             first, *more = (self.views(images).views for _ in range(self.plan.num_views - 1))
             return ViewBatch(torch.cat([first, *(v[1:] for v in more)]), self.plan)
         if self.config["method"] == "augself":  # the query and the content key, whose parameters are drawn by group
@@ -138,19 +140,19 @@ class ImageWorld:
 
 
 def style_width(c: Config, group: str, default: int) -> int:
-    """Of one group's space: its own, or that of all styles, or the world's."""
+    """The width of a group's space: its own, or that of all styles, or the world's."""
     return int(c.get(f"{group}_width") or c.get("style_width") or default)
 
 
 class DrawnWorld(ImageWorld):
-    """Images whose factors are known, drawn anew for every batch or kept: (n, generator) -> images, scored factors."""
+    """Images with known factors, new ones for every batch or a fixed set: (n, generator) -> images, scored factors."""
 
     groups_of_all: ClassVar[dict[str, Any]] = GROUPS
 
     def __init__(self, c: Config, seed: int) -> None:
         widths = {"color": style_width(c, "color", 32), "spatial": style_width(c, "spatial", 128)}
         super().__init__(c, seed, self.groups_of_all, {"content": c["content_width"], **widths})
-        kept = c.get("images")  # so many images, as in a data set; None: new ones for every batch
+        kept = c.get("images")  # a fixed set of so many images; None: new ones for every batch
         self.kept = self.drawn(kept, torch.Generator().manual_seed(20_000 + seed))[0] if kept else None
 
     def drawn(self, n: int, g: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
@@ -171,7 +173,7 @@ class DrawnWorld(ImageWorld):
         return {"tables": tables(out | made)}
 
     def quick(self, z: Any) -> dict[str, Table]:
-        """The linear table alone, of 1,500 images: for curves during training."""
+        """Only the linear table, of 1,500 images, for curves during training."""
         x, known = self.drawn(1500, torch.Generator().manual_seed(30_000))
         e = {n: t.cpu() for n, t in z(x).items()}
         return tables({"linear": r2_matrix(e, known, probe="ridge", bootstrap=0)})
@@ -184,7 +186,7 @@ class SpriteWorld(DrawnWorld):
 
 
 class ObjectWorld(DrawnWorld):
-    """Irregular objects on textured grounds; what a shift moves in is mirrored, so that no streak tells the shift."""
+    """Irregular objects on textured grounds; shifts mirror the border, so that no streak reveals the shift."""
 
     groups_of_all: ClassVar[dict[str, Any]] = {
         **GROUPS,
@@ -211,7 +213,7 @@ class PhotographWorld(ImageWorld):
         root = Path(c["data"])
         self.images, self.labels = self.read(root / "train")
         self.held_out = self.read(root / "val") if (root / "val").is_dir() else None
-        if self.held_out is None:  # every second photograph is for the probes alone
+        if self.held_out is None:  # every second photograph is only for the probes
             self.scored = self.images[1::2]
             self.images, self.labels = self.images[::2], self.labels[::2]
         else:

@@ -1,4 +1,4 @@
-"""SimCLR in a loop of one's own under Fabric: python examples/pipelines/before/fabric_simclr.py --data DIR"""
+"""SimCLR in a plain loop under Fabric: python examples/pipelines/before/fabric_simclr.py --data DIR"""
 
 import argparse
 from pathlib import Path
@@ -17,12 +17,12 @@ from torchvision.models import resnet18
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--data", type=Path, help="folder of class folders; without it, random images")
-    p.add_argument("--out", type=Path, default=Path("runs/fabric.ckpt"), help="continued where it exists")
+    p.add_argument("--out", type=Path, default=Path("runs/fabric.ckpt"), help="continued if it exists")
     p.add_argument("--size", type=int, default=32)
-    p.add_argument("--images", type=int, default=256, help="how many random images")
-    p.add_argument("--batch-size", type=int, default=64, help="of every process")
+    p.add_argument("--images", type=int, default=256, help="number of random images")
+    p.add_argument("--batch-size", type=int, default=64, help="images of every process")
     p.add_argument("--workers", type=int, default=0)
-    p.add_argument("--accumulate", type=int, default=1, help="batches for one step of the optimizer")
+    p.add_argument("--accumulate", type=int, default=1, help="batches for an optimizer step")
     p.add_argument("--epochs", type=int, default=1)
     p.add_argument("--accelerator", default="auto")
     p.add_argument("--devices", type=int, default=1)
@@ -47,7 +47,7 @@ def main(argv=None):
         fabric.load(args.out, state)
 
     for epoch in range(state["epoch"], args.epochs):
-        fabric.seed_everything(epoch, verbose=False)  # the order of the images, also after a new start
+        fabric.seed_everything(epoch, verbose=False)  # the order of the images, also after a restart
         loader = fabric.setup_dataloaders(DataLoader(data, **loading))
         for step, ((x0, x1), _) in enumerate(loader, 1):
             last = step % args.accumulate == 0 or step == len(loader)

@@ -50,7 +50,7 @@ def test_looc_is_its_equation():
 def test_looc_repels_the_keys_of_the_same_image_that_differ_in_its_augmentation():
     z = embeddings()
     before = LooCLoss(0.3)(z)
-    z["color"][3] = z["color"][0]  # color cannot tell the query from the spatial key, whose colours differ
+    z["color"][3] = z["color"][0]  # color cannot tell the query from the spatial key, whose colors differ
     assert LooCLoss(0.3)(z) > before
 
 
@@ -61,7 +61,7 @@ def test_looc_refuses_what_does_not_fit():
         LooCLoss(0.0)
 
 
-def test_augself_is_the_squared_error_of_standardised_differences():
+def test_augself_is_the_squared_error_of_standardized_differences():
     torch.manual_seed(0)
     loss = AugSelf(3, {"hue": 2, "angle": 1}, hidden=4)
     a, b = torch.randn(2, 6, 3)
@@ -77,7 +77,7 @@ def test_augself_is_the_squared_error_of_standardised_differences():
         AugSelf(3, {})
 
 
-def test_augself_can_be_learnt():
+def test_augself_can_be_learned():
     torch.manual_seed(0)
     loss = AugSelf(2, {"shift": 1}, hidden=32)
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2)
@@ -112,7 +112,7 @@ class TestParameterDifferences:
         out = parameter_differences(never, never)
         assert all(bool((t == 0).all()) for t in out.values()) and len(out) == 2
 
-    def test_a_crop_is_its_centre_and_size_in_shares_of_the_image(self):
+    def test_a_crop_is_its_center_and_size_in_shares_of_the_image(self):
         batch = StructuredViews({"spatial": [K.RandomResizedCrop((4, 4), p=1.0)]}, seed=0)(torch.rand(5, 3, 20, 10))
         a, b = batch.parameters[:2]
         corners = [p["spatial"]["0.RandomResizedCrop"]["src"] for p in (a, b)]  # [B, 4, (x, y)]

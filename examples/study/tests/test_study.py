@@ -142,12 +142,17 @@ class TestLatents:
                 assert not (a == b).all(1).any()
 
 
-def test_the_page_of_results_is_what_its_lines_say():
-    """docs/results.md is made by `python examples/study tables`; nobody writes a number of its tables by hand."""
-    text = (report.DOCS / "results.md").read_text()
-    made = report.filled(text, runner.lines(runner.LINES))
-    assert made == text, "run `python examples/study tables`"
-    assert all(f"<!-- {name} -->" in text for name in report.TABLES)
+@pytest.mark.parametrize("name", report.PAGES)
+def test_the_tables_on_the_pages_of_results_are_made_from_the_lines(name):
+    """`python examples/study tables` makes them; nobody writes a number of a table by hand."""
+    text = (report.DOCS / name).read_text()
+    assert report.filled(text, runner.lines(runner.LINES)) == text, "run `python examples/study tables`"
+
+
+def test_every_table_stands_on_one_page():
+    text = "".join((report.DOCS / n).read_text() for n in report.PAGES)
+    blocks = [b for b in re.findall(r"<!-- (.+?) -->", text) if b != "end"]
+    assert sorted(blocks) == sorted(report.TABLES)
     with pytest.raises(ValueError, match="expected a block of .*got 'nonsense'"):
         report.filled("<!-- nonsense -->\n<!-- end -->", [])
 
