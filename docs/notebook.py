@@ -12,7 +12,6 @@ import argparse
 import ast
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -52,13 +51,16 @@ def page(found: list[Cell]) -> str:
     parts = []
     for cell in found:
         if cell["cell_type"] == "markdown":
-            text = cell["source"].replace("](../../docs/", "](")
-            parts.append(re.sub(r"\]\((?=\.\./\.\./)", "](../", text).replace("](../../../", "](../"))
+            parts.append(cell["source"].replace("](../../docs/", "](").replace("](../../", "](../"))
         else:
             parts.append(f"```python\n{cell['source']}\n```")
         parts += [f"![{text}](results/{copy_of(name).name})" for name, text in pictures_of(cell).items()]
     link = f"../{NOTEBOOK.relative_to(ROOT).as_posix()}"
-    parts.insert(1, f"This page is [a notebook]({link}): open it in Jupyter to run it on your images.")
+    parts.insert(
+        1,
+        f"This page is [a notebook]({link}): open it in Jupyter to run it on your images. The pictures come from one "
+        "run on the sprites, with the settings that are shown.",
+    )
     return "\n\n".join(parts) + "\n"
 
 

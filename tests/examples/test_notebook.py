@@ -103,3 +103,16 @@ def test_a_folder_of_photographs_and_a_download_that_fails(tmp_path, quick, monk
 def test_a_setting_that_it_does_not_have_is_refused():
     with pytest.raises(NameError, match="'settings': got \\['STEP'\\]"):
         docs.run(CELLS[:3], STEP=1)
+
+
+def test_a_run_puts_its_pictures_beside_the_page(tmp_path, monkeypatch, capsys):
+    def run(found, OUT, WEIGHTS):
+        for name in (name for cell in found for name in docs.pictures_of(cell)):
+            (OUT / name).write_bytes(name.encode())
+
+    monkeypatch.setattr(docs, "run", run)
+    monkeypatch.setattr(docs, "PICTURES", tmp_path)
+    monkeypatch.setattr(docs, "PAGE", tmp_path / "page.md")
+    docs.main(["--run"])
+    assert (tmp_path / "notebook-views.png").read_bytes() == b"views.png"
+    assert "(results/notebook-views.png)" in (tmp_path / "page.md").read_text()
