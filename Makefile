@@ -2,6 +2,7 @@
 # make test           environment, install with what the tests need, lint, types, tests: about seven minutes on two cores
 #                     beside the install
 # make test-fast      the tests that need milliseconds: neither slow nor distributed, about three minutes
+# make docs           the documentation into site/, strictly: open site/index.html, no server is needed
 # make environments   the recipes of frameworks that need an environment of their own, two minutes
 # make test-browser   the report in a real browser; needs Chromium (apt-get install chromium, or its path in CHROMIUM)
 
@@ -29,8 +30,17 @@ unit: $(STAMP)
 test-fast: $(STAMP)
 	$(PY) -m pytest -n auto --dist loadscope -m "not slow and not distributed"
 
-test-browser: $(STAMP)
+test-browser: $(STAMP) docs
 	$(PY) -m pytest tests/browser
+
+.PHONY: docs
+docs: .venv/.installed-docs
+	$(PY) docs/stage.py
+	$(PY) -m zensical build --strict --clean
+
+.venv/.installed-docs: $(STAMP)
+	$(PY) -m pip install --quiet -e '.[docs]'
+	touch $@
 
 environments: $(STAMP)
 	PY=$(PY) sh tests/environments/huggingface.sh
@@ -52,4 +62,4 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist site runs *.egg-info .pytest_cache .mypy_cache .ruff_cache

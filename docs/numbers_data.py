@@ -20,6 +20,7 @@ from identifiability import report as identifiability_report  # noqa: E402
 from study import report  # noqa: E402
 
 __all__ = [
+    "audited",
     "Seeds",
     "accuracy",
     "budget",
@@ -281,3 +282,10 @@ def example(name: str, kind: str, space: str, factor: str) -> float:
     cells = data(f"results/{name}.json")["tables"][kind]["cells"]
     known = {cell["factor"]: cell["score"] for cell in cells if cell["space"] == space}
     return float(known[_named(known, factor)])
+
+
+def audited(model: str, row: str, parameter: str) -> float:
+    """results/audit.json: R^2 of one parameter of the augmentations from a row of a model's table."""
+    (found,) = [m for m in data("results/audit.json")["models"] if m["name"] == model]
+    (cell,) = [c for c in found["table"]["parts"]["cells"] if c["space"] == row and parameter in c["factor"]]
+    return float(cell["score"])
