@@ -3,7 +3,8 @@
     python -m ssd_addon report RUN_OR_CHECKPOINT --data DIR --out report.html
     write("report.html", model, images, views=views, factors=factors)                    the same, in Python
 
-`data` reads images and what is known of them, `findings` measures, `verdict` puts it in words, `page` makes HTML of it.
+`data` reads images and what is known of them, `findings` measures, `problems` judges, `verdict` and `advice` put it in
+words, `page` makes HTML of it.
 """
 
 import os
@@ -75,7 +76,7 @@ def write(
         What the page shows. What could not be measured is in `.reasons`.
 
     Raises:
-        OSError: `out` cannot be written; said before anything is computed.
+        OSError: `out` cannot be written; raised before anything is computed.
         ValueError, TypeError: images that are not [n, C, H, W], names or factors that are not one for each image, bands
             that are not one to three of the channels, names in `own` that are no space or no factor, and what
             `metrics.embed` refuses.

@@ -66,6 +66,7 @@ class Findings:
         display: how images are shown as RGB.
         tests: spaces x groups, whether a space depends on the parameters of another group; or None.
         exclusive: the same for known factors that are not the space's own, where it is said which are; or None.
+        widths: space -> dimensions.
     """
 
     title: str
@@ -84,6 +85,7 @@ class Findings:
     display: Display | None = None
     tests: Exclusivity | None = None
     exclusive: Exclusivity | None = None
+    widths: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,6 +219,7 @@ def measure(
         show,
         tests,
         exclusive,
+        {s: z[s].shape[1] for s in spaces},
     )
 
 
