@@ -180,7 +180,8 @@ def _operations(specs: Any, where: str) -> list[nn.Module]:
 def find(spec: str, what: str) -> Any:
     """Import "FILE.py:NAME" or "MODULE:NAME" and return the object NAME; runs that file or module."""
     home, _, name = spec.rpartition(":")
-    if not home or not name or home.startswith("."):
+    relative = home.startswith(".") and not home.endswith(".py")  # of a module: relative to nothing
+    if not home or not name or relative:
         raise ValueError(f"{what}: expected FILE.py:NAME or MODULE:NAME: got {spec!r}")
     if home.endswith(".py"):
         file = Path(home).resolve()

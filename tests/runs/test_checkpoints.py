@@ -562,6 +562,18 @@ def test_bad_code(tmp_path, spec, message):
         build_backbone(spec.replace("HERE", str(tmp_path)), code=True)
 
 
+@pytest.mark.parametrize("spec", ["net.py:make", "./net.py:make", "../here/net.py:make", ".hidden/net.py:make"])
+def test_code_lies_anywhere_below_or_above_the_folder_that_one_is_in(tmp_path, monkeypatch, spec):
+    (tmp_path / "here" / ".hidden").mkdir(parents=True)
+    text = "from torch import nn\n\ndef make():\n    return nn.Linear(3, 2)\n"
+    for folder in ("here", "here/.hidden"):
+        write(tmp_path / folder / "net.py", text)
+    monkeypatch.chdir(tmp_path / "here")
+    assert isinstance(build_backbone(spec, code=True), nn.Linear)
+    with pytest.raises(ValueError, match=r"expected FILE.py:NAME or MODULE:NAME: got '\.here:make'"):
+        build_backbone(".here:make", code=True)
+
+
 def test_code_has_to_be_allowed(trap):
     with pytest.raises(ValueError, match="backbone: expected torchvision:NAME or timm:NAME: got '.*trap.py:spring'"):
         build_backbone(f"{trap}:spring")
