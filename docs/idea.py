@@ -68,7 +68,7 @@ def chip(ax: Axes, text: str, x: float, y: float, same: bool, theme: Theme, widt
 
 
 def canvas(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
-    """A figure of so many inches, and axes in inches over all of it."""
+    """A figure of this size in inches, with axes in inches over all of it."""
     figure = Figure(figsize=(width, height), facecolor=theme["ground"])
     ax = figure.add_axes((0, 0, 1, 1))
     ax.axis("off")

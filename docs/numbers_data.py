@@ -138,7 +138,7 @@ def latents(experiment: str, name: str, number: str) -> Seeds:
 
 
 def accuracy(experiment: str, name: str, space: str, kind: str) -> Seeds:
-    """Class accuracy of photographs: by "linear" or by "neighbours"; space "styles" is the mean over style spaces."""
+    """Accuracy of photographs by `"linear"` or by `"neighbours"`; space "styles" is the mean over style spaces."""
     found = [line for line in rows(experiment, name) if "accuracy" in line]
     spaces = [space]
     if space == "styles":
@@ -170,7 +170,7 @@ def pairs(experiment: str, name: str, kind: str) -> list[Seeds]:
 
 
 def partial(name: str, kind: str, size: int, what: str) -> Seeds:
-    """Identifiability, partial views: what sets of so many views "share", or do not ("not")."""
+    """Identifiability, partial views: what sets of `size` views "share", or do not ("not")."""
     measure = identifiability_report.over(kind, size, ("share", "not").index(what))
     return Seeds(measure(line["scores"]) for line in _identifiability("partial/independent", name))
 

@@ -1,10 +1,10 @@
 """Pictures for these pages.
 
-    python docs/pictures.py report.html docs/results    # of a report: desktop, explorer, phone. Needs Chromium
-    python docs/pictures.py objects docs/results        # of the second generator: shapes, grounds, images
+    make demo && python docs/pictures.py runs/demo/report.html docs/results    # of the demo's report; needs Chromium
+    python docs/pictures.py objects docs/results                               # of the second generator of images
 
-Writes report-desktop.png (verdict and matrices), report-explorer.png (an image, its neighbors, a mix) and
-report-phone.png (the same page on a phone, in the dark); or objects.png.
+The first writes report-desktop.png (headline and first matrix), report-explorer.png (an image, its neighbors and a mix)
+and report-phone.png (the same page on a phone, in the dark); the second writes objects.png.
 """
 
 import argparse
@@ -50,12 +50,12 @@ def main() -> None:
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1100, "height": 1000})
+        page = browser.new_page(viewport={"width": 1100, "height": 1420})
         page.goto(args.report.resolve().as_uri())
         page.screenshot(path=args.out / "report-desktop.png")
         page.locator("#picker button").nth(3).click()
         page.locator("#explorer").screenshot(path=args.out / "report-explorer.png")
-        phone = browser.new_page(viewport={"width": 390, "height": 1000}, color_scheme="dark")
+        phone = browser.new_page(viewport={"width": 390, "height": 1420}, color_scheme="dark")
         phone.goto(args.report.resolve().as_uri())
         phone.screenshot(path=args.out / "report-phone.png")
         browser.close()

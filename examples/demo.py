@@ -184,7 +184,7 @@ class Run:
 
 
 def train(run: Run, steps: int, threads: int | None) -> ScoreTable | None:
-    """Train until the goal is reached, or for so many more steps; returns the last scores."""
+    """Train until the goal is reached, or for this number of further steps; returns the last scores."""
     last, scores, shown, before = run.step + steps, None, time.monotonic(), 0
     while run.step < last:
         if run.step % 100 == 0 and run.step < last - 50:  # other work on the machine may have changed

@@ -91,7 +91,7 @@ class Photographs(Dataset):
             raise RuntimeError(f"{error}; at that moment, {'; '.join(busy) or 'no worker was reading'}") from error
 
     def spread(self, most: int) -> list[tuple]:
-        """At most so many samples, spread over the files, without replacements of broken ones."""
+        """At most `most` samples, spread over the files, without replacements of broken ones."""
         rows = torch.linspace(0, len(self) - 1, min(most, len(self))).long().tolist()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # training reports it

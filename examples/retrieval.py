@@ -33,7 +33,7 @@ PIXELS = 8
 
 
 def images_of(folder: Path, size: int, most: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
-    """At most so many images [n, 3, size, size] uint8, their classes [n], and the names of the classes."""
+    """At most `most` images [n, 3, size, size] uint8, their classes [n], and the names of the classes."""
     files = image_files(folder / "val" if (folder / "val").is_dir() else folder, short_side=size)
     rows = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:most].tolist()
     batches = list(DataLoader(Subset(files, rows), 64, collate_fn=StructuredCollate(size)))

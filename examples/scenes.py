@@ -115,7 +115,7 @@ TISSUES = ["sparse", "dense", "large nuclei", "spindles", "gland"]
 STAINS = torch.nn.functional.normalize(
     torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]), dim=1
 )
-"""Optical densities of hematoxylin, eosin and DAB in red, green and blue (Ruifrok and Johnston 2001), as unit rows."""
+"""Optical densities of hematoxylin, eosin and DAB in red, green and blue (Ruifrok and Johnston 2001), L2-normalized."""
 DARKEST = 1e-3
 
 

@@ -1,14 +1,14 @@
-"""Triton kernels around the tiles: what they read, and what becomes of what they write.
+"""Triton kernels that prepare the inputs of the tile kernels and process their outputs.
 
     prepare       x_i = z_i / a in fp16, padded and stacked; int32 ids, their range in every tile; scale, shift, a / tau
-    fold          the partial sums of a strip, added up: lse_i
+    fold          adds up the partial sums of a strip: lse_i
     coefficients  g_i / max |g|, and, with a constant shift, times 2^(shift - l_i)
-    finish        dz_i = factor * dx_i (less a term of the diagonal), in the type of z; partial sums of <z_i, dz_i>
+    finish        dz_i = factor * dx_i (minus a term of the diagonal), in the dtype of z; partial sums of <z_i, dz_i>
     energy        the sum of squares of a covariance without its diagonal, added up in float64
 
-Each is a handful of elementwise operations that torch would launch one by one. Every output is written by one program.
+Each fuses a few elementwise operations that torch would launch one by one. Every output is written by one program.
 Legend: n rows, d columns of z, K columns of an operand; o_ offsets, m_ masks, b_ block sizes, p_ pointers. A pointer
-that is None is left out.
+that is None is not used.
 """
 
 import triton
@@ -20,7 +20,7 @@ EXPONENT = tl.constexpr(80.0)  # as in `ranges`
 
 @triton.jit
 def _power(longest):
-    """(a, 1 / a): a power of 2 that brings the longest row to 128 to 256; NaN where `longest` is not finite."""
+    """(a, 1 / a) with a power of 2 that scales the longest row to a length of 128 to 256; NaN if it is not finite."""
     field = (longest.to(tl.int32, bitcast=True) >> 23) & 255
     field = tl.maximum(field - 7, 1)  # not below the smallest normal number
     finite = longest < float("inf")
@@ -64,7 +64,7 @@ def prepare_kernel(
 ):
     """Tile (i, k) of the operand: b_M rows, b_R at a time, and b_K columns.
 
-    z None: ids alone. p_given_ids None: rows alone. tau, longest: used where their pointers are None. Longer rows than
+    z None: ids only. p_given_ids None: rows only. tau, longest: used if their pointers are None. Rows longer than
     `limit` make everything NaN. Columns: d0 of the first level padded to k0, then the rest. EXACT: p_rows holds the
     rows in float32, p_x [high, high, low] and p_other [high, low, high] of each level, the second from column s0 on.
     numbers: scale, shift, a / tau and a, four times each, so that each is aligned.
@@ -73,7 +73,7 @@ def prepare_kernel(
     k = tl.program_id(0) % blocks
     o_m = i * b_M + tl.arange(0, b_M)
     if p_given_ids is not None:
-        if k == 0:  # apart from the constant, by which triton decides what it compiles
+        if k == 0:  # outside the constant, which decides what triton compiles
             ids = tl.load(p_given_ids + tl.minimum(o_m, n - 1).to(tl.int64) * stride_id).to(tl.int32)
             tl.store(p_ids + o_m, ids, mask=o_m < n)
             tl.store(p_low + i, tl.min(ids, 0))
@@ -96,7 +96,7 @@ def prepare_kernel(
         source = tl.where(second, o_k - k0 + d0, o_k)
         m_k = (source < tl.where(second, d, d0))[None, :]
         width, target = tl.where(second, d - d0, d0), tl.where(second, s0 + o_k - k0, o_k)[None, :]
-        for r in range(0, b_M, b_R):  # a few rows at a time: the registers do not hold the tile's addresses
+        for r in range(0, b_M, b_R):  # a few rows at a time, as the tile's addresses do not fit in registers
             o_r = i * b_M + r + tl.arange(0, b_R)
             m_r, row = (o_r < n)[:, None], o_r.to(tl.int64)[:, None]
             value = tl.load(z + row * stride_z + source.to(tl.int64)[None, :] * stride_zc, mask=m_r & m_k, other=0.0)
@@ -136,8 +136,9 @@ def fold_kernel(
     b_T: tl.constexpr,
     b_N: tl.constexpr,
 ):
-    """Add the slots of a strip (see `tiles.sums_kernel`) to what the strips before left: lse of its own rows, start to
-    stop, and sums of the rows behind, to `end`. p_near_max not None: about the maxima. A sum of 0 (no negative) is NaN.
+    """Add the slots of a strip (see `tiles.sums_kernel`) to the results of earlier strips: lse of its own rows, from
+    start to stop, and sums of the following rows, up to `end`. With p_near_max the sums are relative to the maxima. A
+    sum of 0 (no negative) gives NaN.
     """
     level = tl.program_id(1)
     o_n = start + tl.program_id(0) * b_N + tl.arange(0, b_N)
@@ -191,10 +192,10 @@ def coefficients_kernel(
     stride_lse,
     b_N: tl.constexpr,
 ):
-    """unit = max |grad|, or 1 where that is 0 or NaN; g = grad / unit, and log = lse / log 2.
+    """unit = max |grad|, or 1 if that is 0 or NaN; g = grad / unit, and log = lse / log 2.
 
-    p_log None: g 2^(shift - lse / log 2) instead, one exponential for both rows of a pair: exp(shift - lse) stays
-    inside float32 where the shift does.
+    p_log None: g 2^(shift - lse / log 2) instead, so that one exponential serves both rows of a pair; exp(shift - lse)
+    is representable in float32 if the constant shift is used.
     """
     level = tl.program_id(1)
     o_n = tl.program_id(0) * b_N + tl.arange(0, b_N)
@@ -238,10 +239,10 @@ def finish_kernel(
     b_M: tl.constexpr,
     b_K: tl.constexpr,
 ):
-    """dz [n, d] = constant * first * second * third * fourth * dx, whose columns are padded as `prepare` pads them.
+    """dz [n, d] = constant * first * second * third * fourth * dx, where the columns of dx are padded as by `prepare`.
 
     first to fourth: numbers on the device. p_part not None: -first / 2 times the sum of rows * dz, by program.
-    p_term not None: less term_constant * first * fourth * term[i, k] * diagonal[k].
+    p_term not None: minus term_constant * first * fourth * term[i, k] * diagonal[k].
     """
     i = tl.program_id(0) // blocks
     k = tl.program_id(0) % blocks

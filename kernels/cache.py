@@ -1,9 +1,9 @@
-"""What was measured on this machine: one file for each GPU, set of versions and state of the kernels.
+"""Cache of measurements on this machine: one file per GPU, set of versions and version of the kernels.
 
     ${SSD_ADDON_CACHE:-${XDG_CACHE_HOME:-~/.cache}/ssd-addon}/kernels/<key of `choice.key`>.json
 
-`python -m ssd_addon tune` writes it, beside the old one and then renamed, so that a reader finds a whole file or none.
-A file that cannot be read, or that was measured elsewhere, is left out with a warning.
+`python -m ssd_addon tune` writes it under a temporary name and then renames it, so that readers find a complete file or
+none. A file that cannot be read, or that was measured on another GPU, is ignored with a warning.
 """
 
 import functools
@@ -27,11 +27,11 @@ NOT_MEASURED = {
     "__init__.py", "cache.py", "check.py", "choice.py", "color_tiles.py", "colors.py", "dispatch.py", "timing.py",
     "tune.py",
 }  # fmt: skip
-"""Files of this folder on which no measurement depends."""
+"""Files of this package on which no measurement depends."""
 
 
 def directory() -> Path:
-    """Where the files are; the environment is read at every call."""
+    """The folder of the files; the environment is read at every call."""
     if own := os.environ.get("SSD_ADDON_CACHE"):
         return Path(own) / "kernels"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -40,7 +40,7 @@ def directory() -> Path:
 
 @functools.cache
 def kernels_hash() -> str:
-    """Of the source of the kernels, 12 digits: another state of them is measured anew."""
+    """A hash of the kernels' source, 12 digits; measurements are only used for the same source."""
     found = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         if file.name not in NOT_MEASURED:
@@ -54,17 +54,17 @@ def path(gpu: Gpu) -> Path:
 
 
 def load(gpu: Gpu) -> dict[str, Any] | None:
-    """The record of a GPU, or None where there is no file, or one of no use, which a warning reports.
+    """The record of a GPU; None if there is no file, or, with a warning, if it cannot be used.
 
-    A record holds "format", "key", "auto" {"float32" | "tf32": {width: rows}}, "configurations" {mode: {width: tile}}
-    and "measured", whatever is known about the measurement.
+    A record has "format", "key", "auto" {"float32" | "tf32": {width: rows}}, "configurations" {mode: {width: tile}} and
+    "measured", with details of the measurement.
     """
     try:
         file = path(gpu)
         text = file.read_text()
     except FileNotFoundError:
         return None
-    except (OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: there is no home
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: no home folder
         _warn(f"the cache of measurements cannot be read ({error})")
         return None
     try:
@@ -73,22 +73,22 @@ def load(gpu: Gpu) -> dict[str, Any] | None:
     except ValueError as error:
         problem = str(error)
     if problem:
-        _warn(f"{file} is left out ({problem}); `python -m ssd_addon tune` writes it anew")
+        _warn(f"{file} is ignored ({problem}); `python -m ssd_addon tune` measures again")
         return None
     return dict(record)
 
 
 def save(gpu: Gpu, record: Mapping[str, Any]) -> Path:
-    """Write the record of a GPU; its format and key are added.
+    """Write the record of a GPU, with its format and key.
 
     Raises:
-        ValueError: a record that `load` would refuse.
-        OSError: a folder that cannot be written.
+        ValueError: `load` would refuse the record.
+        OSError: the folder cannot be written.
     """
     file = path(gpu)
     whole = {"format": FORMAT, "key": file.stem, **record}
     if problem := _problem(whole, file.stem):
-        raise ValueError(f"record: expected one that can be read again: got {problem}")
+        raise ValueError(f"record: expected one that can be loaded again: got {problem}")
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=file.parent)
     try:
@@ -104,17 +104,17 @@ def save(gpu: Gpu, record: Mapping[str, Any]) -> Path:
 
 @functools.cache
 def of_device(device: torch.device) -> dict[str, Any] | None:
-    """The record of a device, read once a process; None for what is no CUDA device."""
+    """The record of a device, read once per process; None if it is not a CUDA device."""
     return load(choice.gpu_of(device)) if device.type == "cuda" else None
 
 
 def forget() -> None:
-    """Read the files again at the next question."""
+    """Read the files again on the next use."""
     of_device.cache_clear()
 
 
 def _problem(record: Any, stem: str) -> str | None:
-    """Why a record is of no use here, or None."""
+    """The reason why a record cannot be used here, or None."""
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         return f"it is not of format {FORMAT}"
     if record.get("key") != stem:
@@ -134,7 +134,7 @@ def _problem(record: Any, stem: str) -> str | None:
 
 
 def _buckets(entries: Any) -> bool:
-    """Whether these are entries by width with one for all that are wider."""
+    """Whether these are entries by width, with one for all larger widths."""
     if not isinstance(entries, dict) or "inf" not in entries:
         return False
     return all(k == "inf" or (k.isdecimal() and math.isfinite(float(k))) for k in entries)

@@ -1,9 +1,9 @@
-"""The self-check of the triton backend: 512 rows against float64, in value and gradient, before "auto" takes it.
+"""Self-check of the triton backend, which "auto" requires: 512 rows against float64, in value and gradient.
 
-It runs once for each process, device and pair (columns, prefix), with the tiles that these columns get, in both forms
-of the log-sums (a constant shift, and maxima). A kernel that raises or computes something else is never used by "auto"
-in this process: one warning says so, and the streaming backend runs. Nothing is settled where the device is short of
-memory, and nothing runs while a compiler traces, a CUDA graph is captured, or tensors are fake.
+It runs once per process, device and pair (columns, prefix), with the tiles for these columns, in both forms of the
+log-sums (a constant shift, and maxima). If a kernel raises or differs, "auto" does not use it in this process: one
+warning is issued, and the streaming backend runs instead. The check is postponed if the device is short of memory, and
+does not run while a compiler traces, a CUDA graph is captured, or tensors are fake.
 """
 
 import warnings
@@ -16,34 +16,34 @@ from ssd_addon.kernels.dispatch import capturing, free_memory
 
 ROWS = 512
 ROOM = 256 * 2**20
-"""Bytes that must be free: below that the check waits for a later call."""
+"""Bytes that must be free; otherwise the check is postponed to a later call."""
 TEMPERATURES = {"a constant shift": 0.1, "maxima": 0.01}
 VALUE, GRADIENT = 2e-3, 2e-3
-"""Allowed error of a log-sum, and of the gradient relative to its norm; in the interpreter they are 6e-4 and 4e-4."""
+"""Largest error of a log-sum, and of the gradient relative to its norm; in the interpreter they are 6e-4 and 4e-4."""
 
 _passed: set[tuple[str, int, int]] = set()
 _failed: dict[str, str] = {}
 
 
 def forget() -> None:
-    """Check again at the next question."""
+    """Check again on the next use."""
     _passed.clear()
     _failed.clear()
 
 
 def passed(device: torch.device, width: int, prefix: int) -> bool:
-    """Whether the kernels have computed the right numbers on this device, which is found out where it can be now.
+    """Whether the kernels have passed the check on this device; runs the check now if that is possible.
 
     Args:
-        device: one that `dispatch.why_no_triton` does not refuse.
-        width, prefix: D, and columns of the first level, or 0.
+        device: a device for which `dispatch.why_no_triton` returns None.
+        width, prefix: D, and the number of columns of the first level, or 0.
     """
     place = _name(device)
     if place not in _failed and not known(device, width, prefix) and possible_now(device):
         try:
             problem = run(device, width, prefix)
         except torch.cuda.OutOfMemoryError:
-            return False  # of no consequence: asked again at the next call
+            return False  # undecided: checked again at the next call
         except Exception as error:
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if problem is None:
@@ -52,7 +52,7 @@ def passed(device: torch.device, width: int, prefix: int) -> bool:
             _failed[place] = problem
             warnings.warn(
                 f"ssd_addon.kernels: the fused kernels failed their check on {place} ({problem}); backend='auto' uses "
-                "'streaming' there, whose numbers are right, and backend='triton' would use the kernels all the same",
+                "'streaming' there, whose results are correct; backend='triton' would still use the kernels",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -60,22 +60,22 @@ def passed(device: torch.device, width: int, prefix: int) -> bool:
 
 
 def known(device: torch.device, width: int, prefix: int) -> bool:
-    """Whether they have passed already; nothing runs."""
+    """Whether the check has passed already; does not run it."""
     place = _name(device)
     return place not in _failed and (place, width, prefix) in _passed
 
 
 def possible_now(device: torch.device) -> bool:
-    """Whether a check may run: it computes, reads back, and needs memory."""
+    """Whether a check may run now: it computes, reads from the device, and needs memory."""
     if torch.compiler.is_compiling() or capturing(device):
         return False
-    if type(torch.empty(0, device=device)) is not Tensor:  # a fake one, of a tracer
+    if type(torch.empty(0, device=device)) is not Tensor:  # a tracer's fake tensor
         return False
     return free_memory(device) >= ROOM
 
 
 def run(device: torch.device, width: int, prefix: int = 0) -> str | None:
-    """Compare the kernels with float64: None, or what differed."""
+    """Compare the kernels with float64; returns None, or a description of the difference."""
     rows = ROWS
     with torch.inference_mode(False), torch.enable_grad(), autocast_off(device):
         g = torch.Generator(device).manual_seed(width + prefix)
@@ -96,7 +96,7 @@ def run(device: torch.device, width: int, prefix: int = 0) -> str | None:
 
 
 def _exact(z: Tensor, ids: Tensor, temperature: float, prefix: int, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sums [E, N] and their weighted sum's gradient [N, D], from the equation."""
+    """Log-sums [E, N] and the gradient [N, D] of their weighted sum, from the equation."""
     z = z.requires_grad_()
     same = ids[:, None] == ids[None, :]
     parts = [z[:, :prefix], z] if prefix else [z]

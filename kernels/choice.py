@@ -1,12 +1,12 @@
-"""From how many rows on "auto" takes the triton backend, as pure functions of a description of the GPU.
+"""The number of rows N from which "auto" uses the triton backend, as pure functions of a description of the GPU.
 
     measured here      the user's cache, which `python -m ssd_addon tune` writes
     measured elsewhere table.json, per architecture: sm_90, on an H200
     estimated          t_other > 2.8 ms + 3 (2u / (0.4 peak16)),   u = 2 N^2 D
 
-t_other is the time that the streaming backend would take in float32, or in TF32 where the user allows it:
+t_other is the estimated time of the streaming backend in float32, or in TF32 if the user allows it:
 2u / (0.75 peak) of products, and 120 bytes of traffic for each of the N^2 / 2 similarities at 0.8 of the bandwidth.
-Both sides grow with N^2, so the rule is a number of rows, `estimated_rows`. Embeddings in 16 bits, N at D:
+Both sides grow with N^2, so the rule is a threshold for N, `estimated_rows`. For embeddings in 16 bits, N at width D:
 
     GPU                 D = 128      256      512    1,024    2,048
     H100 SXM              9,800    8,900    7,600    6,100    4,700
@@ -14,14 +14,13 @@ Both sides grow with N^2, so the rule is a number of rows, `estimated_rows`. Emb
     RTX 4090              6,900    7,900   13,900    never    never
     L4                    3,700    4,100    5,700    never    never
 
-The constants come from the run on an H200 (docs/benchmarks.md). Tiles and products together reached 0.35 of peak16 at
-D = 256 and 0.46 to 0.57 above, so 0.4; on other GPUs that is an assumption, hence the factor 3. 2.8 ms is the most that
-a step took there where only the host counts (N up to 4,096), and that host was a slow one. 120 bytes are what the
-passes of the streaming backend read and write; from N = 8,192 on it took 1.1 to 3.2 times
-this estimate. On a GeForce or an L4 the 16-bit rate is only twice the float32 rate, less than the margin: measure with
-`python -m ssd_addon tune` what the rule does not dare to say.
+The constants come from measurements on an H200 (docs/benchmarks.md). Tiles and products together reached 0.35 of peak16
+at D = 256 and 0.46 to 0.57 above, hence 0.4; on other GPUs this is an assumption, hence the factor 3. 2.8 ms is the
+longest time of a step that was bound by the (slow) host there (N up to 4,096). 120 bytes are what the passes of the
+streaming backend read and write; from N = 8,192 on it took 1.1 to 3.2 times this estimate. On a GeForce or an L4 the
+16-bit rate is only twice the float32 rate, less than the margin: run `python -m ssd_addon tune` to measure such GPUs.
 
-What is not known about a GPU is filled in so that triton is taken later rather than earlier.
+Unknown properties of a GPU are replaced by values with which triton is used later rather than earlier.
 """
 
 import functools
@@ -36,12 +35,12 @@ import torch
 from ssd_addon.kernels import table
 
 NEVER = 2**61
-"""A number of rows that no batch has; it travels between ranks as an integer."""
+"""A number of rows that no batch reaches; an integer, so that ranks can exchange it."""
 
 MARGIN, EFFICIENCY, HOST = 3.0, 0.4, 2.8e-3
-"""Of the rule: margin of the tiles' time, share of peak16 that they reach, seconds of host time a step."""
+"""Constants of the rule: margin on the tiles' time, share of peak16 that they reach, host time of a step in seconds."""
 PRODUCTS, TRAFFIC, BANDWIDTH = 0.75, 60.0, 0.8
-"""Of the streaming backend: share of the peak, bytes for each entry of N x N, share of the bandwidth."""
+"""Constants of the streaming backend: share of the peak, bytes per entry of N x N, share of the bandwidth."""
 
 RATES: Mapping[tuple[int, int], tuple[int, int]] = {
     (8, 0): (2048, 128),
@@ -53,28 +52,28 @@ RATES: Mapping[tuple[int, int], tuple[int, int]] = {
     (10, 3): (8192, 256),
     (12, 0): (512, 256),
 }
-"""Operations a clock and multiprocessor: fp16 products with float32 sums, and float32. GeForce's rate is taken for all
-of 8.6, 8.9 and 12.0; workstation cards have twice that, so their estimate is too careful. Source: NVIDIA's white
+"""Operations per clock and multiprocessor: fp16 products with float32 sums, and float32. GeForce's rate is used for all
+of 8.6, 8.9 and 12.0; workstation cards reach twice that, so their estimate is conservative. Source: NVIDIA's white
 papers."""
 OTHER_RATES = (512, 256)
 CLOCKS = {(8, 0): 1.41e9, (8, 6): 1.7e9, (8, 9): 2.5e9, (9, 0): 1.98e9, (10, 0): 1.9e9, (12, 0): 2.4e9}
 BANDWIDTHS = {(8, 0): 2.0e12, (8, 6): 0.9e12, (8, 9): 1.0e12, (9, 0): 3.35e12, (10, 0): 8.0e12, (12, 0): 1.8e12}
-"""Where torch does not tell. A bandwidth too large makes streaming look faster than it is: careful too."""
+"""Defaults for values that torch does not report. A high bandwidth overrates streaming, which is conservative too."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the choice depends on.
+    """Description of a GPU, on which the choice depends.
 
     Attributes:
-        name: as the driver calls it.
-        capability: (9, 0) for sm_90.
-        multiprocessors: their number.
-        memory: bytes.
-        clock: Hz, at boost.
-        bandwidth: of the memory, bytes a second.
-        torch, cuda, triton: versions; "none" where there is none.
-        hip: ROCm's version where torch is built for it, else None.
+        name: the driver's name.
+        capability: compute capability, (9, 0) for sm_90.
+        multiprocessors: number of multiprocessors.
+        memory: memory in bytes.
+        clock: boost clock in Hz.
+        bandwidth: memory bandwidth in bytes per second.
+        torch, cuda, triton: versions; "none" if not installed.
+        hip: ROCm's version if torch is built for it, else None.
     """
 
     name: str
@@ -95,11 +94,11 @@ class Gpu:
 
     @property
     def peak16(self) -> float:
-        """Operations a second of fp16 products with float32 sums, without sparsity."""
+        """Operations per second of fp16 products with float32 sums, without sparsity."""
         return RATES.get(self.capability, OTHER_RATES)[0] * self.multiprocessors * self._clock
 
     def peak32(self, tf32: bool) -> float:
-        """The same of float32 products: on the ordinary units, or in TF32 at half the 16-bit rate."""
+        """Operations per second of float32 products: on the ordinary units, or in TF32 at half the 16-bit rate."""
         if tf32:
             return self.peak16 / 2
         return RATES.get(self.capability, OTHER_RATES)[1] * self.multiprocessors * self._clock
@@ -135,7 +134,7 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def triton_version() -> str:
-    """Of the package, without importing it: "none" where it is not installed."""
+    """The version of the package, without importing it; "none" if it is not installed."""
     from importlib import metadata
 
     for name in ("triton", "triton-windows"):
@@ -147,7 +146,7 @@ def triton_version() -> str:
 
 
 def why_not(gpu: Gpu, place: str) -> str | None:
-    """Why the Triton kernels cannot run on this GPU, or None. place: what messages call the device."""
+    """The reason why the Triton kernels cannot run on this GPU, or None; `place` names the device in messages."""
     if gpu.hip is not None:
         return (
             f"it is written for NVIDIA GPUs, and torch {gpu.torch} is built for AMD's (ROCm {gpu.hip}), on which the "
@@ -160,7 +159,7 @@ def why_not(gpu: Gpu, place: str) -> str | None:
 
 
 def key(gpu: Gpu, kernels: str) -> str:
-    """Name of the cache file of what was measured: the GPU, the versions, and a hash of the kernels' source.
+    """Name of the cache file: the GPU, the versions, and a hash of the kernels' source.
 
     >>> gpu = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 80 * 2**30, torch="2.11.0+cu130", cuda="13.0", triton="3.6.0")
     >>> key(gpu, "ab")
@@ -173,13 +172,13 @@ def key(gpu: Gpu, kernels: str) -> str:
 
 
 def precise_enough(came_as: torch.dtype, tf32: bool) -> bool:
-    """Whether fp16 products are as precise as what the user has: embeddings of 16 bits, or TF32, which has their
-    mantissa, allowed for float32 ones. float64 never is."""
+    """Whether fp16 products are precise enough: for 16-bit embeddings, and for float32 ones if TF32 is allowed, which
+    has the same mantissa; never for float64."""
     return came_as.itemsize == 2 or (came_as == torch.float32 and tf32)
 
 
 def estimated_rows(gpu: Gpu, width: int, tf32: bool) -> float:
-    """The analytic rule: N from which the estimate is in favor of triton; infinity where it never is.
+    """The analytic rule: the N from which triton is estimated to be faster; infinity if it never is.
 
     >>> h100 = Gpu("H100", (9, 0), 132, 80 * 2**30)
     >>> [round(estimated_rows(h100, d, tf32=False), -2) for d in (256, 2048)]
@@ -198,14 +197,14 @@ def decide(
     measured: Mapping[str, Any] | None = None,
     packaged: Mapping[str, Any] | None = None,
 ) -> int:
-    """From how many rows of `width` columns on "auto" takes triton; NEVER where it does not.
+    """The number of rows of `width` columns from which "auto" uses triton; NEVER if it does not.
 
     Args:
-        gpu: the device, which must be able to run the kernels.
+        gpu: a device that can run the kernels.
         width: D.
         tf32: whether float32 products may run in TF32.
-        measured: the user's cache for this GPU (`cache.load`), which comes first.
-        packaged: table.json, which comes second. Both hold, under "auto", rows by width: "float32" and "tf32".
+        measured: the user's cache for this GPU (`cache.load`), which has priority.
+        packaged: table.json, used next. Both hold, under "auto", rows by width for "float32" and "tf32".
     """
     arithmetic = "tf32" if tf32 else "float32"
     theirs = (packaged or {}).get("auto", {}).get(gpu.architecture, {})

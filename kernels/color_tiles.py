@@ -1,13 +1,13 @@
-"""A table of color instructions on whole images, in one Triton kernel: one program for each image, in place.
+"""Runs a table of color instructions on whole images, in place, in one Triton kernel with one program per image.
 
-    BLEND      x <- clamp(a x + b grey(x) + c mean(grey(x)) + d)
-    HUE        x <- the hue of HSV moved by a sixths of a turn
-    SATURATE   x <- the saturation of HSV times a
+    BLEND      x <- clamp(a x + b gray(x) + c mean(gray(x)) + d)
+    HUE        x <- x with the hue of HSV shifted by a sixths of a turn
+    SATURATE   x <- x with the saturation of HSV multiplied by a
     SOLARIZE   x <- y where y < a, else 1 - y;  y = clamp(x + b)
 
-and last (x - mean) / deviation by channel. A mean over the image needs its own pass over the pixels, which reads them
-and runs the columns before; every pixel is written once. The table is `colors.Chain`, whose torch functions
-are the definition. Legend: N images, K columns, P pixels of an image; p_ pointers.
+and finally (x - mean) / deviation by channel. A mean over the image needs its own pass over the pixels, which reads
+them and runs the preceding columns; every pixel is written once. The table is `colors.Chain`, whose torch functions are
+the definition. Legend: N images, K columns, P pixels of an image; p_ pointers.
 """
 
 import torch
@@ -42,7 +42,7 @@ def _pixels(p_x, o_p, m_p, pixels):
 
 @triton.jit
 def _near(hue, place):
-    """How much of a channel a hue has, 1 to 2: 2 - |distance on the circle|, and at least 1."""
+    """The weight of a channel in a hue, 1 to 2: 2 - |distance on the circle|, and at least 1."""
     return tl.minimum(tl.maximum(tl.abs(tl.abs(hue - place) - 3.0), 1.0), 2.0)
 
 
@@ -90,7 +90,7 @@ def colors_kernel(
     p_codes += image * COLUMNS
     p_numbers += image * COLUMNS * 4
     places = tl.arange(0, PLACES)
-    means = tl.zeros((PLACES,), tl.float32)  # of grey, before each column that needs it
+    means = tl.zeros((PLACES,), tl.float32)  # of gray, before each column that needs it
     for k in tl.static_range(COLUMNS):
         wanted = (tl.load(p_codes + k) == 1) & (tl.load(p_numbers + 4 * k + 2) != 0.0)
         if wanted:
@@ -121,7 +121,7 @@ def colors_kernel(
 
 
 def runs_on(device: torch.device) -> bool:
-    """Can the kernel run there?"""
+    """Whether the kernel can run on this device."""
     return why_not(device) is None
 
 
@@ -132,10 +132,10 @@ def colors(x: Tensor, codes: Tensor, numbers: Tensor, ends: tuple[Tensor, Tensor
         x: [N, 3, H, W] float32 in [0, 1], contiguous.
         codes: [N, K] integers.
         numbers: [N, K, 4] float32.
-        ends: mean and deviation, each of 1 or 3 numbers, that come last.
+        ends: mean and standard deviation of a final normalization, each of 1 or 3 numbers.
 
     Raises:
-        ValueError: other channels, types or numbers of rows.
+        ValueError: channels, dtypes or numbers of images do not fit.
     """
     n, k = codes.shape
     if x.ndim != 4 or x.shape[1] != 3 or x.dtype != torch.float32 or not x.is_contiguous():

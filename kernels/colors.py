@@ -1,13 +1,13 @@
-"""Operations on colors as a table of instructions, one row for each image, run in place.
+"""Color operations as a table of instructions, one row per image, run in place.
 
-    BLEND      x <- clamp(a x + b grey(x) + c mean(grey(x)) + d)
-    HUE        x <- the hue of HSV moved by a sixths of a turn
-    SATURATE   x <- the saturation of HSV times a
+    BLEND      x <- clamp(a x + b gray(x) + c mean(gray(x)) + d)
+    HUE        x <- x with the hue of HSV shifted by a sixths of a turn
+    SATURATE   x <- x with the saturation of HSV multiplied by a
     SOLARIZE   x <- y where y < a, else 1 - y;  y = clamp(x + b)
 
-Brightness, contrast, saturation by grey, greyscale and inversion are all blends, so images with different operations at
-one place of the table share its passes. grey = 0.299 R + 0.587 G + 0.114 B. The table is what the Triton kernel reads
-too (`color_tiles`). Legend: N images, K columns, P pixels of an image.
+Brightness, contrast, saturation by gray, grayscale and inversion are all blends, so images with different operations at
+the same place of the table share its passes. gray = 0.299 R + 0.587 G + 0.114 B. The Triton kernel reads the same table
+(`color_tiles`). Legend: N images, K columns, P pixels of an image.
 """
 
 import importlib
@@ -22,13 +22,13 @@ from torch import Tensor
 
 NOTHING, BLEND, HUE, SATURATE, SOLARIZE = range(5)
 GREYING = 4
-"""Added to BLEND where grey is needed."""
+"""Added to the code BLEND if gray is needed."""
 RUNS = 4
-"""Runs of one kind of instruction in a column up to which each is worked on where it lies."""
+"""Largest number of consecutive runs of one kind of instruction in a column that are processed in place, one by one."""
 GREY = (0.299, 0.587, 0.114)
-"""ITU-R BT.601, as torchvision, PIL and Kornia weight them."""
+"""ITU-R BT.601 weights, as in torchvision, PIL and Kornia."""
 _TINY = 1e-12
-"""Below any difference of two channels of a float32 image in [0, 1]."""
+"""Smaller than any difference of two channels of a float32 image in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -45,23 +45,23 @@ class Chain:
 
     @classmethod
     def of(cls, columns: Sequence[tuple[Tensor, Tensor]]) -> "Chain":
-        """Columns (codes [N], numbers [N, 4]) side by side."""
+        """Combine columns, each (codes [N], numbers [N, 4]), into a table."""
         return cls(torch.stack([c for c, _ in columns], dim=1), torch.stack([x for _, x in columns], dim=1))
 
     def rows(self, rows: Tensor) -> "Chain":
         return Chain(self.codes[rows], self.numbers[rows])
 
     def fires(self) -> Tensor:
-        """[N] bool: does anything happen to the image?"""
+        """[N] bool: whether any instruction changes the image."""
         return (self.codes != NOTHING).any(dim=1)
 
     def alike(self) -> Tensor:
-        """[N] order in which images with the same kinds of instructions lie together."""
+        """[N] an order in which images with the same kinds of instructions are adjacent."""
         kinds = self.kinds()[:, :16]
         return (kinds * 8 ** torch.arange(kinds.shape[1]).flip(0)).sum(dim=1).argsort(stable=True)
 
     def kinds(self) -> Tensor:
-        """[N, K] codes; blends that need grey have one of their own."""
+        """[N, K] codes; blends that need gray have their own code."""
         return self.codes + GREYING * ((self.codes == BLEND) & (self.numbers[:, :, 1] != 0)).long()
 
 
@@ -77,7 +77,7 @@ def run(chain: Chain, x: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> T
     """Run the table on images [N, C, H, W], float32 in [0, 1], contiguous; in place.
 
     Args:
-        ends: mean and deviation by channel [C or 1, 1, 1] of a Normalize that comes last.
+        ends: mean and standard deviation by channel [C or 1, 1, 1] of a final Normalize.
     """
     if x.is_cuda and x.shape[1] == 3 and (kernel := _kernel(x.device)) is not None:
         out: Tensor = kernel(x, chain.codes, chain.numbers, ends)
@@ -86,7 +86,7 @@ def run(chain: Chain, x: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> T
 
 
 def run_in_torch(chain: Chain, x: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """The same in torch's own functions, on any device: the definition of what the kernel does."""
+    """Run the table in torch's own functions, on any device: the definition of the kernel."""
     flat, kinds, numbers = x.flatten(2), chain.kinds().numpy(), chain.numbers.to(x.device)
     for k in range(kinds.shape[1]):
         of = kinds[:, k]
@@ -113,7 +113,7 @@ def run_in_torch(chain: Chain, x: Tensor, ends: tuple[Tensor, Tensor] | None = N
 
 
 def _kernel(device: torch.device) -> Any:
-    """The Triton kernel, where it can run."""
+    """The Triton kernel if it can run on this device, else None."""
     try:
         tiles = importlib.import_module("ssd_addon.kernels.color_tiles")
     except ImportError:  # no triton
@@ -137,7 +137,7 @@ def put(out: Tensor, rows: Tensor, values: Tensor) -> None:
 
 
 def grey(x: Tensor) -> Tensor:
-    """[N, P] of [N, 3, P]."""
+    """Luma [N, P] of pixels [N, 3, P]."""
     red, green, blue = x.unbind(1)
     return (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
 
@@ -169,9 +169,9 @@ def _greying(x: Tensor, numbers: Tensor, used: list[bool]) -> None:
 
 
 def _hue(x: Tensor, numbers: Tensor, used: list[bool]) -> None:
-    """By the distance of a hue to red on the circle of six sixths: |h| = u_green + u_blue - u_red + 1, where u is the
-    color without its greyness, (x - min) / (max - min); h is negative where blue exceeds green. Each channel is then
-    min + (max - min) * clamp(2 - distance of the moved hue to it, 0, 1).
+    """Shift the hue, measured as the distance to red on a circle of length 6: |h| = u_green + u_blue - u_red + 1, where
+    u = (x - min) / (max - min); h is negative if blue exceeds green. Each channel is then
+    min + (max - min) * clamp(2 - distance of the shifted hue to it, 0, 1).
     """
     red, green, blue = x.unbind(1)
     low = torch.minimum(red, green)
@@ -190,7 +190,7 @@ def _hue(x: Tensor, numbers: Tensor, used: list[bool]) -> None:
 
 
 def _saturate(x: Tensor, numbers: Tensor, used: list[bool]) -> None:
-    """As Kornia's `adjust_saturation`, whose saturation is (max - min) / (max + 1e-8)."""
+    """Scale the saturation as Kornia's `adjust_saturation`, with saturation (max - min) / (max + 1e-8)."""
     top, low = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
     chroma = top - low
     wanted = (chroma / (top + 1e-8)).mul_(numbers[:, :1, None]).clamp_(0, 1).mul_(top)

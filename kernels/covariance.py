@@ -1,6 +1,6 @@
 """Off-diagonal energy of a (cross-)covariance: sum over k != l of (X^T Y)_kl^2.
 
-D side:  C = X^T Y, its squares without the diagonal;         2 n D^2 of arithmetic, twice that backward
+D side:  C = X^T Y, squared without its diagonal;             2 n D^2 operations, twice that backward
 N side:  ||X^T Y||_F^2 = <X X^T, Y Y^T>, minus sum_k C_kk^2;   4 n^2 D, cheaper where n < D / 2
 
 Legend: n local rows, D columns, c columns of a block. Source: the covariance term of VICReg (Bardes et al. 2022)
@@ -25,31 +25,33 @@ def off_diagonal_energy(
     group: ProcessGroup | None = None,
     chunk: int = 512,
 ) -> Scalar:
-    """sum_{k != l} (sum_i x_ik y_il)^2, a scalar in max(float32, type of x), differentiable in x and y.
+    """sum_{k != l} (sum_i x_ik y_il)^2, a scalar in max(float32, dtype of x), differentiable in x and y.
 
     >>> off_diagonal_energy(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))  # X^T X = [[1, 2], [2, 5]]
     tensor(8.)
 
     Args:
-        x: [n, D] rows, already centred (and standardized) as the loss wants them.
+        x: [n, D], already centered (and standardized) as the loss requires.
         y: [n, D]; None means x.
-        backend: "auto", "eager", "streaming" (keeps no D x D matrix), "triton" (CUDA, fp16 products); the last two pick
+        backend: "auto", "eager", "streaming" (stores no D x D matrix), "triton" (CUDA, fp16 products); the last two use
             the cheaper side.
-        group: None computes on the local rows; for a process group X^T Y is summed over ranks, on the D side (that
-            matrix, or its blocks, is what the ranks exchange); backward assumes that gradients are averaged over ranks.
-        chunk: columns of a block of the streaming backend.
+        group: None uses the local rows. For a process group X^T Y is summed over ranks, on the D side (the ranks
+            exchange this matrix, or its blocks); backward assumes that gradients are averaged over ranks.
+        chunk: number of columns of a block in the streaming backend.
 
-    Nothing is read back from the device: NaN and infinity come out as they are.
+    Nothing is read from the device: NaN and infinity are not detected, but returned.
 
     Raises:
-        TypeError, ValueError: not floating point, not [n, D], or x and y of different shapes.
+        TypeError, ValueError: x or y is not floating point or not [n, D], or their shapes differ.
     """
     for name, t in (("x", x), ("y", y)):
         if t is None:
             continue
         _checks.floating(t, f"off_diagonal_energy, {name}")
         if t.ndim != 2 or t.shape != x.shape:
-            raise ValueError(f"off_diagonal_energy: expected x and y [n, D], alike: got {name} {_checks.shape(t)}")
+            raise ValueError(
+                f"off_diagonal_energy: expected x and y of the same shape [n, D]: got {name} {_checks.shape(t)}"
+            )
     n, d = x.shape
     dtype = compute_dtype(x.dtype)
     name = energy_backend(backend, n, d, dtype=dtype, device=x.device, group=group)
@@ -76,14 +78,14 @@ def energy_backend(
     device: torch.device | None = None,
     group: ProcessGroup | None = None,
 ) -> Runnable:
-    """What `off_diagonal_energy` runs for n local rows of d columns; the same on every rank of a group."""
-    # Streaming is the faster one as soon as it can leave out work; D x D is what eager keeps for the backward.
+    """The backend of `off_diagonal_energy` for n local rows of d columns; the same on every rank of a group."""
+    # Streaming is faster as soon as it can skip work; eager stores D x D for the backward pass.
     elements = 64 * d * d if by_rows(n, d, group) else d * d
     return choose_backend(backend, matrix_elements=elements, dtype=dtype, device=device)
 
 
 def by_rows(n: int, d: int, group: ProcessGroup | None) -> bool:
-    """Whether the N side is the cheaper one. Ranks exchange X^T Y, so for a group it is never taken."""
+    """Whether the N side is cheaper; never for a group, as ranks exchange X^T Y."""
     return group is None and 2 * n < d
 
 
@@ -107,7 +109,7 @@ def _block(x: Tensor, y: Tensor, block: slice, start: int, group: ProcessGroup |
 
 
 def _eager(x: Tensor, y: Tensor | None, group: ProcessGroup | None) -> Tensor:
-    """The truth: the matrix, its diagonal left out, its squares."""
+    """The reference: the squared entries of the matrix, without its diagonal."""
     c = _dist.all_sum(matmul(x.T, x if y is None else y), group)
     return (c - torch.diag(c.diagonal())).square().sum()
 
@@ -117,14 +119,14 @@ class _WholeContext(Context):
 
 
 class _Whole(torch.autograd.Function):
-    """`_eager` with its derivative in closed form: a third of the passes over the matrix, which is kept."""
+    """`_eager` with its derivative in closed form: a third of the passes over the matrix, which is stored."""
 
     @staticmethod
     def forward(ctx: _WholeContext, x: Tensor, y: Tensor | None, group: ProcessGroup | None) -> Tensor:
         c = _block(x, x if y is None else y, slice(0, x.shape[1]), 0, group)
         ctx.group = group
         ctx.save_for_backward(c, x, *(() if y is None else (y,)))
-        # By rows: one pass, with no loss of digits over the million entries.
+        # Summed by rows: one pass, without loss of precision over a million entries.
         lengths: Tensor = torch.linalg.vector_norm(c, dim=1)
         return lengths.square().sum()
 
@@ -133,7 +135,7 @@ class _Whole(torch.autograd.Function):
     def backward(ctx: _WholeContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         c, x, *rest = ctx.saved_tensors
         y = rest[0] if rest else None
-        if torch.is_grad_enabled():  # create_graph=True: a second derivative is wanted
+        if torch.is_grad_enabled():  # create_graph=True: second derivative
             inputs = [t for t, need in zip((x, y), ctx.needs_input_grad, strict=False) if need and t is not None]
             found = iter(torch.autograd.grad(_eager(x, y, ctx.group), inputs, grad, create_graph=True))
             return (*(next(found) if need else None for need in ctx.needs_input_grad[:2]), None)
@@ -153,7 +155,7 @@ class _StreamingContext(Context):
 class _Streaming(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _StreamingContext, x: Tensor, y: Tensor | None, chunk: int, group: ProcessGroup | None) -> Tensor:
-        symmetric = y is None  # not y = x: a function that takes one tensor twice cannot be compiled
+        symmetric = y is None  # not y = x, as a function that takes one tensor twice cannot be compiled
         y = x if y is None else y
         ctx.symmetric, ctx.chunk, ctx.group = symmetric, chunk, group
         n, d = x.shape
@@ -162,13 +164,13 @@ class _Streaming(torch.autograd.Function):
             h = g if symmetric else y @ y.T
             diagonal = (x * y).sum(dim=0)
             ctx.save_for_backward(x, y, g, h, diagonal)  # n x n: less than half of x
-            # Sums in float64: near decorrelation the two parts are of one size.
+            # Sums in float64: near decorrelation the two terms nearly cancel.
             energy = (g * h).sum(dtype=torch.float64) - diagonal.double().square().sum()
             return energy.to(x.dtype)
         ctx.save_for_backward(x, y)
         energy = x.new_zeros((), dtype=torch.float64)
         for k in range(0, d, chunk):
-            a = k if symmetric else 0  # symmetric: the triangle right of the block's diagonal, counted twice
+            a = k if symmetric else 0  # symmetric: only the upper triangle, counted twice
             c = _block(x, y, slice(k, min(k + chunk, d)), a, group)
             w = c.shape[0]
             if symmetric:

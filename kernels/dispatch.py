@@ -1,4 +1,4 @@
-"""Which backend runs: by device, type and size for "auto"; a named one runs or raises."""
+"""Chooses the backend: by device, dtype and size for "auto"; a backend that is given by name runs or raises."""
 
 import importlib.util
 from typing import Literal, get_args
@@ -15,11 +15,11 @@ Backend = Literal["auto", Runnable]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 EAGER_BYTES = 64 * 2**20
-"""Up to this size of the matrix that eager materializes, eager is the choice of "auto"."""
+""" "auto" chooses eager up to this size of the matrix that eager materializes, in bytes."""
 CPU_EAGER_BYTES = 256 * 2**10
-"""The same for the log-sums on a CPU, where streaming is the faster one from about 256 rows on (docs/benchmarks.md)."""
+"""The same for log-sums on a CPU, where streaming is faster from about 256 rows on (docs/benchmarks.md)."""
 KINDS = ("cuda",)
-"""Kinds of devices on which "auto" considers triton; the tests add the interpreter's."""
+"""Device types on which "auto" considers triton; the tests add the interpreter's."""
 
 
 def choose_backend(
@@ -35,14 +35,14 @@ def choose_backend(
 
     Args:
         backend: "auto", "eager", "streaming" or "triton".
-        matrix_elements: entries of the matrix that eager would keep (N x N, or D x D).
-        dtype: type that the arithmetic runs in.
-        device: where the rows are; None checks the name alone.
-        rows: N of the log-sums over all ranks (0: covariances), which "auto" streams from a smaller matrix on on a CPU.
-        triton_from: from so many rows on "auto" takes triton: `rows_for_triton`, the largest of all ranks.
+        matrix_elements: number of entries of the matrix that eager would store (N x N, or D x D).
+        dtype: dtype of the computation.
+        device: device of the rows; None only checks the name.
+        rows: N of the log-sums over all ranks (0 for covariances); on a CPU "auto" streams them from a smaller size.
+        triton_from: number of rows from which "auto" uses triton: `rows_for_triton`, the largest over all ranks.
 
     Raises:
-        ValueError: an unknown name, or a named backend that cannot run here; the message says what can.
+        ValueError: the name is unknown, or the named backend cannot run here; the message says which can.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}: got {backend!r}")
@@ -50,8 +50,8 @@ def choose_backend(
         reason = why_no_triton(device, dtype)
         if reason:
             raise ValueError(
-                f"backend 'triton': {reason}; 'eager' and 'streaming' run on every device and in every type, and "
-                "'auto' picks what runs"
+                f"backend 'triton': {reason}; 'eager' and 'streaming' run on every device and in every dtype, and "
+                "'auto' chooses one that runs"
             )
     if backend != "auto":
         return backend
@@ -67,29 +67,29 @@ def choose_backend(
 def rows_for_triton(
     backend: Backend, device: torch.device, width: int, *, came_as: torch.dtype, prefix: int, rows: int
 ) -> int:
-    """From how many rows on "auto" takes triton for the log-sums in this process; NEVER where it does not.
+    """The number of rows from which "auto" uses triton for the log-sums in this process; NEVER if it does not.
 
-    It does where the kernels can run, are as precise as the embeddings that came (`choice.precise_enough`), are faster
-    (`choice.decide`), and have passed their check, which this function runs where `rows` are enough. Ranks exchange
-    what they get here and go by the largest, so that all of them take the same backend.
+    Triton is used if the kernels can run, are precise enough for the embeddings (`choice.precise_enough`), are faster
+    (`choice.decide`), and have passed their check, which this function runs if there are enough `rows`. Ranks exchange
+    the result and use the largest, so that all choose the same backend.
 
     Args:
-        backend: what the caller asked for.
-        device, width: of the rows, D.
-        came_as: the type in which embeddings came, before they were promoted; the widest of several.
-        prefix: columns of the first level, or 0.
-        rows: N over all ranks, as far as this process can tell.
+        backend: the requested backend.
+        device, width: device and width D of the rows.
+        came_as: original dtype of the embeddings, before promotion; the widest of several.
+        prefix: number of columns of the first level, or 0.
+        rows: N over all ranks, estimated by this process.
     """
     if backend != "auto" or device.type not in KINDS:
         return NEVER
-    if torch.compiler.is_compiling():  # a compiler traces no files, and nothing may run: what was settled before holds
+    if torch.compiler.is_compiling():  # files cannot be read and kernels cannot run: use earlier results
         settled: int = _settled(device, width, came_as, prefix)
         return settled
     return _rows_for_triton(device, width, came_as, prefix, rows)
 
 
 def _rows_for_triton(device: torch.device, width: int, came_as: torch.dtype, prefix: int, rows: int) -> int:
-    """rows 0: run no check."""
+    """As `rows_for_triton`; with rows 0 no check is run."""
     tf32 = tf32_allowed()
     if not choice.precise_enough(came_as, tf32) or why_no_triton(device, torch.float32) is not None:
         return NEVER
@@ -102,42 +102,42 @@ def _rows_for_triton(device: torch.device, width: int, came_as: torch.dtype, pre
 
 
 def _settled(device: torch.device, width: int, came_as: torch.dtype, prefix: int) -> int:
-    """Called while a compiler traces, and not traced itself."""
+    """The result from earlier checks; called while a compiler traces, but not traced itself."""
     return _rows_for_triton(device, width, came_as, prefix, 0)
 
 
-# What torch.compiler.assume_constant_result does, which would import the compiler with this file.
+# As torch.compiler.assume_constant_result does, which would import the compiler.
 _settled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def tf32_allowed() -> bool:
-    """Whether the user lets CUDA compute float32 products in TF32: `torch.set_float32_matmul_precision("high")`,
+    """Whether the user allows CUDA to compute float32 products in TF32: `torch.set_float32_matmul_precision("high")`,
     `torch.backends.cuda.matmul.allow_tf32 = True`, or `fp32_precision = "tf32"`."""
     matmul = torch.backends.cuda.matmul
-    now = getattr(matmul, "fp32_precision", None)  # from torch 2.9 on; the older setting may then not be read
+    now = getattr(matmul, "fp32_precision", None)  # since torch 2.9, where reading the older setting may raise
     if now in ("tf32", "ieee"):
         return bool(now == "tf32")
     return bool(matmul.allow_tf32)
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what runs now goes into a CUDA graph, so that nothing can be read back."""
+    """Whether a CUDA graph is being captured, so that nothing can be read from the device."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated, with what torch's allocator holds in reserve."""
+    """Bytes that can still be allocated, including those that torch's allocator holds in reserve."""
     if device.type != "cuda":
         return 2**62
     free, _ = torch.cuda.mem_get_info(device)
-    # Not memory_reserved() - memory_allocated(): each of them flattens all statistics, which costs the host 0.1 ms.
+    # Not memory_reserved() - memory_allocated(), each of which flattens all statistics and takes 0.1 ms of host time.
     held = torch.cuda.memory_stats_as_nested_dict(device)
     reserved, allocated = (held[kind]["all"]["current"] for kind in ("reserved_bytes", "allocated_bytes"))
     return int(free + reserved - allocated)
 
 
 def why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the fused kernels cannot run on this device in this type, or None."""
+    """The reason why the fused kernels cannot run on this device in this dtype, or None."""
     if dtype == torch.float64:
         return "it computes in float32 from fp16 products, and the rows are torch.float64"
     if not HAS_TRITON:
@@ -148,14 +148,14 @@ def why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """max(float32, type of the input)."""
+    """max(float32, dtype of the input)."""
     return torch.promote_types(torch.float32, dtype)
 
 
 def checks_are_on(validate: bool | Literal["auto"]) -> bool:
-    """Checks on values read them back from the device: "auto" leaves them out where that is impossible."""
+    """Whether values are checked, which reads from the device; "auto" skips checks if that is impossible."""
     if validate == "auto":
-        if torch.compiler.is_compiling():  # first: the compiler cannot trace the question that follows
+        if torch.compiler.is_compiling():  # first, as the compiler cannot trace the next condition
             return False
         return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     if not isinstance(validate, bool):

@@ -1,10 +1,10 @@
-"""The "triton" backend of the covariances as torch.library operators with their derivatives, and its form over ranks.
+"""The "triton" backend of the covariances: torch.library operators with derivatives, and the form over ranks.
 
     ssd_addon::products                 <a_i, b_j> of all rows, and the sums of its squares
     ssd_addon::off_diagonal_energy      sum over k != l of (X^T Y)_kl^2, differentiable; by columns or by rows
 
-Collectives stay outside the operators. Operands are made once, forward, and kept in fp16 for the backward; x and y are
-not. Legend: n rows, D columns.
+Collectives are outside the operators. Operands are computed once, in the forward pass, and stored in fp16 for the
+backward pass; x and y are not stored. Legend: n rows, D columns.
 """
 
 import torch
@@ -40,16 +40,16 @@ def _(a, b, c, d, skip_diagonal, half, k):  # type: ignore[no-untyped-def]
 
 
 def _operand(x: Tensor) -> Scaled:
-    """Rows of x [m, K] for a product; they are scaled by the longest of them."""
+    """Prepare the rows of x [m, K] for a product, scaled by the longest of them."""
     return launch_around.prepare(x, None, launch_around.product_layout(x.device, x.shape[1]), longest=longest_row(x))
 
 
 def _off_diagonal_energy(x: Tensor, y: Tensor | None, by_rows: bool) -> Eight:
-    """sum_{k != l} (X^T Y)_kl^2 (0-dim float32) of x, y [n, D]; y None means x. And what the backward needs.
+    """sum_{k != l} (X^T Y)_kl^2 (0-dim float32) for x, y [n, D], and the tensors for the backward; y None means x.
 
-    by_rows: through ||X^T Y||_F^2 = <X X^T, Y Y^T> and sum_k C_kk^2; else through X^T Y. Behind the energy come, in
-    fp16, the matrices over PRODUCT_SCALE (X X^T and Y Y^T, or X^T Y without its diagonal) and both operands (rows, or
-    columns), then the diagonal (by_rows) and the operands' numbers. What is not there has no entries.
+    by_rows uses ||X^T Y||_F^2 = <X X^T, Y Y^T> and sum_k C_kk^2; otherwise X^T Y is computed. Returns the energy; in
+    fp16 the matrices divided by PRODUCT_SCALE (X X^T and Y Y^T, or X^T Y without its diagonal) and both operands (rows,
+    or columns); then the diagonal (by_rows) and the operands' numbers. Unused outputs are empty.
     """
     k = x.shape[1] if by_rows else x.shape[0]
     a = _operand(x if by_rows else x.T)
@@ -92,9 +92,9 @@ def _off_diagonal_energy_backward(
     grad: Tensor, energy: Tensor, w: Tensor, second: Tensor, a: Tensor, b: Tensor, diagonal: Tensor, numbers: Tensor,
     numbers_b: Tensor, n: int, d: int, by_rows: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dx, dy [n, D] in a type); without b dx is all of the gradient and dy has no entries.
+    """(dx, dy [n, D] in a dtype); without b, dx is the whole gradient and dy is empty.
 
-    energy: not read; the gradient depends on x through it, so that a second derivative is refused and not left out.
+    energy is not read; it makes the gradient depend on x, so that a second derivative raises instead of being dropped.
     """
     alone, m = not b.numel(), a.shape[0]
     w, second = w[:m, :m], second[:m, :m]
@@ -129,7 +129,7 @@ def _(grad, energy, w, second, a, b, diagonal, numbers, numbers_b, n, d, by_rows
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32."""
+    """The product a b in float32."""
     out = a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.float32)
     add_product(out, a, b)
     return out
@@ -163,7 +163,7 @@ _direct = direct(_off_diagonal_energy, _save_energy, _differentiate_energy)
 
 
 def energy(x: Tensor, y: Tensor | None, by_rows: bool) -> Tensor:
-    """The energy of `off_diagonal_energy`, as an operator only where something traces."""
+    """The energy of `off_diagonal_energy`; as an operator only if something traces."""
     out: Tensor = (off_diagonal_energy if traced() else _direct)(x, y, by_rows)[0]
     return out
 
@@ -176,7 +176,7 @@ class _EnergyOverRanksContext(Context):
 
 
 class EnergyOverRanks(torch.autograd.Function):
-    """X^T Y is summed over ranks, D x D in float32; by columns only."""
+    """The energy over ranks, where X^T Y [D, D] is summed in float32; by columns only."""
 
     @staticmethod
     def forward(ctx: _EnergyOverRanksContext, x: Tensor, y: Tensor | None, group: ProcessGroup) -> Tensor:

@@ -1,7 +1,7 @@
-"""out += a b of fp16 matrices with float32 sums: what the matrix library of a device can do, found out once.
+"""out += a b for fp16 matrices with float32 sums, by the fastest function that the device's matrix library supports.
 
-A product of 16 x 16 entries decides which function runs; the real ones are never tried and given up, as their errors,
-an exhausted memory for one, say nothing about the function.
+A trial product of 16 x 16 entries decides which function is used. The decision does not depend on errors of actual
+products, which may have other causes, such as exhausted memory.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from torch import Tensor
 Product = Callable[[Tensor, Tensor, Tensor], None]
 
 COPY_ELEMENTS = 2**24
-"""Entries of a that are in float32 at a time where no function takes fp16: 64 MiB."""
+"""Entries of a that are converted to float32 at a time if no function takes fp16: 64 MiB."""
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -25,10 +25,10 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def product(device: torch.device) -> Product:
-    """The function that adds fp16 products on this device; found out at the first call.
+    """The function that adds fp16 products on this device; determined at the first call.
 
-    torch 2.8 and 2.9 refuse a float32 `out`, older ones have neither operator, and all refuse float32 sums where the
-    user allows fp16 ones, which is a setting that may change.
+    torch 2.8 and 2.9 refuse a float32 `out`, older versions have neither operator, and all refuse float32 sums if the
+    user allows fp16 accumulation, a setting that may change.
     """
     known = (str(device), bool(getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)))
     if known not in _found:
@@ -46,7 +46,7 @@ def _runs(f: Product, device: torch.device) -> bool:
     try:
         f(torch.zeros(16, 16, dtype=torch.float32, device=device), square, square)
     except torch.cuda.OutOfMemoryError:
-        raise  # it says nothing about the function
+        raise  # not caused by the function
     except (RuntimeError, AttributeError, TypeError, NotImplementedError):
         return False
     return True
@@ -61,7 +61,7 @@ def mm_and_add(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def through_float32(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """In TF32, which holds every fp16 number exactly, and in parts, so that no second W is allocated."""
+    """Multiply in TF32, which represents every fp16 number exactly, and in parts, so that no second W is allocated."""
     rows = max(COPY_ELEMENTS // max(a.shape[1], 1), 1)
     wide = b.float()
     with float32_products(True):
@@ -71,7 +71,7 @@ def through_float32(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 @contextlib.contextmanager
 def float32_products(tf32: bool) -> Iterator[None]:
-    """Float32 products on CUDA run in TF32, or on no account; the user's setting comes back."""
+    """Run float32 products on CUDA in TF32, or never in TF32; restores the user's setting."""
     matmul = torch.backends.cuda.matmul
     name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
     before = getattr(matmul, name)

@@ -1,10 +1,10 @@
-"""The Triton kernels of `tiles`, launched over strips and block pairs.
+"""Launches the Triton kernels of `tiles` over strips and block pairs.
 
     sums       log-sums over the other images' rows
     gradient   sum_j W_ij x_j, from the same similarities
     products   <a_i, b_j> of all rows, and the sums of its squares
 
-Every slot of every output is written by one program, and sums run in a fixed order: the same input gives the same bits.
+Every element of every output is written by one program, and sums run in a fixed order: results are deterministic.
 Legend: n local rows, N rows over all ranks, E levels (1, or 2 with a prefix), D columns. Rows are those of `operands`.
 """
 
@@ -23,26 +23,26 @@ from ssd_addon.kernels.operands import LONGEST, Columns, Layout, Scaled, cdiv, p
 from ssd_addon.kernels.table import Configuration
 
 WEIGHT_SCALE = 2.0**14
-"""|W| <= 2 per level, and fp16 ends at 65504."""
+"""Scale of W in fp16: |W| <= 2 per level, and the largest fp16 number is 65504."""
 
 PRODUCT_SCALE = LONGEST**2 / WEIGHT_SCALE
-"""What `products` divides its matrices by: their entries are LONGEST^2 at most."""
+"""Divisor of the matrices of `products`, whose entries are at most LONGEST^2."""
 
 STRIP_ELEMENTS = 2**23
-"""Partial sums of a strip: slots x rows, so 32 MiB; twice that with the columns behind it."""
+"""Number of partial sums of a strip, slots x rows: 32 MiB; twice that with the columns after it."""
 
 WEIGHT_BYTES = 512 * 2**20
-"""All of W: both levels, in fp16 or float32."""
+"""Largest size of W: both levels, in fp16 or float32."""
 
 SMALLEST_BLOCK = 1024
-"""Rows of a block of W that are not halved again, however little memory is free: 2 to 8 MiB."""
+"""Smallest number of rows of a block of W, however little memory is free: 2 to 8 MiB."""
 
 _ASKED = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else _ASKED  # older ones have no knobs
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why the kernels cannot run on this device, or None."""
+    """The reason why the kernels cannot run on this device, or None."""
     if device.type == "cuda":
         return choice.why_not(choice.gpu_of(device), str(device))
     if device.type == "cpu" and INTERPRETED:
@@ -56,18 +56,18 @@ def block_rows(d: int, unit: int) -> int:
 
 
 def aligned(rows: int, unit: int) -> int:
-    """At most so many rows, whole tiles of `unit`. Where that leaves any, a multiple of 512: then all that belongs to a
-    block, its tiles' bounds of ids too, begins at an aligned address, and one compiled variant serves all blocks.
+    """At most this many rows, in whole tiles of `unit` and, if possible, a multiple of 512: then all data of a block,
+    including its tiles' bounds of ids, starts at an aligned address, and one compiled variant serves all blocks.
     """
     return max(rows // 512 * 512 or rows // unit * unit, unit)
 
 
 def affordable_rows(rows: int, entry: int, free: int) -> int:
-    """At most so many rows of a block of W that all of W takes WEIGHT_BYTES, and a quarter of the memory that is free.
+    """The number of rows of a block of W, reduced so that W takes at most WEIGHT_BYTES and a quarter of free memory.
 
     Args:
-        rows: wanted.
-        entry: bytes of an entry of W, of all levels together.
+        rows: wanted number of rows.
+        entry: bytes per entry of W, over all levels.
         free: bytes that can be allocated.
     """
     while rows > SMALLEST_BLOCK and rows * rows * entry > min(WEIGHT_BYTES, free // 4):
@@ -76,7 +76,7 @@ def affordable_rows(rows: int, entry: int, free: int) -> int:
 
 
 def _free_memory(x: Tensor) -> int:
-    """Bytes that can be allocated; where a graph is captured nobody asks the driver."""
+    """Bytes that can be allocated; does not query the driver while a graph is captured."""
     if not x.is_cuda or capturing(x.device):
         return 4 * WEIGHT_BYTES
     return free_memory(x.device)
@@ -86,13 +86,13 @@ def _free_memory(x: Tensor) -> int:
 
 
 def sums(a: Scaled, b: Scaled | None, how: Layout, maximum: bool) -> Tensor:
-    """Log-sums over the other images' rows, [E, n], NaN where there is none.
+    """Log-sums over the other images' rows, [E, n]; NaN for rows without a negative.
 
     Args:
         a: the n local rows.
         b: all N rows; None means a, and only the upper triangle is computed.
         how: the layout of both.
-        maximum: take the maximum of each tile's rows instead of the shift.
+        maximum: use the maximum of each tile's rows instead of the constant shift.
     """
     symmetric = b is None
     c, ends = how.sums, how.columns.operand_ends
@@ -130,17 +130,18 @@ def gradient(
     a: Scaled, b: Scaled | None, log: Tensor | None, every_log: Tensor | None, g: Tensor, every_g: Tensor,
     how: Layout,
 ) -> Tensor:  # fmt: skip
-    """sum_j W_ij x_j of the local rows, [n, padded D] float32; over `weight_scale` and times a / tau the gradient.
+    """sum_j W_ij x_j for the local rows, [n, padded D] float32; divided by `weight_scale` and multiplied by a / tau it
+    is the gradient.
 
     Args:
         a, b, how: as in `sums`.
-        log, every_log: [E, n], [E, N] lse in units of log 2; None: g and every_g hold the factor 2^(shift - lse).
-        g, every_g: [E, n], [E, N] as `coefficients` makes them.
+        log, every_log: [E, n], [E, N] lse in units of log 2; None: g and every_g include the factor 2^(shift - lse).
+        g, every_g: [E, n], [E, N] from `coefficients`.
     """
     maximum, symmetric, columns, c = log is not None, b is None, how.columns, how.weights
     n, d = a.n, columns.ends[-1]
     own, bounds = a.bounds, (a if b is None else b).bounds
-    if c.block_m != how.block_m:  # the tiles of the sums have another height
+    if c.block_m != how.block_m:  # the tiles of the sums have a different height
         own = bounds = _bounds(a, c)
         if b is not None:
             bounds = _bounds(b, c)
@@ -149,8 +150,8 @@ def gradient(
     log, every_log = (g, every_g) if log is None or every_log is None else (log, every_log)
     if c.resident:
         if columns.prefix:
-            raise ValueError("a configuration that keeps the gradient in registers: expected one space: got a prefix")
-        if c.block_n != c.block_m:  # one row of tiles against another height of columns
+            raise ValueError("configuration: expected no prefix, as it keeps the gradient in registers: got a prefix")
+        if c.block_n != c.block_m:  # row tiles and column tiles differ in height
             bounds = with_bounds(b_.x, b_.ids, c.block_n, cdiv(b_.n, c.block_n)).bounds
         out = launch_around.empty(a.x, (n, d))
         with on_device_of(a.x):
@@ -158,11 +159,11 @@ def gradient(
         return out
     entry = e * (4 if columns.exact else 2)
     wanted = min(block_rows(columns.d, c.block_n), round_up(max(n, b_.n), c.block_n))
-    small = wanted * wanted * entry <= WEIGHT_BYTES // 8  # too little to ask the driver about
+    small = wanted * wanted * entry <= WEIGHT_BYTES // 8  # too small for a query of the driver
     free = 4 * WEIGHT_BYTES if small else _free_memory(a.x)
     size = affordable_rows(wanted, entry, free)
     size = wanted if size == wanted else aligned(size, c.block_n)
-    # Whole tiles, so that nothing is masked where it is stored.
+    # Whole tiles, so that stores need no mask.
     room_size = round_up(min(size, n), c.block_n) * round_up(min(size, b_.n), c.block_n)
     room = [launch_around.empty(a.x, (room_size,), torch.float32 if columns.exact else torch.float16) for _ in levels]
     dx = a.x.new_zeros((n, d), dtype=torch.float32)
@@ -191,18 +192,18 @@ def gradient(
 
 
 def _bounds(rows: Scaled, c: Configuration) -> Tensor:
-    """The smallest and the largest id of tiles of another height than those of the sums."""
+    """The smallest and the largest id of tiles whose height differs from that of the sums."""
     tiles_ = round_up(cdiv(rows.n, c.block_m) + max(c.block_n // c.block_m, 1), 4)  # aligned, as in `Layout`
     return with_bounds(rows.x, rows.ids, c.block_m, tiles_).bounds
 
 
 def weight_scale(columns: Columns) -> float:
-    """What the weights are multiplied by, so that a sum of levels fits fp16."""
+    """The scale of the weights, so that a sum of levels fits in fp16."""
     return 1.0 if columns.exact else WEIGHT_SCALE / len(columns.ends)
 
 
 def _block_pairs(n: int, n_all: int, size: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
-    """Row and column blocks of W; of a symmetric one those on and above the diagonal."""
+    """Row and column blocks of W; if it is symmetric, those on and above the diagonal."""
     for start in range(0, n, size):
         for j_start in range(start if symmetric else 0, n_all, size):
             yield slice(start, min(start + size, n)), slice(j_start, min(j_start + size, n_all))
@@ -212,7 +213,7 @@ def _block_pairs(n: int, n_all: int, size: int, symmetric: bool) -> Iterator[tup
 
 
 def product_shape(device: torch.device, m: int, n: int, k: int) -> tuple[tuple[int, int], int]:
-    """Of the matrix <a_i, b_j> of m and n rows of k columns, in whole tiles; and how many tiles these are."""
+    """Shape in whole tiles of the matrix <a_i, b_j> for m and n rows of k columns, and the number of tiles."""
     f = configuration(device, "products", k)
     tiles_ = cdiv(m, f.block_m) * cdiv(n, f.block_n)
     return (round_up(m, f.block_n), round_up(n, f.block_n)), tiles_
@@ -221,15 +222,15 @@ def product_shape(device: torch.device, m: int, n: int, k: int) -> tuple[tuple[i
 def products(
     a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, skip_diagonal: bool, half: bool, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of squares of <a_i, b_j> by tile, these products in whole tiles over PRODUCT_SCALE, and a second matrix.
+    """Sums of squares of <a_i, b_j> by tile, the products in whole tiles over PRODUCT_SCALE, and a second matrix.
 
     Args:
-        a, b: [M, K], [N, K] operands of `prepare`; b None means a, and the upper triangle is computed.
-        c, d: a second pair of operands of these shapes (d None means c): the sums are then those of
-            <a_i, b_j> <c_i, d_j>, and the second matrix holds <c_i, d_j>; without them it has no entries.
-        skip_diagonal: entries i = j are 0.
+        a, b: [M, K], [N, K] operands from `prepare`; b None means a, and the upper triangle is computed.
+        c, d: a second pair of operands of these shapes (d None means c). The sums are then of <a_i, b_j> <c_i, d_j>,
+            and the second matrix holds <c_i, d_j>; without them it is empty.
+        skip_diagonal: set entries i = j to 0.
         half: matrices in fp16, else float32.
-        k: columns that the operands were made of.
+        k: number of columns before padding.
     """
     symmetric, pair = b is None, c is not None
     f = configuration(a.device, "products", k)

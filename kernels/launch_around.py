@@ -1,9 +1,9 @@
-"""The Triton kernels of `around`, launched: what the tiles read, and what becomes of what they write.
+"""Launches the Triton kernels of `around`, which prepare the inputs of the tiles and process their outputs.
 
-    prepare        rows of any type and any strides, as the tiles read them
-    coefficients   upstream gradients as the weights take them
-    finish         gradients in the type of the rows
-    energy         a sum of squares from those of the tiles
+    prepare        converts rows of any dtype and strides to operands of the tiles
+    coefficients   converts upstream gradients to inputs of the weights kernel
+    finish         converts gradients to the dtype of the rows
+    energy         adds up the tiles' sums of squares
 
 Legend: n local rows, N rows over all ranks, E levels (1, or 2 with a prefix), D columns.
 """
@@ -22,24 +22,24 @@ from ssd_addon.kernels.operands import Columns, Layout, Scaled, cdiv
 from ssd_addon.kernels.table import Configuration
 
 WIDE = 64
-"""Columns at a time of the kernels that go over whole rows."""
+"""Columns at a time in kernels that process whole rows."""
 
 ROWS = 64
-"""Rows of a program of the kernels that read one or two numbers a row."""
+"""Rows per program in kernels that read one or two numbers per row."""
 
 HAS_DESCRIPTORS = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
-"""From Triton 3.4 on."""
+"""Whether Triton has tensor descriptors (since 3.4)."""
 
 
 def empty(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Where a kernel writes, on the device of x; the tests fill it with NaN."""
+    """An output buffer on the device of x; the tests fill it with NaN."""
     return x.new_empty(shape, dtype=dtype)
 
 
 def configuration(device: torch.device, mode: str, width: int) -> Configuration:
-    """Of the tiles for rows of so many columns, as the user's cache or the table has it.
+    """The tile configuration for rows of `width` columns, from the user's cache or the table.
 
-    Where this Triton has no tensor descriptors, the same tiles by pointers.
+    If Triton has no tensor descriptors, the same tiles use pointers.
     """
     own = cache.of_device(device)
     found = table.configuration(table.architecture(device), mode, width, None if own is None else own["configurations"])
@@ -51,24 +51,24 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
 
 
 def layout(device: torch.device, d: int, prefix: int, maximum: bool, exact: bool) -> Layout:
-    """Of log-sums over rows of d columns."""
+    """The layout for log-sums over rows of d columns."""
     form = ("_two" if prefix else "") + ("_maximum" if maximum else "")
     sums, weights = configuration(device, "sums" + form, d), configuration(device, "weights" + form, d)
-    if weights.resident and exact:  # two fp16 parts take that of rows which are too wide to stay in registers
+    if weights.resident and exact:  # rows in two fp16 parts are too wide for registers
         weights = configuration(device, "weights" + form, weights.block_k + 1)
-    make = _layout if type(d) is int and type(prefix) is int else _layout.__wrapped__  # a symbolic size has no hash
+    make = _layout if type(d) is int and type(prefix) is int else _layout.__wrapped__  # symbolic sizes cannot be hashed
     return make(d, prefix, exact, sums, weights)
 
 
 @functools.lru_cache(maxsize=256)
 def _layout(d: int, prefix: int, exact: bool, sums: Configuration, weights: Configuration) -> Layout:
-    """The same object for the same arguments: what it computes of its columns is computed once, not at every step."""
+    """Cached, so that properties of the layout are computed once, not at every step."""
     wide = max(triton.next_power_of_2(d), 16) if weights.resident else weights.block_k
     return Layout(Columns(d, prefix, max(sums.block_k, wide), exact), sums, weights)
 
 
 def new_scaled(z: Tensor, n: int, how: Layout) -> Scaled:
-    """Rows of this layout, not yet filled; z gives the device."""
+    """Uninitialized rows with this layout, on the device of z."""
     columns = how.columns
     k, exact = columns.operand_ends[-1], columns.exact
     return Scaled(
@@ -85,14 +85,14 @@ def prepare(
     z: Tensor, ids: Tensor | None, how: Layout, *, tau: Tensor | float = 1.0, longest: Tensor | float,
     limit: float = math.inf, total: int = 1,
 ) -> Scaled:  # fmt: skip
-    """The rows z [n, D], of any floating type and any strides, as the tiles read them.
+    """Convert the rows z [n, D], of any floating dtype and strides, to the form that the tiles read.
 
     Args:
-        ids: [n] integers that fit int32; None: for products, which compare none.
+        ids: [n] integers that fit in int32; None for products, which do not compare ids.
         how: the layout.
         tau: temperature, for scale and shift.
-        longest: length of the longest row; where it is above `limit` everything is NaN.
-        total: rows over all ranks, for the shift.
+        longest: length of the longest row; everything becomes NaN if it is above `limit`.
+        total: number of rows over all ranks, for the shift.
     """
     n = z.shape[0]
     out = new_scaled(z, n, how)
@@ -102,7 +102,7 @@ def prepare(
 
 
 def check_layout(a: Scaled, how: Layout, block_m: int) -> None:
-    """Refuse operands of other tiles: they would be read beyond their end.
+    """Refuse operands that were prepared for other tiles, as they would be read beyond their end.
 
     Raises:
         RuntimeError: the tiles have changed since the forward pass.
@@ -111,13 +111,13 @@ def check_layout(a: Scaled, how: Layout, block_m: int) -> None:
     if (a.x.shape[1], a.bounds.shape[1], block_m) != (k, tiles, how.block_m):
         raise RuntimeError(
             "negative_lse, backward: expected the tiles of the forward pass, which a measurement or another table has "
-            f"changed since: got operands of {a.x.shape[1]} columns for {k}, and {a.bounds.shape[1]} tiles of "
-            f"{block_m} rows for {tiles} of {how.block_m}"
+            f"changed since then: got operands of {a.x.shape[1]} columns instead of {k}, and {a.bounds.shape[1]} tiles "
+            f"of {block_m} rows instead of {tiles} of {how.block_m}"
         )
 
 
 def with_bounds(x: Tensor, ids: Tensor, block_m: int, tiles: int) -> Scaled:
-    """Rows x that are prepared already, with their ids and the bounds of so many tiles of block_m rows alone."""
+    """Add ids and the bounds of `tiles` tiles of block_m rows to rows x that were prepared already."""
     n, none = x.shape[0], x.new_empty(0)
     out = Scaled(x, none, none, empty(x, (n,), torch.int32), empty(x, (2, tiles), torch.int32), none)
     if n:
@@ -149,8 +149,8 @@ def _prepare(
 
 
 def coefficients(grad: Tensor, lse: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Upstream gradients [E, N] of at most 1 (a loss scaler's 65536 would leave fp16), lse in units of log 2, and what
-    the gradients were divided by. With a shift: times 2^(shift - lse), and no lse.
+    """Upstream gradients [E, N] scaled to at most 1 (a loss scaler's 65536 would overflow fp16), lse in units of log 2,
+    and the divisor of the gradients. With a shift, gradients are multiplied by 2^(shift - lse), and lse is None.
     """
     e, n = grad.shape
     g, log = empty(grad, (e, n)), None if shift is not None else empty(grad, (e, n))
@@ -168,12 +168,12 @@ def finish(
     across: bool = False, rows: Tensor | None = None, sums: bool = False,
     term: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """dz of a shape [n, D] and type: dx (padded as `columns`) times a constant and up to four numbers on the device.
+    """dz with this shape [n, D] and dtype: dx (padded as `columns`) times a constant and up to four device numbers.
 
     Args:
         across: dx is [D, padded n].
-        rows, sums: also returns -(1/2) times the first factor times the sum of rows * dz, where `sums`.
-        term: (diagonal [D], constant c): less c * first * fourth factor * rows * diagonal.
+        rows, sums: if `sums`, also return -(1/2) times the first factor times the sum of rows * dz.
+        term: (diagonal [D], constant c): subtract c * first * fourth factor * rows * diagonal.
     """
     (n, d), block = shape, min(columns.block, WIDE)
     blocks = columns.ends[-1] // block
@@ -192,18 +192,18 @@ def finish(
 
 
 def product_layout(device: torch.device, k: int) -> Layout:
-    """Of products of rows of k columns."""
+    """The layout for products of rows of k columns."""
     f = configuration(device, "products", k)
     return Layout(Columns(k, 0, f.block_k), f, f)
 
 
 def plain(d: int) -> Columns:
-    """d columns that are not padded, for `finish`."""
+    """Columns without padding, for `finish`."""
     return Columns(d, 0, 64)
 
 
 def energy(total: Tensor, diagonal: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """a^2 b^2 times the sum of `total`, less the squares of the diagonal: 0-dim float32, added up in float64."""
+    """a^2 b^2 times the sum of `total`, minus the squares of the diagonal: 0-dim float32, added up in float64."""
     out = empty(total, ())
     with on_device_of(total):
         around.energy_kernel[(1,)](

@@ -1,11 +1,11 @@
-"""What the Triton kernels read: scaled rows in fp16, numbered image ids, and the numbers that go with them.
+"""The operands of the Triton kernels: scaled rows in fp16, renumbered image ids, and scaling factors.
 
     x_i      = z_i / a,   a a power of 2 so that the longest row has a length of 128 to 256
     s_ij     = scale * <x_i, x_j> * log 2,   scale = a^2 / (tau log 2)
 
-fp16 rows keep their bits and their small columns keep their digits. "Exact" rows stay float32 beside two fp16 parts of
-them, stacked along K: three products, the fourth is below float32's resolution. Columns are padded to whole blocks,
-level by level, so that the matrix library too finds aligned rows where D or a prefix is odd.
+Scaling by a power of 2 keeps fp16 rows exact, and small columns keep their precision. "Exact" rows are stored in
+float32 and as two fp16 parts, stacked along K: three products are computed, and the fourth is below float32's
+resolution. Columns are padded to whole blocks, level by level, so that rows are aligned even if D or a prefix is odd.
 Legend: n rows, D columns, K columns of an operand (padded). Needs torch alone.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 LONGEST = 256.0
-"""Bound of the scaled rows: a column of 1 / 256 of its average is still a normal fp16 number at D = 65536."""
+"""Largest length of scaled rows: a column of 1 / 256 of the average is still a normal fp16 number at D = 65536."""
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -30,12 +30,12 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def cdiv(n: int, size: int) -> int:
-    """Pieces of a size that hold n; triton's own takes 3 us."""
+    """ceil(n / size); triton's own function takes 3 us."""
     return -(-n // size)
 
 
 def longest_row(z: Tensor) -> Tensor:
-    """Length of the longest row of z [n, D], 0-dim in max(float32, type of z); 0 where there is none."""
+    """Length of the longest row of z [n, D], 0-dim in max(float32, dtype of z); 0 if there are no rows."""
     dtype = torch.promote_types(torch.float32, z.dtype)
     if not z.numel():
         return z.new_zeros((), dtype=dtype)
@@ -44,7 +44,7 @@ def longest_row(z: Tensor) -> Tensor:
 
 
 def relabeled(ids: Tensor) -> Tensor:
-    """Ids of any integer type numbered from 0 in int32, without reading anything back from the device."""
+    """Renumber ids of any integer dtype from 0 on, in int32, without reading from the device."""
     order = ids.argsort()
     found = ids[order]
     number = torch.zeros_like(found, dtype=torch.int32)
@@ -54,13 +54,13 @@ def relabeled(ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Columns:
-    """Where the columns of z [n, D] lie in what is made of it: each level is padded to whole blocks.
+    """The positions of the columns of z [n, D] in an operand, in which each level is padded to whole blocks.
 
     Attributes:
         d: D.
-        prefix: columns of the first level; 0: there is one level.
-        block: what a level's width is padded to.
-        exact: whether the operand holds two fp16 parts, three times the columns.
+        prefix: number of columns of the first level; 0 if there is one level.
+        block: a level's width is padded to a multiple of this.
+        exact: whether the operand holds two fp16 parts, with three times the columns.
     """
 
     d: int
@@ -70,12 +70,12 @@ class Columns:
 
     @functools.cached_property
     def first(self) -> int:
-        """Columns of the first level."""
+        """Number of columns of the first level."""
         return self.prefix or self.d
 
     @functools.cached_property
     def ends(self) -> tuple[int, ...]:
-        """Where each level ends in the padded rows."""
+        """The end of each level in the padded rows."""
         first = round_up(self.first, self.block)
         return (first, first + round_up(self.d - self.prefix, self.block)) if self.prefix else (first,)
 
@@ -86,16 +86,16 @@ class Columns:
 
     @functools.cached_property
     def operand_ends(self) -> tuple[int, ...]:
-        """Where each level ends in the operand of the tiles."""
+        """The end of each level in the operand of the tiles."""
         return Columns(3 * self.d, 3 * self.prefix, self.block).ends if self.exact else self.ends
 
 
 class Layout(NamedTuple):
-    """How forward and backward lay out their operands: one layout for both.
+    """The layout of the operands, shared by forward and backward pass.
 
     Attributes:
-        columns: where the columns lie.
-        sums, weights: the tiles of the log-sums and of their gradient; products have one kind.
+        columns: positions of the columns.
+        sums, weights: tiles of the log-sums and of their gradient; for products both are the same.
     """
 
     columns: Columns
@@ -104,25 +104,25 @@ class Layout(NamedTuple):
 
     @property
     def block_m(self) -> int:
-        """Rows of a tile that has bounds of its own."""
+        """Number of rows per tile for which bounds of ids are stored."""
         return self.sums.block_m
 
     def tiles(self, n: int) -> int:
-        """Bounds of n rows: a column tile may reach one tile of rows further. Whole 16 bytes, so that the second row
-        of them is aligned."""
+        """Number of bounds for n rows, with one more as a column tile may extend one row tile further; a multiple of 16
+        bytes, so that the second row of bounds is aligned."""
         return round_up(cdiv(n, self.block_m) + self.sums.block_n // self.block_m, 4)
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """Rows as the tiles read them, made once for forward and backward. What is not there has no entries.
+    """Rows in the form that the tiles read, computed once for forward and backward. Unused tensors are empty.
 
     Attributes:
         x: [n, K] fp16, one side of the similarities.
-        other: [n, K] the other side of exact rows; without them it is x.
-        rows: [n, padded D] float32, the exact rows themselves; without them x is what the gradient adds up.
+        other: [n, K] the other side, for exact rows; otherwise x is used.
+        rows: [n, padded D] float32, the exact rows; otherwise the gradient sums x.
         ids: [n] int32.
-        bounds: [2, tiles] the smallest and the largest id of every tile of rows.
+        bounds: [2, tiles] the smallest and the largest id of every row tile.
         numbers: [16] float32: scale, shift, a / tau, a, at 0, 4, 8 and 12.
     """
 
@@ -135,7 +135,7 @@ class Scaled:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """As an operator returns them."""
+        """The tensors in the order in which an operator returns them."""
         return self.x, self.other, self.rows, self.ids, self.bounds, self.numbers
 
     @property
@@ -144,12 +144,12 @@ class Scaled:
 
     @property
     def second(self) -> Tensor:
-        """The side of the columns."""
+        """The operand for the columns of the similarities."""
         return self.other if self.other.numel() else self.x
 
     @property
     def summed(self) -> Tensor:
-        """What the gradient adds up."""
+        """The rows that the gradient sums."""
         return self.rows if self.rows.numel() else self.x
 
     @property
@@ -162,7 +162,7 @@ class Scaled:
 
     @property
     def factor(self) -> Tensor:
-        """a / tau, what a sum of rows is multiplied by to be a gradient."""
+        """a / tau, the factor between a sum of rows and the gradient."""
         return self.numbers[8]
 
     @property
@@ -171,7 +171,7 @@ class Scaled:
 
 
 def pointer(x: Tensor, c: Configuration, rows: int) -> "Tensor | TensorDescriptor":
-    """An operand as a kernel takes it: the tensor, or a descriptor of its blocks [rows, block_k]."""
+    """An operand as the argument of a kernel: the tensor, or a descriptor of its blocks [rows, block_k]."""
     if not c.descriptor:
         return x
     from triton.tools.tensor_descriptor import TensorDescriptor

@@ -1,10 +1,11 @@
-"""The "triton" backend of the log-sums as torch.library operators with their derivatives, and its form over ranks.
+"""The "triton" backend of the log-sums: torch.library operators with derivatives, and the form over ranks.
 
     ssd_addon::negative_lse             log-sums of one process, differentiable in z and temperature
-    ssd_addon::prepared, with_bounds,   the same for n of N rows: what a rank of a group does between its collectives
+    ssd_addon::prepared, with_bounds,   the same for n of N rows, for a rank of a group between its collectives
         lse_rows, lse_rows_grad
 
-Collectives stay outside the operators. Operands are made once, forward, and kept in fp16 for the backward; z is not.
+Collectives are outside the operators. Operands are computed once, in the forward pass, and stored in fp16 for the
+backward pass; z is not stored.
 Legend: n local rows, N rows over all ranks, E levels (1, or 2 with a prefix), D columns.
 """
 
@@ -39,10 +40,10 @@ def _prepared(
     z: Tensor, ids: Tensor, tau: Tensor | None, longest: Tensor | None, tau_value: float, longest_value: float,
     total: int, prefix: int, maximum: bool, exact: bool,
 ) -> Six:  # fmt: skip
-    """The tensors of `Scaled` for rows z [n, D] of any floating type and ids [n] that fit int32.
+    """The tensors of `Scaled` for rows z [n, D] of any floating dtype and ids [n] that fit in int32.
 
-    tau, longest: 0-dim float32; their values count where they are None. A length that is on the device has not been
-    checked: where it is above that of unit rows everything is NaN.
+    tau, longest: 0-dim float32; if None, the values are used. A length on the device has not been checked: if it is
+    above that of L2-normalized rows, everything becomes NaN.
     """
     how = launch_around.layout(z.device, z.shape[1], prefix, maximum, exact)
     return launch_around.prepare(
@@ -63,7 +64,7 @@ def _(z, ids, tau, longest, tau_value, longest_value, total, prefix, maximum, ex
 
 @torch.library.custom_op("ssd_addon::with_bounds", mutates_args=())
 def with_bounds(x: Tensor, ids: Tensor, d: int, prefix: int, maximum: bool) -> tuple[Tensor, Tensor]:
-    """ids in int32 and their bounds in every tile, for operands x that were prepared elsewhere from d columns."""
+    """ids in int32 and their bounds for every tile, for operands x that were prepared elsewhere from d columns."""
     how = launch_around.layout(x.device, d, prefix, maximum, False)
     done = launch_around.with_bounds(x, ids, how.block_m, how.tiles(x.shape[0]))
     return done.ids, done.bounds
@@ -76,7 +77,7 @@ def _(x, ids, d, prefix, maximum):  # type: ignore[no-untyped-def]
 
 
 def _lse_rows(a: Sequence[Tensor], b: Sequence[Tensor], d: int, prefix: int, maximum: bool, exact: bool) -> Tensor:
-    """[E, n] log-sums of the rows a over the rows b (empty: over a), both as `prepared` returns them."""
+    """[E, n] log-sums of the rows a over the rows b (over a if b is empty), both as returned by `prepared`."""
     one = Scaled(*a)
     how = launch_around.layout(one.x.device, d, prefix, maximum, exact)
     return launch.sums(one, Scaled(*b) if b else None, how, maximum)
@@ -94,9 +95,9 @@ def _lse_rows_grad(
     grad: Tensor, lse: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], offset: int, d: int, prefix: int,
     maximum: bool, exact: bool, block_m: int, needs_tau: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dz [n, D] in a type, dtau 0-dim or without an entry) for the upstream gradient and log-sums [E, N] of b.
+    """(dz [n, D] in a dtype, dtau 0-dim or empty) for the upstream gradient and log-sums [E, N] of b.
 
-    offset: where the rows of a begin in b. block_m: rows of a tile, forward.
+    offset: position in b of the first row of a. block_m: rows per tile in the forward pass.
     """
     one = Scaled(*a)
     how = launch_around.layout(lse.device, d, prefix, maximum, exact)
@@ -123,7 +124,7 @@ def _negative_lse(
     z: Tensor, ids: Tensor, tau: Tensor | None, longest: Tensor | None, tau_value: float, longest_value: float,
     prefix: int, maximum: bool, exact: bool,
 ) -> Seven:  # fmt: skip
-    """[E, N] log-sums in float32, and what `prepared` returns, for the backward. Arguments as there."""
+    """[E, N] log-sums in float32, and the result of `prepared` for the backward pass. Arguments as there."""
     a = _prepared(z, ids, tau, longest, tau_value, longest_value, z.shape[0], prefix, maximum, exact)
     return _lse_rows(a, [], z.shape[1], prefix, maximum, exact), *a
 
@@ -169,7 +170,7 @@ _direct = direct(_negative_lse, _save_lse, _differentiate_lse)
 
 
 def log_sums(*given: Any) -> Tensor:
-    """The log-sums [E, N] of `negative_lse`, as an operator only where something traces."""
+    """The log-sums [E, N] of `negative_lse`; as an operator only if something traces."""
     out: Tensor = (negative_lse if traced() else _direct)(*given)[0]
     return out
 
@@ -181,7 +182,7 @@ class _LseOverRanksContext(Context):
 
 
 class LseOverRanks(torch.autograd.Function):
-    """Local rows against those of all ranks. Forward gathers the rows, fp16; backward two numbers a row."""
+    """Log-sums of local rows over those of all ranks. Forward gathers rows in fp16; backward, two numbers per row."""
 
     @staticmethod
     def forward(
@@ -193,7 +194,7 @@ class LseOverRanks(torch.autograd.Function):
         every_ids = _dist.gather(ids, s)
         if every_ids.dtype != torch.int32:
             every_ids = relabeled(every_ids)
-        if exact:  # rows of all ranks in float32, split in two parts here
+        if exact:  # gather rows in float32 and split them in two parts here
             b = prepared(_dist.gather(z.float(), s), every_ids, *how)
             a = [t[own] for t in b[:3]]
         else:

@@ -1,9 +1,9 @@
-"""The range of exp(s_ij), decided in one place: which form of the log-sums keeps it inside float32.
+"""Decides which form of the log-sums keeps exp(s_ij) inside the range of float32.
 
-|s_ij| <= R/tau, with R the largest squared length of a row. Where 2 R/tau + log N <= 160, one constant serves all rows,
+|s_ij| <= R/tau, with R the largest squared length of a row. If 2 R/tau + log N <= 160, one constant serves all rows,
 c = max(0, R/tau + log N - 80): every exp(s_ij - c), and every sum of N of them, lies between exp(-80) and exp(80).
-Elsewhere each row's own maximum is subtracted. float32 reaches from exp(-87) to exp(88), so a length of the longest row
-that is 1 % too small does no harm. Legend: N rows over all ranks, tau temperature.
+Otherwise each row's own maximum is subtracted. float32 ranges from exp(-87) to exp(88), so underestimating the length
+of the longest row by 1 % is harmless. Legend: N rows over all ranks, tau temperature.
 """
 
 import math
@@ -11,16 +11,16 @@ import math
 from torch import Tensor
 
 LOG2E = math.log2(math.e)
-"""The backends compute exp as exp2 of s_ij / log 2, a third of the time of exp on a CPU."""
+"""The backends compute exp as exp2 of s_ij / log 2, which takes a third of the time of exp on a CPU."""
 
 EXPONENT = 80.0
-"""exp(80), N exp(80) and their inverses are normal numbers of float32."""
+"""Bound of exponents: exp(80), N exp(80) and their inverses are normal numbers of float32."""
 
 RESOLVED = 128.0
-"""Products of fp16 rows are off by at most 2^-11 R/tau: beyond this R/tau they are computed from two fp16 parts."""
+"""Products of fp16 rows have errors up to 2^-11 R/tau: above this R/tau they are computed from two fp16 parts."""
 
 UNIT_ROW = 1.01
-"""The longest row that passes for one of unit length where lengths are not read back from the device."""
+"""Largest length that counts as unit length if lengths are not read from the device."""
 
 
 def largest_exponent(squared: float, temperature: float) -> float:
@@ -29,7 +29,7 @@ def largest_exponent(squared: float, temperature: float) -> float:
 
 
 def constant_shift(bound: float | None, rows: int) -> float | None:
-    """The shift c that serves all rows; None: each row needs its own maximum, or the bound R/tau is not known."""
+    """The constant shift c; None if each row needs its own maximum, or the bound R/tau is unknown."""
     if bound is None or not 2 * bound + math.log(max(rows, 1)) <= 2 * EXPONENT:
         return None
     return max(0.0, bound + math.log(max(rows, 1)) - EXPONENT)

@@ -1,11 +1,11 @@
-"""The gradient of the log-sums with that of a row tile in registers: an alternative to blocks of W for narrow rows.
+"""Computes the gradient of the log-sums in registers, per row tile: an alternative to blocks of W for narrow rows.
 
     dx_i = sum_j W_ij x_j,    W_ij = 2^(s_ij - shift) (g_i + g_j)    or with both log-sums, as in `tiles`
 
-One program computes all of its rows' gradient: for every tile of columns the similarities, their weights, and the
-product of these with the columns' rows. W never leaves the registers, so nothing but x, the ids and two numbers a row
-is read, and nothing but dx is written. It computes 2u, as it cannot use that W is symmetric, where block pairs compute
-1.5u and move W, 2 N^2 bytes or so, to memory and back: which is faster is for a measurement to say.
+One program computes the whole gradient of its rows: for every tile of columns the similarities, their weights, and the
+product of the weights with the rows of these columns. W stays in registers, so only x, the ids and two numbers per row
+are read, and only dx is written. It needs 2u operations, as it cannot exploit the symmetry of W, whereas block pairs
+need 1.5u and move W, about 2 N^2 bytes, to memory and back; `tune` measures which is faster.
 Legend: u = 2 N^2 D, b_K columns of x, padded; otherwise as in `tiles`.
 """
 
@@ -77,7 +77,7 @@ def resident_kernel(
             w = tl.exp2(s - lse_m[:, None]) * g_m[:, None] + tl.exp2(s - lse_n[None, :]) * g_n[None, :]
         else:
             w = tl.exp2(s - shift) * (g_m[:, None] + g_n[None, :])
-        # Rows beyond the last are read as the last: the tile that has them compares too.
+        # Rows beyond the last are read as the last, so the tile that contains them compares ids too.
         if _same_image(p_low_a, p_high_a, p_low_b, p_high_b, i, j, 1) | ((j + 1) * b_N > n_n):
             id_n = tl.load(p_id_b + o_n, mask=m_n, other=0)
             w = tl.where((id_m[:, None] != id_n[None, :]) & m_n[None, :], w, 0.0)
@@ -94,20 +94,20 @@ def gradient(
 
     Args:
         a, b: the local rows, and all rows; K columns, a power of 2.
-        bounds_a, bounds_b: the ids' of tiles of block_m and of block_n rows.
+        bounds_a, bounds_b: bounds of the ids in tiles of block_m and of block_n rows.
         log, every_log: [1, n], [1, N] lse in units of log 2, read only with `maximum`.
-        g, every_g: [1, n], [1, N] as `tiles.weights_kernel` takes them.
-        w_scale: what W is multiplied by before it is rounded to fp16.
+        g, every_g: [1, n], [1, N] as for `tiles.weights_kernel`.
+        w_scale: factor of W before it is rounded to fp16.
         c: a configuration with `resident`.
 
     Raises:
-        ValueError: wider rows, or two fp16 parts of rows, whose products are more than one.
+        ValueError: rows are too wide, or in two fp16 parts, which need more than one product.
     """
     k = a.x.shape[1]
     if a.rows.numel() or k > c.block_k:
         raise ValueError(
-            f"a configuration that keeps the gradient in registers: expected float16 rows of at most {c.block_k} "
-            f"columns: got {'float32' if a.rows.numel() else 'float16'} rows of {k}"
+            f"configuration: expected float16 rows of at most {c.block_k} columns, as it keeps the gradient in "
+            f"registers: got {'float32' if a.rows.numel() else 'float16'} rows of {k}"
         )
     c = c._replace(block_k=k)
     resident_kernel[(triton.cdiv(a.n, c.block_m),)](

@@ -1,4 +1,4 @@
-"""Log-sum-exp over the rows of all other images.
+"""Log-sum-exp of similarities to the embeddings of all other images.
 
 N rows z_i in R^D, image ids a_i, temperature tau, s_ij = <z_i, z_j> / tau:
 
@@ -6,7 +6,7 @@ N rows z_i in R^D, image ids a_i, temperature tau, s_ij = <z_i, z_j> / tau:
     dL/dz_i   = (1/tau) sum_{j : a_j != a_i} exp(s_ij) (c_i + c_j) z_j,     c_i = (dL/dlse_i) exp(-lse_i)
     dL/dtau   = -(1/(2 tau)) sum_i <z_i, dL/dz_i>
 
-`negative_lse` checks its input, over all ranks; `log_sums` is the same for a caller who has done so already.
+`negative_lse` checks its input, over all ranks; `log_sums` is the same for callers that have already done so.
 Legend: n local rows, N rows over all ranks, D columns, E the levels (1, or 2 with `prefix`).
 Source: Eastwood et al., arXiv 2311.08815, the entropy term; the derivation is in kernels/README.md.
 """
@@ -39,13 +39,13 @@ from ssd_addon.kernels.streaming import Levels, Streaming, streaming_lse
 
 @dataclass(frozen=True)
 class Known:
-    """What a caller has found out about the rows of all ranks, so that nothing is read back from the device again.
+    """Facts about the rows of all ranks that the caller has checked, so that nothing is read from the device again.
 
-    It must be the same on every rank: the ranks choose their arithmetic by it. All rows are finite.
+    It must be the same on every rank, as the ranks choose their arithmetic by it. All rows must be finite.
 
     Attributes:
-        longest: length of the longest row, or a bound of it; 1.0 will do for L2-normalized rows, up to 1 % is safe.
-        temperature: its value, above 0.
+        longest: length of the longest row, or an upper bound; use 1.0 for L2-normalized rows, an error of 1 % is safe.
+        temperature: value of the temperature, above 0.
         id_low, id_high: smallest and largest image id.
     """
 
@@ -71,37 +71,37 @@ def negative_lse(
     temperature_floor: float | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """log sum over the rows of other images of exp(<z_i, z_j> / temperature), for every row i.
+    """log sum_j exp(<z_i, z_j> / temperature) over the rows j of other images, for every row i.
 
     >>> z = torch.eye(3)[:, :2]
     >>> negative_lse(z, torch.arange(3), 1.0).exp()
     tensor([2., 2., 2.])
 
     Args:
-        z: [N, D] rows, float16 to float64; meant to be at most unit length, longer ones are summed with a running
-            maximum. Strided and expanded tensors are fine.
-        image_ids: [N] integers in any order: rows of equal id are left out of each other's sum.
+        z: [N, D] embeddings, float16 to float64; should have at most unit length, longer ones are summed with a running
+            maximum. Strided and expanded tensors are allowed.
+        image_ids: [N] integers in any order: rows with equal ids are left out of each other's sum.
         temperature: above 0; a float or a scalar tensor, which gets a gradient.
-        prefix: d0. Also returns the log-sum over the first d0 columns alone: [N, 2], (columns :d0, all columns).
-        backend: "auto", "eager", "streaming", "triton" (CUDA, float16 to float32; values to fp16's resolution of
-            1/temperature times 2^-11 at worst, gradients to 3e-4 of their norm; kernels/README.md).
-        group: None computes on the local rows; a process group gathers the rows of all ranks (ids are global), and
+        prefix: d0. Also returns the log-sum over the first d0 columns: [N, 2], (columns :d0, all columns).
+        backend: "auto", "eager", "streaming", "triton" (CUDA, float16 to float32; errors are at most fp16's resolution,
+            2^-11 / temperature, in values, and 3e-4 of the norm in gradients; kernels/README.md).
+        group: None uses the local rows; with a process group the rows of all ranks are gathered (ids are global), and
             backward assumes that gradients are averaged over ranks.
-        validate: raise on NaN, infinities and rows without a negative, on all ranks alike; it takes one read from the
-            device. Off, these rows come out as NaN, and with "triton" rows longer than 1 make everything NaN.
-        temperature_floor: a temperature that a tensor never goes below. Where its value is not read (validate=False,
-            torch.compile, CUDA graphs) the triton backend then takes the faster form of its sums that a number gets;
-            0.0134 or more is needed for it at N = 32,768. A temperature below the floor is refused, or, where it is
-            not read, makes everything NaN, with every backend.
-        chunk: rows of a block of the streaming backend; None chooses by cache. Any value gives the same result
-            to rounding.
+        validate: raise for NaN, infinity and rows without a negative, on all ranks alike; takes one read from the
+            device. If off, such rows become NaN, and with "triton" a row longer than 1 makes everything NaN.
+        temperature_floor: lower bound of a temperature that is a tensor. If its value is not read (validate=False,
+            torch.compile, CUDA graphs), the triton backend can then use the faster form of its sums, as for a float;
+            this needs 0.0134 or more at N = 32,768. A temperature below the floor raises or, if it is not read, makes
+            everything NaN, with every backend.
+        chunk: rows per block in the streaming backend; None chooses by cache size. The result is the same up to
+            rounding.
 
     Returns:
-        [N] (or [N, 2]) in max(float32, type of z); for a group the n local rows.
+        [N] (or [N, 2]) in max(float32, dtype of z); with a group, for the n local rows.
 
     Raises:
-        TypeError, ValueError: wrong type, shape or device, temperature not above 0 or not the same on every rank,
-            prefix outside 1..D-1, no row of another image, NaN or infinity.
+        TypeError, ValueError: dtype, shape or device is wrong; the temperature is not above 0 or differs between ranks;
+            prefix is outside 1..D-1; there is no row of another image; z has NaN or infinity.
     """
     _check_arguments(z, image_ids, temperature, prefix)
     check_floor(temperature, temperature_floor)
@@ -144,16 +144,16 @@ def log_sums(
     triton_from: int = NEVER,
     temperature_floor: float | None = None,
 ) -> Tensor:
-    """`negative_lse` without its checks, [n, E]: for a caller who has checked the input and exchanged sizes over ranks.
+    """`negative_lse` without its checks, [n, E], for callers that have checked the input and exchanged sizes.
 
     Args:
-        z, image_ids, temperature, prefix, backend, chunk, temperature_floor: as in `negative_lse`; correct, and finite
-            where `known` is given.
-        shards: how the rows lie over ranks.
-        known: with it nothing is read back from the device. None: values were not checked, or cannot be read. The
-            streaming backend then reads the longest row and a temperature that is a tensor; triton reads nothing, and
-            rows longer than 1 make everything NaN.
-        triton_from: `dispatch.rows_for_triton`, the largest of all ranks.
+        z, image_ids, temperature, prefix, backend, chunk, temperature_floor: as in `negative_lse`; valid, and finite if
+            `known` is given.
+        shards: distribution of the rows over ranks.
+        known: checked facts, with which nothing is read from the device. None if values were not checked or cannot be
+            read: the streaming backend then reads the longest row and a temperature that is a tensor; triton reads
+            nothing, and a row longer than 1 makes everything NaN.
+        triton_from: `dispatch.rows_for_triton`, the largest over all ranks.
     """
     dtype = compute_dtype(z.dtype)
     bound = similarity_bound(temperature, known, temperature_floor)
@@ -185,12 +185,12 @@ def log_sums_backend(
     triton_from: int = NEVER,
     bound: float | None = None,
 ) -> Runnable:
-    """What `log_sums` runs; the same on every rank of a group.
+    """The backend of `log_sums`; the same on every rank of a group.
 
     Args:
-        bound: of |s_ij|, where it is known. "auto" leaves what fp16 products cannot resolve to float32.
+        bound: bound of |s_ij|, if known; "auto" uses float32 if fp16 products are not precise enough for it.
     """
-    # By the largest shard: every rank must come to the same choice, as the collectives of the backends differ.
+    # By the largest shard: all ranks must make the same choice, as the collectives of the backends differ.
     elements = max(shards.sizes) * shards.total
     return choose_backend(
         backend,
@@ -203,17 +203,17 @@ def log_sums_backend(
 
 
 def similarity_bound(temperature: float | Tensor, known: Known | None, floor: float | None) -> float | None:
-    """R/tau, the bound of |s_ij|, as far as the host knows it. Lengths that were not read are checked on the device."""
+    """R/tau, the bound of |s_ij|, if the host has it; lengths that were not read are checked on the device."""
     if known is not None:
         return largest_exponent(known.longest * known.longest, known.temperature)
     least = floor if isinstance(temperature, Tensor) else temperature
     bound = None if least is None else largest_exponent(UNIT_ROW * UNIT_ROW, least)
-    # A floor says what the range is, not what the temperature is: alone it does not call for two fp16 parts.
+    # A floor bounds the range but is not the temperature: it alone does not require two fp16 parts.
     return None if isinstance(temperature, Tensor) and needs_two_parts(bound) else bound
 
 
 def _eager(z: Tensor, ids: Tensor, tau: Tensor, levels: Levels, s: _dist.Shards, known: Known | None) -> Tensor:
-    """The truth: the matrix, its mask, its log-sum-exp. [n, E]"""
+    """The reference: matrix, mask, log-sum-exp; [n, E]."""
     every, every_id = _dist.gather(z, s), _dist.gather(ids.to(torch.int64), s)
     same = ids[:, None] == every_id[None, :]
     out = []
@@ -249,7 +249,7 @@ def _triton(
 
 
 def _narrow_ids(ids: Tensor, s: _dist.Shards, known: Known | None) -> Tensor:
-    """Ids that fit int32, numbered anew where they may not; over ranks that waits until they are gathered, in int64."""
+    """Ids that fit in int32, renumbered if necessary; over ranks they are gathered in int64 and renumbered later."""
     limit = torch.iinfo(torch.int32)
     fit = ids.dtype.itemsize < 4 or ids.dtype == torch.int32
     fit = fit or (known is not None and limit.min <= known.id_low and known.id_high <= limit.max)
@@ -290,7 +290,7 @@ def check_temperature(temperature: float | Tensor) -> None:
 
 
 def check_floor(temperature: float | Tensor, floor: float | None) -> None:
-    """A lower bound that is a number above 0, and a temperature (where it is a number) that is not below it."""
+    """Check that the floor is a number above 0, and that a temperature given as a number is not below it."""
     if floor is None:
         return
     _checks.positive(floor, "temperature_floor", "a lower bound of the temperature")
@@ -299,19 +299,19 @@ def check_floor(temperature: float | Tensor, floor: float | None) -> None:
 
 
 def check_temperatures(taus: Sequence[float], dtype: torch.dtype) -> None:
-    """The values that all ranks have, for arithmetic in a type: above 0, not too small, and the same."""
+    """Check the temperatures of all ranks, for arithmetic in a dtype: above 0, not too small, and equal."""
     for tau in taus:
         _checks.positive(tau, "temperature", "it divides the cosine similarity")
         _check_range(tau, dtype)
     if max(taus) > 1.0001 * min(taus):
         raise ValueError(
-            f"temperature: expected the same on every rank: got {min(taus):.6g} to {max(taus):.6g}; ranks update a "
-            "learned one alike where its gradient is averaged over them, as DistributedDataParallel does"
+            f"temperature: expected the same on every rank: got {min(taus):.6g} to {max(taus):.6g}; average the "
+            "gradient of a learned temperature over ranks, as DistributedDataParallel does"
         )
 
 
 def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0-dim on the device; a number is written there by a kernel, not copied, which a graph could not capture."""
+    """A 0-dim tensor on the device; a number is written by a kernel, as a CUDA graph cannot capture a copy."""
     if isinstance(value, Tensor):
         return value.to(device, dtype).reshape(())
     return torch.full((), value, dtype=dtype, device=device)
@@ -326,20 +326,20 @@ def _check_range(temperature: float, dtype: torch.dtype) -> None:
         )
     if temperature < smallest:
         raise ValueError(
-            f"temperature: expected at least {smallest:.1e}, below it the inverse overflows {dtype}: got {temperature}"
+            f"temperature: expected at least {smallest:.1e}, so that its inverse fits in {dtype}: got {temperature}"
         )
 
 
 def _checked(
     z: Tensor, ids: Tensor, temperature: float | Tensor, group: ProcessGroup | None, triton_from: int
 ) -> tuple[_dist.Shards, Known, int]:
-    """Check the values of all ranks, with one read and one collective: every rank reads the same and decides alike.
+    """Check the values of all ranks, with one read and one collective; every rank gets the same and decides alike.
 
-    The rows from which on this rank takes triton travel along; what comes back is the largest of all ranks.
+    Ranks also exchange the number of rows from which they use triton; the largest is returned.
     """
     dtype, rows = compute_dtype(z.dtype), z.detach()
     kind = torch.promote_types(dtype, temperature.dtype) if isinstance(temperature, Tensor) else dtype
-    found = [longest_row(rows).to(kind).reshape(1)]  # not finite where an entry is not, or where its square overflows
+    found = [longest_row(rows).to(kind).reshape(1)]  # not finite if an entry is not, or if its square overflows
     if group is not None or isinstance(temperature, Tensor):
         found.append(_scalar(temperature, kind, z.device).detach().reshape(1))
     floats = map(_dist.to_bits, found)
@@ -352,26 +352,26 @@ def _checked(
     check_temperatures(taus, dtype)
     if shards.total < 2:
         raise ValueError(
-            f"negative_lse: expected the rows of at least 2 images, a row needs a negative: got {shards.total}"
+            f"negative_lse: expected at least 2 images, as every row needs a negative: got {shards.total} rows"
         )
     _check_lengths([v[0] for v in values], taus, rows, group)
     low, high = min(h[0] for h in headers), max(h[1] for h in headers)
     if low == high:
         raise ValueError(
-            f"negative_lse: expected the rows of at least 2 images, so that each has a negative: all {shards.total} "
+            f"negative_lse: expected at least 2 images, so that each has a negative: got one, as all {shards.total} "
             f"rows carry the image id {high}"
         )
     return shards, Known(max(v[0] for v in values), min(taus), low, high), triton_from
 
 
 def _no_ids(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The smallest and largest id of no rows: above all others, and below."""
+    """The smallest and largest id of an empty shard: above all ids, and below all ids."""
     limit = torch.iinfo(torch.int64)
     return torch.full((1,), limit.max, device=device), torch.full((1,), limit.min, device=device)
 
 
 def _check_lengths(longest: list[float], taus: list[float], rows: Tensor, group: ProcessGroup | None) -> None:
-    """longest: by rank the longest row; rows: of this rank, looked at again where something is wrong."""
+    """Check the longest row of every rank; `rows` of this rank are examined only to explain an error."""
     dtype = compute_dtype(rows.dtype)
     most = torch.finfo(dtype).max
     long = [r for r, (x, tau) in enumerate(zip(longest, taus, strict=True)) if not x * x / min(tau, 1.0) <= most]

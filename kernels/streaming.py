@@ -1,6 +1,6 @@
-"""The "streaming" backend of the log-sums: blocks of rows, nothing of size N x N, on any device.
+"""The "streaming" backend of the log-sums: works on blocks of rows, without N x N matrices, on any device.
 
-Equations and legend: `similarity`. C rows of a block; E levels (1, or 2 with a prefix).
+Equations and legend as in `similarity`; C rows per block, E levels (1, or 2 with a prefix).
 """
 
 import ctypes
@@ -28,10 +28,10 @@ class _StreamingContext(Context):
 
 
 class Streaming(torch.autograd.Function):
-    """Blocks of rows I times blocks of rows J; nothing of size N x N. One process: I <= J, the triangle only.
+    """Log-sums over pairs of row blocks (I, J), without N x N matrices; in one process only the triangle I <= J.
 
-    temperature, longest: tau and the length of the longest row over all ranks as numbers of the host. What is None is
-    read back from the device, both at once.
+    temperature, longest: tau and the length of the longest row over all ranks, as host numbers. If None, they are read
+    from the device, both at once.
     """
 
     @staticmethod
@@ -64,7 +64,7 @@ class Streaming(torch.autograd.Function):
 
 @torch.library.custom_op("ssd_addon::streaming_lse", mutates_args=())
 def streaming_lse(z: Tensor, tau: Tensor, ids: Tensor, prefix: int, chunk: int) -> Tensor:
-    """[N, E]; one process. Loops that depend on values are opaque to the compiler."""
+    """Log-sums [N, E] in one process, as an operator: loops that depend on values are opaque to the compiler."""
     number = _numbered(ids, None, z.dtype)
     scale, shift = _scale_and_shift(z, tau, None, None)
     return _alone(z, number, scale, prefix, chunk).lse(shift)
@@ -112,9 +112,9 @@ streaming_lse.register_autograd(_differentiate_streaming, setup_context=_save_st
 
 
 def _numbered(ids: Tensor, id_range: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:
-    """Ids as whole numbers in the type of the rows, where equality stays what it was: comparing floats vectorizes.
+    """Ids as numbers in the dtype of the rows, with the same equalities, because float comparisons are vectorized.
 
-    float32 holds whole numbers up to 2^24 exactly: a range of ids below that, or their order where it is larger.
+    float32 holds integers up to 2^24 exactly: ids are offset if their range is smaller, and renumbered otherwise.
     """
     if id_range is None and reads_are_free(ids.device) and len(ids):
         low, high = ids.aminmax()
@@ -127,10 +127,10 @@ def _numbered(ids: Tensor, id_range: tuple[int, int] | None, dtype: torch.dtype)
 def _scale_and_shift(
     every: Tensor, tau: Tensor, temperature: float | None, longest: float | None
 ) -> tuple[float | Tensor, float | None]:
-    """1/tau, and the constant shift of `ranges` (None: maxima). At most one read from the device, and none while a CUDA
-    graph is captured: 1/tau is then a tensor where the temperature is one."""
+    """1/tau, and the constant shift of `ranges` (None: maxima). Reads the device at most once, and not while a CUDA
+    graph is captured: 1/tau is then a tensor if the temperature is one."""
     captured = capturing(every.device)
-    if captured and temperature is None:  # nothing can be read into a graph: the scale stays on the device
+    if captured and temperature is None:  # values cannot be read during capture: the scale stays on the device
         return 1.0 / tau.to(every.dtype), None
     measured = longest is None and not captured
     unknown = [tau] * (temperature is None) + [longest_row(every)] * measured
@@ -138,7 +138,7 @@ def _scale_and_shift(
     if measured:
         longest = read[-1]
     tau_ = _rounded(read[0] if temperature is None else temperature, every.dtype)
-    if not 0 < tau_ < math.inf:  # as a tensor, which makes everything NaN: some matrix products drop a factor of NaN
+    if not 0 < tau_ < math.inf:  # a tensor makes everything NaN; some matrix products drop a NaN scalar factor
         return every.new_full((), math.nan), None
     if longest is None or not every.shape[0]:
         return 1.0 / tau_, None
@@ -147,7 +147,7 @@ def _scale_and_shift(
 
 
 def _rounded(value: float, dtype: torch.dtype) -> float:
-    """A number of the host as the device holds it, in float32 or float64: the same result whoever computed it."""
+    """A host number rounded as on the device, in float32 or float64, so that results do not depend on its origin."""
     return value if dtype == torch.float64 else ctypes.c_float(value).value
 
 
@@ -157,7 +157,7 @@ def _alone(z: Tensor, number: Tensor, scale: float | Tensor, prefix: int, chunk:
 
 
 class _Blocks:
-    """The loop over pairs of blocks, shared by forward and backward. scale: 1/tau."""
+    """The loop over pairs of blocks, shared by forward and backward; scale is 1/tau."""
 
     def __init__(
         self, z: Tensor, ids: Tensor, every: Tensor, every_id: Tensor, scale: float | Tensor, levels: Levels,
@@ -165,7 +165,7 @@ class _Blocks:
     ) -> None:  # fmt: skip
         self.z, self.ids, self.every, self.every_id = z, ids, every, every_id
         self.levels, self.shards = levels, s
-        # A scale on the device multiplies the rows of one side, and the gradient at its end.
+        # A scale on the device multiplies the rows of one side, and finally the gradient.
         self.after = scale if isinstance(scale, Tensor) else None
         self.left, self.alpha = (z * scale, 1.0) if isinstance(scale, Tensor) else (z, scale)
         self.triangle = s.group is None
@@ -180,9 +180,9 @@ class _Blocks:
         return self.buffers[k][: h * w].view(h, w)
 
     def pairs(self) -> Iterator[tuple[slice, slice, list[Tensor]]]:
-        """(I, J, s_IJ / log 2 per level): s of each level sums the columns up to it; same images are -inf.
+        """Yield (I, J, s_IJ / log 2 per level); s of a level sums all columns up to it; same images are -inf.
 
-        The levels share their accumulator: use (and overwrite) what is yielded before asking for the next.
+        The levels share an accumulator: use (and overwrite) each result before requesting the next.
         """
         scale = self.alpha * LOG2E
         for p, (a, b, low, high) in enumerate(self.rows):
@@ -198,7 +198,7 @@ class _Blocks:
                     else:
                         torch.addmm(acc, zi, zj, beta=0, alpha=scale, out=acc)
                         if low <= hi and lo <= high:
-                            # +inf where the images differ, -inf where not: a tenth of the time of masked_fill.
+                            # +inf if the images differ, else -inf: takes a tenth of the time of masked_fill.
                             limit = self.buffers[-1][: acc.numel()].view_as(acc)
                             torch.ne(self.ids[i, None], self.every_id[None, j], out=limit).sub_(0.5).mul_(math.inf)
                             torch.minimum(acc, limit, out=acc)
@@ -206,13 +206,13 @@ class _Blocks:
                 yield i, j, logits
 
     def lse(self, shift: float | None) -> Tensor:
-        """[n, E], NaN for rows without a negative."""
+        """Log-sums [n, E]; NaN for rows without a negative."""
         return self._lse_by_maximum() if shift is None else self._lse_by_shift(shift)
 
     def _lse_by_shift(self, shift: float) -> Tensor:
         total = self.z.new_zeros(len(self.levels), self.z.shape[0])
         for i, j, logits in self.pairs():
-            # The last level first: it may overwrite its accumulator, the others are still being read.
+            # The last level first: only it may overwrite the accumulator, which the others still need.
             for k in reversed(range(len(logits))):
                 e = logits[k].sub_(shift * LOG2E).exp2_() if shift else logits[k].exp2_()
                 total[k, i] += e.sum(dim=1)
@@ -221,7 +221,7 @@ class _Blocks:
         return torch.where(total > 0, total.log() + shift, math.nan).T.contiguous()
 
     def _lse_by_maximum(self) -> Tensor:
-        """Row by row with a running maximum: any length of the rows, any temperature."""
+        """Log-sums with a running maximum per row, for any row length and temperature."""
         triangle, self.triangle = self.triangle, False
         e = len(self.levels)
         top = self.z.new_full((e, self.z.shape[0]), -math.inf)
@@ -238,13 +238,13 @@ class _Blocks:
         return torch.where(total > 0, (total.log2() + top) / LOG2E, total + math.nan).T.contiguous()
 
     def gradient(self, lse: Tensor, grad: Tensor, shift: float | None) -> Tensor:
-        """dL/dz of the local rows. Across ranks the n coefficients are gathered, not the gradients of N rows."""
+        """dL/dz of the local rows. Over ranks the coefficients of rows are gathered, not the gradients of N rows."""
         by_shift = shift is not None
         if self.triangle:
             grad_all, lse_all = grad, lse
         else:
             grad_all, lse_all = _dist.gather(grad, self.shards), _dist.gather(lse, self.shards)
-        # exp(shift - lse) alone spans float32: cotangents of 1/N or 65536 leave it unless they are 1 at most.
+        # exp(shift - lse) uses the whole range of float32, so upstream gradients are scaled to at most 1.
         unit = grad_all.abs().max() if by_shift and grad_all.numel() else grad.new_ones(())
         unit = torch.where(unit > 0, unit, 1.0)
         c_all = grad_all / unit * torch.exp((shift or 0.0) - lse_all) if by_shift else grad_all
@@ -261,7 +261,7 @@ class _Blocks:
                 else:
                     torch.sub(logits[k], lse[i, k, None], out=work).exp2_().mul_(c[i, k, None])
                     w = logits[k].sub_(lse_all[None, j, k]).exp2_().mul_(c_all[None, j, k]).add_(work)
-                # A column of level k is in the similarities of level k and of all levels above it.
+                # A column of level k contributes to the similarities of level k and of all later levels.
                 weights = w if weights is None else weights.add_(w)
                 first, last = self.levels[k]
                 dz[i, first:last].addmm_(weights, self.every[j, first:last], alpha=self.alpha)
@@ -271,9 +271,9 @@ class _Blocks:
 
 
 def _split(ids: Tensor, c: int) -> list[tuple[int, int, float, float]]:
-    """(start, stop, smallest id, largest id) of each block: blocks of disjoint id ranges need no comparison.
+    """(start, stop, smallest id, largest id) of each block; blocks with disjoint ranges need no comparison of ids.
 
-    Only where reading them costs nothing; on other devices every pair of blocks is compared.
+    Used only if reading ids costs nothing; on other devices every pair of blocks is compared.
     """
     blocks = [(a, min(a + c, ids.shape[0])) for a in range(0, ids.shape[0], c)]
     if not blocks:
@@ -285,15 +285,14 @@ def _split(ids: Tensor, c: int) -> list[tuple[int, int, float, float]]:
 
 
 def reads_are_free(device: torch.device) -> bool:
-    """Whether a value is read back without waiting for the device."""
+    """Whether values can be read without waiting for the device."""
     return device.type == "cpu"
 
 
 def block_rows(width: int, device: torch.device) -> int:
-    """Rows C of a block: its two or three C x C buffers should stay in the cache (CPU), or fill the device (CUDA).
-
-    On a CPU 512 to 768 took the same time within 3 % at widths 128 and 512, and 320 up to a quarter more. Larger blocks
-    waste more of the diagonal, where both triangles are computed; smaller ones hand more and shorter pieces to the
-    threads, which a busy machine punishes.
+    """The number of rows C per block: its two or three C x C buffers should fit in the cache (CPU) or fill the device
+    (CUDA). Larger blocks waste work on the diagonal, where both triangles are computed; smaller blocks give threads
+    more and shorter tasks.
     """
+    # On a CPU, 512 to 768 took the same time within 3 % at widths 128 and 512, and 320 up to a quarter more.
     return 4096 if device.type == "cuda" else 512

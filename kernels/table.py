@@ -1,8 +1,8 @@
-"""Tile configurations and what was measured for the choice of "auto", read from table.json.
+"""Tile configurations and measured thresholds for "auto", read from table.json.
 
-Keys of configurations: architecture ("sm_90", else "default"), mode (what the kernel does), largest D of the bucket
-("inf": any). Of "auto": architecture, arithmetic of the other backends ("float32" or "tf32"), largest D; values are
-the rows from which on triton is the fastest. `benchmarks/gpu.py` writes both.
+Keys of configurations: architecture ("sm_90", else "default"), mode (the kernel's task), largest D of the bucket
+("inf": any). Keys of "auto": architecture, arithmetic of the other backends ("float32" or "tf32"), largest D; values
+are the numbers of rows from which triton is fastest. `benchmarks/gpu.py` writes both.
 """
 
 import functools
@@ -17,25 +17,25 @@ PATH = Path(__file__).with_name("table.json")
 
 
 class Configuration(NamedTuple):
-    """Shape of a tile and how it is run."""
+    """The shape of a tile and its launch parameters."""
 
     block_m: int  # rows of a tile
     block_n: int  # columns: block_m, or twice that (resident: any)
-    block_k: int  # columns of the operands that are in shared memory at a time
+    block_k: int  # columns of the operands in shared memory at a time
     warps: int
-    stages: int  # of the pipeline that loads them
+    stages: int  # stages of the pipeline that loads them
     descriptor: bool  # tensor descriptors (sm_90) instead of pointers
     group: int  # row tiles that share a column tile in the L2 cache
-    registers: int = 0  # most per thread, 0 leaves it to the compiler: fewer let more programs share a multiprocessor
-    resident: bool = False  # weights: their gradient stays in registers (`resident`), for up to block_k columns of z
+    registers: int = 0  # limit per thread, 0 leaves it to the compiler; fewer let more programs share a multiprocessor
+    resident: bool = False  # weights: keep the gradient in registers (`resident`), for up to block_k columns of z
 
     def options(self) -> dict[str, int]:
-        """What a launch takes beside the constants."""
+        """Options of a launch other than the constants."""
         found = {"num_warps": self.warps, "num_stages": self.stages}
         return found | {"maxnreg": self.registers} if self.registers else found
 
 
-_TABLE: dict[str, Any] = json.loads(PATH.read_text())  # at import: torch.compile cannot trace the reading of a file
+_TABLE: dict[str, Any] = json.loads(PATH.read_text())  # at import, as torch.compile cannot trace reading a file
 
 
 def table() -> dict[str, Any]:
@@ -44,7 +44,7 @@ def table() -> dict[str, Any]:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """ "sm_90" and so on; "default" for what is no CUDA device."""
+    """ "sm_90" and so on; "default" if it is not a CUDA device."""
     if device.type != "cuda":
         return "default"
     major, minor = torch.cuda.get_device_capability(device)
@@ -57,9 +57,9 @@ def bucket(entries: dict[str, Any], size: int) -> Any:
 
 
 def configuration(arch: str, mode: str, width: int, own: Mapping[str, Any] | None = None) -> Configuration:
-    """The configuration for operands of `width` columns; architectures without an entry of their own use "default".
+    """The configuration for operands of `width` columns; architectures without an entry use "default".
 
-    own: configurations by mode that were measured on this machine, which come first (`cache`).
+    own: configurations by mode that were measured on this machine (`cache`), which have priority.
     """
     every = table()["configurations"]
     found = next(modes[mode] for modes in (own, every.get(arch), every["default"]) if modes and mode in modes)
@@ -67,7 +67,7 @@ def configuration(arch: str, mode: str, width: int, own: Mapping[str, Any] | Non
 
 
 def is_configuration(values: Any) -> bool:
-    """Whether a list from a file can be a `Configuration` that the kernels compile with."""
+    """Whether a list from a file is a `Configuration` with which the kernels compile."""
     fields = Configuration._fields
     if not isinstance(values, list) or not 7 <= len(values) <= len(fields):
         return False
@@ -82,7 +82,7 @@ def is_configuration(values: Any) -> bool:
 
 
 def candidates(arch: str, mode: str, width: int) -> list[Configuration]:
-    """What is worth timing beside `configuration`; only those of a bucket above 128 take rows of any width."""
+    """Further configurations worth timing; only those of buckets above 128 accept rows of any width."""
     every = table()["candidates"]
     buckets = {**every["default"], **every.get(arch, {})}.get(mode, {})
     return [Configuration(*c) for size, values in buckets.items() if width <= float(size) for c in values]

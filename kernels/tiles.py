@@ -1,16 +1,16 @@
-"""Triton kernels: one tile of similarities per program, and what is made of it before it leaves the registers.
+"""Triton kernels that compute one tile of similarities per program and reduce it while it is in registers.
 
     s_ij = scale * <a_i, b_j>                                   fp16 products, summed in fp32, in units of log 2
     sums:     sum_j 2^(s_ij - shift)                            over a tile's columns and over its rows
     weights:  W_ij = g_i 2^(s_ij - l_i) + g_j 2^(s_ij - l_j)    l = lse / log 2, g the upstream gradient
     products: <a_i, b_j>, and the sum over the tile of its square (or of <a_i, b_j> <c_i, d_j>)
 
-Entries of equal image ids are left out of the first two. With two levels the accumulator is used after the first k0
-columns and again after all. Every slot of every output is written by exactly one program: nothing is atomic, so a
-result is the same bit by bit whenever it is computed again.
+Entries with equal image ids are left out of the first two. With two levels the accumulator is used after the first k0
+columns and again after all. Every element of every output is written by exactly one program, without atomics, so
+results are bitwise reproducible.
 
 Legend: i, j tile of rows, of columns; o_ offsets, m_ masks, b_ block sizes, p_ pointers. Operands are padded along K to
-whole blocks, rows beyond the last are read as the last and masked in the epilogue. Derivation: kernels/README.md.
+whole blocks; rows beyond the last are read as the last and masked in the epilogue. Derivation: kernels/README.md.
 """
 
 import triton
@@ -62,7 +62,7 @@ def _accumulate(
 
 @triton.jit
 def _same_image(p_low_a, p_high_a, p_low_b, p_high_b, i, j, RATIO: tl.constexpr):
-    """Whether tile (i, j) may hold a pair of one image: most tiles do not, and skip the comparison."""
+    """Whether tile (i, j) may contain a pair of one image; most tiles do not, and skip the comparison."""
     low, high = tl.load(p_low_b + j * RATIO), tl.load(p_high_b + j * RATIO)
     for h in tl.static_range(1, RATIO):
         low = tl.minimum(low, tl.load(p_low_b + j * RATIO + h))
@@ -72,15 +72,15 @@ def _same_image(p_low_a, p_high_a, p_low_b, p_high_b, i, j, RATIO: tl.constexpr)
 
 @triton.jit
 def _store_tile(p, w, i, j, stride, SYMMETRIC: tl.constexpr, b_M: tl.constexpr, b_N: tl.constexpr):
-    """Store tile (i, j) of a matrix of whole tiles; SYMMETRIC: and, where it lies above the diagonal, across it.
+    """Store tile (i, j) of a matrix of whole tiles; SYMMETRIC: also its transpose, if it lies above the diagonal.
 
-    A tile twice as wide as high that touches the diagonal is stored as it is, and so is the one below it: the four
-    squares about the diagonal are each computed, and no entry is written twice.
+    A tile twice as wide as high that touches the diagonal is stored without its transpose, and so is the one below it:
+    the four squares at the diagonal are all computed, and no entry is written twice.
     """
     RATIO: tl.constexpr = b_N // b_M
     w = w.to(p.dtype.element_ty)
     o_m, o_n = tl.arange(0, b_M), tl.arange(0, b_N)
-    # int64 where the tile begins, int32 inside it: 64-bit offsets for every entry would take half of the registers.
+    # int64 for the tile's start, int32 inside it: 64-bit offsets for every entry would take half of the registers.
     tile = (i * b_M).to(tl.int64) * stride + j * b_N
     tl.store(p + tile + (o_m[:, None] * stride + o_n[None, :]), w)
     if SYMMETRIC:
@@ -91,20 +91,20 @@ def _store_tile(p, w, i, j, stride, SYMMETRIC: tl.constexpr, b_M: tl.constexpr, 
 
 @triton.jit
 def _reduce(s, shift, p_sum, p_max, o_out, m_out, axis: tl.constexpr, MAXIMUM: tl.constexpr):
-    """Store sum 2^(s - shift) over an axis, or the maximum and the sum about it."""
+    """Store sum 2^(s - shift) over an axis, or the maximum and the sum relative to it."""
     if MAXIMUM:
         top = tl.max(s, axis)
         safe = tl.where(top == float("-inf"), 0.0, top)
         tl.store(p_max + o_out, top, mask=m_out)
         tl.store(p_sum + o_out, tl.sum(tl.exp2(s - tl.expand_dims(safe, axis)), axis), mask=m_out)
     else:
-        tl.store(p_sum + o_out, tl.sum(s, axis), mask=m_out)  # s: exponentiated once for both axes
+        tl.store(p_sum + o_out, tl.sum(s, axis), mask=m_out)  # s was exponentiated once for both axes
 
 
 @triton.jit
 def column_sums(s, b_M: tl.constexpr, b_N: tl.constexpr):
-    """sum_i s_ij, [b_N], by halves: tl.sum would shuffle every column of a tile through 8 lanes (kernels/README.md)."""
-    # Rows r and r + 8 are in one thread as the tensor cores leave them, so that half the tile changes its layout.
+    """sum_i s_ij, [b_N], by halves; tl.sum would shuffle every column of a tile through 8 lanes (kernels/README.md)."""
+    # Tensor cores leave rows r and r + 8 in one thread, so only half of the tile has to change its layout.
     x, y = s.reshape(b_M // 16, 2, 8, b_N).permute(0, 2, 3, 1).split()
     s = (x + y).reshape(b_M // 2, b_N)
     for h in tl.static_range(3):
@@ -149,9 +149,9 @@ def sums_kernel(
 ):
     """Partial sums of a strip: row tiles first .. first + tiles_m - 1 against all columns (SYMMETRIC: from `first` on).
 
-    near [LEVELS, slots, rows of the strip]: slot j holds the sums over column tile first + j (0 + j). SYMMETRIC: where
+    near [LEVELS, slots, rows of the strip]: slot j holds the sums over column tile first + j (0 + j). SYMMETRIC: for
     j < i it holds the column sums of tile (j, i), which are the same numbers.
-    far [LEVELS, tiles_m, rows behind the strip]: slot i holds the column sums of row tile first + i.
+    far [LEVELS, tiles_m, rows after the strip]: slot i holds the column sums of row tile first + i.
     """
     RATIO: tl.constexpr = b_N // b_M
     i, j = _grouped(tl.program_id(0), tiles_m, tiles_n, GROUP)
@@ -166,7 +166,7 @@ def sums_kernel(
     o_n = j * b_N + tl.arange(0, b_N)
     m_m, m_n = o_m < n_m, o_n < n_n
     scale, shift = tl.load(p_scale), tl.load(p_shift)
-    # Padded rows need no test: the tile on the diagonal, the only one whose columns they would reach, compares anyway.
+    # Padded rows need no test: they only reach the columns of the diagonal tile, which compares ids anyway.
     compare = _same_image(p_low_a, p_high_a, p_low_b, p_high_b, i, j, RATIO) | ((j + 1) * b_N > n_n)
     strip = tl.minimum(tiles_m * b_M, n_m - first * b_M).to(tl.int64)
     behind = (n_n - (first + tiles_m) * b_M).to(tl.int64)
@@ -253,12 +253,12 @@ def weights_kernel(
     b_N: tl.constexpr,
     b_K: tl.constexpr,
 ):
-    """W [whole tiles] of a block pair, times w_scale. SYMMETRIC: tiles above the diagonal are stored again across it.
+    """W [whole tiles] of a block pair, times w_scale. SYMMETRIC: tiles above the diagonal are also stored transposed.
 
     MAXIMUM: lse (in units of log 2) and the upstream g are [LEVELS, n]. Otherwise g holds g_i 2^(shift - l_i), which is
-    inside float32 where the shift is, so that one exponential does for both rows: W_ij = 2^(s_ij - shift) (g_i + g_j).
-    Two levels: w_first holds the sum of both levels' weights, for the first columns of z are in both similarities; w
-    holds those of the last level.
+    representable in float32 if the shift is used, so that one exponential serves both rows:
+    W_ij = 2^(s_ij - shift) (g_i + g_j). Two levels: w_first holds the sum of both levels' weights, as the first columns
+    of z are in both similarities; w holds those of the last level.
     """
     RATIO: tl.constexpr = b_N // b_M
     i, j = _grouped(tl.program_id(0), tiles_m, tiles_n, GROUP)
@@ -326,10 +326,10 @@ def products_kernel(
     b_N: tl.constexpr,
     b_K: tl.constexpr,
 ):
-    """W = <a_i, b_j> [whole tiles] times w_scale, and per program the sum of its squares before that scale.
+    """W = <a_i, b_j> [whole tiles] times w_scale, and per program the sum of its squares before scaling.
 
     PAIR: also W_second = <c_i, d_j>, and the sum is that of the product of the two. SYMMETRIC: tiles above the diagonal
-    count twice and are stored again across it. SKIP_DIAGONAL: entries i = j are 0.
+    count twice and are also stored transposed. SKIP_DIAGONAL: entries i = j are 0.
     """
     RATIO: tl.constexpr = b_N // b_M
     p = tl.program_id(0)

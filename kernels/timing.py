@@ -1,4 +1,4 @@
-"""How `tune` and benchmarks/gpu.py measure: recorded launches of a kernel in a CUDA graph, and steps as they are."""
+"""Timing for `tune` and benchmarks/gpu.py: recorded launches of a kernel in a CUDA graph, and complete steps."""
 
 import contextlib
 import gc
@@ -15,7 +15,7 @@ from ssd_addon.kernels.table import Configuration
 
 
 def rows(device: torch.device, n: int, width: int) -> tuple[Tensor, Tensor]:
-    """L2-normalized rows in float16, two of each image, and their ids."""
+    """L2-normalized embeddings in float16, two per image, and their ids."""
     g = torch.Generator(device).manual_seed(n + width)
     z = torch.randn(n, width, generator=g, device=device)
     return torch.nn.functional.normalize(z, dim=1).half(), torch.arange(n, device=device, dtype=torch.int32) // 2
@@ -24,12 +24,12 @@ def rows(device: torch.device, n: int, width: int) -> tuple[Tensor, Tensor]:
 def clocked(
     f: Callable[[], Any], device: torch.device, repeats: tuple[int, int] = (3, 30), seconds: float = 0.3
 ) -> float:
-    """Median of the milliseconds of f, after three calls that are not timed."""
+    """Median time of f in milliseconds, after three untimed calls."""
     return statistics.median(timings(f, device, repeats, seconds))
 
 
 def timings(f: Callable[[], Any], device: torch.device, repeats: tuple[int, int], seconds: float) -> list[float]:
-    """Milliseconds of every call: at least repeats[0], at most repeats[1], for about so many seconds."""
+    """Times of calls in milliseconds: at least repeats[0] and at most repeats[1] calls, for about `seconds`."""
     for _ in range(min(3, repeats[0])):
         f()
     found: list[float] = []
@@ -53,7 +53,7 @@ def once(f: Callable[[], Any], device: torch.device) -> float:
 
 
 class _Recorder:
-    """In the place of a kernel: launches it, and keeps the launch."""
+    """Replaces a kernel: launches it and stores the launch."""
 
     def __init__(self, kernel: Any, kept: list[Callable[[], Any]]) -> None:
         self.kernel, self.kept = kernel, kept
@@ -68,8 +68,8 @@ class _Recorder:
 
 @contextlib.contextmanager
 def recorded(kernels: Sequence[str], products: bool = False) -> Iterator[list[Callable[[], Any]]]:
-    """The launches of these kernels (and, in their order, the products of `launch.add_product`), as calls that can be
-    repeated: they hold their operands."""
+    """The launches of these kernels (and the products of `launch.add_product`, in order) as repeatable calls, which
+    hold their operands."""
     kept: list[Callable[[], Any]] = []
     with contextlib.ExitStack() as stack:
         for module in (tiles, getattr(launch, "resident", None)):
@@ -98,7 +98,7 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def replayed(launches: Sequence[Callable[[], Any]], device: torch.device) -> Callable[[], Any]:
-    """All launches as one call: a CUDA graph, so that the host's time is not in the figure."""
+    """All launches as one call: a CUDA graph, so that host time is not measured."""
 
     def one_by_one() -> None:
         for launched in launches:
@@ -119,7 +119,7 @@ def replayed(launches: Sequence[Callable[[], Any]], device: torch.device) -> Cal
 
 @contextlib.contextmanager
 def using(configurations: Mapping[str, Mapping[str, Sequence[Any]]]) -> Iterator[None]:
-    """The kernels run with these tiles, by mode and width, and with the table's in other modes."""
+    """Run the kernels with these tiles, by mode and width, and with the table's tiles in other modes."""
     whole = table.configuration
 
     def configuration(arch: str, mode: str, width: int, own: Any = None) -> Configuration:
@@ -132,7 +132,7 @@ def using(configurations: Mapping[str, Mapping[str, Sequence[Any]]]) -> Iterator
 
 
 def release(device: torch.device) -> None:
-    """Give memory back; after a fault of the device nothing can be done any more, and the next step says so."""
+    """Release memory; errors after a device fault are ignored here, as the next step raises them."""
     gc.collect()
     if device.type == "cuda":
         with contextlib.suppress(Exception):

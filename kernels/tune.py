@@ -1,9 +1,9 @@
-"""What is the fastest on this machine: tile shapes, and from how many rows on the triton backend is worth its launches.
+"""Measures on this machine the fastest tile shapes, and the number of rows from which the triton backend is faster.
 
-`python -m ssd_addon tune` runs `measure` and saves the record (`cache`), which "auto" goes by from then on;
-`benchmarks/gpu.py` uses the same core. A tile is timed as the kernel alone: the launches of a real step are recorded,
-put into a CUDA graph and replayed, so that neither the preparation of operands nor the host is in the figure. Choices
-between backends are timed as whole steps with their checks, as users run them.
+`python -m ssd_addon tune` runs `measure` and saves the record (`cache`), which "auto" then uses; `benchmarks/gpu.py`
+uses the same functions. For tiles only the kernel is timed: the launches of a real step are recorded, put into a CUDA
+graph and replayed, which excludes the preparation of operands and host time. Backends are compared on whole steps with
+their checks, as users run them.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ MODES = (
     "sums", "weights", "sums_maximum", "weights_maximum", "sums_two", "weights_two", "products",
     "sums_two_maximum", "weights_two_maximum",
 )  # fmt: skip
-"""Kernels and forms in the order in which time is spent on them."""
+"""Kernels and forms, in the order in which they are measured."""
 KERNELS = {"sums": ("sums_kernel",), "weights": ("weights_kernel", "resident_kernel"), "products": ("products_kernel",)}
 USUAL = [
     Configuration(128, 128, 64, 8, 3, False, 8, 128),
@@ -40,20 +40,20 @@ USUAL = [
     Configuration(64, 128, 64, 8, 3, False, 8),
     Configuration(128, 128, 64, 8, 3, True, 8, 128),
 ]
-"""Tried where the table names no candidates."""
+"""Candidates if the table has none."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """What to measure.
 
     Attributes:
-        gpu: the device, as records name it.
+        gpu: the device, as named in records.
         rows: N at which tiles are timed.
-        widths: D for which tiles and thresholds are found; the last holds for all wider ones.
+        widths: D for which tiles and thresholds are determined; the last also applies to all larger widths.
         sizes: N at which backends are compared, ascending.
-        small: tiles tried instead of the table's, for the interpreter.
-        repeats: fewest and most timings of one thing.
+        small: tiles to try instead of the table's, for the interpreter.
+        repeats: smallest and largest number of timings of a measurement.
     """
 
     gpu: Gpu
@@ -72,12 +72,12 @@ REHEARSAL = Plan(
     small=(Configuration(16, 16, 16, 4, 2, False, 2), Configuration(16, 32, 16, 4, 2, False, 2)),
     repeats=(2, 2),
 )
-"""The same steps on a CPU in triton's interpreter, at toy sizes; its figures mean nothing."""
+"""The same steps on a CPU in triton's interpreter, at toy sizes; the times are meaningless."""
 
 
 @dataclass
 class Report:
-    """What was timed, beside what is saved: `candidates` by mode and width, `backends` by arithmetic, width and N."""
+    """All timings, including unsaved ones: `candidates` by mode and width, `backends` by arithmetic, width and N."""
 
     record: dict[str, Any]
     candidates: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -91,18 +91,18 @@ def measure(
 
     Args:
         device: a CUDA device that can run the kernels, or a CPU in triton's interpreter with `REHEARSAL`.
-        plan: what is measured; None for everything that users have.
-        seconds: in all; what does not fit is left to the table and the estimate. Two thirds are for the tiles.
-        say: called with a line of progress.
+        plan: what to measure; None for the plan of `python -m ssd_addon tune`.
+        seconds: total time; two thirds are for the tiles. For what does not fit, table and estimate remain in use.
+        say: called with progress messages.
 
     Raises:
-        ValueError: a device that cannot run the kernels.
-        RuntimeError: kernels that fail their check there.
+        ValueError: the device cannot run the kernels.
+        RuntimeError: the kernels fail their check there.
     """
     if why := launch.why_not(device):
         raise ValueError(
-            f"tune: expected a device on which the fused kernels run: {why}; backend='auto' takes 'eager' and "
-            "'streaming' here, for which there is nothing to tune"
+            f"tune: expected a device on which the fused kernels run: {why}; backend='auto' uses 'eager' and "
+            "'streaming' here, which need no tuning"
         )
     plan = plan or Plan(choice.gpu_of(device))
     begin = time.monotonic()
@@ -135,7 +135,7 @@ def best_tiles(
         found: dict[int, Configuration] = {}
         for width in plan.widths:
             if time.monotonic() > until:
-                say("the time for tiles is used up; the table's stay for what is left")
+                say("the time for tiles is used up; the table's tiles remain in use for the rest")
                 return best
             tried = report.candidates[f"{mode}, {width}"] = []
             step = Step(device, plan, mode, width)
@@ -153,14 +153,16 @@ def best_tiles(
                 say(f"{mode}, D = {width}: nothing ran: {tried[0]['failed'] if tried else 'no time'}")
             del step
             release(device)
-        if len(found) == len(plan.widths):  # a mode that is known for some widths only would mislead the others
+        if len(found) == len(
+            plan.widths
+        ):  # a mode that was measured for some widths only would be wrong for the others
             last = plan.widths[-1]
             best[mode] = {"inf" if w == last else str(w): list(c) for w, c in found.items()}
     return best
 
 
 def candidates(plan: Plan, mode: str, width: int) -> list[Configuration]:
-    """What is tried, the table's own choice first."""
+    """The configurations to try, the table's choice first."""
     if plan.small:
         return list(plan.small)
     listed = getattr(table, "candidates", None)
@@ -169,10 +171,10 @@ def candidates(plan: Plan, mode: str, width: int) -> list[Configuration]:
 
 
 class Step:
-    """A forward and backward pass that goes through the kernel of a mode, whose launches can be timed alone.
+    """A forward and backward pass that uses the kernel of a mode, whose launches can be timed alone.
 
     Attributes:
-        right: what the table's tiles compute; a candidate that computes something else is not fast, but wrong.
+        right: the result with the table's tiles; a candidate with another result is rejected.
     """
 
     def __init__(self, device: torch.device, plan: Plan, mode: str, width: int) -> None:
@@ -193,10 +195,11 @@ class Step:
         return value.detach(), grad
 
     def timed(self, c: Configuration, products: bool = True) -> dict[str, Any]:
-        """{"ms": of the kernel's launches in one step}, or {"failed": why}.
+        """{"ms": time of the kernel's launches in one step}, or {"failed": reason}.
 
-        products: of the weights kernel, with the matrix library's products that follow it: W is in the cache for them
-            or not, and a kernel that keeps the gradient in registers needs none.
+        Args:
+            products: for the weights kernel, include the matrix library's products that follow it, whose time depends
+                on whether W is in the cache; a kernel that keeps the gradient in registers needs none.
         """
         products = products and self.kernel == "weights"
         try:
@@ -218,7 +221,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def resident(c: Configuration) -> bool:
-    """Whether a configuration keeps the gradient in registers, so that no product follows the kernel."""
+    """Whether a configuration keeps the gradient in registers, so that the kernel needs no product after it."""
     return bool(getattr(c, "resident", False))
 
 
@@ -230,24 +233,24 @@ def shape(c: Configuration) -> str:
 
 
 def thresholds(device: torch.device, plan: Plan, until: float, say: Say, report: Report) -> None:
-    """From how many rows on triton is faster than what "auto" would take otherwise, into the record."""
+    """Measure from how many rows triton is faster than the alternative of "auto", and add it to the record."""
     for name, tf32 in (("float32", False), ("tf32", True)):
         found: dict[str, int] = {}
         for width in plan.widths:
             rows_ = _threshold(device, plan, width, tf32, until, report.backends.setdefault(name, {}))
             if rows_ is None:
-                say("the time for backends is used up; the estimate stays for what is left")
+                say("the time for backends is used up; the estimate remains in use for the rest")
                 return
             found["inf" if width == plan.widths[-1] else str(width)] = rows_
             told = "never" if rows_ == NEVER else f"from N = {rows_:,}"
-            say(f"triton beside {'TF32' if tf32 else 'float32'}, D = {width}: {told}")
+            say(f"triton against {'TF32' if tf32 else 'float32'}, D = {width}: {told}")
         report.record["auto"][name] = found
 
 
 def _threshold(
     device: torch.device, plan: Plan, width: int, tf32: bool, until: float, times: dict[str, float]
 ) -> int | None:
-    """The smallest N from which triton is the faster one; None where the time is used up."""
+    """The smallest N from which triton is faster; None if the time is used up."""
     smallest: int | None = None
     for n in plan.sizes:
         if time.monotonic() > until:
@@ -263,12 +266,12 @@ def _threshold(
         elif smallest is None:
             smallest = n
         else:
-            break  # faster twice in a row
+            break  # faster at two consecutive sizes
     return smallest or NEVER
 
 
 def compared(device: torch.device, plan: Plan, n: int, width: int, tf32: bool) -> tuple[float, float]:
-    """Milliseconds of a step, forward and backward with checks: triton, and what "auto" takes without it."""
+    """Times of a step in milliseconds, forward and backward with checks: of triton, and of the alternative."""
     z, ids = rows(device, n, width)
     kind = {"matrix_elements": n * n, "dtype": torch.float32, "device": device, "rows": n}
     other = choose_backend("auto", **kind)  # type: ignore[arg-type]
@@ -288,7 +291,7 @@ def compared(device: torch.device, plan: Plan, n: int, width: int, tf32: bool) -
 
 @contextlib.contextmanager
 def shrunk(plan: Plan) -> Iterator[None]:
-    """For the interpreter: small tiles in all modes, and a check of few rows."""
+    """Settings for the interpreter: small tiles in all modes, and a check with few rows."""
     if not plan.small:
         yield
         return
@@ -301,7 +304,7 @@ def shrunk(plan: Plan) -> Iterator[None]:
 
 
 def run(device: torch.device, *, seconds: float = 60.0, rehearse: bool = False, say: Say = print) -> Any:
-    """Measure and save: what `python -m ssd_addon tune` does. Returns the file's path."""
+    """Measure and save, as `python -m ssd_addon tune` does. Returns the file's path."""
     plan = REHEARSAL if rehearse else Plan(choice.gpu_of(device)) if device.type == "cuda" else None
     report = measure(device, plan, seconds=seconds, say=say)
     gpu = (plan or REHEARSAL).gpu

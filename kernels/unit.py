@@ -1,4 +1,4 @@
-"""Unit rows and cosines of `ssd_addon._unit` by the kernels of `unit_tiles`: a launch for each space and direction.
+"""L2-normalization and cosines of `ssd_addon._unit` with the kernels of `unit_tiles`: one launch per space and pass.
 
 Legend: V views, B images, S spaces.
 """
@@ -14,11 +14,11 @@ from ssd_addon._unit import JointContext, Pairs, columns_of, differentiable
 from ssd_addon.kernels import unit_tiles
 from ssd_addon.kernels.launch_around import empty, on_device_of
 
-IMAGES, COLUMNS = 4, 128  # of a program at a time
+IMAGES, COLUMNS = 4, 128  # processed by a program at a time
 
 
 class FusedUnit(torch.autograd.Function):
-    """`_unit.joint_and_cosines` in float32. pairs: those of a space one after the other; views below 256."""
+    """`_unit.joint_and_cosines` in float32; the pairs of a space are adjacent, and there are fewer than 256 views."""
 
     @staticmethod
     def forward(
@@ -68,7 +68,7 @@ class FusedUnit(torch.autograd.Function):
 
 
 def _places(pairs: Pairs, spaces: int) -> list[tuple[int, list[tuple[int, int]]]]:
-    """By space its first pair, and the views of its pairs."""
+    """For each space the index of its first pair, and the views of its pairs."""
     out = []
     for k in range(spaces):
         own = [q for q, (_, _, space) in enumerate(pairs) if space == k]

@@ -1,11 +1,11 @@
-"""Triton kernels for rows of unit length: one space of all views, and the cosines of its pairs, in one pass each way.
+"""Triton kernels that L2-normalize one space in all views and compute the cosines of its pairs, in one pass each way.
 
     joint[v, i, k] = z[v, i, k] / divisor[v, i],   divisor = max(|z[v, i]|, EPS) * root,   root = sqrt(S)
     cosines[p, i]  = S <joint[a, i], joint[b, i]>
     dz[v, i]       = (g - [|z| > EPS] S <g, joint[v, i]> joint[v, i]) / divisor,
         g = djoint[v, i] + S * sum over the pairs (v, w) of dcosines[p, i] joint[w, i]
 
-A program has b_B images. PAIRS holds the pairs of views, 16 bits each: a in the lower byte, b in the upper.
+A program handles b_B images. PAIRS holds the pairs of views, 16 bits each: a in the lower byte, b in the upper.
 The definition in torch's functions is `ssd_addon._unit`. Legend: V views, B images, S spaces, d columns.
 """
 
@@ -17,7 +17,7 @@ EPS = tl.constexpr(1e-12)
 
 @triton.jit
 def _divisor(square):
-    """A row's length, EPS at least; NaN where it overflows, as x / inf would be 0."""
+    """The length of a row, at least EPS; NaN on overflow, as x / inf would be 0."""
     length = tl.sqrt(square)
     length = tl.where(length == float("inf"), float("nan"), length)
     return tl.where(length < EPS, EPS, length)
@@ -43,7 +43,7 @@ def unit_kernel(
     b_B: tl.constexpr,
     b_K: tl.constexpr,
 ):
-    """joint and length [V, B] (NaN where it overflows), then the cosines [pairs, B]."""
+    """joint and length [V, B] (NaN on overflow), then the cosines [pairs, B]."""
     o_b = tl.program_id(0) * b_B + tl.arange(0, b_B)
     m_b, o_k = o_b < n, tl.arange(0, b_K)
     row = o_b.to(tl.int64)[:, None]

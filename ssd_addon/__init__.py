@@ -1,4 +1,4 @@
-"""Self-supervised disentanglement as an add-on: content and style in spaces of their own.
+"""Self-supervised disentanglement as an add-on: a content space, and a style space for each group of augmentations.
 
 views = StructuredViews({"color": [...], "spatial": [...]})          images -> structured views      augment
 StructuredTransform({"color": [...]})                                the same in data-loader workers  transform
@@ -135,10 +135,10 @@ __all__ = [
     "two_pass",
 ]
 
-if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+if not TYPE_CHECKING:  # otherwise a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
-        """Names are resolved when asked for, so that the loss needs torch alone (PEP 562)."""
+        """Import names on first access, so that the loss needs torch alone (PEP 562)."""
         if name in _HOME or name in _MODULES:
             with import_module("ssd_addon._optional").needs(f"ssd_addon.{name}"):
                 module = import_module(f"ssd_addon.{_HOME.get(name, name)}")

@@ -4,7 +4,7 @@
     python -m ssd_addon report RUN_OR_CHECKPOINT --data DIR --out report.html  what each space of a model encodes
     python -m ssd_addon tune                                                   measure the GPU for backend="auto"
 
-Flags are named here alone: errors of the library name its arguments and are reworded.
+Errors of the library name its arguments; `flagged` replaces these by the names of flags.
 """
 
 import argparse
@@ -39,17 +39,17 @@ FLAGS = (
     "seed",
 )
 ARGUMENTS = {"explored": "explore"}
-"""Arguments of the library whose flag has another name."""
+"""Arguments of the library whose flag has a different name."""
 DATA: dict[str, Any] = {
     "required": True,
     "metavar": "DIR_OR_DATASET",
-    "help": "a folder of images (class folders are labels; val/ is taken where there is one), or FILE.py:NAME or "
-    "MODULE:NAME, where NAME is a data set, or makes one or a pair (images, factors)",
+    "help": "a folder of images (its class folders are used as labels, and val/ is used where there is one), or "
+    "FILE.py:NAME or MODULE:NAME, where NAME is a data set or a function that returns one, or a pair (images, factors)",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; an error is one line on standard error, and the status 1."""
+    """Run a command and return its exit status; an error is printed as one line on standard error, with status 1."""
     parser = _parser()
     args = parser.parse_args(argv)
     for name in ("samples", "explore", "batch_size", "size", "draws"):
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _said(error: Exception, args: argparse.Namespace) -> str:
-    """One line for a person: the library's words with flags for arguments, other errors with their type."""
+    """One line for the user: the library's message with flags for arguments, other errors with their type."""
     if isinstance(error, ValueError | TypeError | OSError | ImportError) and _of_the_library(error):
         return flagged(" ".join(str(error).split()), args)
     from ssd_addon.report.text import first_line
@@ -78,7 +78,7 @@ def _said(error: Exception, args: argparse.Namespace) -> str:
 
 
 def _of_the_library(error: BaseException) -> bool:
-    """Whether the line that raised it is the library's: not torch's, nor of code that the user named."""
+    """Whether the error was raised by this library, and not by torch or by the user's code."""
     frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and Path(frames[-1]).is_relative_to(Path(__file__).parent)
 
@@ -91,41 +91,54 @@ def _parser() -> argparse.ArgumentParser:
     r = commands.add_parser(
         "report",
         help="one HTML page that shows what each space of a trained model encodes",
-        description="Measure a trained model on a data set and write one self-contained HTML page.",
+        description="Measure a trained model on your images, and write one HTML page that needs no server: a headline "
+        "that says whether the spaces are disentangled, what each space encodes, and an explorer of similar images.",
     )
-    r.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run's folder, or a file of StyleHeads.save")
+    r.add_argument(
+        "checkpoint",
+        metavar="RUN_OR_CHECKPOINT",
+        help="the folder of a training run, or a file written by StyleHeads.save",
+    )
     r.add_argument("--data", **DATA)
-    r.add_argument("--out", type=Path, default=Path("report.html"))
-    r.add_argument("--backbone", help="torchvision:NAME, timm:NAME or FILE.py:NAME, instead of what the card says")
-    r.add_argument("--views", help="a preset, a JSON file or FILE.py:NAME, instead of what the card says")
-    r.add_argument("--size", type=int, help="edge of the images in pixels (default: what the card says, else 224)")
-    r.add_argument("--samples", type=int, default=1000, help="images to measure on, at most (default 1000)")
-    r.add_argument("--explore", type=int, default=300, help="images in the explorer, at most (default 300)")
+    r.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write (default report.html)")
+    r.add_argument(
+        "--backbone", help="torchvision:NAME, timm:NAME or FILE.py:NAME (default: the one on the checkpoint's card)"
+    )
+    r.add_argument(
+        "--views",
+        help="the augmentations used in training: a preset, a JSON file or FILE.py:NAME (default: those on the card)",
+    )
+    r.add_argument(
+        "--size", type=int, help="height and width of the images in pixels (default: the card's size, else 224)"
+    )
+    r.add_argument("--samples", type=int, default=1000, help="measure on at most this many images (default 1000)")
+    r.add_argument("--explore", type=int, default=300, help="show at most this many in the explorer (default 300)")
     r.add_argument(
         "--rows",
         choices=("auto", "unit", "raw"),
         default="auto",
-        help="score L2-normalized embeddings (unit) or embeddings as they are (raw); auto: as the loss of the card's "
-        "family sees them",
+        help="score L2-normalized embeddings (unit) or embeddings as they are (raw); auto, the default, scores them as "
+        "the training's loss sees them",
     )
-    r.add_argument("--batch-size", type=int, default=64)
+    r.add_argument("--batch-size", type=int, default=64, help="images that are embedded at a time (default 64)")
     r.add_argument(
         "--bands",
         type=_bands,
-        help="one to three channels that pictures show, counted from 0, such as 3,2,1 (default: one to three channels "
-        "as they are, of more the first three principal directions of all pixels)",
+        help="the channels that pictures show, one to three of them, counted from 0, such as 3,2,1 (default: images of "
+        "up to three channels as they are; of more channels, the first three principal components of all pixels)",
     )
-    r.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    r.add_argument("--seed", type=int, default=0)
+    r.add_argument("--device", default="auto", help="cpu, cuda, ...; auto, the default, takes a GPU where there is one")
+    r.add_argument("--seed", type=int, default=0, help="of the views, the split and the intervals (default 0)")
     return p
 
 
 def _audit_parser(commands: Any) -> None:
     a = commands.add_parser(
         "audit",
-        help="one HTML page that shows what a backbone keeps of each augmentation, layer by layer, without labels",
-        description="Measure what one backbone, or two side by side, keep of each augmentation, and write one "
-        "self-contained HTML page.",
+        help="one HTML page that shows what a backbone encodes of each augmentation, layer by layer, without labels",
+        description="Measure how well the parameters of your augmentations can be decoded from a pretrained backbone, "
+        "layer by layer, and write one HTML page that needs no server. Give two models to compare them. No labels and "
+        "no training are needed.",
     )
     a.add_argument(
         "model",
@@ -134,51 +147,67 @@ def _audit_parser(commands: Any) -> None:
         help="one or two: torchvision:NAME, timm:NAME or FILE.py:NAME (a module, or a function that makes one)",
     )
     a.add_argument("--data", **DATA)
-    a.add_argument("--out", type=Path, default=Path("audit.html"))
+    a.add_argument("--out", type=Path, default=Path("audit.html"), help="the page to write (default audit.html)")
     a.add_argument(
         "--weights",
         action="append",
         metavar="FILE",
         help="a file of weights: a state dict, or a checkpoint of lightly, Lightning or a training script; for two "
-        "models give it twice, in their order, with - for none",
+        "models, give the flag twice in their order, with - for the model that needs no file",
     )
-    a.add_argument("--prefix", help="of the backbone's keys in the file of weights, where several networks in it fit")
-    a.add_argument("--pretrained", action="store_true", help="the library's own weights, where no file is given")
-    a.add_argument("--layers", type=_layers, help="names of layers, such as layer2,layer3 (default: its own stages)")
-    a.add_argument("--groups", default="color_spatial", help="a preset, a JSON file or FILE.py:NAME (color_spatial)")
-    a.add_argument("--size", type=int, default=224, help="edge of images and views in pixels (default 224)")
-    a.add_argument("--samples", type=int, default=1000, help="images to measure on, at most (default 1000)")
-    a.add_argument("--draws", type=int, help="pairs of views per image and group (default: about 1000 pairs a group)")
-    a.add_argument("--batch-size", type=int, default=64)
+    a.add_argument(
+        "--prefix",
+        help="what the backbone's keys begin with, where the file of weights holds several networks that fit",
+    )
+    a.add_argument("--pretrained", action="store_true", help="load the library's own weights where no file is given")
+    a.add_argument(
+        "--layers", type=_layers, help="layers to measure, such as layer2,layer3 (default: the backbone's own stages)"
+    )
+    a.add_argument(
+        "--groups",
+        default="color_spatial",
+        help="the augmentations: a preset, a JSON file or FILE.py:NAME (default color_spatial)",
+    )
+    a.add_argument("--size", type=int, default=224, help="height and width of images and views in pixels (default 224)")
+    a.add_argument("--samples", type=int, default=1000, help="measure on at most this many images (default 1000)")
+    a.add_argument(
+        "--draws", type=int, help="pairs of views of each image and group (default: about 1000 pairs for each group)"
+    )
+    a.add_argument(
+        "--batch-size", type=int, default=64, help="images that go through the backbone at a time (default 64)"
+    )
     a.add_argument(
         "--normalize",
         choices=("auto", "imagenet", "none"),
         default="auto",
-        help="of the images before the backbone; auto: timm's own mean and std, ImageNet's for others",
+        help="how images are normalized before the backbone; auto, the default, takes the mean and standard deviation "
+        "that a timm model states, and ImageNet's for other backbones",
     )
-    a.add_argument("--output", help="which part of what the backbone returns holds the features, such as pooler_output")
-    a.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    a.add_argument("--seed", type=int, default=0)
+    a.add_argument("--output", help="where a backbone returns several tensors, the one to use, such as pooler_output")
+    a.add_argument("--device", default="auto", help="cpu, cuda, ...; auto, the default, takes a GPU where there is one")
+    a.add_argument(
+        "--seed", type=int, default=0, help="of the views, the split, the intervals and the untrained copy (default 0)"
+    )
 
 
 def _tune_parser(commands: Any) -> None:
     t = commands.add_parser(
         "tune",
-        help="measure on this machine's GPU which backend and which tiles of the loss are the fastest",
-        description="Measure the fused kernels on a GPU, about a minute, and keep what was found in "
-        "${SSD_ADDON_CACHE:-~/.cache/ssd-addon}/kernels, where backend='auto' looks first. Without it 'auto' goes by "
-        "an estimate from the GPU's properties.",
+        help="measure on this machine's GPU which backend and which tile sizes of the loss are fastest",
+        description="Measure the fused kernels on a GPU, in about a minute, and store the result in "
+        "${SSD_ADDON_CACHE:-~/.cache/ssd-addon}/kernels, where backend='auto' looks first. Without it, 'auto' uses an "
+        "estimate from the GPU's properties.",
     )
-    t.add_argument("--device", default="cuda", help="cuda, or cuda:1 and so on where there are several GPUs")
-    t.add_argument("--seconds", type=float, default=60.0, help="to spend, about (default 60); more tries more tiles")
+    t.add_argument("--device", default="cuda", help="cuda, or cuda:1 and so on if there are several GPUs")
+    t.add_argument("--seconds", type=float, default=60.0, help="approximate time; more tries more tiles (default 60)")
     t.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)  # on a CPU, in triton's interpreter
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Measure the kernels on a GPU, and keep what was found.
+    """Measure the kernels on a GPU and store the result.
 
     Raises:
-        ValueError: no GPU on which they run.
+        ValueError: there is no GPU on which they run.
     """
     if not args.seconds > 0:
         raise ValueError(f"seconds: expected a time above 0: got {args.seconds:g}")
@@ -191,8 +220,8 @@ def tune(args: argparse.Namespace) -> None:
     device = torch.device("cpu" if args.rehearse else args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "tune: expected a CUDA device: got none, torch sees no GPU here; backend='auto' takes 'eager' and "
-            "'streaming' on a CPU, for which there is nothing to tune"
+            "tune: expected a CUDA device: got none, as torch finds no GPU; on a CPU backend='auto' uses 'eager' and "
+            "'streaming', which need no tuning"
         )
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -201,7 +230,7 @@ def tune(args: argparse.Namespace) -> None:
     from ssd_addon.kernels import tune as tuning
 
     file = tuning.run(device, seconds=args.seconds, rehearse=args.rehearse, say=_print)
-    use = "a rehearsal, which nothing reads" if args.rehearse else "backend='auto' goes by it from the next start on"
+    use = "a rehearsal, which is not used" if args.rehearse else "backend='auto' uses it in new processes"
     _print(f"written: {file}; {use}")
 
 
@@ -301,10 +330,10 @@ def report(args: argparse.Namespace) -> None:
 
 
 def _device(name: str) -> str:
-    """A device that tensors can be put on and read from.
+    """Check that a device can hold and return tensors, and return its name.
 
     Raises:
-        ValueError: one that this machine does not have.
+        ValueError: this machine does not have the device.
     """
     import torch
 
@@ -321,14 +350,14 @@ def _device(name: str) -> str:
 
 
 def flagged(message: str, args: argparse.Namespace) -> str:
-    """An error of the library with flags in the place of its arguments.
+    """An error message of the library with flags instead of arguments.
 
-    "data: ..." becomes "--data: ...", where that was given, and "backbone='...'" becomes "--backbone '...'".
+    "data: ..." becomes "--data: ...", if that was given, and "backbone='...'" becomes "--backbone '...'".
     """
     message = re.sub(rf"\b({'|'.join(FLAGS)})=(?=')", r"--\1 ", message)
     match = re.match(r"(\w+): ", message)
     name = "" if match is None else ARGUMENTS.get(match[1], match[1]).replace("_", "-")
-    if args.command == "audit" and name == "backbone":  # which is no flag there
+    if args.command == "audit" and name == "backbone":  # there it is a positional argument
         return f"MODEL: {message[message.index(': ') + 2 :]}"
     given = name in FLAGS and getattr(args, name.replace("-", "_"), None) is not None
     if match is not None and given:
@@ -340,7 +369,7 @@ def flagged(message: str, args: argparse.Namespace) -> str:
 
 
 def _print(text: str, *, error: bool = False) -> None:
-    """A line for people, whatever the names in it and the encoding of the terminal are."""
+    """Print a line, whatever the names in it and the encoding of the terminal are."""
     from ssd_addon.report.text import clean
 
     stream = sys.stderr if error else sys.stdout

@@ -1,4 +1,4 @@
-"""Files of torch.save, read with their checksums; what cannot be read says why."""
+"""Reads files of torch.save and verifies their checksums; errors say why a file cannot be read."""
 
 import collections
 import io
@@ -12,24 +12,24 @@ from typing import Any
 import torch
 
 _OLD_FORMAT = b"l\xfc\x9cF\xf9 j\xa8P\x19"
-"""The number that torch.save wrote first before 1.6, and writes with _use_new_zipfile_serialization=False."""
+"""First bytes of files that torch.save wrote before 1.6 or with _use_new_zipfile_serialization=False."""
 
 
 def load(path: str | Path, map_location: Any, *, leave_out: bool = False) -> Any:
-    """What torch.load reads with weights_only=True, if the checksums match; see `storage.read`.
+    """Load a file as torch.load does with weights_only=True, and verify its checksums; see `storage.read`.
 
     Args:
-        path: of the file.
-        map_location: where tensors go.
-        leave_out: put an `Inert` object in the place of everything that is neither a tensor nor plain data, such as the
-            hyperparameters of a training, instead of refusing the file. Nothing in the file is run either way.
+        path: path of the file.
+        map_location: device for the tensors.
+        leave_out: replace everything that is neither a tensor nor plain data, such as hyperparameters, by an `Inert`
+            object instead of refusing the file. No code in the file is run either way.
     """
     with open(path, "rb") as file:
         return _loaded(file, map_location, leave_out)
 
 
 class Inert:
-    """In the place of an object that was left out: takes whatever a pickle does to it, and does nothing."""
+    """Placeholder for an object that was left out; accepts every operation of a pickle and does nothing."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None: ...
     def __setstate__(self, state: Any) -> None: ...
@@ -47,7 +47,7 @@ KNOWN = {
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
 }
-"""What a file of tensors is made of; it makes tensors and nothing else."""
+"""The functions and classes in a file of tensors, which create nothing but tensors."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -58,7 +58,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Pickle:
-    """What torch.load takes as a pickle module."""
+    """The pickle module that is passed to torch.load."""
 
     Unpickler = _Unpickler
     load = staticmethod(lambda file, **options: _Unpickler(file, **options).load())
@@ -68,9 +68,9 @@ class _Pickle:
 def reason(error: Exception) -> str:
     """Why `load` failed, in one line."""
     if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in str(error):
-        return "it holds more than tensors and plain data, which loading would run"
+        return "it contains more than tensors and plain data, which could run code on loading"
     if isinstance(error, pickle.UnpicklingError):
-        return "it is damaged, or pickled by another protocol than torch.save's own"
+        return "it is damaged, or pickled with another protocol than that of torch.save"
     text = str(error).partition("\n")[0]
     return text if isinstance(error, _Unreadable) else f"{type(error).__name__}: {text[:200]}".removesuffix(": ")
 
@@ -80,7 +80,7 @@ def _loaded(file: io.BufferedReader, map_location: Any, leave_out: bool = False)
     file.seek(0)
     if not start.startswith(b"PK\x03\x04"):
         if _OLD_FORMAT not in start:
-            raise _Unreadable(f"it is no file of torch.save: {_kind(start)}")
+            raise _Unreadable(f"it is not a file of torch.save: {_kind(start)}")
         return torch.load(file, map_location=map_location, weights_only=True, mmap=False)
     try:
         checked = _Checked(file)
@@ -91,7 +91,7 @@ def _loaded(file: io.BufferedReader, map_location: Any, leave_out: bool = False)
     try:
         return torch.load(checked, map_location=map_location, mmap=False, **how)  # type: ignore[arg-type]
     finally:
-        checked.verify()  # also where it could not be loaded, as damage explains it best
+        checked.verify()  # also if loading failed, as damage is the best explanation
 
 
 def _refuse_torchscript(file: io.BufferedReader) -> None:
@@ -106,24 +106,23 @@ def _refuse_torchscript(file: io.BufferedReader) -> None:
 
 
 class _Unreadable(Exception):
-    """Says why a file cannot be read."""
+    """An error that says why a file cannot be read."""
 
 
 class _Checked(io.RawIOBase):
-    """An archive that is open for reading, whose entries are compared with their checksums as they are read.
+    """An archive, opened for reading, whose entries are compared with their checksums as they are read.
 
-    torch.load reads an entry of weights in one piece or more, in order; what it reads otherwise or leaves out is read
-    by `verify`.
+    torch.load reads an entry of weights in order, in one or more pieces; `verify` reads everything else.
     """
 
     def __init__(self, file: io.BufferedReader) -> None:
         self.file = file
-        self.damaged = ""  # an entry whose checksum does not match
-        self.todo: dict[int, tuple[zipfile.ZipInfo, int, int]] = {}  # where to go on: the entry, bytes left, checksum
+        self.damaged = ""  # the entry whose checksum does not match
+        self.todo: dict[int, tuple[zipfile.ZipInfo, int, int]] = {}  # next offset -> the entry, bytes left, checksum
         with zipfile.ZipFile(file) as archive:
             for entry in archive.infolist():
                 if entry.CRC and entry.compress_type == zipfile.ZIP_STORED:  # 0: written without checksums
-                    file.seek(entry.header_offset + 26)  # of the lengths of name and extra field before the data
+                    file.seek(entry.header_offset + 26)  # the lengths of name and extra field, before the data
                     name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
                     begin = entry.header_offset + 30 + name + extra
                     self.todo[begin] = entry, entry.file_size, 0
@@ -142,13 +141,13 @@ class _Checked(io.RawIOBase):
         return count
 
     def verify(self) -> None:
-        """Read what was not read, and compare it."""
+        """Read and compare the entries that were not read completely."""
         buffer = bytearray(2**20)
         while self.todo:
             at, (_, left, _) = next(iter(self.todo.items()))
             self.file.seek(at)
             if not self.readinto(memoryview(buffer)[:left]):
-                raise _Unreadable("it is damaged: an entry of its archive ends before its length")
+                raise _Unreadable("it is damaged: an entry of its archive is shorter than its length")
         if self.damaged:
             raise _Unreadable(f"it is damaged: the checksum of its entry {self.damaged!r} does not match")
 
@@ -166,11 +165,11 @@ class _Checked(io.RawIOBase):
 
 
 def _kind(start: bytes) -> str:
-    """What a file is by its first bytes."""
+    """What kind of file it is, from its first bytes."""
     if start.startswith(b"version https://git-lfs"):
         return "it is the pointer of a file that Git LFS has not downloaded (git lfs pull)"
     if start.lstrip()[:5].lower() in (b"<!doc", b"<html"):
         return "it is an HTML page"
     if start[8:10] == b'{"':
-        return "it is a safetensors file, which has no place for the heads' configuration"
-    return f"it begins with {start[:16]!r}" if start else "it is empty"
+        return "it is a safetensors file, which cannot contain the heads' configuration"
+    return f"it starts with {start[:16]!r}" if start else "it is empty"

@@ -1,8 +1,8 @@
 """Arithmetic that runs outside autocast, forward and backward.
 
-Autocast applies to whatever runs while it is on. `loss.backward()` inside `torch.autocast` therefore computes the
-derivative of a matrix product in 16 bits, even where the product itself was computed outside autocast, and a custom
-backward function can receive mixed types. Every backward function of this package goes through this file.
+Autocast applies to everything that runs while it is on. `loss.backward()` inside `torch.autocast` therefore computes
+the derivative of a matrix product in 16 bits, even if the product itself was computed outside autocast, and a custom
+backward function can receive mixed dtypes. Every backward function of this package goes through this module.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ Function = Callable[..., Any]
 
 
 class Context(FunctionCtx):
-    """What autograd hands to the forward and backward of a custom function; subclasses declare what they keep."""
+    """The context that autograd passes to a custom function; subclasses declare the attributes that they store."""
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which autocast is off for this kind of device; it costs nothing where it is off anyway."""
+    """A context in which autocast is off for this kind of device; it costs nothing if autocast is already off."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
@@ -52,7 +52,7 @@ def backward_without_autocast(backward: Callable[Concatenate[C, P], R]) -> Calla
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a b outside autocast, and so its derivatives of every order, under a compiler too. a: [M, K], b: [K, N]."""
+    """The product a b and its derivatives of all orders outside autocast, also when compiled; a [M, K], b [K, N]."""
     with autocast_off(a.device):
         product: Tensor = _Matmul.apply(a, b) if torch.compiler.is_compiling() or not is_plain((a, b)) else a @ b
         return product
@@ -72,7 +72,7 @@ class _Matmul(torch.autograd.Function):
         product = matmul if torch.is_grad_enabled() and not compiling else torch.matmul
         da: Tensor | None = None
         db: Tensor | None = None
-        # A gradient lies in memory as what it belongs to: then it has the bits of torch's own derivative.
+        # A gradient has the memory layout of its tensor, so that it equals torch's own derivative bitwise.
         if ctx.needs_input_grad[0]:
             da = product(b, grad.T).T if not compiling and _by_columns(a) else product(grad, b.T)
         if ctx.needs_input_grad[1]:
@@ -85,17 +85,16 @@ def _by_columns(t: Tensor) -> bool:
 
 
 def outside_autocast(f: Callable[..., Result], *tensors: Tensor, parameters: Sequence[Tensor] = ()) -> Result:
-    """f(*tensors) with autocast off, and so for its derivatives of every order.
+    """f(*tensors) with autocast off, also for its derivatives of all orders.
 
-    Where autocast is off anyway, values and gradients are those of f, bit by bit. The graph of f is freed together with
-    the caller's graph. A compiler decides for itself what backward does under autocast: see `matmul`.
+    If autocast is already off, values and gradients are bitwise those of f. The graph of f is freed together with the
+    caller's graph. Under a compiler, backward may still run under autocast: see `matmul`.
 
     Args:
-        f: a function of tensors that returns a tensor or a tuple of tensors. A derivative of a derivative computes it
-            again, so it must give the same every time.
+        f: a function of tensors that returns a tensor or a tuple of tensors. Second derivatives recompute it, so it
+            must be deterministic.
         tensors: its arguments, at least one, on one device.
-        parameters: tensors that f uses beside its arguments and that get a gradient; all other tensors of its closure
-            get none.
+        parameters: further tensors that f uses and that get a gradient; all other tensors in its closure get none.
     """
     if torch.compiler.is_compiling() or is_plain((*tensors, *parameters)):
         with autocast_off(tensors[0].device):
@@ -104,7 +103,7 @@ def outside_autocast(f: Callable[..., Result], *tensors: Tensor, parameters: Seq
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether nothing is recorded for a backward pass, or torch.func or forward mode differentiate instead of it."""
+    """Whether no backward pass is recorded, or torch.func or forward mode differentiate instead."""
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return True
     return torch._C._are_functorch_transforms_active() or any(_has_tangent(t) for t in tensors)
@@ -136,7 +135,7 @@ class _Outside(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         constant = [d for d, o in zip(detached, outputs, strict=True) if isinstance(o, Tensor) and not o.requires_grad]
         ctx.mark_non_differentiable(*constant)
-        # Saved rather than kept as attributes: then autograd frees the graph of f when it frees the one around it.
+        # Saved, not stored as attributes, so that autograd frees the graph of f together with the surrounding one.
         ctx.save_for_backward(*tensors, *leaves, *ends)
         return detached if isinstance(result, tuple) else detached[0]
 
@@ -148,7 +147,7 @@ class _Outside(torch.autograd.Function):
         used = [g for g, d in zip(grads, ctx.differentiable, strict=True) if d and g is not None]
         if not used:
             return (None,) * (2 + len(needed))
-        saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+        saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second read
         k = len(needed)
         tensors, parameters, leaves, ends = saved[:n], saved[n:k], saved[k : k + n], saved[k + n :]
         if torch.is_grad_enabled():  # create_graph=True
@@ -192,7 +191,7 @@ def _has_graph(output: Any) -> bool:
 
 
 class _End(torch.autograd.Function):
-    """Where the differentiation of f starts: it has the shape of an output, but neither its memory nor its version, so
+    """The root of the differentiation of f: it has the shape of an output, but neither its memory nor its version, so
     that the output may be changed in place."""
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The only place that words a shape or value error: what was expected, what it means, what came."""
+"""Shared checks of shapes and values, with error messages of the form "what: expected X: got Y"."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,14 +12,14 @@ from ssd_addon import _limits
 T = TypeVar("T")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SLACK = 1e-6
-"""How far rounding may move a value out of [0, 1]."""
+"""How far outside [0, 1] a value may lie because of rounding."""
 
 
 class Diverged(ValueError):
     """Embeddings that are not finite, or too large for the loss: a training loop may skip the step.
 
     Attributes:
-        spaces: whose embeddings these are.
+        spaces: the spaces of these embeddings.
     """
 
     def __init__(self, message: str, spaces: Iterable[str] = ()) -> None:
@@ -36,27 +36,27 @@ def names(values: Iterable[object]) -> str:
 
 
 def spaces(value: Sequence[str], what: str) -> tuple[str, ...]:
-    """Space names: at least one, unique strings, content first."""
+    """Check space names: at least one, unique strings, content first."""
     if isinstance(value, str):
         raise TypeError(f"{what}: expected a sequence of space names, such as ('content', 'color'): got {value!r}")
     out = tuple(value)
     _limits.few(out, what)
     if not out:
-        raise ValueError(f"{what}: expected at least the space 'content': got no space at all")
+        raise ValueError(f"{what}: expected at least the space 'content': got none")
     for name in out:
         if not isinstance(name, str) or not name:
-            raise TypeError(f"{what}: a space is named by a non-empty string: got {name!r}")
+            raise TypeError(f"{what}: expected a non-empty string as the name of a space: got {name!r}")
     if len(set(out)) != len(out):
-        raise ValueError(f"{what}: every space needs a name of its own: got {names(out)}")
+        raise ValueError(f"{what}: expected every space to have its own name: got {names(out)}")
     if "content" not in out:
-        raise ValueError(f"{what}: the space 'content' is missing; it is invariant to every group: got {names(out)}")
+        raise ValueError(f"{what}: expected the space 'content', which is invariant to every group: got {names(out)}")
     if out[0] != "content":
-        raise ValueError(f"{what}: 'content' must be the first space, the styles follow it: got {names(out)}")
+        raise ValueError(f"{what}: expected 'content' as the first space, then the styles: got {names(out)}")
     return out
 
 
 def same_names(got: Iterable[str], expected: Sequence[str], what: str, owner: str) -> None:
-    """Two sets of space names must agree; says which are missing and which nobody knows."""
+    """Check that two sets of space names agree; the message lists missing and unknown ones."""
     got = list(got)
     missing = [n for n in expected if n not in got]
     extra = [n for n in got if n not in expected]
@@ -86,7 +86,7 @@ def width(value: Any, what: str) -> int:
 
 
 def count(value: Any, what: str, least: int = 0) -> int:
-    """A whole number of at least `least`."""
+    """Check an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{what}: expected a whole number, {least} or more: got {value!r}")
     return value
@@ -112,14 +112,14 @@ def floating(t: Tensor, what: str) -> None:
 
 
 def in_unit_range(t: Tensor, expected: str, hint: str = "") -> None:
-    """Values in [0, 1], without NaN."""
+    """Check that values are in [0, 1], without NaN."""
     low, high = float(t.min()), float(t.max())
     if not (low >= -SLACK and high <= 1 + SLACK):
         raise ValueError(f"{expected}: got values from {low:.4g} to {high:.4g}{hint}")
 
 
 def embeddings(tensors: Mapping[str, Tensor], num_views: int, plan: str) -> tuple[int, torch.device]:
-    """Every space [V, B, d] with the V of the plan, one B and one device. Returns (B, device)."""
+    """Check that every space is [V, B, d] with the plan's V, and the same B and device. Returns (B, device)."""
     batch: int | None = None
     device: torch.device | None = None
     first = ""
@@ -127,9 +127,9 @@ def embeddings(tensors: Mapping[str, Tensor], num_views: int, plan: str) -> tupl
         floating(t, f"embeddings of space {name!r}")
         if t.ndim == 2:
             raise ValueError(
-                f"space {name!r}: expected views [V, B, d]: got {shape(t)}, a plain batch; "
-                "the loss compares views of an image, so give the heads views [V, B, ...], or, where these are the "
-                "rows of all views [V*B, d], the plan beside them, criterion(z, transform.plan)"
+                f"space {name!r}: expected views [V, B, d]: got {shape(t)}, a plain batch; the loss compares views of "
+                "an image, so pass views [V, B, ...] to the heads, or, if these are the embeddings of all views "
+                "[V*B, d], pass the plan too, criterion(z, transform.plan)"
             )
         if t.ndim != 3:
             raise ValueError(f"space {name!r}: expected [V, B, d]: got {t.ndim} dimensions {shape(t)}")

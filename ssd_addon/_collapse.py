@@ -126,7 +126,7 @@ def _one_direction(a: About) -> str:
     if a.space == "content" and "content_entropy" not in line:
         change.append("add content_entropy=True")
     if a.space != "content":
-        change.append("change nothing where its group changes one number only, which needs no more")
+        change.append("leave it as it is if its group changes one number only, for which one direction is enough")
     return (
         f"its pairs agree (misalignment {a.median('constraint')}) but it uses one direction (effective rank "
         f"{a.median('effective_rank')}{f' of {a.width}' if a.width else ''} {a.steps}; healthy: 2 or more): "
@@ -137,8 +137,8 @@ def _one_direction(a: About) -> str:
 def _one_embedding(a: About) -> str:
     return (
         f"all images have nearly the same embedding (spread {a.median('spread')} {a.steps}; healthy: 0.1 or more): "
-        "lower its weight or the learning rate, and see that its head gets a gradient and that no normalization layer "
-        "has a weight of 0"
+        "lower its weight or the learning rate, and check that its head gets a gradient and that no normalization "
+        "layer has a weight of 0"
     )
 
 
@@ -146,7 +146,7 @@ def _pairs_apart(a: About) -> str:
     cause = "its key shows the same image" if a.space == "content" else "its group draws something that the key shares"
     return (
         f"its pairs agree no better than different images (agreement {a.median('agreement')} {a.steps}; healthy: 0.3 "
-        f"or more), so it has learned nothing: see that {cause}, weaken the other augmentations, or raise its weight"
+        f"or more), so it has learned nothing: check that {cause}, weaken the other augmentations, or raise its weight"
     )
 
 
@@ -171,7 +171,7 @@ def _runaway(a: About) -> str:
 
 def _repeated(a: About) -> str:
     return (
-        f"the two spaces repeat each other (overlap {a.median('overlap')} {a.steps}; healthy: 0.5 or less): see that "
+        f"the two spaces repeat each other (overlap {a.median('overlap')} {a.steps}; healthy: 0.5 or less): check that "
         "their pairs share different groups (plots.views_strip shows it), and that the entropy's coefficients are not "
         "too small"
     )

@@ -1,7 +1,7 @@
-"""Collectives with the right gradient. One copy, one meaning.
+"""Collectives with the right gradient.
 
-Every function takes `group`: None means "this process alone". Backward passes sum over ranks, so that after the
-averaging of gradients that DDP does, a loss whose *mean over ranks* is the one-process loss has its gradient.
+Every function takes `group`; None means this process only. Backward passes sum over ranks, so that if the *mean over
+ranks* of a loss is the one-process loss, gradients averaged by DDP equal the one-process gradient.
 """
 
 import math
@@ -23,12 +23,12 @@ def world_size(group: ProcessGroup | None) -> int:
 
 
 def rank(group: ProcessGroup | None) -> int:
-    """This process's place in the group; 0 for None."""
+    """The rank of this process in the group; 0 for None."""
     return 0 if group is None else dist.get_rank(group)
 
 
 def default_group() -> ProcessGroup | None:
-    """The world group where there is more than one process, else None."""
+    """The world group if there is more than one process, else None."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return dist.group.WORLD
     return None
@@ -36,7 +36,7 @@ def default_group() -> ProcessGroup | None:
 
 @dataclass(frozen=True)
 class Shards:
-    """How the rows of a batch lie over ranks: sizes of all shards, and this rank's place."""
+    """The distribution of a batch over ranks: sizes of all shards, and this rank's index."""
 
     group: ProcessGroup | None
     sizes: tuple[int, ...]
@@ -59,7 +59,7 @@ class Shards:
         return self.sizes[self.rank]
 
     def times(self, n: int) -> "Shards":
-        """Shards with n rows for every row."""
+        """Shards that have n rows for each of these rows."""
         return Shards(self.group, tuple(n * size for size in self.sizes), self.rank)
 
     def mean(self, local_sum: Tensor, count: int | Tensor) -> Tensor:
@@ -70,9 +70,9 @@ class Shards:
 
 
 def exchange(header: Tensor, group: ProcessGroup | None) -> list[list[int]]:
-    """The headers of all ranks on the host of every rank: one collective, and one read from the device.
+    """The headers of all ranks, on the host of every rank; uses one collective and one device read.
 
-    header: [H] int64, H alike on all ranks. Numbers of other types travel exactly as `to_bits`.
+    header is [H] int64, with the same H on all ranks. Other dtypes can be sent exactly as `to_bits`.
     """
     if group is None:
         return [header.tolist()]
@@ -83,15 +83,15 @@ def exchange(header: Tensor, group: ProcessGroup | None) -> list[list[int]]:
 
 
 def to_bits(floats: Tensor) -> Tensor:
-    """Floating-point numbers [F] as the integers of their bits (int32, or int64 of float64), which `from_bits` turns
-    back exactly; `torch.cat` joins them with int64."""
+    """Floating-point numbers [F] as integers with the same bits (int32, or int64 for float64), which `from_bits`
+    converts back exactly; `torch.cat` combines them with int64."""
     if floats.dtype == torch.float64:
         return floats.view(torch.int64)
     return floats.float().view(torch.int32)
 
 
 def from_bits(bits: Sequence[int], dtype: torch.dtype) -> list[float]:
-    """The numbers that `to_bits` made of a tensor of this type."""
+    """The inverse of `to_bits`, for a tensor of this dtype."""
     n = len(bits)
     if dtype == torch.float64:
         return list(struct.unpack(f"{n}d", struct.pack(f"{n}q", *bits)))
@@ -101,10 +101,10 @@ def from_bits(bits: Sequence[int], dtype: torch.dtype) -> list[float]:
 def shards(
     rows: int, header: Sequence[int] | Tensor, device: torch.device, group: ProcessGroup | None
 ) -> tuple[Shards, list[list[int]]]:
-    """How many rows every rank has, and any numbers beside them: one collective.
+    """Exchange the number of rows of every rank, and further numbers, with one collective.
 
     Args:
-        header: [H] int64 on the device, or integers of the host, which are not read back without a group.
+        header: [H] int64 on the device, or host integers, which are not read back without a group.
 
     Returns:
         The shards, and the headers of all ranks.
@@ -118,7 +118,7 @@ def shards(
 
 
 def all_sum(t: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Sum over ranks, with gradient."""
+    """The sum over ranks, with gradient."""
     if group is None:
         return t
     total: Tensor = _AllSum.apply(t, group)
@@ -126,7 +126,7 @@ def all_sum(t: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def maximum(t: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Largest over ranks, element by element, without gradient. NaN on one rank is NaN on every rank."""
+    """The elementwise maximum over ranks, without gradient. NaN on one rank is NaN on every rank."""
     if group is None:
         return t
     nan = t.isnan()
@@ -158,7 +158,7 @@ class _AllSum(torch.autograd.Function):
     @staticmethod
     @backward_without_autocast
     def backward(ctx: _SumContext, grad: Tensor) -> tuple[Tensor, None]:
-        # The ranks' losses are summed (then averaged by DDP): a rank's input reaches the loss of every rank.
+        # The input of a rank affects the losses of all ranks, which are summed here and then averaged by DDP.
         return all_sum(grad, ctx.group), None
 
 

@@ -1,18 +1,18 @@
-"""Sizes that no run means, such as 60,000 pixels or a width of 10**9: refused before memory is taken for them."""
+"""Limits that refuse absurd sizes, such as 60,000 pixels or a width of 10**9, before memory is allocated."""
 
 import os
 from typing import Any
 
 LARGEST_EDGE = 2**14
-"""Of an image, in pixels."""
+"""Largest edge of an image, in pixels."""
 MOST = 1000
-"""Spaces of a model, groups of views, and operations of a group."""
+"""Largest number of spaces of a model, of groups of views, and of operations of a group."""
 TRIAL = 27
-"""Times a float32 image that the trial of a preset's operations takes at once, as measured from 1024 to 4096 pixels."""
+"""Peak memory of the trial of a preset's operations, in float32 images; measured from 1024 to 4096 pixels."""
 
 
 def memory() -> int | None:
-    """Bytes of this machine's memory; None where the system does not say."""
+    """This machine's memory in bytes; None if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows; a system without the name
@@ -20,12 +20,12 @@ def memory() -> int | None:
 
 
 def fits(size: int, argument: str, what: str) -> None:
-    """Refuse what is larger than the machine's memory.
+    """Refuse sizes that exceed the machine's memory.
 
     Args:
-        size: in bytes.
-        argument: that asks for it.
-        what: would be made.
+        size: required memory in bytes.
+        argument: name of the argument that determines it.
+        what: what would be created.
     """
     there = memory()
     if there is not None and size > there:
@@ -34,7 +34,7 @@ def fits(size: int, argument: str, what: str) -> None:
 
 
 def edge(value: Any, what: str) -> int:
-    """An edge of an image in pixels."""
+    """Check the edge of an image in pixels."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{what} in whole pixels, 1 or more: got {value!r}")
     if value > LARGEST_EDGE:
@@ -43,20 +43,20 @@ def edge(value: Any, what: str) -> int:
 
 
 def crop(size: Any, what: str) -> None:
-    """The output of an operation, an edge or (height, width): its trial, when views are built, fits into memory."""
+    """Check that the trial of an operation with this output, an edge or (height, width), fits into memory."""
     edges = (size, size) if isinstance(size, int) else size
     if isinstance(edges, list | tuple) and len(edges) == 2 and all(isinstance(s, int) for s in edges):
         fits(TRIAL * 12 * edges[0] * edges[1], what, f"views of {edges[0]} x {edges[1]} pixels")
 
 
 def few(value: Any, what: str) -> None:
-    """At most `MOST` of something."""
+    """Check that there are at most `MOST` items."""
     if len(value) > MOST:
         raise ValueError(f"{what}: expected at most {MOST}: got {len(value)}")
 
 
 def numbers(value: Any, what: str) -> None:
-    """No whole number beyond `LARGEST_EDGE` in arguments of an operation: sizes, kernels, paddings, counts."""
+    """Check that no integer in an operation's arguments exceeds `LARGEST_EDGE`: sizes, kernels, paddings, counts."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST_EDGE:
         raise ValueError(f"{what}: expected whole numbers up to {LARGEST_EDGE}: got {value}")
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():

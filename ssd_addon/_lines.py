@@ -1,4 +1,4 @@
-"""Lines of a JSON-lines log as they are written: what a value becomes, and a file that is fit to be added to."""
+"""Writes JSON-lines logs: converts values to JSON, and prepares a file for appending."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def ready(path: Path) -> None:
-    """Make the log's folder and say now if it cannot be written; drop a last line that was cut off."""
+    """Create the log's folder, raise at once if the log cannot be written, and drop a truncated last line."""
     if path.is_dir():
         raise IsADirectoryError(f"log: expected a file to write, such as {path / 'log.jsonl'}: got a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,8 @@ def ready(path: Path) -> None:
 
 
 def plain(value: Any, name: str) -> Any:
-    """Values that JSON has: what is not finite becomes None, a tensor or array a number or a list, a set a list."""
+    """Convert a value for JSON: numbers that are not finite to None, tensors and arrays to numbers or lists, sets to
+    lists."""
     if isinstance(value, Mapping):
         return {str(k): plain(v, f"{name}/{k}") for k, v in value.items()}
     if isinstance(value, Tensor | np.ndarray | np.generic):
@@ -42,13 +43,13 @@ def plain(value: Any, name: str) -> Any:
 
 
 def item(value: Tensor | np.ndarray[Any, Any] | np.generic) -> Any:
-    """The number of a tensor, array or scalar that holds one, else its numbers in lists."""
+    """The number in a tensor, array or scalar with one element, else its numbers as lists."""
     kept = value.detach() if isinstance(value, Tensor) else value
     return kept.item() if math.prod(kept.shape) == 1 else kept.tolist()
 
 
 def number(name: str, value: Any) -> float | None:
-    """A term as a number."""
+    """Convert a term to a number."""
     if isinstance(value, Tensor | np.ndarray | np.generic):
         value = item(value)
     try:
@@ -59,7 +60,7 @@ def number(name: str, value: Any) -> float | None:
 
 
 def entries(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a log, one after the other; lines that are none are passed over."""
+    """Iterate over the JSON objects in a log; other lines are skipped."""
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         for line in file:
             try:

@@ -1,4 +1,4 @@
-"""The image files below a folder and their classes: which are listed, which are left out, in little memory."""
+"""Lists the image files in a folder and their classes, in little memory, and records what is left out."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ LOOPS = "links back to a folder that contains them"
 BROKEN_LINK = "broken links"
 SPECIAL = "pipes, sockets and devices"
 
-# Names, in lower case, that operating systems, file servers and tools create beside a user's files.
+# Names, in lower case, of files that operating systems, file servers and tools create among a user's files.
 _HELPER_NAMES = frozenset(
     (
         *("__macosx", "icon\r", "temporary items", "network trash folder"),  # macOS
@@ -40,12 +40,12 @@ T = TypeVar("T")
 
 
 def printable(text: str) -> str:
-    r"""A file name as text that can be printed and encoded: a byte that is not UTF-8 becomes \xNN."""
+    r"""A file name that can be printed and encoded: bytes that are not UTF-8 are written as \xNN."""
     return _LONE_SURROGATE.sub(lambda m: rf"\x{ord(m[0]) & 0xFF:02x}", text)
 
 
 def _printables(names: Sequence[str]) -> list[str]:
-    """Printable names of the entries of one folder, each of them unique."""
+    """Unique printable names for the entries of one folder."""
     taken, shown = set(names), []
     for name in names:
         text = printable(name)
@@ -57,7 +57,7 @@ def _printables(names: Sequence[str]) -> list[str]:
 
 
 class Column(Sequence[T]):
-    """A sequence whose items are made when they are asked for."""
+    """A sequence whose items are created on access."""
 
     def __init__(self, item: Callable[[int], T], length: int) -> None:
         self._item, self._length = item, length
@@ -86,10 +86,10 @@ class _Folder(NamedTuple):
 
 
 class Listing:
-    """Files below a root: names in one block of bytes, so that a million files take about 40 MB that workers share."""
+    """The files below a root, with names in one block of bytes: a million files take about 40 MB, shared by workers."""
 
     def __init__(self, root: Path, groups: Iterable[tuple[str | None, list[_Folder]]]) -> None:
-        """`groups`: the folders of each class, None for a root that is one folder without classes."""
+        """`groups` holds the folders of each class; the class is None for a root folder without classes."""
         self.root = root
         self.classes: list[str] = []
         self.labels: list[int] = []
@@ -117,7 +117,7 @@ class Listing:
         return len(self.labels)
 
     def _parts(self, i: int) -> tuple[str, str, str]:
-        """The folder's path, the same printable, and the file's name."""
+        """The folder's path, its printable form, and the file's name."""
         path, shown = self.folders[int(np.searchsorted(self._starts, i, side="right")) - 1]
         return path, shown, os.fsdecode(self._names[int(self._ends[i - 1]) if i else 0 : int(self._ends[i])])
 
@@ -135,7 +135,7 @@ class Listing:
 
 
 class Scan(NamedTuple):
-    """The images below a folder, and what is odd about it."""
+    """The images below a folder, and irregularities to report."""
 
     listing: Listing
     left_out: Counter[str]  # what was left out and how often
@@ -147,7 +147,7 @@ def scan(root: Path) -> Scan:
     """List the images below a folder.
 
     Raises:
-        OSError: a folder that cannot be listed.
+        OSError: a folder cannot be listed.
     """
     left_out: Counter[str] = Counter()
     empty: list[str] = []
@@ -166,9 +166,9 @@ def scan(root: Path) -> Scan:
 def _groups(
     root: Path, left_out: Counter[str], empty: list[str], linked: dict[str, str]
 ) -> Iterator[tuple[str | None, list[_Folder]]]:
-    """The folders of each class, one class at a time so that few names are in memory as strings.
+    """The folders of each class, one class at a time, so that few names are in memory as strings.
 
-    The real paths of those that a link led to are noted in `linked`, by their printable ones.
+    Folders that are reached through a link are recorded in `linked`: printable path -> real path.
     """
     images, folders = _entries(str(root), left_out)
     real, any_class = os.path.realpath(root), False
@@ -196,9 +196,9 @@ def _walk(
     left_out: Counter[str],
     linked: dict[str, str],
 ) -> list[_Folder]:
-    """The folders from `top` down that hold images, in the order of torchvision's ImageFolder."""
+    """The folders from `top` down that contain images, in the order of torchvision's ImageFolder."""
     found: list[_Folder] = []
-    # Each folder's path, its path below the root, the same printable, and what `_entered` returns.
+    # Each folder's path, its path below the root, the printable form of that, and the result of `_entered`.
     todo = [(top.path, top.name, shown, *target)]
     while todo:
         path, below, shown, real, links = todo.pop()
@@ -217,11 +217,11 @@ def _walk(
 def _entered(
     entry: os.DirEntry[str], way: tuple[str, ...], left_out: Counter[str]
 ) -> tuple[str, tuple[str, ...]] | None:
-    """The real path of a sub-folder, and the real folders whose links led to it; None for a link that makes a loop.
+    """The real path of a sub-folder, and the real folders whose links led to it; None for a link that forms a loop.
 
-    `way` holds the real folders whose links led here, and last the real path of the folder that holds the entry. A
-    link makes a loop where it leads to one of them or to a folder that contains one: that folder would be found again
-    in itself, without end.
+    `way` lists the real folders whose links led here, ending with the real path of the folder that contains the entry.
+    A link forms a loop if it leads to one of them or to a folder that contains one: that folder would be found again
+    inside itself, endlessly.
     """
     *links, here = way
     if not entry.is_symlink():
@@ -256,23 +256,23 @@ def _entries(folder: str, left_out: Counter[str]) -> tuple[list[str], list[os.Di
 
 
 def _helper(name: str) -> str | None:
-    """Why an entry of that name is left out, whatever it is."""
+    """The reason for leaving out any entry with this name, or None."""
     if name.startswith("."):
         return HIDDEN
     return HELPERS if name.lower() in _HELPER_NAMES else None
 
 
 def _not_an_image(entry: os.DirEntry[str]) -> str | None:
-    """Why an entry that is no folder is left out."""
+    """The reason for leaving out an entry that is not a folder, or None."""
     broken = entry.is_symlink() and not os.path.exists(entry.path)
     if not entry.name.lower().endswith(SUFFIXES):
         return BROKEN_LINK if broken else OTHER
-    # ImageFolder lists a broken link with the extension of an image, too: reading it says which file is missing.
+    # Like ImageFolder, list a broken link with an image's extension; reading it reports which file is missing.
     return None if broken or _unless_loop(entry.is_file) else SPECIAL
 
 
 def _unless_loop(kind: Callable[[], bool]) -> bool:
-    """is_dir or is_file of an entry; False for a link that leads to itself."""
+    """The result of is_dir or is_file of an entry; False for a link that leads to itself."""
     try:
         return kind()
     except OSError as error:

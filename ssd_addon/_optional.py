@@ -1,4 +1,4 @@
-"""Packages that a part of the library needs and the rest does without: what needs one says so by name."""
+"""Optional packages: an import error names the part of the library that needs the package, and how to install it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +13,12 @@ PACKAGES = {
     "torchcodec": "torchcodec",
     "torchvision": "torchvision",
 }
-"""Package -> what pip calls it."""
+"""Package -> its name for pip."""
 
 
 @contextmanager
 def needs(what: str) -> Iterator[None]:
-    """An import inside that fails for want of one of `PACKAGES` names what needed it, and how to install it.
+    """Context for imports: if one of `PACKAGES` is missing, the error names what needs it and how to install it.
 
     >>> with needs("a backbone"):
     ...     raise ModuleNotFoundError("No module named 'timm'", name="timm")
@@ -26,7 +26,7 @@ def needs(what: str) -> Iterator[None]:
     ImportError: a backbone needs timm, which is not installed: pip install timm
 
     Raises:
-        ImportError: the package is missing. Any other error, such as one inside the package, is left as it is.
+        ImportError: the package is missing. Other errors, such as one inside the package, are not changed.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Our containers as nodes of torch's pytrees, which DDP, FSDP, checkpointing and user code walk."""
+"""Registers this library's containers as torch pytrees, which DDP, FSDP, checkpointing and user code traverse."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +17,11 @@ def register(
 
 
 CHANGED = -(2**62)
-"""In the place of ids that a function of every tensor has changed: the loss finds it where it reads the ids."""
+"""Replaces ids that a mapped function has changed; the loss detects it when it reads the ids."""
 
 
 class Beside:
-    """What a container held beside its leaves when it was taken apart; no matter for comparisons of structure."""
+    """The static data of a flattened container; ignored when structures are compared."""
 
     def __init__(self, *items: Any) -> None:
         self.items = items
@@ -34,10 +34,10 @@ class Beside:
 
 
 def restored(leaf: Any, kept: Tensor | None) -> Any:
-    """Ids that went through a function of every tensor, as `tree_map` and frameworks apply them.
+    """Restore ids after a function was mapped over every tensor, as by `tree_map` and frameworks.
 
-    Moves, casts (`t.half()`), permutations and selections give the ids that they should. After arithmetic (`t / 2`)
-    they are all `CHANGED`, which the loss refuses. Nothing is read from the device.
+    After moves, casts (`t.half()`), permutations and selections the ids are correct. After arithmetic (`t / 2`) they
+    are all `CHANGED`, which the loss refuses. Nothing is read from the device.
     """
     if leaf is kept or not isinstance(leaf, Tensor) or kept is None:
         return leaf
@@ -46,6 +46,6 @@ def restored(leaf: Any, kept: Tensor | None) -> Any:
     exact = (leaf == numbers).all()
     if leaf.shape != whole.shape:
         return torch.where(exact & torch.isin(numbers, whole).all(), numbers, CHANGED)
-    same = (leaf == whole.to(leaf.dtype)).all()  # a cast may round: compared as it would be cast
+    same = (leaf == whole.to(leaf.dtype)).all()  # compare with the same cast, which may round
     moved = exact & (numbers.flatten().sort().values == whole.flatten().sort().values).all()
     return torch.where(same, whole, torch.where(moved, numbers, CHANGED))

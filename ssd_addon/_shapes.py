@@ -1,7 +1,7 @@
-"""Tensors by their shape, for annotations: to a type checker and at run time each is a plain Tensor.
+"""Tensor annotations with shapes; for type checkers and at run time each is a plain Tensor.
 
-The tests check every annotated function with jaxtyping (tests/support/shapes.py): a letter is one size in one call.
-n rows, d width of a space, D of the joint embedding, V views, B images of size [C, H, W], P pairs.
+The tests check every annotated function with jaxtyping (tests/support/shapes.py): a letter stands for one size per
+call. Legend: n samples, d width of a space, D joint width, V views, B images of size [C, H, W], P pairs.
 """
 
 from typing import Annotated

@@ -1,5 +1,5 @@
-"""Floating-point types: modules that keep theirs when a surrounding module is cast (`.half()`, `.bfloat16()`,
-Lightning's bf16-true), and a batch in the type of a module's weights."""
+"""Floating-point dtypes: modules that keep theirs when a surrounding module is cast (`.half()`, `.bfloat16()`,
+Lightning's bf16-true), and casting of a batch to the dtype of a module's weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class KeepsType(nn.Module):
-    """Moves with a surrounding module; its floating-point parameters and buffers stay at least as precise."""
+    """A module that moves with its parent, but whose parameters and buffers keep at least their precision."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         return super()._apply(lambda t: _kept(t, fn(t)), recurse)  # type: ignore[no-untyped-call]
@@ -23,13 +23,15 @@ def _kept(before: Tensor, after: Tensor) -> Tensor:
 
 
 def as_weights(x: Tensor, module: nn.Module) -> Tensor:
-    """A batch in the floating-point type of a module's weights; autocast chooses types by itself."""
+    """Cast a batch to the floating-point dtype of a module's weights, but not under autocast, which casts itself."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return x
     layers = (m.weight for m in module.modules() if isinstance(m, _LAYERS))
     first = next(layers, None)
-    for p in module.parameters() if first is None else (first,):  # a position may have another type than the layers
+    for p in (
+        module.parameters() if first is None else (first,)
+    ):  # position embeddings may have another dtype than the layers
         if p.is_floating_point():
             return x.to(p.dtype)
     return x

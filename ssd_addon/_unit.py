@@ -1,10 +1,10 @@
-"""L2-normalized rows and the cosines of their pairs, with as few copies of the batch as the gradient allows.
+"""L2-normalized embeddings and the cosines of pairs, with as few copies of the batch as the gradient allows.
 
     joint[v, i] = [u_1, ..., u_S] / sqrt(S),   u_s = z_s[v, i] / |z_s[v, i]|
     cosines[p, i] = <u_s[a, i], u_s[b, i]>     for the pairs p = (a, b, s)
 
-Chained from torch's own functions, a step of two views keeps seven copies of the joint embedding; here it is two beside
-the gradient itself: the joint embedding, and the entropy's gradient. The spaces are not kept.
+Written with torch's own functions, a step with two views stores seven copies of the joint embedding. Here it stores
+two besides the gradient itself: the joint embedding and the entropy's gradient. The spaces are not stored.
 Legend: V views, B images, S spaces.
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from ssd_addon._autocast import Context, backward_without_autocast
 from ssd_addon._shapes import Joint, Matrices, Matrix, PairRows, Vector
 
-EPS = 1e-12  # of the length, as in torch.nn.functional.normalize
-ROWS = 1024  # of a product that is made only to be summed
+EPS = 1e-12  # smallest divisor, as in torch.nn.functional.normalize
+ROWS = 1024  # rows per chunk of a product that is summed
 
 Pairs = tuple[tuple[int, int, int], ...]
 
@@ -27,20 +27,20 @@ Pairs = tuple[tuple[int, int, int], ...]
 def joint_and_cosines(
     z: Sequence[Tensor], pairs: Pairs, types: Sequence[torch.dtype] | None = None, fused: bool = False
 ) -> tuple[Joint, PairRows]:
-    """Joint rows [V, B, sum of d_s] of unit length, and the cosines [P, B] of the pairs (view a, view b, space s).
+    """L2-normalized joint embeddings [V, B, sum of d_s], and the cosines [P, B] of the pairs (view a, view b, space s).
 
-    A row whose length overflows is NaN throughout, as is its gradient. Otherwise values are those of
-    torch.nn.functional.normalize, and so are gradients, with one exception: a row without a direction gets the gradient
-    0 where the embeddings came in 16 bits. That is a row whose length is at most the smallest normal number of the
-    type, a row of zeros for one; its gradient g / 1e-12 would be infinite in float16.
+    An embedding whose length overflows becomes NaN, as does its gradient. Otherwise values and gradients are those of
+    torch.nn.functional.normalize, with one exception: in 16-bit input, an embedding whose length is at most the
+    smallest normal number of the dtype, such as one of zeros, gets the gradient 0; its gradient g / 1e-12 would be
+    infinite in float16.
 
     Args:
-        z: spaces [V, B, d_s], all of one type.
-        types: the type in which each space came, before it was promoted for the loss; None: its type in z.
-        fused: by a Triton kernel, where triton runs. For float32, with the pairs of each space in a row.
+        z: spaces [V, B, d_s], all of one dtype.
+        types: original dtype of each space, before promotion for the loss; None means its dtype in z.
+        fused: use a Triton kernel, if triton is available. For float32, with the pairs of each space adjacent.
     """
     smallest = tuple(map(without_direction, (t.dtype for t in z) if types is None else types))
-    if torch.compiler.is_compiling():  # the compiler makes its own plan for memory
+    if torch.compiler.is_compiling():  # the compiler plans memory itself
         return _plain(z, pairs, smallest)
     if fused:
         from ssd_addon.kernels.unit import FusedUnit
@@ -52,15 +52,15 @@ def joint_and_cosines(
 
 
 def without_direction(dtype: torch.dtype) -> float:
-    """Up to this length a row has no direction; below 0 where every row has one."""
+    """Rows up to this length count as zero; negative if no row does."""
     return torch.finfo(dtype).smallest_normal if dtype.itemsize == 2 else -1.0
 
 
 def unit_rows(z: Matrices, came_as: torch.dtype | None = None) -> Matrices:
-    """z [..., d] with rows of unit length; a row without a direction, and one that overflows, as above.
+    """L2-normalize the rows of z [..., d]; zero rows and overflow are handled as in `joint_and_cosines`.
 
     Args:
-        came_as: the type in which z came, before it was promoted for the loss; None: its own.
+        came_as: original dtype of z, before promotion for the loss; None means its own.
     """
     return _unit(z, without_direction(came_as or z.dtype))
 
@@ -72,25 +72,25 @@ def _unit(z: Tensor, smallest: float) -> Tensor:
 
 
 def _plain(z: Sequence[Tensor], pairs: Pairs, smallest: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
-    """The definition, in torch's own functions. smallest: by space as `without_direction`; None: as for float32."""
+    """The definition in torch's own functions; `smallest` is `without_direction` of each space, None as for float32."""
     unit = [_unit(t, least) for t, least in zip(z, smallest or [-1.0] * len(z), strict=True)]
     cosines = torch.stack([(unit[s][a] * unit[s][b]).sum(dim=-1) for a, b, s in pairs])
     return torch.cat(unit, dim=-1) / math.sqrt(len(z)), cosines
 
 
 def columns_of(widths: Sequence[int]) -> list[slice]:
-    """Of each space in the joint embedding."""
+    """The columns of each space in the joint embedding."""
     ends = list(itertools.accumulate(widths))
     return [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
 
 
 def _divisors(lengths: Tensor) -> Tensor:
-    """What rows are divided by, [S, V, B, 1], from their lengths [S, V, B]."""
+    """The divisors of rows, [S, V, B, 1], from their lengths [S, V, B]."""
     return lengths.clamp(min=EPS).mul_(math.sqrt(len(lengths)))[..., None]
 
 
 def _row_products(a: Matrix, b: Matrix) -> Vector:
-    """<a_i, b_i> [B] of a, b [B, d]; on a CPU a few rows at a time, which stay in the cache."""
+    """<a_i, b_i> [B] for a, b [B, d]; on a CPU in chunks that fit in the cache."""
     if len(a) <= ROWS or a.device.type != "cpu":
         return (a * b).sum(dim=-1)
     return torch.cat([(a[r : r + ROWS] * b[r : r + ROWS]).sum(dim=-1) for r in range(0, len(a), ROWS)])
@@ -100,9 +100,9 @@ def differentiable(
     ctx: "JointContext", joint: Tensor, lengths: Tensor, grad: Tensor | None, grad_cosines: Tensor | None,
     grad_lengths: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradient of (joint, cosines, lengths) by space, as a differentiable function of all that it is made of.
+    """The gradient of (joint, cosines, lengths) by space, as a differentiable function of its arguments.
 
-    joint and lengths are results of z, and the second derivative goes through them: z itself need not be kept.
+    joint and lengths are results of z, and the second derivative goes through them, so z itself is not stored.
     """
     found: list[Tensor | None] = []
     s = len(lengths)
@@ -131,11 +131,11 @@ def _along_length(grad: Tensor, u: Tensor, length: Tensor, divisor: Tensor) -> T
 
 
 class JointContext(Context):
-    """What both forms keep beside the joint embedding and the lengths of its rows."""
+    """Attributes that both forms store in addition to the joint embedding and the lengths of its rows."""
 
     pairs: Pairs
     smallest: tuple[float, ...]
-    columns: list[slice]  # of each space in the joint embedding
+    columns: list[slice]  # columns of each space in the joint embedding
 
 
 class _JointAndCosines(torch.autograd.Function):

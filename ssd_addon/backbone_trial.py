@@ -1,8 +1,8 @@
-"""A trial run of a backbone: which of its parts run, which comes last, and how wide what comes out is.
+"""A trial run of a backbone: which of its parts run, which part comes last, and how wide the output is.
 
-A copy is run, never the caller's module: first one without data, whose tensors are on torch's meta device, and where
-that cannot run (operations that read numbers), one with the weights. Nothing that a run leaves behind (caches,
-counters, statistics) reaches the caller.
+A copy is run, never the caller's module: first one without data, with tensors on torch's meta device, and if that fails
+(operations that read values), one with the weights. Side effects of a run (caches, counters, statistics) do not reach
+the caller's module.
 """
 
 import copy
@@ -16,20 +16,20 @@ import torch
 from torch import Tensor, nn
 
 EDGES = (64, 224, 32, 28, 96, 128, 16, 256, 299)
-"""Sizes of images that a backbone may want, the usual ones first."""
+"""Image sizes that a backbone may require, the usual ones first."""
 EDGES_WITH_DATA = (64, 224, 32, 28)
 
 
 @dataclass
 class Trial:
-    """What a run showed.
+    """The result of a trial run.
 
     Attributes:
-        ran: whether any of the inputs suited the module.
+        ran: whether the module accepted any of the inputs.
         calls: name of a part -> how often it ran.
-        last: names of the parts that ran once, and whose output is the module's, unchanged.
-        output: what came out, of 2 samples; on the meta device where the module runs there.
-        idle: names of the trained parameters that the output does not depend on, where the run kept a graph.
+        last: names of the parts that ran once and whose output is the module's output, unchanged.
+        output: the output for 2 samples; on the meta device if the module runs there.
+        idle: names of the trained parameters on which the output does not depend, if the run kept a graph.
     """
 
     ran: bool = False
@@ -39,15 +39,15 @@ class Trial:
     idle: set[str] = field(default_factory=set)
 
     def is_last(self, name: str) -> bool:
-        """Does a part come last, or never run?"""
+        """Whether a part comes last or never runs."""
         return self.ran and (name in self.last or name not in self.calls)
 
 
 def trial(net: nn.Module, sample_ndim: int, sizes: Iterable[tuple[int, ...]] = (), *, graph: bool = False) -> Trial:
-    """Run a copy of a module once, in eval mode, on the first input that suits it.
+    """Run a copy of a module once, in evaluation mode, on the first input that it accepts.
 
     Args:
-        graph: find the idle parameters too, where it runs without data.
+        graph: find the idle parameters too, if the module runs without data.
     """
     return next(trials(net, sample_ndim, sizes, graph=graph), Trial())
 
@@ -55,7 +55,7 @@ def trial(net: nn.Module, sample_ndim: int, sizes: Iterable[tuple[int, ...]] = (
 def trials(
     net: nn.Module, sample_ndim: int, sizes: Iterable[tuple[int, ...]] = (), *, graph: bool = False
 ) -> Iterator[Trial]:
-    """Run copies of a module, in eval mode, on one input after the other that suits it."""
+    """Run copies of a module, in evaluation mode, on each input that it accepts."""
     if patched(net):
         return
     net, sizes, met = _uncompiled(net), tuple(sizes), False
@@ -78,13 +78,13 @@ def trials(
 
 
 def tried_width(net: nn.Module, sample_ndim: int, pool: str, pick: Callable[[Any], Tensor]) -> int | None:
-    """How many features a module returns, from runs on inputs of two sizes; None where that does not show.
+    """The number of features that a module returns, from runs on inputs of two sizes; None if they do not determine it.
 
-    Channels are the dimension that stays the same when the size of the images changes: the first one of a map where
-    both ends do (a map of 1 x 1), the last one of tokens.
+    The channel dimension is the one that does not change with the image size: for maps where both the first and the
+    last stay the same (maps of 1 x 1) the first, for tokens the last.
 
     Args:
-        pick: of what the module returns, the tensor of features; what it raises is raised.
+        pick: selects the tensor of features in the module's output; its errors are raised.
     """
     shapes: list[tuple[int, ...]] = []
     for found in trials(net, sample_ndim):
@@ -99,7 +99,7 @@ def tried_width(net: nn.Module, sample_ndim: int, pool: str, pick: Callable[[Any
     if len(first) == 2:
         return first[1]
     one, end = first[1] == other[1], first[-1] == other[-1]
-    if len(shapes) == 1 and len(first) == 4:  # one size alone suits it: equal edges are positions
+    if len(shapes) == 1 and len(first) == 4:  # it accepts only one size: the two equal dimensions are positions
         one = not (first[1] == first[2] != first[3])
     if len(first) == 4:
         return first[1] if one else first[-1] if end else None
@@ -107,33 +107,33 @@ def tried_width(net: nn.Module, sample_ndim: int, pool: str, pick: Callable[[Any
 
 
 def patched(net: nn.Module) -> bool:
-    """Was a `forward` replaced on the instance by something that a copy would not have its own of?"""
+    """Was a `forward` replaced on the instance in a way that a copy would share with the original?"""
     inside = {id(m) for m in net.modules()}
     patches = [m.__dict__["forward"] for m in net.modules() if "forward" in m.__dict__ and not _is_compiled(m)]
     return any(not isinstance(f, MethodType) or id(f.__self__) not in inside for f in patches)
 
 
 def runs_without_data(net: nn.Module, do: Callable[[Any], Any]) -> bool:
-    """Does something work on a copy of a module whose tensors are on the meta device?"""
+    """Whether `do` succeeds on a copy of the module with tensors on the meta device."""
     twin = None if patched(net) else _twin(_uncompiled(net), _without_data)
     try:
         return twin is not None and (do(twin), True)[1]
-    except Exception:  # whatever a library refuses with
+    except Exception:  # libraries may raise anything
         return False
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A copy of a module whose parts and parameters can be replaced; the parts themselves are shared."""
+    """A shallow copy of a module, whose parts and parameters can be replaced; the parts themselves are shared."""
     outer = copy.copy(module)
     outer._modules, outer._parameters = dict(module._modules), dict(module._parameters)
-    for attribute, value in vars(module).items():  # a method that was bound anew, as accelerate does with forward
+    for attribute, value in vars(module).items():  # rebind replaced methods, such as accelerate's forward
         if isinstance(value, MethodType) and value.__self__ is module:
             vars(outer)[attribute] = MethodType(value.__func__, outer)
     return outer
 
 
 def replaced(module: nn.Module, path: str, new: nn.Module | None) -> nn.Module:
-    """A copy of a module with another part at a dotted path; everything beside the path is shared."""
+    """A copy of a module with another part at a dotted path; everything outside the path is shared."""
     head, _, rest = path.partition(".")
     outer, inner = copied(module), module._modules[head]
     outer._modules[head] = replaced(inner, rest, new) if rest and inner is not None else new
@@ -141,7 +141,7 @@ def replaced(module: nn.Module, path: str, new: nn.Module | None) -> nn.Module:
 
 
 def _uncompiled(net: nn.Module) -> nn.Module:
-    """A module with its compiled parts (torch.compile) as they were before, on copies of the modules around them."""
+    """The module with its compiled parts (torch.compile) replaced by the originals, on copies of their parents."""
     for path, part in net.named_modules():
         if _is_compiled(part):
             inner = part._modules["_orig_mod"]
@@ -155,7 +155,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _twin(net: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> nn.Module | None:
-    """A copy in eval mode, without hooks, with other tensors in the place of its own; None where that fails."""
+    """A copy in evaluation mode, without hooks, with its tensors replaced; None if that fails."""
     memo: dict[int, Any] = {}
     for m in net.modules():
         own = [*m._parameters.values(), *m._buffers.values(), *(t for t in vars(m).values() if isinstance(t, Tensor))]
@@ -184,7 +184,7 @@ def _run(net: nn.Module, size: tuple[int, ...], graph: bool = False) -> Trial:
     try:
         with torch.set_grad_enabled(graph):
             y = net(torch.zeros(2, *size, device=first.device, dtype=first.dtype))
-    except Exception:  # an input that does not suit it, or operations that need data
+    except Exception:  # it does not accept the input, or needs data
         return Trial()
     finally:
         for handle in handles:
@@ -210,7 +210,7 @@ def _reached(net: nn.Module, y: Tensor) -> set[str]:
 
 
 def _named(net: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """Every module with all its names."""
+    """Every module with all the names under which it occurs."""
     out: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, part in net.named_modules(remove_duplicate=False):
         out.setdefault(id(part), (part, []))[1].append(name)
@@ -231,7 +231,7 @@ def _version(y: Any) -> int:
 
 
 def _sizes(net: nn.Module, sample_ndim: int, edges: Iterable[int]) -> list[tuple[int, ...]]:
-    """Sizes of samples that may suit a module, from what its layers take."""
+    """Sample sizes that a module may accept, judging from the inputs of its layers."""
     widths = dict.fromkeys(m.in_features for m in net.modules() if isinstance(m, nn.Linear))
     if sample_ndim == 1:
         return [(width,) for width in widths]

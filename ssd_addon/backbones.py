@@ -1,7 +1,7 @@
-"""A backbone as the heads use it: out of its wrappers, without its classifier, on copies of what is changed.
+"""Prepares a backbone for the heads: unwraps it and removes its classifier, on copies.
 
-The caller's module is never altered: where something is taken off, the modules on the way to it are copied (not their
-parameters, which stay shared and are trained). Legend: F backbone width.
+The caller's module is never altered: to remove a part, the modules that contain it are copied (not their parameters,
+which stay shared and are trained). Legend: F backbone width.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from ssd_addon.backbone_trial import Trial, copied, patched, replaced, runs_with
 from ssd_addon.pooling import Pool, Pooling, picked
 
 CLASSIFIERS = ("fc", "heads", "head", "classifier")
-"""What torchvision's models and most others call their classifier."""
+"""Names of the classifier in torchvision's models and most others."""
 WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "DistributedDataParallel": "module",
@@ -27,21 +27,21 @@ WRAPPERS = {
     "ModelEmaV3": "module",
     "_FabricModule": "_original_module",
 }
-"""Classes that wrap a network, and where it lies inside."""
+"""Classes that wrap a network, and the attribute that holds it."""
 
 
 @dataclass
 class Prepared:
-    """What the heads take.
+    """A backbone that is ready for the heads.
 
     Attributes:
         module: returns features; shares the parameters of the caller's backbone.
         in_features: F.
-        name: of the caller's backbone, for messages.
-        changes: what was done to it, in words.
-        dropped: the parts that were taken off, by their names in the module.
-        class_token: whether a result [N, F] is the class token.
-        output: which part of what it returns holds the features.
+        name: name of the caller's backbone, for messages.
+        changes: descriptions of the changes.
+        dropped: names of the removed parts.
+        class_token: whether an output [N, F] is the class token.
+        output: key or index of the features in the module's output.
     """
 
     module: nn.Module
@@ -53,20 +53,20 @@ class Prepared:
     class_token: bool = False
 
     def pooling(self, pool: Pool) -> Pooling:
-        """How its features are pooled."""
+        """The pooling for its features."""
         return Pooling(self.in_features, pool, self.output, self.class_token, self.name)
 
     def drop(self, path: str, new: nn.Module, why: str) -> None:
-        """Put something without parameters in the place of a part, on a copy."""
+        """Replace a part by a module without parameters, on a copy."""
         if patched(self.module):
             raise ValueError(
-                f"backbone {self.name}: expected a module whose forward is its class's, as {path!r} has to be taken "
-                "off: got one whose forward was replaced on the instance; put nn.Identity() there yourself and give "
-                "in_features, or pass the module before it was changed"
+                f"backbone {self.name}: expected a module with the forward of its class, as {path!r} has to be "
+                "removed: got one whose forward was replaced on the instance; put nn.Identity() there yourself and "
+                "give in_features, or pass the module before it was changed"
             )
         self.module = replaced(self.module, path, new)
         self.dropped.append(path)
-        self.changes.append(f"{path!r} taken off, {why}")
+        self.changes.append(f"{path!r} removed, {why}")
 
 
 def prepared(
@@ -75,8 +75,8 @@ def prepared(
     """The backbone without wrappers and classifier, and its width.
 
     Raises:
-        ValueError: a width that cannot be read from it; a wrapper that cannot be taken off.
-        TypeError: a backbone that returns several tensors, where `output` names none of them.
+        ValueError: the width cannot be determined; a wrapper cannot be removed.
+        TypeError: the backbone returns several tensors and `output` selects none.
     """
     made = Prepared(backbone, in_features or 0, type(backbone).__name__, output)
     _unwrap(made)
@@ -84,14 +84,14 @@ def prepared(
     made.name = type(net).__name__
     if lazy := [n for n, t in (*net.named_parameters(), *net.named_buffers()) if is_lazy(t)]:
         raise ValueError(
-            f"backbone {made.name}: expected parameters that have a size: got lazy ones, {_checks.names(lazy)}; run "
-            "the backbone on one batch first"
+            f"backbone {made.name}: expected initialized parameters: got lazy ones, {_checks.names(lazy)}; run the "
+            "backbone on one batch first"
         )
     if isinstance(net, torch.jit.ScriptModule):
         if in_features is None:
             raise ValueError(
-                f"backbone {made.name}: expected in_features for a script module, whose classifier cannot be taken "
-                "off: got none; give the width of what it returns, or the module that was scripted"
+                f"backbone {made.name}: expected in_features for a script module, whose classifier cannot be removed: "
+                "got none; give the width of its output, or pass the module before scripting"
             )
     elif callable(getattr(net, "forward_features", None)) and callable(getattr(net, "forward_head", None)):
         _timm(made, pool, in_features)
@@ -102,7 +102,7 @@ def prepared(
 
 
 def _width(made: Prepared, sample_ndim: int, pool: str) -> int:
-    """The width of what a module returns, by trial."""
+    """The width of a module's output, from a trial run."""
     found = tried_width(made.module, sample_ndim, pool, lambda y: picked(y, made.output, made.name))
     if found is not None:
         return found
@@ -113,8 +113,8 @@ def _width(made: Prepared, sample_ndim: int, pool: str) -> int:
         )
     raise ValueError(
         f"backbone {made.name}: expected num_features, a classifier fc, heads, head or classifier at its end, or a "
-        "module that runs on images of a usual size, to read the width of its features from: got none of them; give "
-        "in_features, the width of what it returns"
+        "module that runs on images of a usual size, from which to read the feature width: got none of them; give "
+        "in_features, the width of its output"
     )
 
 
@@ -133,7 +133,7 @@ def _unwrap(made: Prepared) -> None:
         inner = made.module._modules.get(WRAPPERS[kind]) if kind else None
         if inner is None:
             return
-        made.changes.append(f"taken out of {kind}; wrap the StyleHeads instead")
+        made.changes.append(f"unwrapped from {kind}; wrap the StyleHeads instead")
         made.module = inner
 
 
@@ -141,7 +141,7 @@ def _unwrap(made: Prepared) -> None:
 
 
 def _torchvision(made: Prepared, in_features: int | None, pool: str) -> bool:
-    """Take off the classifier of one of torchvision's models, auxiliary ones too. False: it is none of these."""
+    """Remove the classifiers, auxiliary ones included, of a torchvision model. False if it is not one."""
     if not type(made.module).forward.__module__.startswith("torchvision.models"):
         return False
     if type(made.module).__name__ == "VisionTransformer":
@@ -172,10 +172,10 @@ def _torchvision(made: Prepared, in_features: int | None, pool: str) -> bool:
 
 
 def _other(made: Prepared, in_features: int | None, sample_ndim: int) -> None:
-    """A module of the user's own: a part that is called like a classifier is one only where it comes last.
+    """Any other module: a part with the name of a classifier is removed only if it comes last.
 
-    Where the module says how wide its features are (in_features, or its num_features) and returns as many, nothing is
-    taken off, unless its last part takes as many too. Where it says nothing, `made.in_features` stays 0.
+    If the feature width is given (in_features, or its num_features) and the module returns as many features, nothing is
+    removed, unless its last part also takes as many. If no width is given, `made.in_features` stays 0.
     """
     net: Any = made.module
     own = getattr(net, "num_features", None)
@@ -195,9 +195,9 @@ def _other(made: Prepared, in_features: int | None, sample_ndim: int) -> None:
         seen = seen or trial(net, sample_ndim)
         if not seen.ran and in_features is None:
             raise ValueError(
-                f"backbone {made.name}: expected a module that runs on images of a usual size, to see whether its part "
-                f"{name!r} is a classifier at its end: got one that does not; give in_features, the width of what it "
-                f"returns, with nn.Identity() in the place of {name!r} if that is a classifier"
+                f"backbone {made.name}: expected a module that runs on images of a usual size, to find out whether "
+                f"{name!r} is a classifier at its end: got one that does not; give in_features, the width of its "
+                f"output, and replace {name!r} by nn.Identity() if it is a classifier"
             )
         if seen.is_last(name):
             made.drop(name, nn.Identity(), f"a classifier ({before} to {after}), as it comes last")
@@ -210,7 +210,7 @@ def _other(made: Prepared, in_features: int | None, sample_ndim: int) -> None:
 
 
 class TimmFeatures(nn.Module):
-    """timm's own features: forward_features and, where the pooling is timm's, forward_head up to the classifier."""
+    """timm's own features: forward_features and, if timm pools them, forward_head up to the classifier."""
 
     def __init__(self, model: nn.Module, pooled: bool) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ def _timm_config(model: Any) -> dict[str, Any]:
 
 
 def _timm_classifiers(model: Any) -> list[str]:
-    """Where timm says that its classifiers are, if they have parameters."""
+    """Paths of the classifiers in timm's configuration, if they have parameters."""
     named = _timm_config(model).get("classifier") or ()
     found = []
     for path in (named,) if isinstance(named, str) else tuple(named):
@@ -259,8 +259,8 @@ def _timm_classifiers(model: Any) -> list[str]:
 
 
 def _class_token_as_timm(made: Prepared) -> bool:
-    """Make a timm model return its class token: False where it is the first of the tokens that the model returns, True
-    where timm has to pick it (CrossViT and CoaT have one at every scale)."""
+    """Make a timm model return its class token. False if the class token is the first of the tokens that the model
+    returns, True if timm has to select it (CrossViT and CoaT have one at every scale)."""
     net: Any = made.module
     prefix = getattr(net, "num_prefix_tokens", None)
     tokens = {n.rpartition(".")[2]: p for n, p in net.named_parameters()}
@@ -278,7 +278,7 @@ def _class_token_as_timm(made: Prepared) -> bool:
 
 
 def _average_as_timm(made: Prepared) -> bool:
-    """Make a timm model pool by its own average, without the class token; False where it has no such pooling."""
+    """Make a timm model pool by its own average, without the class token; False if it has no such pooling."""
     net = made.module
     if isinstance(getattr(net, "global_pool", None), str):
         if not _pools(net, "avg"):
@@ -295,7 +295,7 @@ def _average_as_timm(made: Prepared) -> bool:
 
 
 def _pools(net: nn.Module, how: str) -> bool:
-    """Does timm let this model pool that way?"""
+    """Does this timm model support that pooling?"""
     return runs_without_data(net, lambda twin: twin.reset_classifier(0, how))
 
 
@@ -310,7 +310,7 @@ def _timm_sizes(model: Any) -> list[tuple[int, ...]]:
 
 
 def _drop_idle_parts(made: Prepared) -> None:
-    """Take off the parts of a timm model's head that this pooling never runs: they would have no gradient."""
+    """Remove the parts of a timm model's head that this pooling never runs: they would get no gradient."""
     net: Any = made.module
     seen = trial(net, 3, _timm_sizes(net.model), graph=True)
     if not seen.ran:
@@ -322,7 +322,7 @@ def _drop_idle_parts(made: Prepared) -> None:
             if not runs and any(True for _ in net.get_submodule(path).parameters()):
                 made.drop(path, nn.Identity(), "as this pooling does not run it")
     idle = [name for name, _ in net.model.named_parameters(recurse=False) if f"model.{name}" in seen.idle]
-    if idle:  # EfficientViM weighs its classifiers; timm's own reset_classifier(0) freezes the weights
+    if idle:  # EfficientViM has weights for its classifiers, which timm's reset_classifier(0) freezes too
         inner = copied(made.module.model)  # type: ignore[arg-type]
         for name in idle:
             inner._parameters[name] = nn.Parameter(getattr(inner, name).detach(), requires_grad=False)

@@ -1,7 +1,7 @@
-"""Structured views of a batch of images, and how each of them was drawn.
+"""`ViewBatch`: structured views of a batch of images, with the augmentation parameters of each view.
 
 V views of B images; S = 1 + M spaces (content, then one style space per group of augmentations). A `ViewBatch` comes
-from `StructuredViews` or from your own loader and goes to `StyleHeads` and, beside the embeddings, to the loss.
+from `StructuredViews` or from your own loader; `StyleHeads` and, together with the embeddings, the loss take it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +19,10 @@ _Map = Callable[[Tensor], Tensor]
 
 
 class ViewParameters(dict[str, dict[str, dict[str, Tensor]]]):
-    """How one view was drawn: group -> "0.ColorJitter" -> parameter -> [B, ...].
+    """The augmentation parameters of one view: group -> "0.ColorJitter" -> parameter -> [B, ...].
 
-    `from_key` says which rows of a group ran the key's own operations (`key_groups`): group -> [B] bool, or absent
-    where all rows ran the query's. `StructuredViews.replay` needs it to make a view again.
+    `from_key` records which images ran the key's own operations of a group (`key_groups`): group -> [B] bool; the group
+    is absent if all images ran the query's. `StructuredViews.replay` needs it to recompute a view.
     """
 
     def __init__(
@@ -35,13 +35,13 @@ class ViewParameters(dict[str, dict[str, dict[str, Tensor]]]):
         return (_view_parameters, (dict(self), self.from_key))
 
     def map(self, f: _Map) -> "ViewParameters":
-        """The same parameters with f applied to every tensor."""
+        """Apply f to every parameter tensor."""
         moved = {k: f(t) for k, t in self.from_key.items()}
         return ViewParameters(_mapped(dict(self), f), from_key=moved)
 
 
 def stacked(views: Any) -> tuple[Any, tuple[int, int]]:
-    """Views as one tensor [V, B, ...], or, where they differ in size, a list of V tensors [B, ...]; and (V, B)."""
+    """Views as one tensor [V, B, ...], or as a list of V tensors [B, ...] if their sizes differ; and (V, B)."""
     if isinstance(views, Tensor):
         if views.ndim < 3:
             raise ValueError(f"ViewBatch: expected views [V, B, ...]: got {_checks.shape(views)}")
@@ -49,17 +49,17 @@ def stacked(views: Any) -> tuple[Any, tuple[int, int]]:
     if not isinstance(views, Sequence) or not views or not all(isinstance(t, Tensor) and t.ndim > 1 for t in views):
         hint = ""
         if isinstance(views, list | tuple) and views and isinstance(views[0], Tensor | list | tuple | ViewBatch):
-            hint = "; of a loader's batch (views, labels, names) give the views, batch[0]"
+            hint = "; from a loader's batch (views, labels, names) pass the views, batch[0]"
         raise TypeError(
             f"views: expected a tensor [V, B, ...] or a list of V tensors [B, ...]: got {type(views).__name__}{hint}"
         )
     sizes = [len(t) for t in views]
     if len(set(sizes)) > 1:
-        raise ValueError(f"views: expected as many images in every view: got {_checks.names(sizes)}")
+        raise ValueError(f"views: expected the same number of images in every view: got {_checks.names(sizes)}")
     for t in views[1:]:
         if t.ndim != views[0].ndim or t.device != views[0].device:
             raise ValueError(
-                f"views: expected one number of dimensions, on one device: got {_checks.shape(views[0])} on "
+                f"views: expected the same number of dimensions and device: got {_checks.shape(views[0])} on "
                 f"{views[0].device}, and {_checks.shape(t)} on {t.device}"
             )
     alike = all(t.shape == views[0].shape and t.dtype == views[0].dtype for t in views)
@@ -84,17 +84,17 @@ class ViewBatch:
     """Structured views of a batch of images.
 
     Attributes:
-        views: [V, B, C, H, W] float (any sample shape: latents are [V, B, n]); a list of V tensors [B, ...] where
-            views differ in size, as in multi-crop.
-        plan: the `ViewPlan` that says which views are a pair.
-        image_ids: [V, B] int64, the image that each view was made from, or None where it is the row. Row numbers of
-            the local batch; over ranks the loss adds the sizes of the shards before.
-        space_index: [B] int64, the space of each row (interleaved), or None.
+        views: [V, B, C, H, W] float (any sample shape: latents are [V, B, n]); a list of V tensors [B, ...] if views
+            differ in size, as in multi-crop.
+        plan: the `ViewPlan` that defines the positive pairs.
+        image_ids: [V, B] int64, the source image of each view as a position in the local batch, or None if every view
+            is of its own image. Over ranks the loss adds the sizes of the preceding shards.
+        space_index: [B] int64, the space that each image serves in an interleaved plan, or None.
         parameters: V mappings group -> "0.ColorJitter" -> parameter -> [B, ...], and "then" likewise.
 
     Raises:
-        ValueError: views whose number does not fit the plan; ids or index of another shape.
-        TypeError: ids or index that are not integers.
+        ValueError: the number of views does not fit the plan; ids or index have the wrong shape.
+        TypeError: ids or index are not integers.
     """
 
     views: Any
@@ -115,8 +115,8 @@ class ViewBatch:
         self.plan = plan
         self.image_ids, self.space_index = image_ids, space_index
         self.parameters: tuple[Any, ...] = tuple(parameters)
-        self.origin: tuple[int, ...] | None = None  # the call of StructuredViews that drew it
-        self.local_ids = False  # the ids are known to be row numbers of that call, so they are numbered by rank
+        self.origin: tuple[int, ...] | None = None  # seed of the StructuredViews call that drew it
+        self.local_ids = False  # True: the ids are positions in the local batch, to be offset by rank
 
     def __len__(self) -> int:
         return len(self.views)
@@ -127,12 +127,12 @@ class ViewBatch:
 
     @property
     def images(self) -> int:
-        """B, the images in the batch."""
+        """B, the number of images in the batch."""
         return len(self.views[0])
 
     @property
     def device(self) -> torch.device:
-        """Where the views are."""
+        """The device of the views."""
         out: torch.device = self.views[0].device
         return out
 
@@ -150,7 +150,7 @@ class ViewBatch:
         *,
         non_blocking: bool = False,
     ) -> "ViewBatch":
-        """Move every tensor; a dtype changes the views alone, never ids or parameters."""
+        """Move every tensor; a dtype applies to the views only, not to ids or parameters."""
         if isinstance(device, torch.dtype):
             views = _each(self.views, lambda t: t.to(device, non_blocking=non_blocking))
         else:
@@ -161,25 +161,25 @@ class ViewBatch:
         return moved
 
     def pin_memory(self) -> "ViewBatch":
-        """The batch in page-locked memory, for a faster transfer to a GPU."""
+        """Copy the batch to page-locked memory, for a faster transfer to a GPU."""
         return self.map(lambda t: t.pin_memory())
 
     def map(self, f: _Map) -> "ViewBatch":
-        """The batch with f applied to every tensor: views, ids, index and parameters."""
+        """Apply f to every tensor: views, ids, index and parameters."""
         parameters = tuple(p.map(f) if isinstance(p, ViewParameters) else _mapped(p, f) for p in self.parameters)
         ids = None if self.image_ids is None else f(self.image_ids)
         index = None if self.space_index is None else f(self.space_index)
         return self._with(_each(self.views, f), ids, index, parameters)
 
     def rows(self, index: Rows) -> "ViewBatch":
-        """The views of some images of the batch: plan, ids, index and parameters go along.
+        """Select images of the batch, with their views, ids, index and parameters; the plan stays the same.
 
         >>> batch = ViewBatch(torch.rand(3, 4, 2), ViewPlan.shared_query(("content", "color")))
         >>> batch.rows([2, 0]).views.shape
         torch.Size([3, 2, 2])
 
         Args:
-            index: positions [n], a mask [B], or a slice. An image that is named twice keeps one id.
+            index: positions [n], a mask [B], or a slice. An image that is selected twice keeps one id.
         """
         b, device = self.images, self.device
         if isinstance(index, Tensor) and (index.ndim != 1 or (index.dtype == torch.bool and len(index) != b)):
@@ -202,14 +202,14 @@ class ViewBatch:
 
     @classmethod
     def cat(cls, parts: Sequence["ViewBatch"]) -> "ViewBatch":
-        """One batch of the images of several, side by side; the inverse of taking `rows` in turn.
+        """Concatenate batches along the image dimension; the inverse of splitting a batch with `rows`.
 
-        Parts of one call of `StructuredViews` keep their ids; parts of different calls show different images, so their
-        ids are numbered one after the other.
+        Parts of the same `StructuredViews` call keep their ids; parts of different calls show different images, so
+        their ids are renumbered consecutively.
 
         Raises:
-            ValueError: no part, or parts of different plans, of which some have ids, an index or parameters that
-                others lack.
+            ValueError: no parts; parts with different plans; some parts have ids, an index or parameters and others
+                have none.
         """
         if not parts:
             raise ValueError("ViewBatch.cat: expected at least one batch: got none")
@@ -220,7 +220,9 @@ class ViewBatch:
             if (part.space_index is None) != (first.space_index is None) or bool(part.parameters) != bool(
                 first.parameters
             ):
-                raise ValueError("ViewBatch.cat: expected every batch to have an index and parameters, or none of them")
+                raise ValueError(
+                    "ViewBatch.cat: expected every batch to have an index and parameters, or none: got a mixture"
+                )
         together = all(p.origin is not None and p.origin == first.origin for p in parts)
         out = first._with(
             _views_side_by_side(parts),
@@ -237,7 +239,7 @@ class ViewBatch:
     def _with(
         self, views: Any, image_ids: Tensor | None, space_index: Tensor | None, parameters: tuple[Any, ...]
     ) -> "ViewBatch":
-        """The same plan and origin around other tensors, which are not checked again."""
+        """A batch with the same plan and origin and other tensors, which are not checked again."""
         out = object.__new__(ViewBatch)
         out.plan, out.views, out.parameters = self.plan, views, parameters
         out.image_ids, out.space_index = image_ids, space_index
@@ -269,7 +271,7 @@ def _ids_side_by_side(parts: Sequence[ViewBatch], together: bool) -> Tensor | No
 
 
 def _side_by_side(values: Sequence[Any]) -> Any:
-    """Parameters of one view from all parts."""
+    """Concatenate the parameters of one view over all parts."""
     first = values[0]
     if isinstance(first, Tensor):
         return torch.cat(list(values))
@@ -279,8 +281,8 @@ def _side_by_side(values: Sequence[Any]) -> Any:
     return ViewParameters(joined, from_key={k: _side_by_side([v.from_key[k] for v in values]) for k in first.from_key})
 
 
-# ---- frameworks walk a batch as a pytree: views, ids and index are leaves. Parameters are not: a function of every
-# tensor, such as x * 2 - 1, is meant for pixels.
+# ---- frameworks traverse a batch as a pytree: views, ids and index are leaves. Parameters are not, as a function that
+# is mapped over a batch, such as x * 2 - 1, is meant for pixels.
 
 
 def _flatten_batch(b: ViewBatch) -> tuple[list[Any], Any]:
@@ -300,11 +302,11 @@ def _unflatten_batch(children: Any, static: Any) -> ViewBatch:
 register(ViewBatch, _flatten_batch, _unflatten_batch)
 
 
-# ---- what a model is given
+# ---- inputs of a model
 
 
 def views_of(x: Any) -> Any:
-    """Views as one tensor, or as a list where their sizes differ; a plain batch as it is."""
+    """Views as one tensor, or as a list if their sizes differ; a plain batch is returned unchanged."""
     if isinstance(x, ViewBatch):
         return x.views
     if isinstance(x, list | tuple):
@@ -316,7 +318,7 @@ def views_of(x: Any) -> Any:
 
 
 def is_plain(views: Tensor | Sequence[Tensor], given: Any, sample_ndim: int) -> bool:
-    """Whether these are samples [B, ...] and no views [V, B, ...]; refuses what is neither."""
+    """True for samples [B, ...], False for views [V, B, ...]; refuses anything else."""
     for t in (views,) if isinstance(views, Tensor) else views:
         if not t.is_floating_point():
             raise TypeError(

@@ -1,4 +1,4 @@
-"""Opening what a run has left: the public names of `ssd_addon.runs` under their first name."""
+"""Alias of `ssd_addon.runs`, under the module's original name."""
 
 from ssd_addon.runs import Opened, build_backbone, build_views, check_card, find, load, read_log
 

@@ -1,4 +1,4 @@
-"""From samples to a batch: one size, three channels, and the structured views where they are made in the loader."""
+"""`StructuredCollate`: collates samples into a batch of one size, and makes structured views in the loader if asked."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -18,18 +18,18 @@ __all__ = ["ImageFiles", "StructuredCollate"]
 
 IMAGE_KEYS = ("image", "img", "pixel_values")
 LABEL_KEYS = ("label", "labels")
-"""What the columns of Hugging Face's datasets are mostly called."""
+"""Usual column names in Hugging Face datasets."""
 
 
 class StructuredCollate:
     """Collate function: samples (image, label[, name]) -> (images or ViewBatch, labels, names).
 
-    A sample may also be a mapping, such as a row {"image": ..., "label": ...} of Hugging Face's `datasets`; a key
-    "name" is read as its name. Images, whose sizes may differ, are
+    A sample may also be a mapping, such as a row {"image": ..., "label": ...} of Hugging Face's `datasets`; its name is
+    then read from the key "name". Images may differ in size and are
 
-    - PIL images of any mode, which become upright RGB as in `ImageFiles`;
-    - arrays of uint8, or of floats in [0, 1]: [H, W] and [H, W, 1] (gray), [H, W, 3] (RGB) and [H, W, 4] (RGBA, over
-      black) become RGB; [H, W, C] with any other C keeps its C channels;
+    - PIL images of any mode, which are converted to upright RGB as in `ImageFiles`;
+    - arrays of uint8, or of floats in [0, 1]: [H, W] and [H, W, 1] (gray), [H, W, 3] (RGB) and [H, W, 4] (RGBA,
+      composited over black) become RGB; [H, W, C] with any other C keeps its C channels;
     - tensors [C, H, W], uint8 or floating point in [0, 1], which keep their channels.
 
     >>> collate = StructuredCollate(32)
@@ -38,27 +38,26 @@ class StructuredCollate:
     (torch.Size([2, 3, 32, 32]), [1, 0], ['', 'b.jpg'])
 
     Args:
-        size: edge in pixels, or (height, width).
+        size: side length in pixels, or (height, width).
         fit: "cover" resizes with antialiasing until the image covers the size, then crops the center; "pad" resizes
             until it fits inside, and pads with black.
         views: a `StructuredViews` to apply, or a `StructuredTransform`, whose lists of views become a `ViewBatch`
-            (`size` and `fit` play no part then, as its crops read whole images); None returns images [B, C, H, W]
-            (uint8 where all samples are,
-            a quarter of the memory to move: `views(images)` on the device scales them).
-        image_key, label_key: where a sample that is a mapping has its image and its label. None takes the one key
-            among "image", "img" and "pixel_values", and among "label" and "labels"; label_key=False reads no labels,
-            and returns a list of None in their place.
+            (`size` and `fit` are then unused, as its crops take the original images); None returns images
+            [B, C, H, W], uint8 if all samples are, which takes a quarter of the memory (`views(images)` scales them on
+            the device).
+        image_key, label_key: keys of the image and the label in samples that are mappings. None finds the key among
+            "image", "img" and "pixel_values", and among "label" and "labels"; label_key=False reads no labels and
+            returns a list of None instead.
 
     Returns:
-        images or ViewBatch; labels (an int64 or float tensor [B] where they are numbers, else a list); names, a list
-        with "" where a sample has none.
+        images or ViewBatch; labels (an int64 or float tensor [B] if they are numbers, else a list); names, a list with
+        "" for samples without a name.
 
     Raises:
-        ValueError: an empty batch; an image without pixels; a floating-point PIL image with NaN; an array or tensor of
-            floats outside [0, 1] or NaN; an array with dimensions that look like [C, H, W]; images with different
-            numbers of channels; tensors of different shapes as labels; a mapping without the key, or with several of
-            the names that are looked for.
-        TypeError: a sample that is neither a tuple nor a mapping; an image of another kind or dtype, such as a uint16
+        ValueError: the batch is empty; an image has no pixels; a floating-point image contains NaN, or an array or
+            tensor values outside [0, 1]; an array's dimensions look like [C, H, W]; images have different numbers of
+            channels; labels are tensors of different shapes; a mapping has none, or several, of the expected keys.
+        TypeError: a sample is neither a tuple nor a mapping; an image has another type or dtype, such as a uint16
             array.
     """
 
@@ -78,7 +77,7 @@ class StructuredCollate:
             or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in edges)
         ):
             got = repr(size) if isinstance(size, int | float | Sequence) else type(size).__name__
-            raise ValueError(f"size: expected an edge or (height, width) in whole pixels, 1 or more: got {got}")
+            raise ValueError(f"size: expected an edge or (height, width), in whole pixels, 1 or more: got {got}")
         for s in edges:
             _limits.edge(s, "size: expected an edge")
         self.size = (edges[0], edges[1])
@@ -107,7 +106,7 @@ class StructuredCollate:
         return torch.cat([self._resized_picture(picture) for picture in taken])
 
     def _resized_picture(self, picture: Image.Image) -> Tensor:
-        """A PIL image, RGB or of one channel, as uint8 [C, h, w]."""
+        """Resize a PIL image, RGB or of one channel; returns uint8 [C, h, w]."""
         new = self._resolution(picture.height, picture.width)
         if new != (picture.height, picture.width):
             picture = picture.resize((new[1], new[0]), Image.Resampling.BICUBIC)
@@ -122,7 +121,7 @@ class StructuredCollate:
         return scaled.round().to(torch.uint8) if image.dtype == torch.uint8 else scaled
 
     def _resolution(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width to which an image is resized before it is cropped or padded."""
+        """Height and width to which an image is resized before cropping or padding."""
         h, w = self.size
         bound = max if self.fit == "cover" else min
         k = bound(h / height, w / width)
@@ -130,7 +129,7 @@ class StructuredCollate:
 
 
 def _centered(t: Picture, h: int, w: int) -> Resized:
-    """Center crop where larger, black padding where smaller, per axis."""
+    """Crop the center along an axis that is too long; pad with black along one that is too short."""
     top, left = max(0, (t.shape[1] - h) // 2), max(0, (t.shape[2] - w) // 2)
     t = t[:, top : top + h, left : left + w]
     dh, dw = h - t.shape[1], w - t.shape[2]
@@ -143,12 +142,12 @@ def check_samples(samples: Sequence[Any]) -> None:
 
 
 def alike(images: list[Tensor]) -> list[Tensor]:
-    """Images of one type, uint8 where all are and otherwise floats in [0, 1], and of one number of channels."""
+    """Convert images to one dtype: uint8 if all are, otherwise floats in [0, 1]; check the number of channels."""
     if any(x.dtype != torch.uint8 for x in images):
         images = [x.float() / 255 if x.dtype == torch.uint8 else x.float() for x in images]
     channels = sorted({x.shape[0] for x in images})
     if len(channels) > 1:
-        raise ValueError(f"collate: expected one number of channels in a batch: got {channels}")
+        raise ValueError(f"collate: expected the same number of channels in all images of a batch: got {channels}")
     return images
 
 
@@ -162,7 +161,8 @@ def taken_apart(sample: Any, image_key: str | None, label_key: str | Literal[Fal
         return image, label, str(sample.get("name", ""))
     if image_key is not None or label_key is not None:
         raise TypeError(
-            f"collate: expected samples as mappings, as image_key or label_key is given: got {type(sample).__name__}"
+            f"collate: expected mappings as samples, because image_key or label_key is given: got "
+            f"{type(sample).__name__}"
         )
     if not isinstance(sample, tuple | list) or not 2 <= len(sample) <= 3:
         got = f"{len(sample)} items" if isinstance(sample, tuple | list) else type(sample).__name__
@@ -174,12 +174,12 @@ def taken_apart(sample: Any, image_key: str | None, label_key: str | Literal[Fal
 
 
 def _column(row: Mapping[str, Any], key: str | None, usual: tuple[str, ...], argument: str) -> Any:
-    """What a row has under a key, or under the one of the usual names that it has."""
+    """The value of a row under a key; with None, under the one usual name that the row has."""
     found = [k for k in (usual if key is None else (key,)) if k in row]
     if len(found) == 1:
         return row[found[0]]
     expected = f"a key {key!r}" if key is not None else f"one key of {_checks.names(usual)}"
-    hint = "" if found or argument != "label_key" else "; label_key=False goes without labels"
+    hint = "" if found or argument != "label_key" else "; label_key=False reads no labels"
     raise ValueError(
         f"collate: expected {expected} in every row: got the keys {_checks.names(row)}; {argument} names it{hint}"
     )

@@ -1,12 +1,12 @@
-"""A collate function that makes the crops of structured views from images at their own resolution.
+"""A collate function that makes the crops of structured views from images at their original resolution.
 
     views = StructuredViews(**presets("color_spatial"))
     loader = DataLoader(files, batch_size=256, collate_fn=NativeCrops(views), num_workers=8)
     for cropped, labels, names in loader:
         batch = views(cropped.to(device, non_blocking=True))
 
-Images made square before they are cropped have lost what lies outside the center, and a small crop of them is
-enlarged. Here workers do what has to see the whole image, and the device does the rest.
+If images are first resized to squares, what lies outside the center is lost and small crops are upsampled. Here the
+workers crop the original images, and the device applies the other operations.
 """
 
 import math
@@ -30,11 +30,11 @@ with needs("ssd_addon.crops"):
 class NativeCrops:
     """Collate function: samples (image, label[, name]) -> (crops of all views, labels, names).
 
-    The crop of each view is drawn as `StructuredViews` draws it, for each image at its own size: area and aspect are
-    those of RandomResizedCrop on the whole image, and the crop is shared between views as the plan says, cross-image
-    keys, interleaved rows and constrained crops included. Resampling is antialiased. In the workers of a `DataLoader`
-    draws depend on the loader's generator and the images alone, so that an epoch can be repeated and continued exactly
-    (as of `StructuredTransform`); after `set_epoch` they do so without workers too, and are the same with any number.
+    The crop of each view is drawn as in `StructuredViews`, for each image at its own size: area and aspect ratio are
+    those of RandomResizedCrop on the whole image, and views share the crop as the plan requires, including cross-image
+    keys, interleaved plans and constrained crops. Resampling is antialiased. In the workers of a `DataLoader`, draws
+    depend only on the loader's generator and the images, so that an epoch can be repeated and resumed exactly (as with
+    `StructuredTransform`). After `set_epoch` this also holds without workers, and draws are the same for any number.
 
     >>> import kornia.augmentation as K
     >>> views = StructuredViews({"spatial": [K.RandomResizedCrop((16, 16))], "color": [K.ColorJitter(0.4)]}, seed=0)
@@ -47,17 +47,17 @@ class NativeCrops:
 
     Args:
         views: a `StructuredViews` whose first operation is Kornia's RandomResizedCrop, with p=1.
-        image_key, label_key: as of `StructuredCollate`; so are samples and images.
+        image_key, label_key: as for `StructuredCollate`, which also describes samples and images.
 
     Attributes:
-        short_side: pixels of the short side from which on every crop has at least the pixels of a view. Photographs
-            may be decoded at this size: `ImageFiles(root, short_side=crops.short_side)`.
+        short_side: the smallest short side, in pixels, at which no crop has to be upsampled. Photographs may be decoded
+            at this size: `ImageFiles(root, short_side=crops.short_side)`.
 
     Returns:
-        `Cropped`, for `views(cropped)`; labels and names as of `StructuredCollate`.
+        `Cropped`, for `views(cropped)`; labels and names as in `StructuredCollate`.
 
     Raises:
-        ValueError, TypeError: views that begin with another operation, and as `StructuredCollate`.
+        ValueError, TypeError: the views start with another operation; also as `StructuredCollate`.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class NativeCrops:
         self._turns = Turns()
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw by this number and the images from now on; call it before each epoch, as a sampler's."""
+        """Make draws depend on this number and the images from now on; call it before each epoch, as for a sampler."""
         self._turns.epoch = _checks.count(epoch, "epoch")
 
     def __call__(self, samples: Sequence[Any]) -> tuple[Cropped, Any, list[str]]:
@@ -110,7 +110,7 @@ class NativeCrops:
 
 
 def _needed(op: Any, size: tuple[int, ...], near: float) -> int:
-    """The short side from which on the smallest crop has as many pixels as a view."""
+    """The short side, in pixels, at which the smallest crop has as many pixels as a view."""
     least = float(op._param_generator.scale[0]) * near
     low, high = (float(r) for r in op._param_generator.ratio)
     if least <= 0:

@@ -1,6 +1,6 @@
-"""By how much two views of the same images were drawn differently: a change for each parameter of each operation.
+"""Differences between the augmentation parameters of two views of the same images.
 
-The equivariance term, `metrics.parameter_matrix` and probes of your own predict these changes. Torch alone is needed.
+The equivariance term, `metrics.parameter_matrix` and probes of your own predict these differences. Needs torch alone.
 Legend: B images, P pairs of views, k numbers of a parameter.
 """
 
@@ -11,25 +11,25 @@ import torch
 from torch import Tensor
 
 View = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
-"""How one view was drawn: group -> operation -> parameter -> [B, ...], such as `ViewBatch.parameters[v]`."""
+"""The parameters of one view: group -> operation -> parameter -> [B, ...], such as `ViewBatch.parameters[v]`."""
 LARGEST = 16
-"""Numbers per image that a parameter may have; a larger one is a field of noise."""
+"""Most numbers per image that a parameter may have; a larger one is a field of noise."""
 PERIODS = {"hue_factor": 1.0, "angle": 360.0, "degrees": 360.0, "times": 4.0}
-"""After how much an angle or a hue is the same again."""
+"""The period of angles and hues."""
 BOX = "box"
-"""What a crop's corners are called once they are its center and size."""
+"""Name for a crop's corners after conversion to center and size."""
 THEN = "then"
-"""The stage that is drawn anew for every view and belongs to no group."""
+"""The stage that is redrawn for every view and belongs to no group."""
 SEED = "seed"
-"""The parameter of an operation that is shared by seed: it says nothing of what was done."""
+"""The parameter of an operation that is shared by seed, which does not describe the augmentation."""
 NOT_DRAWN = ("order", "fn_idx", "forward_input_shape", "input_size", "output_size", "padding_size")
-"""What operations store beside their parameters: it is not drawn, or it is no number."""
+"""Entries that operations store with their parameters but that are not drawn, or are not numbers."""
 
 
 def parameter_differences(a: View, b: View) -> dict[str, Tensor]:
-    """By how much the parameters of two views differ: theta_b - theta_a for every parameter that a group draws.
+    """The difference theta_b - theta_a between two views, for every parameter that a group draws.
 
-    For losses and probes of your own, such as one that has the backbone predict the differences (AugSelf).
+    For losses and probes of your own, such as a head that predicts the differences from backbone features (AugSelf).
 
     >>> a = {"color": {"0.ColorJitter": {"brightness_factor": torch.tensor([0.5, 1.0])}}}
     >>> b = {"color": {"0.ColorJitter": {"brightness_factor": torch.tensor([1.5, 1.25])}}}
@@ -38,17 +38,17 @@ def parameter_differences(a: View, b: View) -> dict[str, Tensor]:
             [0.2500]])}
 
     Args:
-        a, b: how two views were drawn, such as `batch.parameters[0]` and `batch.parameters[1]`.
+        a, b: the parameters of two views, such as `batch.parameters[0]` and `batch.parameters[1]`.
 
     Returns:
-        "group/operation/parameter" -> theta_b - theta_a [B, k] float32 on its device, in the units of the parameter. An
-        angle or a hue is (cos, sin) of the difference, whatever its range, so that k is the same for every batch;
-        "batch_prob" is +-1 where the operation was applied in one view alone, and where it was not applied in a view
-        its other parameters count as their mean over both views where it was. A crop's corners are its center and
-        size, as fractions of the image. Fields of noise are left out, and so is what belongs to no group ("then").
+        "group/operation/parameter" -> theta_b - theta_a [B, k] float32 on its device, in the units of the parameter.
+        Differences of angles and hues are given as (cos, sin), whatever their range, so that k is the same for every
+        batch. "batch_prob" is +-1 where the operation was applied in one view only. Where it was not applied in a view,
+        its other parameters are replaced by their mean over the images where it was. A crop's corners are converted to
+        its center and size, as fractions of the image. Fields of noise and operations in "then" are left out.
 
     Raises:
-        ValueError: views with different groups or operations.
+        ValueError: the views have different groups or operations.
 
     Source: the targets of AugSelf, Lee et al. 2021, arXiv 2111.09613.
     """
@@ -65,30 +65,31 @@ def parameter_differences(a: View, b: View) -> dict[str, Tensor]:
 def group_differences(
     group: str, a: Sequence[View], b: Sequence[View], skipped: list[str], *, exact: bool = False
 ) -> dict[str, Tensor]:
-    """ "group/operation/parameter" -> theta_b - theta_a [P, k] of every parameter that one group draws.
+    """ "group/operation/parameter" -> theta_b - theta_a [P, k], for every parameter that one group draws.
 
     Args:
-        group: its name.
-        a, b: how both views of the P pairs were drawn, batch after batch.
-        skipped: takes the names of the parameters that are left out, and why.
-        exact: in float64 on the CPU, and an angle is (cos, sin) only where it spans more than half of its circle.
-            Otherwise in float32 on the parameters' device, nothing is waited for, and every angle is (cos, sin).
+        group: name of the group.
+        a, b: parameters of both views of the P pairs, batch after batch.
+        skipped: list to which the parameters that are left out are appended, with the reason.
+        exact: compute in float64 on the CPU; an angle becomes (cos, sin) only if it spans more than half of its circle.
+            Otherwise compute in float32 on the parameters' device, without synchronization; every angle becomes
+            (cos, sin).
     """
     each = _drawn(group, (a, b), skipped, exact)
     return {path: _difference(x, PERIODS.get(name), exact) for path, name, x in each}
 
 
 def group_values(group: str, drawn: Sequence[View], skipped: list[str]) -> dict[str, Tensor]:
-    """ "group/operation/parameter" -> theta [P, k] of every parameter that one group draws, float64 on the CPU.
+    """ "group/operation/parameter" -> theta [P, k], for every parameter that one group draws, float64 on the CPU.
 
-    As in `group_differences`, exactly: an angle that spans more than half of its circle is (cos, sin), and where an
-    operation was not applied its other parameters count as their mean. A crop's box is two parameters, "src center"
-    and "src size".
+    As in `group_differences` with exact=True: an angle that spans more than half of its circle becomes (cos, sin), and
+    where an operation was not applied its other parameters are replaced by their mean. A crop's box becomes two
+    parameters, "src center" and "src size".
 
     Args:
-        group: its name.
-        drawn: how each of the P views was drawn, batch after batch.
-        skipped: takes the names of the parameters that are left out, and why.
+        group: name of the group.
+        drawn: parameters of the P views, batch after batch.
+        skipped: list to which the parameters that are left out are appended, with the reason.
     """
     out: dict[str, Tensor] = {}
     for path, name, (x,) in _drawn(group, (drawn,), skipped, True):
@@ -106,10 +107,10 @@ def group_values(group: str, drawn: Sequence[View], skipped: list[str]) -> dict[
 def _drawn(
     group: str, sides: Sequence[Sequence[View]], skipped: list[str], exact: bool
 ) -> Iterator[tuple[str, str, list[Tensor]]]:
-    """Path, name and values, of each side [P, k], of every parameter that one group draws.
+    """Path, name and values of every parameter that one group draws; the values are [P, k] for each side.
 
     Args:
-        sides: how the P views of each side were drawn, batch after batch.
+        sides: for each side of the pairs, the parameters of its P views, batch after batch.
     """
     views = [view for side in sides for view in side]
     for op, parameters in sides[0][0][group].items():
@@ -127,7 +128,7 @@ def _drawn(
             if name in NOT_DRAWN or name == "batch_prob" or (name == "dst" and "output_size" in parameters):
                 continue
             if name == SEED and len(parameters) == 1:
-                skipped.append(f"{path}, a seed, which does not say what was drawn")
+                skipped.append(f"{path}, a seed, which does not describe what was drawn")
                 continue
             sizes = {view[group][op][name].shape[1:] for view in views}
             if len(sizes) > 1 or next(iter(sizes)).numel() > LARGEST:
@@ -141,20 +142,20 @@ def _drawn(
 
 
 def _joined(parameter: Sequence[Tensor], exact: bool) -> Tensor:
-    """One parameter of all pairs: [P, k]."""
+    """One parameter for all pairs, [P, k]."""
     values = [v.detach().cpu().double() if exact else v.detach().float() for v in parameter]
     return torch.cat([v.flatten(1) if v.ndim > 1 else v[:, None] for v in values])
 
 
 def _where_applied(x: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
-    """A parameter of both views; its mean over the pairs where the operation was applied stands where it was not."""
+    """A parameter of both views, replaced by its mean over applied cases where the operation was not applied."""
     applied, count = torch.cat(list(gates)), torch.stack([g.sum() for g in gates]).sum()
     mean = torch.where(applied, torch.cat(list(x)), 0).sum(0) / count.clamp(min=1)
     return [torch.where(g, t, mean) for t, g in zip(x, gates, strict=True)]
 
 
 def _difference(x: Sequence[Tensor], period: float | None, exact: bool) -> Tensor:
-    """theta_b - theta_a [P, k], or (cos, sin) [P, 2k] of it as a phase."""
+    """theta_b - theta_a [P, k], or its cosine and sine [P, 2k] if the parameter is periodic."""
     difference, values = x[1] - x[0], torch.cat(list(x))
     if period is None or (exact and float(values.max() - values.min()) <= period / 2):
         return difference
@@ -163,7 +164,7 @@ def _difference(x: Sequence[Tensor], period: float | None, exact: bool) -> Tenso
 
 
 def _box(corners: Tensor, size: Tensor) -> Tensor:
-    """Corners [P, 8] in pixels (x, y) and the image's (height, width) [P, 2]: center and size [P, 4], as fractions."""
+    """Center and size [P, 4], as fractions of the image, of corners [P, 8] (x, y) in pixels; (height, width) [P, 2]."""
     xy = corners.view(-1, 4, 2)
     low, high = xy.amin(1), xy.amax(1)
     return torch.cat([(low + high) / 2, high - low], 1) / size.flip(1).repeat(1, 2)

@@ -1,4 +1,4 @@
-"""Images of any number of channels as red, green and blue, for people to look at; no measure uses this.
+"""Shows images with any number of channels as RGB; for display only, no metric uses it.
 
 Legend: n images, C channels, k values per pixel that are shown (1 to 3).
 """
@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 PIXELS = 100_000
-"""Pixels, about, that directions and percentiles are computed from."""
+"""Approximate number of pixels from which directions and percentiles are computed."""
 VISIBLE = 1e-6
-"""Share of the variance below which a principal direction is rounding error."""
+"""Share of the variance below which a principal direction counts as rounding error."""
 STRETCHED = (0.01, 0.99)
-"""The quantiles of what is shown that become black and full brightness."""
+"""The quantiles that are mapped to black and to full brightness."""
 COLORS = {1: "gray", 2: "magenta and green", 3: "red, green and blue"}
 
 
 @dataclass(frozen=True, eq=False)
 class Display:
-    """A fixed map from the C channels of an image to RGB, the same for all images, so that their colors compare.
+    """A fixed map from the C channels of an image to RGB, the same for all images, so that colors are comparable.
 
     Attributes:
-        weights: [k, C]; what is shown is weights @ pixel, one value as gray, two as magenta and green, three as RGB.
-        low, high: [k] the values that become 0 and 1.
-        text: what is shown, in words; "" for gray and RGB images as they are.
+        weights: [k, C]; weights @ pixel is shown: one value as gray, two as magenta and green, three as RGB.
+        low, high: [k] the values that are mapped to 0 and 1.
+        text: a description of what is shown; "" for gray and RGB images that are shown unchanged.
     """
 
     weights: Tensor
@@ -36,11 +36,11 @@ class Display:
 
     @property
     def channels(self) -> int:
-        """The number of channels of the images that it shows."""
+        """C, the number of channels of the images."""
         return int(self.weights.shape[1])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Images [..., C, H, W], uint8 or in [0, 1], as [..., 3, H, W] in [0, 1], float32 on the CPU."""
+        """Convert images [..., C, H, W], uint8 or in [0, 1], to [..., 3, H, W] in [0, 1], float32 on the CPU."""
         pixels = _floats(x)
         shown = torch.einsum("kc,...chw->...khw", self.weights, pixels) - self.low.view(-1, 1, 1)
         shown = (shown / (self.high - self.low).view(-1, 1, 1)).nan_to_num(0.0).clamp(0, 1)
@@ -48,17 +48,17 @@ class Display:
 
 
 def display(images: Tensor, bands: Sequence[int] | None = None) -> Display:
-    """How images are shown.
+    """Choose how images are shown.
 
     Args:
-        images: [..., C, H, W], uint8 or in [0, 1]: what the directions and percentiles are computed from.
-        bands: one to three channels, counted from 0: one as gray, two as magenta and green, three as red, green and
-            blue. None shows one to three channels as they are, and of more channels the first three principal
-            directions of all pixels. Where there are more than three channels, what is shown is stretched from its 1st
-            to its 99th percentile.
+        images: [..., C, H, W], uint8 or in [0, 1], from which directions and percentiles are computed.
+        bands: one to three channels, counted from 0: one is shown as gray, two as magenta and green, three as red,
+            green and blue. None shows one to three channels unchanged; for more channels it shows the first three
+            principal directions of all pixels. With more than three channels, contrast is stretched from the 1st to
+            the 99th percentile.
 
     Raises:
-        TypeError, ValueError: bands that are not one to three channels of the images.
+        TypeError, ValueError: bands are not one to three channels of the images.
     """
     c = images.shape[-3]
     if bands is not None:
@@ -83,10 +83,10 @@ def display(images: Tensor, bands: Sequence[int] | None = None) -> Display:
 
 
 def checked_bands(bands: Any, channels: int | None = None) -> tuple[int, ...]:
-    """One to three channels as a tuple; `channels` is how many the images have, where that is known.
+    """Check bands and return them as a tuple; `channels` is the number of channels of the images, if given.
 
     Raises:
-        TypeError, ValueError: something else.
+        TypeError, ValueError: bands are not one to three channels of the images.
     """
     expected = "bands: expected one to three channels, counted from 0"
     if isinstance(bands, str) or not isinstance(bands, Sequence):
@@ -101,7 +101,7 @@ def checked_bands(bands: Any, channels: int | None = None) -> tuple[int, ...]:
 
 
 def _principal(pixels: Tensor, channels: int) -> tuple[Tensor, str]:
-    """The first three principal directions of the pixels [N, C] that vary, and their words."""
+    """Up to three principal directions of the pixels [N, C], those with variance, and their description."""
     centered = (pixels - pixels.mean(0)).double()
     values, vectors = torch.linalg.eigh(centered.T @ centered)
     total = float(values.clamp(min=0).sum())
@@ -109,7 +109,9 @@ def _principal(pixels: Tensor, channels: int) -> tuple[Tensor, str]:
     if not order or total <= torch.finfo(torch.float32).eps * len(pixels):
         return torch.full((1, channels), 1 / channels), f"the mean of the {channels} bands, which do not vary,"
     directions = vectors[:, order].T
-    directions = directions * torch.where(directions.sum(1, keepdim=True) < 0, -1.0, 1.0)  # more light is brighter
+    directions = directions * torch.where(
+        directions.sum(1, keepdim=True) < 0, -1.0, 1.0
+    )  # orient directions so that more light is brighter
     share = " %, ".join(f"{100 * float(values[i]) / total:.3g}" for i in order)
     named = (
         "the first principal direction",
@@ -120,7 +122,7 @@ def _principal(pixels: Tensor, channels: int) -> tuple[Tensor, str]:
 
 
 def _some_pixels(images: Tensor) -> Tensor:
-    """About PIXELS of all pixels [N, C], or all where there are fewer: at the same random places of every image."""
+    """About PIXELS pixels [N, C], at the same random places in every image; all of them if there are fewer."""
     flat = images.reshape(-1, images.shape[-3], images.shape[-2] * images.shape[-1])
     some = max(16, -(-PIXELS // len(flat)))
     if some < flat.shape[-1]:

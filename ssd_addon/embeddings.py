@@ -1,4 +1,4 @@
-"""Embeddings of structured views: from `StyleHeads` to `JointEntropyLoss`."""
+"""`Embeddings` of structured views: what `StyleHeads` returns and `JointEntropyLoss` takes."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -16,10 +16,11 @@ from ssd_addon.plan import ViewPlan, check_ids
 
 @dataclass(init=False, repr=False, eq=False)
 class Embeddings(dict[str, Tensor]):
-    """Embeddings of structured views: space -> [V, B, d], with the plan that says what pairs with what.
+    """Embeddings of structured views: space -> [V, B, d], with the plan that defines the positive pairs.
 
-    A dict, so frameworks walk it; a dataclass and a node of torch's pytrees, so those that rebuild it in either way
-    (FSDP, DDP) keep its plan. `StyleHeads` returns one; build your own to use the loss alone:
+    It is a dict, which frameworks can traverse, and also a dataclass and a node of torch's pytrees, so that frameworks
+    that rebuild outputs in either way (FSDP, DDP) keep the plan. `StyleHeads` returns one; build your own to use the
+    loss alone:
 
     >>> z = Embeddings({"content": torch.randn(2, 8, 4), "color": torch.randn(2, 8, 2)},
     ...                ViewPlan.interleaved(("content", "color")))
@@ -27,16 +28,16 @@ class Embeddings(dict[str, Tensor]):
     2
 
     `copy`, `|`, `copy.copy`, pickling and `torch.utils._pytree.tree_map` keep plan, ids and index. A framework that
-    rebuilds it as `type(z)({...})` (accelerate, Fabric, Lightning) loses them: `plan` is then None, and the loss asks
-    for the batch, `criterion(z, batch)`, instead of guessing.
+    rebuilds it as `type(z)({...})` (accelerate, Fabric, Lightning) loses them: `plan` is then None, and the loss
+    requires the batch, `criterion(z, batch)`, instead of guessing.
 
     Args:
         tensors: space -> [V, B, d]; matched to the plan by name.
-        plan: the `ViewPlan`; None where it is not known (with the one space "content" it always is).
-        image_ids: [V, B] integers: the image that each row was made from; None means the column.
-        space_index: [B] integers (interleaved): the space that each row serves; None means r mod S.
-        local_ids: the ids are row numbers of the local batch, as those of `StructuredViews` are.
-        assumed: the plan was read off views that came without one; a batch or plan that the loss is given goes first.
+        plan: the `ViewPlan`; None if it is unknown (with "content" as the only space it is always known).
+        image_ids: [V, B] integers: the source image of each view; None means its own position in the batch.
+        space_index: [B] integers, interleaved plans only: the space that each image serves; None means r mod S.
+        local_ids: True if the ids are positions in the local batch, as those of `StructuredViews` are.
+        assumed: True if the plan was guessed for views without one; a batch or plan given to the loss overrides it.
     """
 
     tensors: dict[str, Tensor]
@@ -67,14 +68,14 @@ class Embeddings(dict[str, Tensor]):
             self.plan = ViewPlan.shared_query(("content",))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A framework that casts every tensor of a copy (Lightning) casts ids too: they stay integers."""
+        """Convert ids and index back to integers when a framework casts every tensor of a copy (Lightning)."""
         before = self.__dict__.get(name) if name in ("image_ids", "space_index") else None
         if before is not None and isinstance(value, Tensor) and value.is_floating_point():
             value = restored(value, before)
         super().__setattr__(name, value)
 
     def _describe(self, other: "Embeddings") -> "Embeddings":
-        """Take plan, ids and index of other embeddings."""
+        """Copy plan, ids and index from other embeddings."""
         self.plan, self.image_ids, self.space_index = other.plan, other.image_ids, other.space_index
         self.local_ids, self.assumed = other.local_ids, other.assumed
         return self
@@ -95,30 +96,30 @@ class Embeddings(dict[str, Tensor]):
         return (_rebuilt, (dict(self), self.plan, self.image_ids, self.space_index, self.local_ids, self.assumed))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Embeddings":
-        """Tensors of a graph cannot be copied, by torch's rule, and are shared."""
+        """Copy; tensors that require a graph are shared, as torch cannot deep-copy them."""
         tensors = {k: t if t.grad_fn is not None else copy.deepcopy(t, memo) for k, t in self.items()}
         ids, index = copy.deepcopy(self.image_ids, memo), copy.deepcopy(self.space_index, memo)
         return _rebuilt(tensors, self.plan, ids, index, self.local_ids, self.assumed)
 
     def check(self) -> tuple[ViewPlan, int, torch.device]:
-        """Names, shapes and ids against the plan.
+        """Check names, shapes and ids against the plan.
 
         Returns:
             (plan, B, device).
 
         Raises:
-            ValueError, TypeError: what was expected and what came.
+            ValueError, TypeError: they do not fit the plan, or there is none.
         """
         plan = self.plan
         if plan is None:
             raise ValueError(
-                f"embeddings: expected Embeddings with a plan: got one of the spaces {_checks.names(self)} without, "
-                "as a framework that rebuilds a model's output (mixed precision in Fabric, accelerate, Lightning, "
-                "FSDP) makes them; give the batch too, criterion(z, batch)"
+                f"embeddings: expected Embeddings with a plan: got the spaces {_checks.names(self)} without a plan, as "
+                "happens if a framework rebuilds the model's output (mixed precision in Fabric, accelerate, Lightning, "
+                "FSDP); pass the batch too, criterion(z, batch)"
             )
         _checks.same_names(self, plan.spaces, "embeddings", "plan")
         if next(iter(self)) != "content":
-            raise ValueError(f"embeddings: 'content' must be the first space: got {_checks.names(self)}")
+            raise ValueError(f"embeddings: expected 'content' as the first space: got {_checks.names(self)}")
         batch, device = _checks.embeddings(self, plan.num_views, str(plan))
         check_ids(plan, plan.num_views, batch, self.image_ids, self.space_index)
         return plan, batch, device
@@ -149,7 +150,7 @@ def _replace_tensors(z: Embeddings, tensors: Mapping[str, Tensor]) -> None:
     z.update(tensors)
 
 
-# The dict itself as a dataclass field, for frameworks that copy dataclasses field by field.
+# The dict is a dataclass field, for frameworks that copy dataclasses field by field.
 Embeddings.tensors = property(_tensors, _replace_tensors)  # type: ignore[assignment]
 
 
@@ -165,22 +166,22 @@ def of_batch(tensors: Mapping[str, Tensor], batch: ViewBatch) -> Embeddings:
 
 
 TOGETHER = (
-    "; criterion(z0, z1) is the form of losses of two views: here z holds the embeddings of all views, "
-    "z = heads(backbone(torch.cat(views))), and the plan says which of them are pairs, criterion(z, transform.plan)"
+    "; criterion(z0, z1) is the call of two-view losses: here z holds the embeddings of all views, "
+    "z = heads(backbone(torch.cat(views))), and the plan defines the pairs, criterion(z, transform.plan)"
 )
 
 
 def as_embeddings(z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan | None = None) -> Embeddings:
-    """What the loss was given, with its plan.
+    """Convert the loss's arguments to `Embeddings` with a plan.
 
     Args:
-        z: `Embeddings`, or a plain mapping, which without a batch is a shared-query plan in its own order. With a
-            batch a space may also be [V*B, d], the rows of view 0 first.
-        batch: the `ViewBatch` that the embeddings are of, or its plan: it says what pairs with what.
+        z: `Embeddings`, or a plain mapping, which without a batch is read as a shared-query plan in its own order. With
+            a batch a space may also be [V*B, d], view 0 first.
+        batch: the `ViewBatch` that the embeddings belong to, or its plan, which defines the pairs.
 
     Raises:
-        ValueError: embeddings of another plan than the batch's, of other spaces or of other sizes.
-        TypeError: no mapping.
+        ValueError: plan, spaces or sizes of the embeddings differ from the batch's.
+        TypeError: z is not a mapping.
     """
     if not isinstance(z, Mapping):
         raise TypeError(f"expected embeddings as a mapping space -> [V, B, d]: got {type(z).__name__}{TOGETHER}")
@@ -194,7 +195,7 @@ def as_embeddings(z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan | None = 
     if isinstance(first, Tensor) and first.ndim == 3 and first.shape[0] != plan.num_views:
         raise ValueError(
             f"{plan} need {plan.num_views} views: got {first.shape[0]}; a plain dict is read as a shared-query plan, "
-            "for two interleaved views give Embeddings(tensors, ViewPlan.interleaved(...)), or the batch, "
+            "for two interleaved views pass Embeddings(tensors, ViewPlan.interleaved(...)), or the batch, "
             "criterion(z, batch)"
         )
     return Embeddings(z, plan)
@@ -206,7 +207,7 @@ def _with_batch(z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan) -> Embeddi
         if isinstance(batch, Mapping) or (isinstance(batch, Tensor) and batch.is_floating_point()):
             hint = TOGETHER
         elif isinstance(getattr(batch, "plan", None), ViewPlan):
-            hint = "; give its plan, such as transform.plan"
+            hint = "; pass its plan, such as transform.plan"
         raise TypeError(f"batch: expected a ViewBatch or its ViewPlan: got {type(batch).__name__}{hint}")
     plan = batch if isinstance(batch, ViewPlan) else batch.plan
     if isinstance(z, Embeddings) and z.plan is not None and not z.assumed and z.plan != plan:
@@ -220,7 +221,7 @@ def _with_batch(z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan) -> Embeddi
             out.image_ids, out.space_index, out.local_ids = z.image_ids, z.space_index, z.local_ids
         if plan.kind == "interleaved" and out.space_index is None and len(plan.spaces) > 1:
             raise ValueError(
-                f"batch: expected the ViewBatch itself: got {plan} without the space that each row serves, which "
+                f"batch: expected the ViewBatch itself: got {plan} without the space that each image serves, which "
                 "rotates from call to call"
             )
         return out
@@ -236,7 +237,7 @@ def _with_batch(z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan) -> Embeddi
 
 
 def _agreed(mine: Tensor | None, batchs: Tensor | None, what: str) -> Tensor | None:
-    """The batch's ids; all `CHANGED`, which the loss refuses, where the embeddings carry others."""
+    """The batch's ids; or, if the embeddings have different ones, `CHANGED` everywhere, which the loss refuses."""
     if mine is None or batchs is None or mine is batchs:
         return batchs
     if mine.shape != batchs.shape:
@@ -247,7 +248,7 @@ def _agreed(mine: Tensor | None, batchs: Tensor | None, what: str) -> Tensor | N
 
 
 def _by_view(name: str, t: Tensor, views: int) -> Tensor:
-    """[V*B, d] to [V, B, d]."""
+    """Reshape [V*B, d] to [V, B, d]."""
     if not isinstance(t, Tensor) or t.ndim != 2:
         return t
     if t.shape[0] % views:

@@ -7,7 +7,7 @@ from ssd_addon._types import as_weights
 from ssd_addon.pooling import Pooling
 
 FEATURES = "backbone"
-"""The name of the pooled features beside the spaces."""
+"""The name under which the pooled features are listed along with the spaces."""
 
 
 class Encoder(nn.Module):
@@ -19,7 +19,7 @@ class Encoder(nn.Module):
         self.pooling, self.sample_ndim = pooling, sample_ndim
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, ...] to embeddings [B, d]."""
+        """Map images [B, ...] to embeddings [B, d]."""
         if x.ndim != self.sample_ndim + 1:
             raise ValueError(
                 f"x: expected a batch with {self.sample_ndim + 1} dimensions [B, ...]: got {_checks.shape(x)}"

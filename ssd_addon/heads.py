@@ -1,4 +1,4 @@
-"""StyleHeads: any backbone, then one head per named space.
+"""`StyleHeads`: any backbone, followed by one projection head per named space.
 
 Legend: V views, B images, F backbone width, S spaces, h hidden width, d_s width of space s.
 """
@@ -34,17 +34,17 @@ from ssd_addon.projection import (
 from ssd_addon.stacked import ReadsStacked
 
 ADDED: dict[str, Any] = {"norm": "batch", "output": None}
-"""Settings that older files do not name, and what they were then."""
+"""Settings that older files do not contain, with the values that they had then."""
 
 
 class StyleHeads(ReadsStacked):
-    """A backbone and one projection head per space: images or views -> name -> embedding.
+    """A backbone and one projection head per space; maps images or views to one embedding per space, by name.
 
     z^s = head_s(pool(backbone(x))); a hidden layer is Linear, norm, ReLU, the last layer is Linear.
 
-    All views go through backbone and heads in one pass, so that batch statistics are those of the V*B images together.
-    `model(batch, view_by_view=True)` passes each view on its own: less memory, and statistics per view (B images), so
-    in training mode its numbers differ. Images are cast to the type of the weights.
+    All views go through backbone and heads in one pass, so batch statistics are computed over all V*B images.
+    `model(batch, view_by_view=True)` passes the views one by one, which takes less memory; batch statistics are then
+    per view (B images), so results in training mode differ. Images are cast to the dtype of the weights.
 
     >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
     >>> model = StyleHeads(backbone, {"content": 16, "color": 4}, in_features=8, hidden=(32,))
@@ -52,40 +52,40 @@ class StyleHeads(ReadsStacked):
     {'content': (3, 5, 16), 'color': (3, 5, 4)}
 
     Args:
-        backbone: returns [N, F], a map [N, F, H, W] (or [N, H, W, F]) or tokens [N, T, F]. The classifier of a timm or
-            torchvision model is left out, and that of any other module where it is called `fc`, `heads`, `head` or
-            `classifier` and comes last; `model.changes` says what was. A module inside torch.compile,
-            DistributedDataParallel or an average of weights is taken out of it. All of that is done on copies: the
-            caller's backbone is not altered, its parameters are shared and trained.
+        backbone: module that returns [N, F], a map [N, F, H, W] (or [N, H, W, F]) or tokens [N, T, F]. The classifier
+            of a timm or torchvision model is removed, and that of any other module if it is called `fc`, `heads`,
+            `head` or `classifier` and comes last; `model.changes` lists what was removed. torch.compile,
+            DistributedDataParallel and averages of weights are unwrapped. All this happens on copies: the caller's
+            backbone is not altered; its parameters are shared and trained.
         spaces: name -> width d_s, "content" first.
-        in_features: F, the width of what the backbone returns. None reads it from the backbone: timm's and others'
-            `num_features`, the input width of the classifier, or else a trial run of a copy without data (on torch's
+        in_features: F, the feature width of the backbone. None reads it from the backbone: from `num_features`, as in
+            timm, from the input width of the classifier, or else from a trial run of a copy without data (on torch's
             meta device).
         hidden: widths of the hidden layers, for all heads or by name.
-        norm: of the hidden layers: "batch" (BatchNorm), "layer" (LayerNorm, no statistics of the batch) or None (none,
-            and hidden layers with a bias).
-        pool: "auto" takes [N, F] as it is, averages maps and tokens (timm models pool as timm does); "mean" averages
-            (timm models as timm does: without class token and registers, save where a model's own average includes
-            them, as VOLO's), and is refused where timm does not average; "cls" takes the class token; "flatten" keeps
-            every position.
-        output: which part of what the backbone returns holds the features, where it returns a dictionary, a tuple or a
-            Hugging Face ModelOutput: a key such as "last_hidden_state", or a place in the tuple.
-        sample_ndim: dimensions of one sample: 3 for images, 1 for vectors. An input of one more is a plain batch,
-            of two more is views.
+        norm: normalization in the hidden layers: "batch" (BatchNorm), "layer" (LayerNorm, without batch statistics) or
+            None (no normalization; hidden layers then have a bias).
+        pool: "auto" takes [N, F] unchanged and averages maps and tokens (timm models pool as in timm); "mean" averages
+            (timm models as in timm: without class token and registers, unless the model's own average includes them, as
+            VOLO's does), and is refused for models that timm does not average; "cls" takes the class token; "flatten"
+            keeps every position.
+        output: where the features are if the backbone returns a dictionary, a tuple or a Hugging Face ModelOutput: a
+            key such as "last_hidden_state", or an index into the tuple.
+        sample_ndim: number of dimensions of one sample: 3 for images, 1 for vectors. An input with one dimension more
+            is a plain batch, one with two more is views.
 
     Attributes:
-        spaces, hidden, in_features, norm, pool, output, sample_ndim: as above, resolved.
-        changes: what was taken off the backbone, in words.
-        on_sphere: whether embeddings are compared L2-normalized, for measures and reports; set it from the loss,
+        spaces, hidden, in_features, norm, pool, output, sample_ndim: the arguments, resolved.
+        changes: descriptions of what was removed from the backbone.
+        on_sphere: whether metrics and reports compare L2-normalized embeddings; set it from the loss,
             `model.on_sphere = criterion.on_sphere`.
         frozen: whether the backbone is frozen, see `freeze`.
 
     Raises:
-        ValueError: no content first, a width below 1, an unknown backbone width, a sharded backbone, an input of other
-            dimensions.
-        TypeError: integer input; a backbone that returns several tensors, where `output` names none of them.
+        ValueError: content is not the first space; a width is below 1; the backbone's width cannot be determined; the
+            backbone is sharded; an input has the wrong number of dimensions.
+        TypeError: the input has an integer dtype; the backbone returns several tensors and `output` selects none.
 
-    Source: Eastwood et al., arXiv 2311.08815: content and style spaces beside each other.
+    Source: Eastwood et al., arXiv 2311.08815: content and style spaces side by side.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class StyleHeads(ReadsStacked):
         self.norm: Norm | None = _checks.choice(norm, NORMS, "norm")
         self.sample_ndim = _checks.width(sample_ndim, "sample_ndim")
         if output is not None and (isinstance(output, bool) or not isinstance(output, str | int)):
-            raise TypeError(f"output: expected a key or a place in what the backbone returns: got {output!r}")
+            raise TypeError(f"output: expected a key or an index into the backbone's output: got {output!r}")
         self.output = output
         if not isinstance(backbone, nn.Module):
             raise TypeError(f"backbone: expected an nn.Module: got {type(backbone).__name__}")
@@ -129,7 +129,7 @@ class StyleHeads(ReadsStacked):
         hidden: Hidden = (2048, 2048),
         norm: Norm | None = "batch",
     ) -> ProjectionHeads:
-        """The heads alone, for a module of your own that keeps its backbone: in the place of its projection head.
+        """The heads without a backbone, to replace the projection head of a module of your own.
 
         self.projection_head = StyleHeads.heads(512, {"content": 128, "color": 64})
         ...
@@ -138,7 +138,7 @@ class StyleHeads(ReadsStacked):
 
         Args:
             in_features: F, the width of the features.
-            spaces, hidden, norm: as of the constructor.
+            spaces, hidden, norm: as for the constructor.
         """
         return ProjectionHeads(in_features, spaces, hidden=hidden, norm=norm)
 
@@ -168,12 +168,12 @@ class StyleHeads(ReadsStacked):
         """`Embeddings` name -> [V, B, d] for views; for a plain batch a dict name -> [B, d].
 
         Args:
-            x: `ViewBatch`, views [V, B, ...] or a list of V batches [B, ...] as lightly's transforms give them (both
-                read as shared query in the order of the spaces, unless the loss is given a batch or a plan), or a plain
-                batch [B, ...]. Views of several sizes go through the backbone size by size.
-            view_by_view: one backbone pass per view, with batch statistics per view.
+            x: a `ViewBatch`; views [V, B, ...] or a list of V batches [B, ...], as lightly's transforms return them
+                (both are read as a shared-query plan in the order of the spaces, unless the loss is given a batch or a
+                plan); or a plain batch [B, ...]. Views of several sizes go through the backbone size by size.
+            view_by_view: make one backbone pass per view, with batch statistics per view.
             features: return (embeddings, features) with the pooled backbone features [V, B, F] or [B, F], for probes
-                that are trained beside the model.
+                that are trained along with the model.
         """
         views = views_of(x)
         out: Embeddings | dict[str, Tensor]
@@ -198,13 +198,13 @@ class StyleHeads(ReadsStacked):
         return (out, pooled) if features else out
 
     def features(self, x: ViewBatch | Tensor | Sequence[Tensor]) -> Tensor:
-        """Pooled backbone features, [B, F] or [V, B, F]. Train mode and gradient are the caller's business."""
+        """Pooled backbone features, [B, F] or [V, B, F]; the caller sets training mode and gradients."""
         views = views_of(x)
         with _outside_forward("features"):
             return self._pooled(views) if is_plain(views, x, self.sample_ndim) else self._features(views)
 
     def project(self, features: Tensor) -> dict[str, Tensor]:
-        """What the heads make of pooled features of a plain batch, `features(x)`: [N, F] to name -> [N, d]."""
+        """Apply the heads to pooled features of a plain batch, as from `features(x)`: [N, F] to name -> [N, d]."""
         with _outside_forward("project"):
             z: dict[str, Tensor] = self.projections(features)
             return z
@@ -212,17 +212,18 @@ class StyleHeads(ReadsStacked):
     # ------------------------------------------------------------------------------------ parts
 
     def head(self, name: str) -> nn.Sequential:
-        """One head as plain layers (a copy): [N, F] -> [N, d]. `encoder(name)` has the backbone before it."""
+        """A copy of one head as plain layers, [N, F] -> [N, d]; `encoder(name)` includes the backbone."""
         return self.projections.head(name)
 
     def encoder(self, space: str = FEATURES) -> Encoder:
-        """One space as a plain module images [B, C, H, W] -> [B, d], for torch.export, ONNX and inference.
+        """One space as a plain module, images [B, C, H, W] -> [B, d], for torch.export, ONNX and inference.
 
         Args:
-            space: its name; "backbone" gives the pooled features [B, F].
+            space: name of the space; "backbone" gives the pooled features [B, F].
 
         Returns:
-            A module that shares the backbone, with a copy of the head, in this model's mode (`.eval()` it first).
+            A module that shares the backbone and has a copy of the head, in the present training or evaluation mode
+            of this model (call `.eval()` first for inference).
 
         Raises:
             KeyError: no such space.
@@ -233,27 +234,28 @@ class StyleHeads(ReadsStacked):
     def export_backbone(self) -> dict[str, Tensor]:
         """The backbone's weights under the keys of the library that it came from.
 
-        They go back into a model without its classifier, `timm.create_model(name, num_classes=0)`, or into one with a
-        classifier of its own, `load_state_dict(weights, strict=False)`. The weights of a model that FSDP2 has sharded
-        are gathered: call it on every rank.
+        Load them into a model without a classifier, `timm.create_model(name, num_classes=0)`, or into one with a
+        classifier with `load_state_dict(weights, strict=False)`. The weights of a model that FSDP2 has sharded are
+        gathered: call this on every rank.
 
         Returns:
-            key -> tensor, detached; what was taken off (`changes`) is not in it.
+            key -> tensor, detached; without the parts that were removed (`changes`).
         """
         prefix = "model." if isinstance(self.backbone, TimmFeatures) else ""
         state = self.backbone.state_dict()
 
-        def own(key: str) -> str:  # a part that is called "module" is the library's own: wrappers of that name are off
+        def own(key: str) -> str:  # "module" is the library's own name here: wrappers were removed
             return storage.bare(key, storage.INSIDE).removeprefix(prefix)
 
         versions = {own(f"{path}.").rstrip("."): found for path, found in storage.versions(state).items()}
         return storage.with_versions({own(k): whole(t) for k, t in state.items()}, versions)
 
     def freeze(self) -> "StyleHeads":
-        """Freeze the backbone: no gradient, and evaluation mode whatever `train()` says, so that its batch statistics
-        stay as they are and dropout is off. The heads are trained on the features that it has; returns the model.
+        """Freeze the backbone and return the model.
 
-        Parameters are shared with the module that was given to the constructor: they are frozen there too.
+        The backbone gets no gradient and stays in evaluation mode even after `train()`, so that its batch statistics do
+        not change and dropout is off; only the heads are trained. Its parameters are shared with the module that was
+        given to the constructor, so they are frozen there too.
         """
         self.frozen = True
         self.backbone.requires_grad_(False)
@@ -261,14 +263,14 @@ class StyleHeads(ReadsStacked):
         return self
 
     def unfreeze(self) -> "StyleHeads":
-        """Train the backbone again; returns the model."""
+        """Undo `freeze`: train the backbone again. Returns the model."""
         self.frozen = False
         self.backbone.requires_grad_(True)
         self.backbone.train(self.training)
         return self
 
     def train(self, mode: bool = True) -> "StyleHeads":
-        """Training mode; a frozen backbone stays in evaluation mode."""
+        """Set training mode; a frozen backbone stays in evaluation mode."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
@@ -277,7 +279,7 @@ class StyleHeads(ReadsStacked):
     # ------------------------------------------------------------------------------------ saving and loading
 
     def config(self) -> dict[str, Any]:
-        """What the constructor needs beside the backbone: plain numbers and strings."""
+        """The constructor's arguments other than the backbone, as plain numbers and strings."""
         return {
             "spaces": dict(self.spaces),
             "in_features": self.in_features,
@@ -289,16 +291,17 @@ class StyleHeads(ReadsStacked):
         }
 
     def save(self, path: str | Path, *, card: Mapping[str, Any] | None = None) -> None:
-        """Weights of backbone and heads, with the configuration. A model that FSDP2 has sharded is gathered: call it on
-        every rank; rank 0 writes.
+        """Save the weights of backbone and heads, with the configuration.
+
+        A model that FSDP2 has sharded is gathered: call this on every rank; rank 0 writes.
 
         Args:
-            path: where to write.
-            card: what else is needed to open the file without the training script (`ssd_addon.runs`): plain numbers,
-                strings, lists and dictionaries.
+            path: the file to write.
+            card: what else is needed to open the file without the training script (see `ssd_addon.runs`), as plain
+                numbers, strings, lists and dictionaries.
 
         Raises:
-            ValueError: a card that could not be read rightly, or a state that holds more than tensors and plain data.
+            ValueError: the card is not valid, or the state contains more than tensors and plain data.
             OSError: the file cannot be written.
         """
         content: dict[str, Any] = {"config": self.config(), "state_dict": self.state_dict()}
@@ -309,39 +312,43 @@ class StyleHeads(ReadsStacked):
 
     @classmethod
     def load(cls, path: str | Path, backbone: nn.Module, *, map_location: Any = "cpu") -> "StyleHeads":
-        """The model that `save` wrote, around a backbone of the same architecture (whose weights are overwritten).
+        """Load a model that `save` wrote.
 
-        Every entry of the file is compared with its checksum. Files without checksums, such as those of torch.save's
-        format before 1.6, open unverified.
+        Every entry of the file is compared with its checksum. Files without checksums, such as those in torch.save's
+        format before 1.6, are opened unverified.
+
+        Args:
+            path: the file.
+            backbone: a backbone of the same architecture; its weights are overwritten.
+            map_location: as for `torch.load`.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: not such a file, a damaged one, or a backbone of another architecture.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is of another kind or damaged, or the backbone has another architecture.
         """
         stored = storage.read(path, expected="a file of StyleHeads.save", map_location=map_location)
         return cls.from_stored(stored, backbone)
 
     @classmethod
     def from_stored(cls, stored: storage.Stored, backbone: nn.Module) -> "StyleHeads":
-        """The model of a file that was read, around a backbone of the same architecture.
+        """Build the model from a stored file and a backbone of the same architecture.
 
         Raises:
-            ValueError: a configuration that makes no `StyleHeads`, or weights of another backbone.
+            ValueError: the configuration is not valid for `StyleHeads`, or the weights are of another backbone.
         """
         config = dict(stored.config)
         try:
             check_stored(config, stored.state_dict)
             model = cls(backbone, config.pop("spaces"), **config)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"its configuration does not make a StyleHeads ({error})") from error
+            raise ValueError(f"its configuration is not valid for StyleHeads ({error})") from error
         model.restore(stored.config, stored.state_dict)
         return model
 
     def restore(self, config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
-        """Load weights; refuses those of another configuration or backbone, says where the two differ, and is left as
-        it was.
+        """Load weights; raises for those of another configuration or backbone, and then leaves the model unchanged.
 
-        Keys may carry the names of what wrapped the model when it was saved ("module.", "_orig_mod.", "model.").
+        Keys may start with the names of wrappers of the saved model ("module.", "_orig_mod.", "model.").
         """
         mine, there = self.config(), ADDED | dict(config)
         differ = [f"{k}: {there.get(k)} in the checkpoint, {mine[k]} here" for k in mine if there.get(k) != mine[k]]
@@ -362,7 +369,7 @@ class StyleHeads(ReadsStacked):
     # ------------------------------------------------------------------------------------ inside
 
     def _features(self, views: Tensor | Sequence[Tensor]) -> Tensor:
-        """Pooled features [V, B, F] of all views: one pass for each size."""
+        """Pooled features [V, B, F] of all views, with one backbone pass per image size."""
         if isinstance(views, Tensor):
             return self._pooled(views.flatten(0, 1)).view(*views.shape[:2], -1)
         sizes: dict[Any, list[int]] = {}
@@ -390,6 +397,6 @@ def _outside_forward(name: str) -> Iterator[None]:
         if "DTensor" not in str(error):
             raise
         raise ValueError(
-            f"{name}: expected whole parameters: got those of a model that FSDP2 has sharded, which gathers them in "
-            f"forward alone; call torch.distributed.fsdp.register_fsdp_forward_method(model, {name!r}) first"
+            f"{name}: expected whole parameters: got those of a model that FSDP2 has sharded, which gathers them only "
+            f"in forward; call torch.distributed.fsdp.register_fsdp_forward_method(model, {name!r}) first"
         ) from error

@@ -1,9 +1,10 @@
-"""Which keys a group should have: does it overwrite its attribute, or change it relative to the image?
+"""Tests whether a group overwrites its attribute or changes it relative to the image, which decides its keys.
 
-A blur leaves a sharp photograph as blurred as was drawn: it *overwrites* the attribute, two images with the same draw
-look alike in it, and the key may be made from another image. A shift of the hue *changes* the hue that the image had,
-and such a key would have nothing in common with its query. The test asks whether what was drawn can be read off the
-view alone. Legend: n images, P views, K draws of an image, k numbers of a parameter, R resamples.
+After a blur, the sharpness of a sharp photograph depends only on the drawn parameter: the group *overwrites* the
+attribute. Two images with the same draw agree in it, so the key may be made from another image. A hue shift *changes*
+the hue that the image has, and a key from another image would not agree with its query. The test measures whether the
+drawn parameter can be predicted from the view alone.
+Legend: n images, P views, K draws of an image, k numbers of a parameter, R resamples.
 """
 
 import math
@@ -26,28 +27,29 @@ from ssd_addon.metrics.spaces import standardized
 from ssd_addon.metrics.statistics import image_statistics
 
 HALF = 0.5
-"""Of what was drawn: read off the view alone by more, a group overwrites; by less of what the original shows, not."""
+"""A parameter is overwritten if R^2 from the view alone exceeds this, and changed if it is below this share of R^2
+with other views of the image."""
 VISIBLE = 0.2
-"""R^2 beside the original below which a parameter cannot be said to show at all."""
+"""R^2 with other views of the image below which a parameter counts as invisible."""
 REPEATED = 32
-"""Images that are drawn many times."""
+"""Number of images that are augmented many times."""
 LEAST = 40
-"""Images that the test needs."""
+"""Smallest number of images for the test."""
 OVERWRITES, CHANGES, MIXED, UNKNOWN = "overwrites", "changes", "in part", "cannot tell"
 BLOCK = 2**22
-"""Values of the images that are augmented at a time."""
+"""Pixel values that are augmented at a time."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One parameter of a group.
+    """The test result for one parameter of a group.
 
     Attributes:
-        group, parameter: "color", "0.ColorJitter/hue_factor".
+        group, parameter: such as "color" and "0.ColorJitter/hue_factor".
         verdict: "overwrites", "changes" or "cannot tell".
-        alone: R^2 of the parameter from one view, on images that the probe has not seen.
-        beside: R^2 of the parameter from the view and other views of the same image, whose draws are known.
-        alone_interval, beside_interval: 95 %, over images.
+        alone: R^2 of the parameter, predicted from one view of a held-out image.
+        beside: R^2 of the parameter, predicted by a probe that was fitted on other views of the same image.
+        alone_interval, beside_interval: 95 % intervals over images.
     """
 
     group: str
@@ -61,13 +63,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Overwrites:
-    """What `overwrites` found; print it to read it.
+    """The result of `overwrites`; print it for a table.
 
     Attributes:
-        groups: group -> "overwrites", "changes", "in part" (some of its parameters do, others do not) or "cannot tell".
-        parts: every parameter.
-        notes: group -> what was left out, or why there is nothing to say.
-        images: n.
+        groups: group -> "overwrites", "changes", "in part" (only some of its parameters overwrite) or "cannot tell".
+        parts: results for every parameter.
+        notes: group -> parameters that were left out, or why there is no result.
+        images: n, the number of images.
     """
 
     groups: dict[str, str]
@@ -77,11 +79,11 @@ class Overwrites:
 
     @property
     def sets(self) -> tuple[str, ...]:
-        """The groups that overwrite their attribute: what `recipe(sets=...)` takes."""
+        """The groups that overwrite their attribute, for `recipe(sets=...)`."""
         return tuple(group for group, verdict in self.groups.items() if verdict == OVERWRITES)
 
     def to_json(self) -> dict[str, Any]:
-        """Dictionaries, lists, strings and numbers alone."""
+        """The result as dictionaries, lists, strings and numbers."""
         return asdict(self) | {"parts": [asdict(part) for part in self.parts], "sets": list(self.sets)}
 
     def __str__(self) -> str:
@@ -111,19 +113,20 @@ def overwrites(
     bootstrap: int = 200,
     seed: int = 0,
 ) -> Overwrites:
-    """Does each group overwrite its attribute, or change it relative to the image? Says so of your own images.
+    """Test on your own images whether each group overwrites its attribute or changes it relative to the image.
 
-    Every group is applied by itself. Where it overwrites its attribute, what was drawn (sigma of a blur) shows in the
-    view whatever the image; where it changes it (hue, rotation), it shows only beside the original. Two scores:
+    Every group is applied by itself. If it overwrites its attribute, the drawn parameter (sigma of a blur) can be
+    predicted from the view of any image; if it changes it (hue, rotation), only by comparison with the
+    original. Two scores are computed:
     *alone*: R^2 of the parameter from statistics of one view by kernel ridge regression, on held-out images;
-    *beside*: R^2 of the parameter from the same statistics where the probe is fitted on other views of the same image.
+    *beside*: R^2 of the parameter from the same statistics by a probe that is fitted on other views of the image.
     A parameter is overwritten if the interval of `alone` lies above 0.5, and changed if `alone` lies below half of
-    `beside`, which must itself lie above 0.2; otherwise the test cannot tell. A group "overwrites" if all its
-    parameters are overwritten, and does so "in part" if some are and others are changed.
+    `beside`, which must itself lie above 0.2; otherwise the test is inconclusive ("cannot tell"). A group "overwrites"
+    if all its parameters are overwritten, and does so "in part" if some are overwritten and others changed.
 
-    The statistics (colors, gradients, layout; `metrics.statistics`) need no training. They find what such statistics
-    show: a large network that is trained for long may read more off a view (how an upright photograph was turned, say),
-    and needs it for keys of other images to work.
+    The statistics (colors, gradients, layout; `metrics.statistics`) need no training. The test is limited to what they
+    capture: a large network may predict more from a view (such as the rotation of an upright photograph), and keys from
+    other images may then work for such a group too.
 
     >>> import kornia.augmentation as K
     >>> gray = torch.rand(80, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(80, 3, 12, 12)
@@ -132,28 +135,28 @@ def overwrites(
     ({'hue': 'changes'}, ())
 
     Args:
-        groups: name -> operations, as of `StructuredViews`; of a preset, `presets("color_spatial")["groups"]`.
+        groups: name -> operations, as for `StructuredViews`; for a preset, `presets("color_spatial")["groups"]`.
         images: [n, C, H, W], uint8 or in [0, 1], not normalized, of the size that the groups get in training; or
-            batches of them (a data loader, which should shuffle: the first `samples` images are taken). n >= 40.
-        samples: at most so many images; of a tensor they are drawn at random.
-        draws: of each of 32 images, for `beside`. Groups that draw several numbers at once need more.
-        bootstrap: resamples of the images, 2 or more.
-        seed: of the choice of images, the draws, the split and the resamples.
+            batches of them (from a data loader that shuffles: the first `samples` images are used). n >= 40.
+        samples: largest number of images; from a tensor they are chosen at random.
+        draws: draws for each of 32 images, for `beside`. Groups that draw several numbers at once need more.
+        bootstrap: number of resamples of the images, 2 or more.
+        seed: seed of the choice of images, the draws, the split and the resamples.
 
     Raises:
-        ValueError, TypeError: fewer than 40 images; no group; groups or images that `StructuredViews` refuses, such as
-            a group that draws nothing.
+        ValueError, TypeError: there are fewer than 40 images or no group; `StructuredViews` refuses groups or images,
+            such as a group that draws nothing.
 
-    Source: docs/choose-your-groups.md, section 2, with what it says of groups whose keys were tried both ways.
+    Source: docs/choose-your-groups.md, section 2, with results for groups that were trained with both kinds of keys.
     """
     _checks.count(samples, "samples", LEAST)
     _checks.count(draws, "draws", 8)
     at_least("bootstrap", bootstrap, 2)
     if not isinstance(groups, Mapping):
-        hint = '; of a preset, give presets("color_spatial")["groups"]' if isinstance(groups, str) else ""
+        hint = '; for a preset, pass presets("color_spatial")["groups"]' if isinstance(groups, str) else ""
         raise TypeError(f"groups: expected a mapping name -> operations: got {type(groups).__name__}{hint}")
     if not groups:
-        raise ValueError("groups: expected at least one group to ask about: got none")
+        raise ValueError("groups: expected at least one group to test: got none")
     made = {name: StructuredViews({name: operations}, seed=seed) for name, operations in groups.items()}
     x = _taken(images, samples, seed)
     parts: list[Part] = []
@@ -175,7 +178,7 @@ def overwrites(
 
 
 def _verdict(parts: Sequence[str], complete: bool) -> str:
-    """Of a group, from its parameters; a group with parameters that could not be asked about never overwrites."""
+    """The verdict on a group from those on its parameters; it is never "overwrites" if some could not be tested."""
     if {OVERWRITES, CHANGES} <= set(parts):
         return MIXED
     if parts and len(set(parts)) == 1 and (complete or parts[0] != OVERWRITES):
@@ -184,14 +187,14 @@ def _verdict(parts: Sequence[str], complete: bool) -> str:
 
 
 def _taken(images: Images, samples: int, seed: int) -> Tensor:
-    """At most so many images [n, C, H, W]: of a tensor a random choice, of batches the first."""
+    """At most `samples` images [n, C, H, W]: a random choice from a tensor, the first ones from batches."""
     if isinstance(images, Tensor):
         count = len(images) if images.ndim else 0
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
         x = images[order.to(images.device)] if count else images
     else:
         each: list[Tensor] = []
-        with generators_kept():  # a loader that shuffles draws from the global one
+        with generators_kept():  # a loader that shuffles draws from the global generator
             for batch in batches(images, 1):
                 each.append(batch)
                 if sum(map(len, each)) >= samples:
@@ -201,14 +204,14 @@ def _taken(images: Images, samples: int, seed: int) -> Tensor:
             raise ValueError(f"images: expected batches of images of one size: got {got}")
         x = torch.cat(each)[:samples] if each else torch.zeros(0)
     if x.ndim == 0 or len(x) < LEAST:
-        raise ValueError(f"images: expected at least {LEAST}, which the intervals are over: got {_checks.shape(x)}")
+        raise ValueError(f"images: expected at least {LEAST}, for the intervals: got {_checks.shape(x)}")
     return x
 
 
 def _parts(
     name: str, views: StructuredViews, x: Tensor, draws: int, bootstrap: int, seed: int, skipped: list[str]
 ) -> list[Part]:
-    """What is found of every parameter of one group."""
+    """Test every parameter of one group."""
     generator = torch.Generator().manual_seed(seed)
     # alone: two draws of every image, half of the images held out
     statistics, theta = _drawn(name, views, x, 2, (seed, 0), skipped)
@@ -218,9 +221,9 @@ def _parts(
     if not varying:
         return []
     errors = _alone(statistics, list(varying.values()), split, seed)
-    held_out = len(split.test) // 2  # images; the rows of the second draw lie behind those of the first
+    held_out = len(split.test) // 2  # number of images; samples of the second draw follow those of the first
     once = split.weights[:, :held_out].double()
-    # beside: many draws of few images
+    # beside: many draws for few images
     few = x[:REPEATED]
     again, repeated = _drawn(name, views, few, draws, (seed, 1), [])
     z = standardized(torch.cat([s - s.mean(0) for s in again.values()], 1), torch.arange(len(few) * draws))
@@ -272,12 +275,12 @@ def _drawn(
 
 
 def _varies(values: Tensor) -> Tensor:
-    """Which columns [k] of [P, k] are not constant."""
+    """Mask [k] of the columns of [P, k] that are not constant."""
     return values.amax(0) - values.amin(0) > 1e-6 * values.abs().amax(0)
 
 
 def _target(values: Tensor, split: Split) -> Target | None:
-    """A parameter to be predicted, standardized; None where it does not vary on both sides of the split."""
+    """A standardized parameter as the target of a probe; None if it does not vary on both sides of the split."""
     keep = _varies(values)
     y = values[:, keep]
     if not keep.any() or not all(bool(_varies(y[rows]).all()) for rows in (split.train, split.test)):
@@ -286,9 +289,9 @@ def _target(values: Tensor, split: Split) -> Target | None:
 
 
 def _alone(statistics: Mapping[str, Tensor], targets: Sequence[Target], split: Split, seed: int) -> list[Tensor]:
-    """Squared errors [rows held out, k] of every target, by kernel ridge regression on one kind of statistics or all.
+    """Squared errors [held-out views, k] of every target, by kernel ridge regression on one kind of statistics or all.
 
-    Which kind, bandwidth and penalty are used is chosen for each target by cross-validation over training images.
+    Kind, bandwidth and penalty are chosen for each target by cross-validation over training images.
     """
     least = torch.full((len(targets),), math.inf, dtype=torch.double)
     out: list[Tensor] = [torch.zeros(0)] * len(targets)
@@ -309,10 +312,10 @@ def _alone(statistics: Mapping[str, Tensor], targets: Sequence[Target], split: S
 
 
 def _beside(z: Tensor, theta: Tensor) -> Tensor:
-    """Squared errors [n, K, k] where every view's parameter is predicted from the other views of its image.
+    """Squared errors [n, K, k] when every view's parameter is predicted from the other views of its image.
 
-    Kernel ridge regression in each image, leave one out: residuals y_i - yhat_i = (A y)_i / A_ii with A the inverse of
-    kernel + penalty + intercept. Bandwidth and penalty are chosen on every second image for the others.
+    Leave-one-out kernel ridge regression within each image: residuals y_i - yhat_i = (A y)_i / A_ii with A the inverse
+    of kernel + penalty + intercept. Bandwidth and penalty are chosen on every second image and used for the others.
 
     Args:
         z: statistics [n, K, d].
@@ -335,11 +338,11 @@ def _beside(z: Tensor, theta: Tensor) -> Tensor:
 
 
 def _scores(errors: Tensor, y: Tensor, weights: Tensor) -> tuple[float, Tensor]:
-    """R^2, the mean over columns, of all images and of every resample [R].
+    """R^2, averaged over columns, on all images and on every resample [R].
 
     Args:
         errors, y: [n, views of an image, k].
-        weights: [R, n], how often an image is in each resample.
+        weights: [R, n], how often each image occurs in each resample.
     """
     of: Callable[[Tensor], Tensor] = lambda t: torch.cat([t.sum(1).sum(0)[None], weights @ t.sum(1)])  # noqa: E731
     count = torch.cat([weights.new_tensor([len(y)]), weights.sum(1)])[:, None] * y.shape[1]

@@ -1,8 +1,8 @@
 """The exact gradient of a large batch in the memory of a small one.
 
-    z       = model(batch), part by part, without a graph
+    z       = model(batch), computed in chunks, without a graph
     g       = dL/dz of the whole batch
-    dL/dw   = sum over parts of (dz_part/dw)^T g_part, each part run a second time, with a graph
+    dL/dw   = sum over chunks of (dz_chunk/dw)^T g_chunk, where each chunk is run a second time, with a graph
 
 Source: Gao et al. 2021, arXiv 2101.06983 (GradCache).
 """
@@ -26,13 +26,13 @@ from ssd_addon.embeddings import Embeddings, of_batch
 def two_pass(model: nn.Module, batch: ViewBatch, criterion: Callable[[Embeddings], Tensor], *, chunk: int) -> Tensor:
     """The loss of the whole batch; its gradients are added to `.grad` of all parameters, as by `loss.backward()`.
 
-    Memory for activations is that of `chunk` images; the model runs twice. Dropout draws the same in both runs. The
-    parameters of the criterion (a learned temperature) get their gradient too.
+    Activations take the memory of `chunk` images; the model runs twice. Dropout uses the same masks in both runs. The
+    parameters of the criterion (a learned temperature) get their gradients too.
 
-    Over ranks give the criterion `gather_distributed=True`. A DistributedDataParallel model averages gradients once,
-    after the last part, and ranks may hold different numbers of images; FSDP2 averages after every part, as it does not
-    keep whole gradients, and needs as many parts on every rank. Parameters of the criterion get their rank's gradient:
-    average it as after a backward pass of your own.
+    Over ranks, give the criterion `gather_distributed=True`. A DistributedDataParallel model averages gradients once,
+    after the last chunk, and ranks may hold different numbers of images. FSDP2 averages after every chunk, as it does
+    not keep whole gradients, and needs the same number of chunks on every rank. Parameters of the criterion get the
+    gradient of their rank: average it as you would after a backward pass of your own.
 
     >>> from ssd_addon import JointEntropyLoss, StyleHeads, ViewPlan
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -43,21 +43,22 @@ def two_pass(model: nn.Module, batch: ViewBatch, criterion: Callable[[Embeddings
     (torch.Size([]), tensor(True))
 
     Args:
-        model: `StyleHeads`, also inside DistributedDataParallel or FSDP2, or any module ViewBatch -> `Embeddings`.
-        batch: of any plan.
-        criterion: of the embeddings; a function may add terms, `lambda z: criterion(z) + equivariance(z, batch)`.
-        chunk: images, with all their views, that go through the model at once.
+        model: `StyleHeads`, also inside DistributedDataParallel or FSDP2, or any module that maps a `ViewBatch` to
+            `Embeddings`.
+        batch: the whole batch, with any plan.
+        criterion: function of the embeddings; it may add terms, `lambda z: criterion(z) + equivariance(z, batch)`.
+        chunk: number of images, with all their views, that go through the model at once.
 
-    Batch norm in training mode uses the statistics of each part, as gradient accumulation would: a warning says so, and
+    Batch norm in training mode uses the statistics of each chunk, as with gradient accumulation: a warning says so, and
     running statistics are updated once.
 
     Returns:
         The loss, detached.
 
     Raises:
-        TypeError: no `ViewBatch`, or a model that returns something else than `Embeddings`.
-        ValueError: chunk below 1; a batch without images; DistributedDataParallel with static_graph=True; different
-            numbers of parts on the ranks, where the model communicates in its forward pass (FSDP, SyncBatchNorm).
+        TypeError: batch is not a `ViewBatch`, or the model does not return `Embeddings`.
+        ValueError: chunk is below 1; the batch has no images; DistributedDataParallel has static_graph=True; the ranks
+            have different numbers of chunks and the model communicates in its forward pass (FSDP, SyncBatchNorm).
     """
     if not isinstance(batch, ViewBatch):
         raise TypeError(f"batch: expected a ViewBatch: got {type(batch).__name__}")
@@ -69,7 +70,7 @@ def two_pass(model: nn.Module, batch: ViewBatch, criterion: Callable[[Embeddings
     if norms and len(parts) > 1:
         warnings.warn(
             f"two_pass: batch norm in training mode uses the statistics of {size} images at a time, not of all "
-            f"{batch.images}; layer norm, or batch norm in evaluation mode, has none",
+            f"{batch.images}; use layer norm, or batch norm in evaluation mode, to avoid this",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -101,11 +102,11 @@ def two_pass(model: nn.Module, batch: ViewBatch, criterion: Callable[[Embeddings
 
 
 def _check_ranks(model: nn.Module, parts: int, device: torch.device) -> None:
-    """Refuse what torch's wrappers cannot do part by part, before a rank waits for another."""
+    """Refuse what torch's wrappers cannot do in chunks, before a rank waits for another."""
     if parts > 1 and any(m.static_graph for m in model.modules() if isinstance(m, DistributedDataParallel)):
         raise ValueError(
             "model: expected DistributedDataParallel without static_graph=True, which has to average the gradients of "
-            f"its first backward pass: got one with it, and {parts} parts"
+            f"its first backward pass: got one with it, and {parts} chunks"
         )
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if ranks < 2 or not any(_communicates(m) for m in model.modules()):
@@ -115,13 +116,13 @@ def _check_ranks(model: nn.Module, parts: int, device: torch.device) -> None:
     numbers = [int(n) for n in counts]
     if len(set(numbers)) > 1:
         raise ValueError(
-            "chunk: expected as many parts on every rank for a model that communicates in its forward pass (FSDP, "
-            f"SyncBatchNorm): got {_checks.names(numbers)}; give every rank as many images (drop_last=True)"
+            "chunk: expected the same number of chunks on every rank for a model that communicates in its forward pass "
+            f"(FSDP, SyncBatchNorm): got {_checks.names(numbers)}; give every rank as many images (drop_last=True)"
         )
 
 
 def _communicates(part: nn.Module) -> bool:
-    """Does a part of a model wait for other ranks in its forward pass?"""
+    """Does this module wait for other ranks in its forward pass?"""
     kinds = {c.__name__ for c in type(part).__mro__}
     synchronized = isinstance(part, nn.SyncBatchNorm) and part.training
     return synchronized or bool(kinds & {"FSDPModule", "FullyShardedDataParallel"})
@@ -129,7 +130,7 @@ def _communicates(part: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _not_averaged(model: nn.Module) -> Iterator[None]:
-    """Gradients stay with their rank: of DistributedDataParallel, wherever it stands in the model."""
+    """Turn off the averaging of gradients in every DistributedDataParallel inside the model."""
     with contextlib.ExitStack() as stack:
         for m in model.modules():
             if isinstance(m, DistributedDataParallel):
@@ -139,7 +140,7 @@ def _not_averaged(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _untracked(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Running statistics do not move. What DistributedDataParallel sends to them from rank 0 stays."""
+    """Keep running statistics unchanged, except for values that DistributedDataParallel broadcasts from rank 0."""
     before = [m.track_running_stats for m in norms]
     try:
         for m in norms:

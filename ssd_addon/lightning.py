@@ -1,4 +1,4 @@
-"""Style spaces in a LightningModule, of lightning.pytorch or pytorch_lightning: neither is imported here.
+"""Style spaces in a LightningModule of lightning.pytorch or pytorch_lightning; neither package is imported here.
 
 class Mine(StructuredTraining, LightningModule):
     def __init__(self):
@@ -31,13 +31,13 @@ _Base: Any = nn.Module if TYPE_CHECKING else object
 
 @dataclass(frozen=True)
 class StructuredStep:
-    """What `structured_step` made of a batch.
+    """The result of `structured_step` for a batch.
 
     Attributes:
-        loss: scalar with its graph, the criterion's and, where there is one, the equivariance loss.
-        terms: of the criterion.
-        embeddings: space -> [V, B, d], what the model returned.
-        views: the `ViewBatch` that they are of.
+        loss: scalar with its graph: the criterion plus, if there is one, the equivariance loss.
+        terms: terms of the criterion.
+        embeddings: space -> [V, B, d], the model's output.
+        views: the `ViewBatch` that was embedded.
     """
 
     loss: Tensor
@@ -47,34 +47,34 @@ class StructuredStep:
 
 
 class StructuredTraining(_Base):  # type: ignore[misc]
-    """A mixin for a LightningModule: views, loss, logging and dual ascent of a training step.
+    """A mixin for a LightningModule that adds views, loss, logging and dual ascent to the training step.
 
-    Views are drawn after the transfer to the device, from batches of training alone. `training_step` computes the loss
-    and logs its terms, as means over ranks; the weights of the criterion (`DualAscent`) are stepped once per optimizer
-    step. All state is in the module's state_dict, and so in Lightning's checkpoints.
+    Views are drawn after the transfer to the device, for training batches only. `training_step` computes the loss and
+    logs its terms, averaged over ranks; the criterion's weights (`DualAscent`) are updated once per optimizer step. All
+    state is in the module's state_dict, and so in Lightning's checkpoints.
 
-        class Mine(StructuredTraining, LightningModule): ...        in this order
+        class Mine(StructuredTraining, LightningModule): ...        the mixin comes first
 
-    Set in `__init__` (or in `configure_model`):
+    Set these in `__init__` (or in `configure_model`):
 
     Attributes:
-        views: the `StructuredViews`, or the `StructuredTransform` by which the data set's workers draw views.
+        views: the `StructuredViews`, or the `StructuredTransform` with which the data set's workers draw views.
         model: a `StyleHeads`, also compiled or wrapped.
         criterion: a `JointEntropyLoss`. Over ranks give it `gather_distributed=True`.
         equivariance: an `EquivarianceLoss` to add, or None.
-        image_key: the images' name where batches are mappings.
+        image_key: key of the images if batches are mappings.
 
-    A batch is images [B, C, H, W], or a tuple or list that begins with them (labels, names and anything else are kept),
-    or a mapping that holds either under `image_key`, or a `ViewBatch`; with a `StructuredTransform`, a list of V views
-    takes the images' place. A training step sees the same batch with a `ViewBatch` in that place.
+    A batch is images [B, C, H, W], a tuple or list that starts with them (labels, names and other entries are kept), a
+    mapping that holds either under `image_key`, or a `ViewBatch`; with a `StructuredTransform`, the images are replaced
+    by a list of V views. The training step gets the same batch, with a `ViewBatch` in the place of the images.
 
     Raises:
-        TypeError: the mixin behind LightningModule in the bases; a batch without images in their place; manual
-            optimization with the default `training_step`.
+        TypeError: the mixin comes after LightningModule in the bases; a batch has no images; the default
+            `training_step` is used with manual optimization.
         AttributeError: views, model or criterion are missing.
-        ValueError: parameters of the criterion or the equivariance loss that no optimizer has, or that FSDP2 leaves
-            apart; a batch on another device.
-        RuntimeError: a hook of the mixin that an override does not call; LBFGS with weights that adapt.
+        ValueError: parameters of the criterion or the equivariance loss are in no optimizer, or are not sharded by
+            FSDP2 like the others; a batch is on another device.
+        RuntimeError: an override does not call a hook of the mixin; LBFGS is used with adaptive weights.
     """
 
     views: Any
@@ -83,24 +83,24 @@ class StructuredTraining(_Base):  # type: ignore[misc]
     equivariance: Any  # no default: a class attribute would hide the submodule of that name
     image_key: str | None = None
 
-    _pending: tuple[Terms, ...] = ()  # of the batches since the last optimizer step
-    _pending_step = 0  # trainer.global_step when the first of them came
-    _hook_ran = False  # since then
-    _trained: Mapping[str, Tensor] | None = None  # the weights' state after their last step
+    _pending: tuple[Terms, ...] = ()  # terms of the batches since the last optimizer step
+    _pending_step = 0  # trainer.global_step at the first of them
+    _hook_ran = False  # whether on_before_optimizer_step ran since then
+    _trained: Mapping[str, Tensor] | None = None  # state of the criterion's weights after their last step
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         before = cls.__mro__[: cls.__mro__.index(StructuredTraining)]
         if any(c.__name__ == "LightningModule" for c in before):
             raise TypeError(
-                f"class {cls.__name__}: expected StructuredTraining before the LightningModule, whose hooks it "
-                f"extends: got {_checks.names(c.__name__ for c in cls.__bases__)}"
+                f"class {cls.__name__}: expected StructuredTraining before the LightningModule in the bases, as it "
+                f"extends its hooks: got {_checks.names(c.__name__ for c in cls.__bases__)}"
             )
 
     # ------------------------------------------------------------------------------------------------ a step
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss of a batch; override it with `self.structured_step(batch)` to do more."""
+        """The loss of a batch; to do more, override it and call `self.structured_step(batch)`."""
         if not self.automatic_optimization:
             raise TypeError(
                 "training_step: expected one of your own under manual optimization, which calls "
@@ -110,14 +110,14 @@ class StructuredTraining(_Base):  # type: ignore[misc]
         return self.structured_step(batch).loss
 
     def structured_step(self, batch: Any) -> StructuredStep:
-        """Embeddings and loss of a batch, its terms logged: for a `training_step` or `validation_step` of your own.
+        """Embed a batch, compute its loss and log the terms; for your own `training_step` or `validation_step`.
 
-        Names in the log are those of `Terms.scalars()`, "equivariance" and, where weights adapt, "lambda/content", ...;
-        outside the training they begin with "val/" or "test/". There the views are drawn too, the draws of the
-        training go on as if nothing had happened, and weights are not stepped.
+        Logged names are those of `Terms.scalars()`, "equivariance" and, with adaptive weights, "lambda/content", ...;
+        outside training they start with "val/" or "test/". There views are drawn too, without affecting the draws for
+        training, and weights are not updated.
 
         Args:
-            batch: as the data loader gives it, or as the `training_step` gets it.
+            batch: a batch from the data loader, or the argument of `training_step`.
         """
         stage, counted = self._stage(), self._needed("views")
         call = getattr(counted, "call", None)
@@ -127,7 +127,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
         if views.device.type != self.device.type:
             raise ValueError(
                 f"batch: expected it on the module's device, {self.device}: got views on {views.device}; "
-                "transfer_batch_to_device moves it"
+                "move it in transfer_batch_to_device"
             )
         z = self._needed("model")(views)
         terms: Terms = self._needed("criterion").terms(z, views)
@@ -142,18 +142,18 @@ class StructuredTraining(_Base):  # type: ignore[misc]
         return StructuredStep(loss, terms, z, views)
 
     def _log(self, stage: str, terms: Terms, own: Mapping[str, Tensor], images: int) -> None:
-        """Terms are equal on every rank; the losses are of this rank, and their mean over ranks is the global one."""
+        """Log terms, which are equal on every rank, and losses, whose mean over ranks is the global loss."""
         numbers = {k: t for k, t in terms.tensors().items() if k != "loss"}
         if self._adapts():
             weights = self.criterion.weights.lambdas(tuple(terms.invariance))
             numbers |= {f"lambda/{n}": torch.as_tensor(w, device=terms.loss.device) for n, w in weights.items()}
         for values, reduced in ((numbers, False), (own, True)):
-            # In 32 bits, and as tensors: under bf16-true Lightning makes 16-bit tensors of numbers.
+            # As 32-bit tensors, because under bf16-true Lightning converts numbers to 16-bit tensors.
             as_floats = {stage + k: t.detach().float().clone() for k, t in values.items()}
             self.log_dict(as_floats, sync_dist=reduced, batch_size=images)
 
     def _stage(self) -> str:
-        """ "" in training, else what names in the log begin with."""
+        """Prefix of logged names: "" in training, else such as "val/"."""
         trainer = getattr(self, "_trainer", None)
         if trainer is None or trainer.training:
             return ""
@@ -176,19 +176,19 @@ class StructuredTraining(_Base):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------------ views
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Draws views of a training batch; others are left as they are."""
+        """Draw views of a training batch; other batches are left unchanged."""
         batch = super().on_after_batch_transfer(batch, dataloader_idx)
         trainer = getattr(self, "_trainer", None)
         return self._drawn(batch) if trainer is not None and trainer.training else batch
 
     def _drawn(self, batch: Any) -> Any:
-        """The batch with views in the images' place."""
+        """The batch with views in the place of the images."""
         if isinstance(batch, ViewBatch):
             return batch
         if isinstance(batch, Mapping):
             if self.image_key is None or self.image_key not in batch:
                 raise TypeError(
-                    f"batch: expected self.image_key to name the images among {_checks.names(batch)}: got "
+                    f"batch: expected self.image_key to be one of the keys {_checks.names(batch)}: got "
                     f"{self.image_key!r}"
                 )
             return {**batch, self.image_key: self._drawn(batch[self.image_key])}
@@ -204,8 +204,8 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             drawn = views(images)
         else:
             raise TypeError(
-                f"batch: expected images [B, C, H, W], or a tuple that begins with them: got {_named(batch)}"
-                + ("; with views made in workers, self.views is their StructuredTransform" if _lists(images) else "")
+                f"batch: expected images [B, C, H, W], or a tuple that starts with them: got {_named(batch)}"
+                + ("; for views made in workers, set self.views to their StructuredTransform" if _lists(images) else "")
             )
         if not isinstance(drawn, ViewBatch):
             raise TypeError(f"self.views: expected StructuredViews, which return a ViewBatch: got {_named(drawn)}")
@@ -222,7 +222,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
         return weights is not None and not isinstance(weights, FixedWeights)
 
     def _record(self, terms: Terms) -> None:
-        """Keep the terms until the optimizer's step."""
+        """Store the terms until the optimizer's step."""
         trainer = getattr(self, "_trainer", None)
         if trainer is None or not self._adapts():
             return
@@ -234,13 +234,13 @@ class StructuredTraining(_Base):  # type: ignore[misc]
     def _check_hook(self) -> None:
         if self._pending and not self._hook_ran and self.trainer.global_step > self._pending_step:
             raise RuntimeError(
-                f"{type(self).__name__}: expected on_before_optimizer_step of StructuredTraining to run, which steps "
-                "criterion.weights: got an optimizer step without; call super().on_before_optimizer_step(optimizer) in "
-                "your override, and step optimizers through Lightning (self.optimizers())"
+                f"{type(self).__name__}: expected on_before_optimizer_step of StructuredTraining to run, which updates "
+                "criterion.weights: got an optimizer step without it; call super().on_before_optimizer_step(optimizer) "
+                "in your override, and step optimizers through Lightning (self.optimizers())"
             )
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Steps the criterion's weights with the mean terms of the batches since the last step."""
+        """Update the criterion's weights with the mean terms of the batches since the last step."""
         super().on_before_optimizer_step(optimizer)
         self._hook_ran = True
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -251,7 +251,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             if self._trained is None and any(p.grad is not None for p in of_model):
                 raise RuntimeError(
                     f"{type(self).__name__}: expected training_step to call self.structured_step(batch), whose terms "
-                    "step criterion.weights: got gradients without; to step them yourself, override "
+                    "update criterion.weights: got gradients without that call; to update them yourself, override "
                     "on_before_optimizer_step"
                 )
             return
@@ -264,7 +264,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------------ begin, save, end
 
     def on_fit_start(self) -> None:
-        """Says at once what is missing."""
+        """Check that views, model and criterion are set."""
         super().on_fit_start()
         for name in ("views", "model", "criterion"):
             self._needed(name)
@@ -277,7 +277,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
         self._pending, self._trained = (), None
 
     def on_train_start(self) -> None:
-        """Says which parameters of the loss no optimizer trains."""
+        """Check that the optimizers have all parameters of the loss."""
         super().on_train_start()
         groups = [g for o in self.trainer.optimizers for g in o.param_groups]
         trained = {id(p) for group in groups for p in group["params"]}
@@ -287,11 +287,11 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             if left := [f"{name}.{k}" for k, p in named if p.requires_grad and id(p) not in trained]:
                 raise ValueError(
                     "configure_optimizers: expected all trained parameters, such as self.parameters(): got optimizers "
-                    f"without {_checks.names(left)}; set requires_grad to False on what is not to be trained"
+                    f"without {_checks.names(left)}; set requires_grad to False on parameters that you do not train"
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """In a checkpoint of averaged weights (Lightning's WeightAveraging), lambda and draws stay the training's."""
+        """Keep lambda and draws as in training, not averaged, in checkpoints of Lightning's WeightAveraging."""
         super().on_save_checkpoint(checkpoint)
         if "current_model_state" not in checkpoint:
             return
@@ -302,19 +302,19 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             state.update({k: v for k, v in own.items() if k in state})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Says where a fit cannot be continued: optimizer states of heads whose weights were stacked."""
+        """Refuse to resume from optimizer states of heads whose weights were stored stacked."""
         super().on_load_checkpoint(checkpoint)
         trainer = getattr(self, "_trainer", None)
         fits = trainer is not None and trainer.state.fn == "fit"
         if fits and checkpoint.get("optimizer_states") and is_stacked(checkpoint["state_dict"]):
             raise ValueError(
-                "ckpt_path: expected optimizer states for the weights of each head: got a checkpoint from when all "
-                "heads shared stacked weights, whose optimizer states cannot be carried over; load its weights alone, "
+                "ckpt_path: expected optimizer states for the weights of each head: got a checkpoint of an older "
+                "version, with stacked weights, whose optimizer states cannot be converted; load only its weights, "
                 "module.load_state_dict(torch.load(path)['state_dict']), and fit without ckpt_path"
             )
 
     def on_train_end(self) -> None:
-        """After the callbacks': averaged weights leave lambda as it was trained."""
+        """Restore lambda as it was trained, after callbacks that load averaged weights."""
         super().on_train_end()
         if self._adapts():
             self._check_hook()
@@ -323,7 +323,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
 
 
 def _check_shards(parts: Mapping[str, Any]) -> None:
-    """FSDP2 averages the gradients of what it has sharded alone: ranks would train the rest apart."""
+    """Refuse a mixture of sharded and whole parameters: FSDP2 averages only the gradients of those that it sharded."""
     whole: dict[bool, list[str]] = {True: [], False: []}
     for name, part in parts.items():
         for key, p in part.named_parameters() if isinstance(part, nn.Module) else ():
@@ -331,12 +331,12 @@ def _check_shards(parts: Mapping[str, Any]) -> None:
     if whole[False] and whole[True]:
         raise ValueError(
             "configure_model: expected all trained parameters to be sharded, or none: got fully_shard without "
-            f"{_checks.names(whole[True])}, whose gradients no one averages over ranks"
+            f"{_checks.names(whole[True])}, whose gradients would not be averaged over ranks"
         )
 
 
 def _views_in(batch: Any) -> ViewBatch:
-    """The views of a batch in which they were drawn."""
+    """The `ViewBatch` in a batch whose views were drawn."""
     if isinstance(batch, ViewBatch):
         return batch
     return _views_in(next(v for v in batch.values() if _holds_views(v)) if isinstance(batch, Mapping) else batch[0])
@@ -352,20 +352,20 @@ def _lists(value: Any) -> bool:
 
 
 def _with_parameters(value: Any) -> bool:
-    """(views, parameters), as a transform with `parameters=True` returns them."""
+    """Whether this is (views, parameters), as a transform with `parameters=True` returns."""
     pair = isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[1], list | tuple)
     return pair and all(isinstance(p, Mapping) for p in value[1])
 
 
 def _is_views(value: Any, transform: StructuredTransform) -> bool:
-    """A list of V views [B, ...], as `default_collate` makes of the lists that a transform returns."""
+    """Whether this is a list of V views [B, ...], into which `default_collate` combines a transform's results."""
     if _with_parameters(value):
         return _is_views(value[0], transform)
     return _lists(value) and all(v.ndim == transform.views.samples.ndim + 1 for v in value)
 
 
 def _of_workers(images: Any, transform: StructuredTransform) -> ViewBatch:
-    """Views that `default_collate` has put together, with their parameters where the transform returns them."""
+    """A `ViewBatch` of views that `default_collate` combined, with parameters if the transform returns them."""
     drawn: Sequence[Any] = ()
     if _with_parameters(images):
         images, drawn = images

@@ -1,15 +1,15 @@
-"""During training: terms of the loss and what each space encodes, to a JSON-lines log and TensorBoard.
+"""`Monitor` logs the terms of the loss and what each space encodes during training, as JSON lines and to TensorBoard.
 
     with Monitor("runs/mine/log.jsonl", tensorboard="runs/mine", views=views, images=held_out) as monitor:
         for epoch in range(epochs):
             for images, _, _ in loader:
                 ...
-                monitor.step(step, terms)                 a line of numbers, every `log_every` steps
-            monitor.epoch(model, epoch, step)             the matrices, every `every` epochs
+                monitor.step(step, terms)                 writes numbers every `log_every` steps
+            monitor.epoch(model, epoch, step)             writes the matrices every `every` epochs
 
     trainer = Trainer(callbacks=[monitor.lightning()])    the same under Lightning, either package
 
-`python -m ssd_addon report RUN` draws its curves from that log.
+`python -m ssd_addon report RUN` plots its curves from this log.
 """
 
 import importlib
@@ -38,43 +38,43 @@ Writer = Any  # anything with add_scalar(name, value, step), such as torch.utils
 
 
 class Monitor:
-    """One callback for plain loops and Lightning.
+    """Training monitor, used as a callback in plain loops and in Lightning.
 
     Every line of the log is a JSON object with "step". `step` writes the loss's terms under their own names ("loss",
     "constraint/content", ...); `epoch` writes "parameters/SPACE/GROUP" and "r2/SPACE/FACTOR" and, under "tables", both
-    matrices whole, with intervals. A number that is not finite becomes null. TensorBoard gets the same numbers under
-    the same names, and the matrices as pictures where matplotlib is installed.
+    complete matrices with intervals. Numbers that are not finite become null. TensorBoard gets the same numbers under
+    the same names, and the matrices as images if matplotlib is installed.
 
-    When a space collapses or has recovered, it says so: as a `CollapseWarning`, in the line of terms under "alarm", and
-    as text in TensorBoard, see `CollapseAlarm`.
+    When a space collapses or recovers, the monitor issues a `CollapseWarning`, adds "alarm" to the line of terms, and
+    writes text to TensorBoard; see `CollapseAlarm`.
 
-    Over ranks, rank 0 measures and writes, the others return at once; nothing is exchanged. A model that FSDP2 has
+    Over ranks, rank 0 measures and writes, and the others return at once without communication. A model that FSDP2 has
     sharded is run on every rank.
 
     Args:
-        log: the JSON-lines file, added to; its folder is made where it is missing. None: no log.
-        tensorboard: a folder (needs the package tensorboard), or a writer with add_scalar; None: none.
-        views: the `StructuredViews` of the training, for the label-free matrix.
-        images: [n, C, H, W], uint8 or in [0, 1], not normalized: what the matrices are measured on; held out from the
-            training, 500 to 2,000 of them, of any number of channels. Gray and color images become the other where the
-            model takes that alone.
-        factors: name -> a value for each image, as in `metrics.r2_matrix`, where some are known.
+        log: the JSON-lines file, to which lines are appended; a missing folder is created. None writes no log.
+        tensorboard: a folder (needs the package tensorboard), or a writer with add_scalar; None writes nothing.
+        views: the `StructuredViews` used in training, for the label-free matrix.
+        images: [n, C, H, W], uint8 or in [0, 1], not normalized: held-out images on which the matrices are measured,
+            500 to 2,000 of them, with any number of channels. Gray images are converted to color, and color images to
+            gray, if the model takes only the other kind.
+        factors: name -> a value for each image, as in `metrics.r2_matrix`, if some are known.
         every: epochs between matrices.
         log_every: steps between lines of terms.
-        on_sphere: True scores L2-normalized embeddings, as the SimCLR family's loss sees them; None asks the model for
-            its attribute `on_sphere`, False where it has none.
-        probe: of `r2_matrix`; the label-free matrix always has the kernel probe.
-        draws: pairs of views per image, as in `parameter_matrix`: one, so that an epoch's matrix costs two passes over
-            the images.
-        batch_size: images at a time.
-        alarm: a `CollapseAlarm` with the length of the run and the widths; True makes one without; False: none. It
-            goes on from the lines that the log already has.
+        on_sphere: True scores L2-normalized embeddings, as used by the SimCLR family's loss; None uses the model's
+            attribute `on_sphere`, False if it has none.
+        probe: probe of `r2_matrix`; the label-free matrix always uses the kernel probe.
+        draws: pairs of views per image, as in `parameter_matrix`; with one pair, each matrix takes two passes over the
+            images.
+        batch_size: number of images at a time.
+        alarm: a `CollapseAlarm` that was given the length of the run and the widths; True makes one without them; False
+            uses none. It continues from the lines that are already in the log.
 
     Raises:
-        ValueError: factors or views without images; images outside [0, 1]; counts below 1.
-        TypeError: images of integers other than uint8; a writer without add_scalar; another alarm.
-        OSError: a log that cannot be written.
-        ImportError: a folder for TensorBoard where the package is missing.
+        ValueError: factors or views are given without images; images are outside [0, 1]; a count is below 1.
+        TypeError: images have an integer dtype other than uint8; the writer has no add_scalar; alarm is not valid.
+        OSError: the log cannot be written.
+        ImportError: a TensorBoard folder is given but the package is missing.
 
     >>> monitor = Monitor(None, images=torch.rand(20, 3, 8, 8), factors={"light": torch.rand(20)})
     >>> record = monitor.epoch(lambda x: {"content": x.mean((2, 3))}, epoch=0, step=100)
@@ -99,7 +99,7 @@ class Monitor:
         alarm: CollapseAlarm | bool = True,
     ) -> None:
         if images is None and (views is not None or factors):
-            raise ValueError("Monitor: views and factors need images to be measured on: got no images")
+            raise ValueError("Monitor: expected images, on which views and factors are measured: got none")
         for what, value in (("every", every), ("log_every", log_every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{what}: expected a whole number, 1 or more: got {value!r}")
@@ -129,11 +129,13 @@ class Monitor:
                 try:
                     self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(tensorboard))
                 except ImportError as error:
-                    raise ImportError("a folder for TensorBoard needs it: pip install tensorboard") from error
+                    raise ImportError(
+                        "tensorboard: expected the package, to write to a folder: got none; pip install tensorboard"
+                    ) from error
         elif tensorboard is not None and not callable(getattr(tensorboard, "add_scalar", None)):
             raise TypeError(f"tensorboard: expected a folder or a writer: got {type(tensorboard).__name__}")
         self._own_writer = isinstance(tensorboard, str | Path)
-        self._logged_elsewhere = False  # Lightning's own logger has the terms already
+        self._logged_elsewhere = False  # whether Lightning's own logger already logs the terms
         if not isinstance(alarm, CollapseAlarm | bool):
             raise TypeError(f"alarm: expected a CollapseAlarm, True or False: got {type(alarm).__name__}")
         self.alarm = CollapseAlarm() if alarm is True else alarm or None
@@ -145,18 +147,18 @@ class Monitor:
     # ------------------------------------------------------------------------------------------------ plain loops
 
     def step(self, step: int, terms: Any, **more: float) -> dict[str, Any]:
-        """Write a line of terms, when it is their turn (step 0, then every `log_every`).
+        """Write a line of terms on step 0 and then every `log_every` steps.
 
         Args:
-            step: of the training.
-            terms: `criterion.terms(z)`, or a mapping name -> number. On a step that is not written they are not read.
+            step: the training step.
+            terms: `criterion.terms(z)`, or a mapping name -> number. They are not read on steps that are not written.
             more: further numbers, such as lr. None is written as null.
 
         Returns:
-            What was written; {} where it was not the turn. "alarm" holds what the alarm says, if it does.
+            The line that was written, with "alarm" if the alarm reports something; {} on other steps.
 
         Raises:
-            TypeError: a step that is no whole number, terms that are neither, a value that is no number.
+            TypeError: the step is not an integer, terms is neither of these, or a value is not a number.
         """
         if isinstance(step, bool) or not isinstance(step, int):
             raise TypeError(f"step: expected a whole number: got {step!r}")
@@ -169,15 +171,15 @@ class Monitor:
         return self.write(record, tensorboard=not self._logged_elsewhere, stacklevel=3)
 
     def epoch(self, model: Any, epoch: int, step: int) -> dict[str, Any]:
-        """Measure what each space encodes and write it, when it is its turn (epoch 0, then every `every`).
+        """Measure what each space encodes and write it, on epoch 0 and then every `every` epochs.
 
         Args:
-            model: `StyleHeads`, also inside DistributedDataParallel, or a callable images -> space -> [n, d], or ->
-                features [n, F], which are called "backbone". Measuring changes nothing, see `metrics.embed`.
-            epoch, step: of the training.
+            model: `StyleHeads`, also inside DistributedDataParallel, or a callable that maps images to space -> [n, d]
+                or to features [n, F], which are named "backbone". The model is left unchanged, see `metrics.embed`.
+            epoch, step: the training epoch and step.
 
         Returns:
-            What was written; {} where it was not the turn, or nothing is to be measured (no groups, no factors).
+            The line that was written; {} on other epochs, or if there is nothing to measure (no groups, no factors).
         """
         sharded = isinstance(model, nn.Module) and any(hasattr(p, "full_tensor") for p in model.parameters())
         if epoch % self.every or self.images is None or not (_first() or sharded):
@@ -201,7 +203,7 @@ class Monitor:
         return record
 
     def _measured(self, model: Any, images: Tensor) -> dict[str, ScoreTable]:
-        """The matrices that can be made; {} where there are neither groups nor factors."""
+        """The matrices that can be measured; {} if there are neither groups nor factors."""
         tables: dict[str, ScoreTable] = {}
         if self.views is not None and len(self.views.plan.spaces) > 1:
             tables["parameters"] = parameter_matrix(
@@ -223,7 +225,7 @@ class Monitor:
         return tables
 
     def close(self) -> None:
-        """Close the TensorBoard writer that was made here; the log is closed after every line."""
+        """Close the TensorBoard writer if this monitor created it; the log is closed after every line."""
         if self._own_writer and self.writer is not None:
             self.writer.close()
 
@@ -240,19 +242,19 @@ class Monitor:
     def lightning(self, base: type | None = None, *, model: Any = None) -> Any:
         """This monitor as a Lightning callback: `Trainer(callbacks=[monitor.lightning()])`.
 
-        Every `log_every` steps it writes what the module logged (`self.log_dict(terms.scalars())`); at the end of every
-        epoch the matrices of the model. Nothing is measured before the training (sanity checks) or in validation.
-        Without a `tensorboard` of its own it writes to the trainer's logger, where that is TensorBoard's.
+        Every `log_every` steps it writes the values that the module logged (`self.log_dict(terms.scalars())`), and at
+        the end of an epoch the matrices of the model. It does not measure in sanity checks or validation. If the
+        monitor has no `tensorboard`, the callback writes to the trainer's logger if that is a TensorBoard logger.
 
         Args:
-            base: the Callback class, where both packages are installed: lightning.pytorch.Callback or
-                pytorch_lightning.Callback. None takes the one that is there, lightning.pytorch first.
-            model: what is measured: a module, the dotted name of one in the LightningModule ("student.backbone"), or a
-                callable LightningModule -> model. None: the first `StyleHeads` in it.
+            base: the Callback class, if both packages are installed: lightning.pytorch.Callback or
+                pytorch_lightning.Callback. None takes the one that is installed, lightning.pytorch first.
+            model: the model to measure: a module, the dotted name of one in the LightningModule ("student.backbone"),
+                or a callable LightningModule -> model. None takes the first `StyleHeads` in it.
 
         Raises:
             ImportError: neither package is installed.
-            ValueError: when the training starts: no such module, or no `StyleHeads`.
+            ValueError: at the start of training: there is no such module, or no `StyleHeads`.
         """
         if base is None:
             for package in ("lightning.pytorch", "pytorch_lightning"):
@@ -280,7 +282,7 @@ class Monitor:
                     monitor.alarm.told(steps, heads.spaces if heads is not None else {})
 
             @property
-            def state_key(self) -> str:  # of several monitors in one trainer
+            def state_key(self) -> str:  # distinguishes several monitors in one trainer
                 return f"ssd_addon.Monitor({monitor.path})"
 
             def state_dict(self) -> dict[str, Any]:
@@ -302,7 +304,9 @@ class Monitor:
                 if step >= 0 and step % monitor.log_every == 0 and trainer.global_step != getattr(self, "_written", -1):
                     self._written = trainer.global_step
                     numbers = {k: float(v) for k, v in trainer.callback_metrics.items()}
-                    if isinstance(outputs, Mapping) and "loss" in outputs:  # divided where gradients are accumulated
+                    if (
+                        isinstance(outputs, Mapping) and "loss" in outputs
+                    ):  # Lightning divides it under gradient accumulation
                         numbers.setdefault("loss", float(outputs["loss"]) * trainer.accumulate_grad_batches)
                     monitor.step(step, numbers)
 
@@ -316,22 +320,22 @@ class Monitor:
         return MonitorCallback()
 
     def write(self, record: Mapping[str, Any], *, tensorboard: bool = True, stacklevel: int = 2) -> dict[str, Any]:
-        """Write one line of numbers now, with its "step"; on ranks other than 0 nothing.
+        """Write one line of numbers now, with its "step"; does nothing on ranks other than 0.
 
         Args:
             record: name -> number, with "step". Tensors and arrays of several numbers, and sets, become lists; strings,
-                None, lists and mappings may stand in it too.
-            tensorboard: its numbers to the writer as well.
-            stacklevel: whose line a warning names.
+                None, lists and mappings are allowed too.
+            tensorboard: also send the numbers to the TensorBoard writer.
+            stacklevel: stack level of warnings, as for `warnings.warn`.
 
         Returns:
-            What was written, with "alarm" where the alarm says something; {} on other ranks.
+            The line that was written, with "alarm" if the alarm reports something; {} on other ranks.
 
         Warns:
             CollapseWarning: a space collapses, or has recovered.
 
         Raises:
-            TypeError: a value of another kind, with its name. Nothing is written then.
+            TypeError: a value has another type; the message names it, and nothing is written.
         """
         if not _first():
             return {}
@@ -355,11 +359,11 @@ class Monitor:
         return dict(record)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the alarm has seen, for a checkpoint where there is no log to go on from."""
+        """The state of the alarm, for a checkpoint if there is no log to continue from."""
         return {} if self.alarm is None else {"alarm": self.alarm.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`; one without an alarm, or for a monitor without, changes nothing."""
+        """Restore the alarm from a `state_dict`; no effect if the state or the monitor has no alarm."""
         if self.alarm is not None and "alarm" in state:
             self.alarm.load_state_dict(state["alarm"])
 
@@ -368,7 +372,7 @@ class Monitor:
             return
         try:
             plots = importlib.import_module("ssd_addon.plots")
-        except ImportError:  # matplotlib is optional; the numbers are written in any case
+        except ImportError:  # matplotlib is optional; the numbers are written without it
             return
         for kind, table in tables.items():
             self.writer.add_figure(f"matrix/{kind}", plots.matrix_figure(table), step)
@@ -380,7 +384,7 @@ def _chosen(module: Any, model: Any) -> Any:
     if model is None:
         found = _heads(module)
         if found is None:
-            raise ValueError(f"Monitor: expected a StyleHeads inside {name}: got none; model= names another")
+            raise ValueError(f"Monitor: expected a StyleHeads inside {name}: got none; select a model with model=")
         return found
     if isinstance(model, str):
         try:

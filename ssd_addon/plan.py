@@ -1,4 +1,4 @@
-"""Which views of an image form the positive pair of which space."""
+"""`ViewPlan` defines which views of an image form the positive pairs of each space."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -15,15 +15,15 @@ ViewPairs = dict[str, tuple[tuple[int, int], ...]]
 
 
 class ViewPlan:
-    """Which views form the positive pair of which space.
+    """Defines which views form the positive pair of each space.
 
     *Shared query* (V = S + 1): view 0 is the query, view 1 redraws every group (the content key), and view 1 + m
     takes group m's parameters from the query. Pairs: content (0, 1), style m (0, 1 + m).
-    *Interleaved* (V = 2): one query and one key per image; row r of the local batch serves space (r + call) mod S,
+    *Interleaved* (V = 2): one query and one key per image; image r of the local batch serves space (r + call) mod S,
     where `call` counts the calls of `StructuredViews`.
 
-    *Explicit pairs*: each space's own, for multi-crop, and for views that data collection gives. The invariance of a
-    space is the mean over its pairs; V is one more than the largest view that is named, and every view counts for the
+    *Explicit pairs*: given for each space, for multi-crop and for views that come from data collection. The invariance
+    term of a space is the mean over its pairs; V is one more than the largest view index, and every view counts for the
     entropy.
 
     Source: Eastwood et al., arXiv 2311.08815, structured views; the interleaved form is its two-view variant.
@@ -43,10 +43,11 @@ class ViewPlan:
         pairs: instead of both: name -> positive pairs (view a, view b), content first.
 
     Raises:
-        ValueError: another kind, no content first, a space without a pair, a pair of a view with itself or twice.
+        ValueError: unknown kind; content is not the first space; a space has no pair; a view is paired with itself; a
+            pair occurs twice.
     """
 
-    # No dataclass: frameworks take those apart, and a plan travels through them whole.
+    # Not a dataclass: frameworks rebuild those field by field, and a plan must pass through them whole.
     __slots__ = ("_pairs", "kind", "spaces")
 
     kind: Literal["shared_query", "interleaved", "pairs"]
@@ -74,7 +75,7 @@ class ViewPlan:
         object.__setattr__(self, "_pairs", found)
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"ViewPlan: expected it to stay as it was made: got a new {name}")
+        raise AttributeError(f"ViewPlan: expected no assignment, as plans are immutable: got a new {name}")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ViewPlan) and self._key() == other._key()
@@ -100,7 +101,7 @@ class ViewPlan:
 
     @classmethod
     def interleaved(cls, spaces: Sequence[str]) -> "ViewPlan":
-        """One query and one key per image; the space that the key serves rotates over the rows: V = 2 views."""
+        """One query and one key per image; the space that the key serves rotates over the images: V = 2 views."""
         return cls("interleaved", spaces)
 
     @property
@@ -110,26 +111,26 @@ class ViewPlan:
 
     @property
     def view_pairs(self) -> ViewPairs:
-        """Name -> the positive pairs (view a, view b) of each space; interleaved, of the rows that serve it."""
+        """Name -> positive pairs (view a, view b); interleaved, only the images that serve the space use them."""
         return dict(self._pairs)
 
     def default_space_index(self, batch: int, device: torch.device | None = None, *, call: int = 0) -> PerImage:
-        """The space that each row of an interleaved batch serves: (r + call) mod S, [B] int64."""
+        """The space that each image of an interleaved batch serves: (r + call) mod S, [B] int64."""
         return (torch.arange(batch, device=device) + call % len(self.spaces)) % len(self.spaces)
 
     def pairs(self, batch: int, space_index: Tensor | None = None) -> dict[str, tuple[int, int, Tensor]]:
         """The positive pair of each space: name -> (view a, view b, rows [n] int64).
 
         Args:
-            batch: B, the images in the batch.
-            space_index: [B] integers, interleaved only: the space of each row. None means r mod S.
+            batch: B, the number of images in the batch.
+            space_index: [B] integers, only for an interleaved plan: the space of each image. None means r mod S.
         """
         if self.kind != "interleaved":
             rows = torch.arange(batch)
             if several := [name for name, each in self._pairs.items() if len(each) > 1]:
                 raise ValueError(
                     f"pairs: expected one pair of views for each space: got several for {_checks.names(several)}; "
-                    "view_pairs has them all"
+                    "use view_pairs"
                 )
             return {name: (*each[0], rows) for name, each in self._pairs.items()}
         index = self.default_space_index(batch) if space_index is None else space_index
@@ -164,10 +165,10 @@ def _checked_pairs(pairs: Mapping[str, Sequence[tuple[int, int]]]) -> ViewPairs:
                     f"ViewPlan: expected pairs (view, view) of two views from 0 on: got {pair!r} for {name!r}"
                 )
             if views in each or views[::-1] in each:
-                raise ValueError(f"ViewPlan: expected each pair once: got {pair!r} twice for {name!r}")
+                raise ValueError(f"ViewPlan: expected distinct pairs: got {pair!r} twice for {name!r}")
             each.append((views[0], views[1]))
         if not each:
-            raise ValueError(f"ViewPlan: expected a pair or more for every space: got none for {name!r}")
+            raise ValueError(f"ViewPlan: expected at least one pair for every space: got none for {name!r}")
         out[name] = tuple(each)
     return out
 
@@ -176,7 +177,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_ids(plan: ViewPlan, v: int, b: int, image_ids: Ids | None, space_index: PerImage | None) -> None:
-    """Ids [V, B] and index [B] of a batch: integers of the right shape, an index only where the plan has one."""
+    """Check ids [V, B] and index [B] of a batch: integers of the right shape, an index only in an interleaved plan."""
     if image_ids is not None:
         if image_ids.dtype not in _INTEGERS:
             raise TypeError(f"image_ids: expected integers, one id per view and image: got {image_ids.dtype}")
@@ -184,8 +185,8 @@ def check_ids(plan: ViewPlan, v: int, b: int, image_ids: Ids | None, space_index
             raise ValueError(f"image_ids: expected [V, B] = [{v}, {b}]: got {_checks.shape(image_ids)}")
     if space_index is not None:
         if plan.kind != "interleaved":
-            raise ValueError(f"space_index: only an interleaved plan gives each row a space: got one with {plan}")
+            raise ValueError(f"space_index: expected it only with an interleaved plan: got it with {plan}")
         if space_index.dtype not in _INTEGERS:
-            raise TypeError(f"space_index: expected integers, the space of each row: got {space_index.dtype}")
+            raise TypeError(f"space_index: expected integers, the space of each image: got {space_index.dtype}")
         if tuple(space_index.shape) != (b,):
             raise ValueError(f"space_index: expected [B] = [{b}]: got {_checks.shape(space_index)}")

@@ -1,4 +1,4 @@
-"""Figures from metrics, logs and views. No maths here; needs matplotlib (`pip install ssd-addon[plots]`)."""
+"""Figures of score tables, training logs and views. Needs matplotlib (`pip install ssd-addon[plots]`)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -67,14 +67,14 @@ def matrix_figure(tables: Mapping[str, ScoreTable] | ScoreTable) -> Figure:
                     )
         kind = f"{table.probe} probe, n = {table.n_test} {table.unit} held out"
         ax.set_title(f"{_text([title])[0]} ({kind})" if title else kind, fontsize=10, loc="left")
-    fig.colorbar(image, ax=list(axes), label="R², or accuracy rescaled from chance = 0", shrink=0.8)
+    fig.colorbar(image, ax=list(axes), label="R²; for classes, accuracy rescaled (0 is chance)", shrink=0.8)
     return fig
 
 
 def curves(log: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Training curves from log entries with "step" and the names of `Terms.scalars`.
 
-    Steps at which `CollapseAlarm` said something are dotted.
+    Dotted lines mark the messages of `CollapseAlarm`.
 
     Args:
         log: dictionaries such as a JSON-lines log holds; a curve leaves out the entries without its name, and values
@@ -86,7 +86,7 @@ def curves(log: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         raise ValueError("curves: expected log entries with 'step' and 'loss': got none")
     panels = {
         "loss and entropy": ["loss", "entropy", "content_entropy"],
-        "constraint c_s (0 is perfect alignment)": sorted(
+        "misalignment of positive pairs (0 is perfect)": sorted(
             {k for e in entries for k in e if k.startswith("constraint/")}
         ),
         "effective rank (1 is collapsed)": sorted({k for e in entries for k in e if k.startswith("effective_rank/")}),
@@ -172,7 +172,7 @@ def views_strip(
                 ax.set_title(titles[k], fontsize=9)
             if k and batch.plan.kind == "interleaved":
                 index = i % len(spaces) if batch.space_index is None else int(batch.space_index[i])
-                ax.set_title(f"serves {_text(spaces)[index]}", fontsize=8)
+                ax.set_title(f"for {_text(spaces)[index]}", fontsize=8)
     if show.text:
         fig.supxlabel(f"shown: {show.text}", fontsize=8, wrap=True)
     _write(fig, path)

@@ -1,4 +1,4 @@
-"""From what a backbone returns to one row of features per image. Legend: N images, F width, [H, W] map, T tokens."""
+"""Pools a backbone's output to one feature vector per image. Legend: N images, F width, [H, W] map, T tokens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ class Pooling:
 
     Attributes:
         in_features: F.
-        pool: of `StyleHeads`.
-        output: which part of what the backbone returns is pooled; None: it returns a tensor.
-        class_token: whether a result [N, F] is the class token.
-        name: of the backbone, for messages.
+        pool: as for `StyleHeads`.
+        output: key or index of the features in the backbone's output; None if it returns a tensor.
+        class_token: whether an output [N, F] is the class token.
+        name: name of the backbone, for messages.
     """
 
     in_features: int
@@ -31,12 +31,12 @@ class Pooling:
     name: str
 
     def __call__(self, returned: Any, images: int) -> Tensor:
-        """Features [N, F] of what the backbone returned for N images."""
+        """Pool the backbone's output for N images to features [N, F]."""
         y, f = picked(returned, self.output, self.name), self.in_features
         if self.pool == "cls" and y.ndim != 3 and not self.class_token:
             raise ValueError(
                 f"pool: expected a backbone that returns tokens [N, T, F] for 'cls': got {_checks.shape(y)} from "
-                f"{self.name}; 'auto' takes what it returns"
+                f"{self.name}; use 'auto'"
             )
         last = y.shape[-1] == f and (y.ndim < 3 or y.shape[1] != f)  # channels last
         if self.pool == "flatten":
@@ -56,10 +56,10 @@ class Pooling:
 
 
 def picked(returned: Any, output: str | int | None, name: str) -> Tensor:
-    """The tensor of features in what a backbone returned.
+    """The tensor of features in a backbone's output.
 
     Raises:
-        TypeError: no tensor there; says what there is to choose from.
+        TypeError: there is no such tensor; the message lists the parts of the output.
     """
     found, there = returned, _parts(returned)
     if output is not None:
@@ -80,7 +80,7 @@ def picked(returned: Any, output: str | int | None, name: str) -> Tensor:
 
 
 def _parts(returned: Any) -> dict[Any, Any]:
-    """What a dictionary, a Hugging Face ModelOutput or a tuple holds, by key or by place."""
+    """The parts of a dictionary, a Hugging Face ModelOutput or a tuple, by key or index."""
     if isinstance(returned, Mapping):
         return dict(returned)
     if isinstance(returned, tuple | list):

@@ -1,6 +1,6 @@
-"""Projection heads: one for each space, on the features of a backbone.
+"""Projection heads on the features of a backbone, one for each space.
 
-Legend: N rows, V views, B images, F backbone width, h hidden width, d_s width of space s.
+Legend: N samples, V views, B images, F backbone width, h hidden width, d_s width of space s.
 """
 
 import itertools
@@ -25,9 +25,9 @@ NORMS: tuple[Norm | None, ...] = ("batch", "layer", None)
 class Head(nn.Module):
     """The head of one space, [N, F] -> [N, d]: hidden layers of Linear, norm and ReLU, then a Linear.
 
-    Every weight is a matrix of this head and layer alone, so that optimizers which go by parameter (the trust ratio of
-    LARS, Muon's orthogonal steps) treat a head as if it were trained on its own. Names of biases end in "bias", by
-    which frameworks leave them out of weight decay.
+    Every weight matrix belongs to one layer of one head, so that optimizers with per-parameter rules (the trust ratio
+    of LARS, Muon's orthogonal steps) treat each head as if it were trained on its own. Names of biases end in "bias",
+    by which frameworks exclude them from weight decay.
     """
 
     def __init__(self, linears: Sequence[nn.Linear], norms: Sequence[nn.Module]) -> None:
@@ -41,8 +41,7 @@ class Head(nn.Module):
         return out
 
     def copied(self) -> nn.Sequential:
-        """The same as Linear, norm, ReLU, ..., Linear; a copy. Sharded weights are gathered: it is called on every rank
-        then."""
+        """A copy as Linear, norm, ReLU, ..., Linear. Gathers sharded weights: call it on every rank then."""
         layers: list[nn.Module] = []
         for linear, norm in zip(self.linears, self.norms, strict=False):
             layers += [_linear(linear), *_plain(norm), nn.ReLU()]
@@ -61,7 +60,7 @@ class Projections(nn.Module):
             _limits.fits(size, "heads", "weights")
         self.hidden, self.norm, self._keys = dict(hidden), norm, {n: _key(n) for n in spaces}
         linears: dict[str, list[nn.Linear]] = {n: [] for n in spaces}
-        for members in self.alike():  # layer by layer: the same seed gives the weights that it always gave
+        for members in self.alike():  # layer by layer, so that a seed gives the same weights as in earlier versions
             edges = [in_features, *self.hidden[members[0]]]
             for a, b in itertools.pairwise(edges):
                 for n in members:
@@ -76,51 +75,51 @@ class Projections(nn.Module):
         return {n: self._modules[key](features) for n, key in self._keys.items()}  # type: ignore[misc]
 
     def head(self, name: str) -> nn.Sequential:
-        """The head of one space as plain layers, a copy."""
+        """A copy of the head of one space, as plain layers."""
         if name not in self._keys:
-            raise KeyError(f"there is no head {name!r}: the spaces are {_checks.names(self._keys)}")
+            raise KeyError(f"space: expected one of {_checks.names(self._keys)}: got {name!r}")
         head = self._modules[self._keys[name]]
         assert isinstance(head, Head)
         return head.copied()
 
     def alike(self) -> list[list[str]]:
-        """The spaces whose heads have the same hidden widths, together."""
+        """Groups of spaces whose heads have the same hidden widths."""
         return [
             [n for n in self._keys if self.hidden[n] == h] for h in dict.fromkeys(self.hidden[n] for n in self._keys)
         ]
 
     def key(self, name: str) -> str:
-        """What stands for a space in the keys of the state_dict."""
+        """The name that stands for a space in the keys of the state_dict."""
         return self._keys[name]
 
 
 def weights_of(in_features: int, spaces: Mapping[str, int], hidden: Mapping[str, tuple[int, ...]]) -> int:
-    """How many weights the matrices of all heads have."""
+    """Total number of weights in the matrices of all heads."""
     edges = [(in_features, *hidden[n], d) for n, d in spaces.items()]
     return sum(a * b for each in edges for a, b in itertools.pairwise(each))
 
 
 def check_stored(config: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Refuse a file's configuration of far more weights than are in the file.
+    """Refuse a file whose configuration has far more weights than the file contains.
 
     Raises:
-        ValueError, TypeError: such a one, or one that is none.
+        ValueError, TypeError: there are too few weights, or the configuration is not valid.
     """
     spaces = checked_spaces(config["spaces"])
     hidden = checked_hidden(config["hidden"], spaces)
     wanted = weights_of(_checks.width(config["in_features"], "in_features"), spaces, hidden)
     there = sum(t.numel() for t in state.values() if isinstance(t, Tensor))
     if wanted > 4 * there + 10**6:
-        raise ValueError(f"expected heads of at most the {there:,} numbers in the file: got some of {wanted:,}")
+        raise ValueError(f"heads: expected at most {there:,} numbers, as many as are in the file: got {wanted:,}")
 
 
 def _key(name: str) -> str:
-    """A name that a module can have: without dots, and none that modules have already, such as "type"."""
+    """A valid name for a submodule: without dots, and not an attribute that modules have already, such as "type"."""
     return name.replace("%", "%25").replace(".", "%2E") + "_head"
 
 
 def checked_spaces(spaces: Any) -> dict[str, int]:
-    """Name -> width, content first."""
+    """Check the spaces and return name -> width, content first."""
     if not isinstance(spaces, Mapping):
         raise TypeError(f"spaces: expected a mapping name -> width, 'content' first: got {type(spaces).__name__}")
     _checks.spaces(tuple(spaces), "spaces")
@@ -128,7 +127,7 @@ def checked_spaces(spaces: Any) -> dict[str, int]:
 
 
 def checked_hidden(hidden: Hidden, spaces: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Name -> widths of the hidden layers of its head."""
+    """Check the hidden widths and return name -> widths of the hidden layers of its head."""
     if not isinstance(hidden, Mapping):
         return dict.fromkeys(spaces, _checks.widths(hidden, "every head"))
     _checks.same_names(hidden, tuple(spaces), "hidden", "heads")
@@ -136,7 +135,7 @@ def checked_hidden(hidden: Hidden, spaces: Mapping[str, int]) -> dict[str, tuple
 
 
 class ProjectionHeads(ReadsStacked):
-    """One projection head per space on features that a module of your own makes; `StyleHeads.heads` builds it.
+    """One projection head per space, on features that a module of your own computes; `StyleHeads.heads` builds it.
 
     >>> heads = ProjectionHeads(8, {"content": 16, "color": 4}, hidden=(32,))
     >>> {name: tuple(z.shape) for name, z in heads(torch.rand(12, 8)).items()}
@@ -144,10 +143,10 @@ class ProjectionHeads(ReadsStacked):
 
     Args:
         in_features: F, the width of the features.
-        spaces, hidden, norm: as of `StyleHeads`.
+        spaces, hidden, norm: as for `StyleHeads`.
 
     Raises:
-        ValueError, TypeError: as of `StyleHeads`; features that are not [N, F] or [V, B, F].
+        ValueError, TypeError: as `StyleHeads`; also if features are not [N, F] or [V, B, F].
     """
 
     def __init__(
@@ -166,13 +165,13 @@ class ProjectionHeads(ReadsStacked):
         self.projections = Projections(self.in_features, self.spaces, self.hidden, self.norm)
 
     def forward(self, features: Tensor) -> dict[str, Tensor] | Embeddings:
-        """Features [N, F] to a dictionary name -> [N, d]; of views [V, B, F] to `Embeddings` name -> [V, B, d].
+        """Map features [N, F] to a dictionary name -> [N, d], or [V, B, F] of views to `Embeddings` name -> [V, B, d].
 
-        The loss takes rows of views too, [V*B, d] with those of view 0 first, and the plan beside them:
+        The loss also accepts flat embeddings [V*B, d], view 0 first, together with the plan:
         `criterion(heads(features), transform.plan)`.
         """
         if not isinstance(features, Tensor):
-            hint = "; the features of all views are one tensor, backbone(torch.cat(views))"
+            hint = "; pass the features of all views as one tensor, backbone(torch.cat(views))"
             raise TypeError(f"features: expected a tensor [N, F] or [V, B, F]: got {type(features).__name__}{hint}")
         if features.ndim not in (2, 3) or features.shape[-1] != self.in_features:
             hint = "; flatten(1) first" if features.ndim == 4 and features.shape[1] == self.in_features else ""
@@ -189,7 +188,7 @@ class ProjectionHeads(ReadsStacked):
         return Embeddings({n: t.view(v, b, -1) for n, t in z.items()}, plan, assumed=True)
 
     def head(self, name: str) -> nn.Sequential:
-        """One head as plain layers (a copy): [N, F] -> [N, d]."""
+        """A copy of one head as plain layers, [N, F] -> [N, d]."""
         return self.projections.head(name)
 
     def extra_repr(self) -> str:
@@ -197,7 +196,7 @@ class ProjectionHeads(ReadsStacked):
 
 
 def whole(t: Tensor) -> Tensor:
-    """A tensor, gathered from all ranks where it is sharded over them (FSDP2)."""
+    """The whole tensor, gathered from all ranks if it is sharded (FSDP2)."""
     gathered: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
     return gathered.detach()
 
@@ -209,7 +208,7 @@ def _norm(norm: Norm | None, width: int) -> nn.Module:
 
 
 def _plain(norm: nn.Module) -> list[nn.Module]:
-    """A copy of a norm in a module of its own; of what is synchronized over ranks, one that is not."""
+    """A copy of a norm layer, in a list; SyncBatchNorm becomes an ordinary BatchNorm."""
     if isinstance(norm, nn.Identity):
         return []
     assert isinstance(norm, _BatchNorm | nn.LayerNorm)  # SyncBatchNorm too
@@ -236,7 +235,7 @@ def _linear(layer: nn.Module) -> nn.Linear:
 
 
 def _normed(norm: nn.Module, y: Tensor) -> Tensor:
-    """Batch norm in the type of its statistics, which FSDP2's mixed precision leaves as they are."""
+    """Apply batch norm in the dtype of its statistics, which FSDP2's mixed precision does not cast."""
     kind = norm.running_mean.dtype if isinstance(norm, _BatchNorm) and norm.running_mean is not None else None
     if kind is None or not isinstance(norm, _BatchNorm) or norm.weight.dtype == kind:
         out: Tensor = norm(y)

@@ -1,4 +1,4 @@
-"""Recipes: groups of operations for photographs, and the settings that the library recommends with groups.
+"""Recipes: groups of operations for photographs, and the settings that the library recommends for given groups.
 
     r = recipe("color_spatial", size=224)
     views = StructuredViews(**r.views)
@@ -6,7 +6,7 @@
     criterion = JointEntropyLoss(**r.loss)
     equivariance = EquivarianceLoss(r.spaces, views, **r.equivariance) if r.equivariance else None
 
-Every choice, the figures behind it and what has not been run yet: docs/choose-your-groups.md and docs/results.md.
+docs/choose-your-groups.md and docs/results.md explain every choice, with measurements and with what is still untested.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,19 +36,19 @@ def presets(
 ) -> dict[str, Any]:
     """Arguments of `StructuredViews` for photographs: `StructuredViews(**presets("color_spatial", size=224))`.
 
-    Alternative partitions of one recipe (crop 0.08-1 bicubic, flip 0.5, jitter 0.4/0.4/0.2/0.1 with p 0.8, grey 0.2,
-    blur p 1.0 on the query and 0.1 on keys, solarise 0 and 0.2). The crop comes first, so nothing is computed on
-    pixels that it throws away.
+    The presets are alternative partitions of one recipe (crop 0.08-1 bicubic, flip 0.5, jitter 0.4/0.4/0.2/0.1 with
+    p 0.8, grayscale 0.2, blur p 1.0 on the query and 0.1 on keys, solarize 0 and 0.2). The crop comes first, so that
+    nothing is computed on pixels that it discards.
 
     Args:
-        name: "color_spatial" (blur belongs to no space), "appearance_spatial" (blur with the colours), or
+        name: "color_spatial" (blur belongs to no group), "appearance_spatial" (blur is grouped with the colors), or
             "content_only" (ordinary two-view SSL).
         size: edge of the views in pixels.
-        normalize: end with the ImageNet mean and standard deviation, or with yours, {"mean": (...), "std": (...)}, as
-            lightly's transforms take them; False or None: views stay in [0, 1].
+        normalize: end with a normalization by the ImageNet mean and standard deviation, or by your own,
+            {"mean": (...), "std": (...)}, as in lightly's transforms; with False or None views stay in [0, 1].
 
     Raises:
-        ValueError: another name, a size below 1 or beyond 16384, another mapping than of mean and std.
+        ValueError: the name is unknown; the size is below 1 or above 16384; the mapping is not of mean and std.
 
     Source: the ImageNet recipe of Eastwood et al., arXiv 2311.08815 (groups) and BYOL/SimCLR (strengths).
     """
@@ -100,7 +100,7 @@ def _normalize(given: bool | Mapping[str, Sequence[float]] | None) -> list[nn.Mo
     mean, std = (torch.tensor([float(x) for x in given[k]]) for k in ("mean", "std"))
     if mean.shape != std.shape or not bool((std > 0).all()):
         raise ValueError(
-            f"normalize: expected a mean and a standard deviation above 0 of each channel: got {given['mean']} and "
+            f"normalize: expected a mean and a standard deviation above 0 for each channel: got {given['mean']} and "
             f"{given['std']}"
         )
     return [K.Normalize(mean, std)]
@@ -108,16 +108,18 @@ def _normalize(given: bool | Mapping[str, Sequence[float]] | None) -> list[nn.Mo
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """Arguments for every part; print it to read them, change what you like (`r.loss | {"temperature": 0.1}`, and the
-    same of `r.equivariance`, which goes by the criterion's temperature).
+    """Arguments for views, model and losses; print the recipe to read them.
+
+    To change a value, override it: `r.loss | {"temperature": 0.1}`, and likewise in `r.equivariance`, which has to use
+    the criterion's temperature.
 
     Attributes:
-        views: of `StructuredViews`.
-        spaces: name -> width, of `StyleHeads`.
-        fixed: of `JointEntropyLoss`, without weights that adapt.
-        equivariance: of `EquivarianceLoss`, beside the spaces and the views; None: without.
-        ascent: of `DualAscent`, beside the spaces; None: the weights stay as they are.
-        tested: what `overwrites` found, with sets="auto".
+        views: arguments of `StructuredViews`.
+        spaces: name -> width, for `StyleHeads`.
+        fixed: arguments of `JointEntropyLoss`, without adaptive weights.
+        equivariance: arguments of `EquivarianceLoss` other than spaces and views; None if it is not used.
+        ascent: arguments of `DualAscent` other than the spaces; None if the weights are constant.
+        tested: the result of `overwrites`, with sets="auto".
     """
 
     views: dict[str, Any]
@@ -129,7 +131,7 @@ class Recipe:
 
     @property
     def loss(self) -> dict[str, Any]:
-        """Arguments of `JointEntropyLoss`, with a new `DualAscent` as its weights where the recipe has one."""
+        """Arguments of `JointEntropyLoss`; the weights are a new `DualAscent` if the recipe has one."""
         if self.ascent is None:
             return dict(self.fixed)
         return self.fixed | {"weights": DualAscent(self.spaces, **self.ascent)}
@@ -165,7 +167,7 @@ def recipe(
     tolerance: float | None = None,
     warmup_steps: int = 400,
 ) -> Recipe:
-    """What the library recommends for groups of operations: views, widths, loss, what to add to it.
+    """The library's recommended settings for groups of operations: views, widths, loss and additional terms.
 
     >>> r = recipe({"spatial": [K.RandomRotation(180.0, p=1.0)], "blur": [K.RandomGaussianBlur((7, 7), (0.1, 2.0))]},
     ...            sets=("blur",))
@@ -177,27 +179,26 @@ def recipe(
     ({'family': 'simclr', 'temperature': 0.15, 'weight': 0.5}, None)
 
     Args:
-        groups: a preset's name (`presets`), or name -> Kornia operations.
+        groups: name of a preset (see `presets`), or name -> Kornia operations.
         family: "simclr", "vicreg" or "barlow".
-        sets: the groups that overwrite their attribute instead of changing the one that an image has (a blur of sharp
-            photographs): their keys show another image. "auto" asks `overwrites` of your images, and takes the groups
-            of which it is sure; what it found is in `.tested`.
-        images: for sets="auto": [n, C, H, W] or batches of them, as `overwrites` takes them.
-        size, normalize: of a preset (default 224, True); groups of your own have them in their operations.
+        sets: names of the groups that overwrite their attribute (such as a blur of sharp photographs) instead of
+            changing it relative to the image; their keys are made from another image. "auto" tests your images with
+            `overwrites` and takes the groups for which the result is certain; the result is in `.tested`.
+        images: for sets="auto", [n, C, H, W] or batches of them, as for `overwrites`.
+        size, normalize: arguments of a preset (default 224, True); custom groups include them in their operations.
         content, style: widths of the spaces.
-        tolerance: of a dual ascent (simclr): how far content's and the styles' pairs may disagree, 1 - mean cosine;
-            content's weight then starts at 2, and the equivariance term stays out, as both together collapsed content
-            in one of three runs on sprites. For images whose content every view shows (sprites: 0.01); photographs
-            under crops do not agree so far, and content was left with 2 to 4 directions of 18 (one seed). None: fixed
-            weights.
-        warmup_steps: of the dual ascent.
+        tolerance: tolerance of a dual ascent on the weights (simclr only): the allowed misalignment of content and
+            style pairs, 1 - mean cosine. The weight of content then starts at 2, and the equivariance term is left
+            out. Meant for images whose content is visible in every view (sprites: 0.01), not for photographs under
+            random crops. None uses fixed weights.
+        warmup_steps: warm-up steps of the dual ascent.
 
     Raises:
-        ValueError: an unknown preset, family or group; a tolerance for another family, or where there is no group;
-            sets="auto" without images, or images without it.
-        TypeError: groups that are neither.
+        ValueError: a preset, family or group is unknown; a tolerance is given for another family or without groups;
+            sets="auto" is given without images, or images without it.
+        TypeError: groups is neither a name nor a mapping.
 
-    Source: docs/choose-your-groups.md, which has the measurements.
+    Source: docs/choose-your-groups.md, with the measurements.
     """
     _checks.choice(family, FAMILIES, "family")
     given: dict[str, Any] = {k: v for k, v in (("size", size), ("normalize", normalize)) if v is not None}
@@ -206,16 +207,16 @@ def recipe(
     elif isinstance(groups, Mapping):
         if given:
             raise ValueError(
-                f"{_checks.names(given)}: expected with a preset alone, as groups of your own hold their sizes "
-                f"themselves: got groups {_checks.names(groups)}"
+                f"{_checks.names(given)}: expected only with a preset, as custom groups include it in their "
+                f"operations: got groups {_checks.names(groups)}"
             )
         if not groups:
             raise ValueError(
                 "groups: expected at least one group, as without any the views would be copies of one another: got "
-                "none; ordinary two-view SSL is the preset 'content_only'"
+                "none; for ordinary two-view SSL use the preset 'content_only'"
             )
         if "content" in groups:
-            raise ValueError("groups: 'content' is taken; name the group after what it changes, such as 'color'")
+            raise ValueError("groups: expected names other than 'content', such as 'color': got 'content'")
         views = {"groups": dict(groups)}
     else:
         raise TypeError(
@@ -230,11 +231,11 @@ def recipe(
                 "got none"
             )
         if not names:
-            raise ValueError("sets=\"auto\": expected groups to ask about: got none, as with the preset 'content_only'")
+            raise ValueError("sets=\"auto\": expected groups to test: got none, as with the preset 'content_only'")
         tested = overwrites(views["groups"], images)
         sets = tested.sets
     elif images is not None:
-        raise ValueError('images: expected with sets="auto" alone: got images beside names of groups')
+        raise ValueError('images: expected only with sets="auto": got images and names of groups')
     if isinstance(sets, str) or not isinstance(sets, Iterable):
         raise TypeError(f'sets: expected a sequence of names of groups, or "auto": got {sets!r}')
     crossed = tuple(sets)
@@ -257,7 +258,7 @@ def recipe(
     equivariance = loss | {"weight": 0.5}
     loss["content_entropy"] = True
     if tolerance is None:
-        loss["content_keys"] = "all"  # with the first key alone, the equivariance term costs content its shapes
+        loss["content_keys"] = "all"  # with the first key only, the equivariance term removes shape from content
         return Recipe(views, spaces, loss, equivariance, tested=tested)
     ascent: dict[str, Any] = {"tolerance": tolerance, "step_size": 0.05, "warmup_steps": warmup_steps}
     ascent["start"] = {"content": 2.0, **dict.fromkeys(names, 1.0)}

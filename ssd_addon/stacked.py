@@ -1,12 +1,12 @@
-"""Files of heads whose weights were stored stacked over spaces, as all were before each head had its own: read on.
+"""Reads older files, in which the weights of all heads were stored stacked over spaces.
 
     stacks.0.first.weight     [S*h, F]      ->  projections.content_head.linears.0.weight  [h, F], ...
     stacks.0.norms.0.weight   [S*h]         ->  projections.content_head.norms.0.weight    [h], ...
     stacks.0.products.0       [S, h', h]    ->  projections.content_head.linears.1.weight  [h', h], ...
     stacks.0.last.0.weight    [d, h']       ->  projections.content_head.linears.2.weight  [d, h']
 
-A stack held the spaces whose heads have the same hidden widths. Only weights are read: an optimizer's state goes by
-parameter, and those of before are no longer there.
+A stack held the spaces whose heads have the same hidden widths. Only weights are read, not an optimizer's state, which
+is stored per parameter of the old layout.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ NORMS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class Projections(Protocol):
-    """What is asked of `projection.Projections`."""
+    """The part of `projection.Projections` that this module uses."""
 
     @property
     def hidden(self) -> Mapping[str, tuple[int, ...]]: ...
@@ -33,7 +33,7 @@ class Projections(Protocol):
 
 
 class ReadsStacked(nn.Module):
-    """A module with `projections` whose `load_state_dict` takes stacked weights too, inside other modules as well."""
+    """A module with `projections` whose `load_state_dict` also reads stacked weights, even inside other modules."""
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any, **options: Any) -> None:
         projections: Any = self.projections
@@ -42,22 +42,22 @@ class ReadsStacked(nn.Module):
 
 
 def is_stacked(state: Mapping[str, Any]) -> bool:
-    """Whether a state dict holds stacked weights, whatever wrapped the model that they are of."""
+    """Whether a state dict holds stacked weights; keys may contain the names of wrappers."""
     keys = [f".{storage.bare(key)}" for key in state]
     return any(k.endswith(".stacks.0.last.0.weight") for k in keys) and not any(".projections." in k for k in keys)
 
 
 def unstack(state: dict[str, Any], projections: Projections, prefix: str = "") -> None:
-    """Replace stacked weights in a state dict by those of each head."""
+    """Replace the stacked weights in a state dict by the weights of each head."""
     for old, new in _new_keys(projections).items():
         value = state.get(prefix + old)
         if not isinstance(value, Tensor):
             continue
-        if value.ndim == 0:  # batches that a norm has counted
+        if value.ndim == 0:  # a norm's count of batches
             parts: tuple[Tensor, ...] = (value,) * len(new)
         else:
             parts = value.unbind() if value.ndim == 3 else value.tensor_split(len(new))
-        if len(parts) == len(new):  # otherwise of other spaces: load_state_dict says what is missing
+        if len(parts) == len(new):  # otherwise the spaces differ, and load_state_dict reports what is missing
             del state[prefix + old]
             state.update({f"{prefix}projections.{key}": part.clone() for key, part in zip(new, parts, strict=True)})
 
@@ -65,7 +65,7 @@ def unstack(state: dict[str, Any], projections: Projections, prefix: str = "") -
 def matched(
     state: Mapping[str, Any], own: Mapping[str, Any], projections: Projections, dropped: tuple[str, ...]
 ) -> Mapping[str, Any]:
-    """`storage.matched`, for stacked weights too."""
+    """`storage.matched`, extended to stacked weights."""
     if is_stacked(state):
         others = [key for key in own if not storage.bare(key).startswith("projections.")]
         state = dict(storage.matched(state, [*others, *_new_keys(projections)], dropped))
@@ -74,7 +74,7 @@ def matched(
 
 
 def _new_keys(projections: Projections) -> dict[str, list[str]]:
-    """Key of a stacked weight -> keys of its parts, without what they begin with."""
+    """Key of a stacked weight -> keys of its parts, both without prefix."""
     own = projections.state_dict()
     out: dict[str, list[str]] = {}
     for i, members in enumerate(projections.alike()):

@@ -1,7 +1,7 @@
-"""The one writer and the one opener of files of weights: what is in them, how they are written, what is refused.
+"""Writes and reads files of weights, and checks what they contain.
 
 A file holds a mapping of tensors and plain data. `StyleHeads.save` writes {"config", "state_dict", "card"}; a training
-run writes {"heads", "model", "card", ...} with the rest of its state. Both are opened here, and nothing else is.
+run writes {"heads", "model", "card", ...} with the rest of its state. This module reads these two kinds only.
 """
 
 import collections
@@ -22,13 +22,13 @@ from torch import Tensor
 from ssd_addon import _archive, _checks
 
 WRAPPERS = ("module", "_orig_mod", "_forward_module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""What DDP, EMA, torch.compile, Fabric, activation checkpointing and FSDP put into the keys of what they wrap."""
+"""Names that DDP, EMA, torch.compile, Fabric, activation checkpointing and FSDP add to the keys of wrapped modules."""
 INSIDE = tuple(name for name in WRAPPERS if name.startswith("_"))
-"""Those that no library gives to a part of its own."""
+"""Those of `WRAPPERS` that no library uses as the name of a part of a model."""
 
 PLAIN = (bool, int, float, str, Tensor)
 LOADABLE = (complex, bytes, bytearray, torch.nn.Parameter, torch.dtype, torch.device, torch.layout)
-"""What torch.load reads beside `PLAIN` with weights_only=True."""
+"""Types other than `PLAIN` that torch.load reads with weights_only=True."""
 CONTAINERS = (dict, collections.OrderedDict, list, tuple)
 LOADABLE_CONTAINERS = (collections.Counter, set, torch.Size)
 
@@ -42,12 +42,12 @@ class HasState(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """What a file of weights says.
+    """The content of a file of weights.
 
     Attributes:
-        config: of `StyleHeads`: the constructor's arguments.
+        config: the constructor's arguments of `StyleHeads`.
         state_dict: the weights, with the keys of the file.
-        card: what is needed to open the model without the training script, {} where there is none.
+        card: what is needed to open the model without the training script; {} if the file has no card.
         content: everything in the file.
     """
 
@@ -58,14 +58,14 @@ class Stored:
 
 
 def write(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write a file whole or not at all: beside its place first, then renamed.
+    """Write a file completely or not at all: it is written under a temporary name, then renamed.
 
-    A folder that is missing is made; a symbolic link stays one, and what it leads to is replaced. Tensors that are
-    sharded over ranks are gathered: every rank has to call it then, and rank 0 writes.
+    A missing folder is created; a symbolic link is kept, and its target is replaced. Tensors that are sharded over
+    ranks are gathered: every rank has to call this then, and rank 0 writes.
 
     Raises:
-        ValueError: something in it that `read` would refuse.
-        OSError: it cannot be written; what was there before is left.
+        ValueError: the content includes something that `read` would refuse.
+        OSError: the file cannot be written; an existing file is left as it was.
     """
     path = Path(path)
     parts: list[Any] = []
@@ -82,12 +82,12 @@ def write(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def not_plain(value: Any, also: Collection[Any] = (), containers: tuple[type, ...] = ()) -> tuple[Any, ...]:
-    """The type of the first thing that is no plain data, then the keys that lead to it from inside out; () for none.
+    """The type of the first value that is not plain data, then the keys that lead to it, innermost first; () if none.
 
     Args:
-        value: what is looked through.
-        also: types that count as plain data beside `PLAIN`.
-        containers: types that are looked into beside `CONTAINERS`.
+        value: the value to search.
+        also: further types that count as plain data, in addition to `PLAIN`.
+        containers: further types to search inside, in addition to `CONTAINERS`.
     """
     kind = type(value)
     if value is None or kind in PLAIN or kind in also:
@@ -104,20 +104,20 @@ def check_loadable(content: Any, what: str) -> None:
     """Refuse what `read` would refuse.
 
     Raises:
-        ValueError: something that torch.load does not read with weights_only=True; says where.
+        ValueError: something that torch.load does not read with weights_only=True; the message says where it is.
     """
     safe = {g[0] if isinstance(g, tuple) else g for g in torch.serialization.get_safe_globals()}
     if odd := not_plain(content, (*LOADABLE, *safe), LOADABLE_CONTAINERS):
         kind, *keys = odd
         raise ValueError(
-            f"{what}: expected tensors and plain data (numbers, strings, lists, mappings), as a file with more in it "
-            f"is not opened again: got {kind} in {' of '.join(map(repr, keys)) or 'it'}"
+            f"{what}: expected tensors and plain data (numbers, strings, lists, mappings), as a file with anything "
+            f"else cannot be opened again: got {kind} in {' of '.join(map(repr, keys)) or 'it'}"
         )
 
 
 @contextmanager
 def unchanged_on_error(*parts: HasState) -> Iterator[None]:
-    """Where the block fails, these hold afterwards what they held before."""
+    """Restore the state of these parts if the block raises."""
     before = [copy.deepcopy(part.state_dict()) for part in parts]
     try:
         yield
@@ -128,7 +128,7 @@ def unchanged_on_error(*parts: HasState) -> Iterator[None]:
 
 
 def _whole(value: Any, parts: list[Any]) -> Any:
-    """The same with every sharded tensor whole, on the CPU; these are noted in `parts`."""
+    """The value with every sharded tensor gathered, on the CPU; sharded tensors are appended to `parts`."""
     if isinstance(value, Mapping):
         return {k: _whole(v, parts) for k, v in value.items()}
     if type(value) in (list, tuple):
@@ -140,7 +140,7 @@ def _whole(value: Any, parts: list[Any]) -> Any:
 
 
 def sharded_as(value: Any, like: Any) -> Any:
-    """A whole tensor laid over ranks as another one is; what is not sharded stays as it is."""
+    """Shard a whole tensor over ranks like another one; returned unchanged if that one is not sharded."""
     if not hasattr(like, "full_tensor") or not isinstance(value, Tensor) or hasattr(value, "full_tensor"):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -153,7 +153,7 @@ FULL = {
     errno.EDQUOT: "the quota of the disk is used up",
     errno.EFBIG: "a file of this size is not allowed",
 }
-"""What writing fails with where there is no room, in words."""
+"""Descriptions of the errors that writing raises when there is no space."""
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
@@ -176,16 +176,16 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
         if type(error) is not RuntimeError:  # out of memory, no data on a meta device
             raise
         reason = str(error).partition("\n")[0]
-        raise OSError(f"{path}: expected a place where a file can be written whole: got {reason!r}") from error
+        raise OSError(f"{path}: expected to write the complete file: got {reason!r}") from error
     finally:
         beside.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last: a renamed file is there after a loss of power."""
+    """Flush a folder's entries to disk, so that a renamed file survives a loss of power."""
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows has no handles of folders
+    except OSError:  # Windows cannot open folders
         return
     try:
         os.fsync(handle)
@@ -199,37 +199,37 @@ def _free(path: Path) -> str:
     try:
         return f"{shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free"
     except OSError:
-        return "how much is free is not known"
+        return "the free space is unknown"
 
 
 class Damaged(ValueError):
-    """A file that cannot be read: cut off, changed since it was written, or something else."""
+    """A file that cannot be read: truncated, changed since it was written, or of another kind."""
 
 
 def read(path: str | Path, *, expected: str, with_parts: str | None = None, map_location: Any = "cpu") -> Stored:
-    """Read what `write` wrote; nothing in the file is run.
+    """Read what `write` wrote; no code in the file is run.
 
-    torch.save keeps a checksum of every entry of its archive, which torch.load ignores. Here every entry is compared
-    with its checksum, as it is read, so that a damaged file is no other model. Not verified are files without
-    checksums: those of torch.save's format before 1.6, which is no archive, and those written after
-    `torch.serialization.set_crc32_options(False)`.
+    torch.save stores a checksum of every entry of its archive, which torch.load ignores. Here every entry is compared
+    with its checksum as it is read, so that a damaged file cannot be mistaken for another model. Files without
+    checksums are not verified: those in torch.save's format before 1.6, which is not an archive, and those written
+    after `torch.serialization.set_crc32_options(False)`.
 
     Args:
-        path: of the file.
-        expected: what the caller wants it to be, for messages.
-        with_parts: the same, for a file that can be read and holds something else; None: `expected`.
-        map_location: where tensors go.
+        path: path of the file.
+        expected: description of the expected file, for messages.
+        with_parts: description used if the file can be read but holds something else; None uses `expected`.
+        map_location: device for the tensors, as for `torch.load`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is damaged or cannot be read, or that holds no `StyleHeads`: says what is missing.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, cannot be read, or contains no `StyleHeads`; the message says what is missing.
     """
     if not Path(path).is_file():
         got = "a folder" if Path(path).is_dir() else "no such file"
         raise FileNotFoundError(f"{path}: expected {expected}: got {got}")
     try:
         content = _archive.load(path, map_location)
-    except Exception as error:  # whatever a file's bytes make the reader say
+    except Exception as error:  # bytes of an unknown file can make the reader raise anything
         raise Damaged(f"{path}: expected {expected}: could not be read ({_archive.reason(error)})") from error
     what = f"{path}: expected {with_parts or expected}, with its configuration and its weights"
     if not isinstance(content, Mapping):
@@ -238,9 +238,9 @@ def read(path: str | Path, *, expected: str, with_parts: str | None = None, map_
     state = content.get("state_dict", content.get("model"))
     if not isinstance(config, Mapping) or not {"spaces", "hidden", "in_features"} <= config.keys():
         raise ValueError(
-            f"{what}: got no heads' configuration in it (keys: {_checks.names(content)}); weights alone do not say how "
-            "they are put together. Write it with StyleHeads.save(path, card=...), or put 'config': model.config() and "
-            "'state_dict': model.state_dict() into the file"
+            f"{what}: got no configuration of the heads (keys: {_checks.names(content)}); weights alone do not define "
+            "the model. Write the file with StyleHeads.save(path, card=...), or put 'config': model.config() and "
+            "'state_dict': model.state_dict() into it"
         )
     if not isinstance(state, Mapping) or not all(isinstance(k, str) for k in state):
         raise ValueError(f"{what}: got no 'state_dict' in it (keys: {_checks.names(content)})")
@@ -248,32 +248,33 @@ def read(path: str | Path, *, expected: str, with_parts: str | None = None, map_
 
 
 def matched(state: Mapping[str, Any], wanted: Iterable[str], dropped: tuple[str, ...] = ()) -> Mapping[str, Any]:
-    """A state dict under the keys that a module wants, whatever wrapped the module when it was saved.
+    """Rename the keys of a state dict to those that a module expects, if it was saved inside wrappers.
 
-    Recognized are the segments of `WRAPPERS`, wherever they stand, and a prefix that all weights of the module share
-    ("model." in Lightning's files), where only one does; keys outside the prefix are other modules' and left out. A
-    state that does not match is returned as it is, for `load_state_dict` to say what is missing.
+    Two kinds of additions are recognized: the names in `WRAPPERS`, anywhere in a key, and a prefix that all weights of
+    the module share ("model." in Lightning's files), if there is exactly one such prefix; other keys belong to other
+    modules and are left out. A state dict that does not match is returned unchanged, so that `load_state_dict` reports
+    what is missing.
 
     Args:
-        dropped: prefixes of keys that older files may hold and the module no longer has; they are left out.
+        dropped: prefixes of keys that older files may contain and the module no longer has; they are left out.
 
     Raises:
-        ValueError: weights for the module under several prefixes, as in a file that holds an average beside them.
+        ValueError: weights for the module occur under several prefixes, as in a file that also holds averaged weights.
     """
     own = list(wanted)
     found_at = {bare(k): k for k in state}
     targets = {bare(k): k for k in own}
     if set(own) <= state.keys():
         return {k: v for k, v in state.items() if k in targets.values() or not k.startswith(dropped)}
-    if len(found_at) < len(state) or len(targets) < len(own):  # two keys differ by a wrapper's name alone
+    if len(found_at) < len(state) or len(targets) < len(own):  # two keys differ only by a wrapper's name
         return state
     first = next(iter(targets), "")
     prefixes = [b.removesuffix(first) for b in found_at if b == first or b.endswith("." + first)]
     fitting = [p for p in prefixes if all(p + t in found_at for t in targets)]
     if len(fitting) > 1:
         raise ValueError(
-            f"expected the weights of one model: got them under several prefixes, {_checks.names(fitting)}; keep the "
-            "keys of the one that you want: {k.removeprefix(prefix): v for k, v in state.items() if "
+            f"state_dict: expected the weights of one model: got several, with prefixes {_checks.names(fitting)}; keep "
+            "the keys of the one that you want: {k.removeprefix(prefix): v for k, v in state.items() if "
             "k.startswith(prefix)}"
         )
     if not fitting:
@@ -288,17 +289,17 @@ def matched(state: Mapping[str, Any], wanted: Iterable[str], dropped: tuple[str,
 
 
 def bare(key: str, wrappers: tuple[str, ...] = WRAPPERS) -> str:
-    """A key without the names of what wraps the parts of a model."""
+    """A key without the names of wrappers."""
     return ".".join(part for part in key.split(".") if part not in wrappers)
 
 
 def versions(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What modules note beside their weights: path -> {"version": ...}, as `Module.state_dict` keeps it."""
+    """The metadata that modules store with their weights: path -> {"version": ...}, as in `Module.state_dict`."""
     return dict(getattr(state, "_metadata", {}))
 
 
 def with_versions(state: Mapping[str, Any], versions: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict with these notes, which some modules (torchvision's MNASNet) do not load without."""
+    """The state dict with this metadata, which some modules (torchvision's MNASNet) require for loading."""
     out = collections.OrderedDict(state)
     out._metadata = collections.OrderedDict(versions)  # type: ignore[attr-defined]
     return out

@@ -1,10 +1,10 @@
-"""Structured views of one sample at a time, in data-loader workers, as most image pipelines augment.
+"""Structured views of one sample at a time, in data-loader workers, where most image pipelines augment.
 
     dataset = LightlyDataset("images", transform=StructuredTransform({"color": [...], "spatial": [...]}))
     for views, labels, names in DataLoader(dataset, batch_size=256, num_workers=8):   # views: a list of V batches
         loss = criterion(model(views), transform.plan)
 
-Crops see each image at its own resolution, before a batch is made. Legend: V views, C channels, [H, W] size.
+Crops are taken from each image at its original resolution. Legend: V views, C channels, [H, W] size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,18 +26,18 @@ from ssd_addon.plan import PlanKind, ViewPlan
 
 
 class StructuredTransform:
-    """One sample -> its list of V structured views.
+    """Transform for a data set: turns one sample into a list of V structured views.
 
-    Draws are fresh for every sample, worker, rank and epoch. In the workers of a `DataLoader` they depend on the
-    loader's generator and on the sample alone, so that an epoch is repeated exactly from the same generator,
-    `DataLoader(..., generator=torch.Generator().manual_seed(seed + epoch))`, with any number of workers, and continued
-    in the middle by a sampler that starts there (`runs.ResumableSampler`). Persistent workers, and a loader without
-    workers, draw from torch's global generator of their process, one sample after the other: fresh too, and exact from
-    the start of the training. Workers may be forked or spawned.
+    Every sample, worker, rank and epoch gets different draws. In the workers of a `DataLoader` they depend only on the
+    loader's generator and on the sample, so that an epoch can be repeated exactly from the same generator,
+    `DataLoader(..., generator=torch.Generator().manual_seed(seed + epoch))`, with any number of workers, and resumed in
+    the middle by a sampler that starts there (`runs.ResumableSampler`). Persistent workers, and a loader without
+    workers, draw from torch's global generator of their process, one sample after the other; a training run then
+    repeats exactly only from its start. Workers may be forked or spawned.
 
-    `default_collate` makes a list of V batches [B, C, H, W], which `StyleHeads` takes; the loss takes `transform.plan`
-    beside the embeddings, so that spaces are matched by name. `StructuredCollate(size, views=transform)` makes a
-    `ViewBatch` of them, which carries the plan, and with `parameters=True` how each view was drawn.
+    `default_collate` makes a list of V batches [B, C, H, W], which `StyleHeads` accepts; pass `transform.plan` to the
+    loss together with the embeddings, so that spaces are matched by name. `StructuredCollate(size, views=transform)`
+    makes a `ViewBatch`, which carries the plan and, with `parameters=True`, the parameters of each view.
 
     >>> import kornia.augmentation as K
     >>> transform = StructuredTransform({"color": [K.ColorJitter(0.4, 0.4, 0.4, 0.1)]},
@@ -47,19 +47,19 @@ class StructuredTransform:
     (3, torch.Size([3, 16, 16]), ('content', 'color'))
 
     Args:
-        groups, then, key_groups, key_then: as of `StructuredViews`, with any of its operations.
-        plan: "shared_query". An interleaved plan gives the rows of a batch different spaces, which one sample does not
-            know: use `StructuredCollate(views=StructuredViews(..., plan="interleaved"))`.
-        seed: of the draws, beside the generator of the process.
-        parameters: return (views, parameters) instead, parameters a list of V mappings group -> operation -> name ->
-            value, as `ViewBatch.parameters` without the batch dimension; `default_collate` gives them one.
-        sample_ndim, value_range: of `StructuredViews`.
+        groups, then, key_groups, key_then: as for `StructuredViews`, with any of its operations.
+        plan: "shared_query". In an interleaved plan the images of a batch serve different spaces, which needs whole
+            batches: use `StructuredCollate(views=StructuredViews(..., plan="interleaved"))`.
+        seed: seed of the draws, combined with the generator of the process.
+        parameters: return (views, parameters) instead. The parameters are a list of V mappings group -> operation ->
+            name -> value, like `ViewBatch.parameters` without the batch dimension, which `default_collate` adds.
+        sample_ndim, value_range: as for `StructuredViews`.
 
-    Takes a PIL image of any mode (upright RGB, as in `ImageFiles`), an array [H, W] or [H, W, C], or a tensor of one
-    sample. Cross-image keys need other images: use `StructuredViews`.
+    A sample is a PIL image of any mode (converted to upright RGB, as in `ImageFiles`), an array [H, W] or [H, W, C], or
+    a tensor. Cross-image keys need other images: use `StructuredViews`.
 
     Raises:
-        ValueError, TypeError: as `StructuredViews`; views of one sample that differ in size.
+        ValueError, TypeError: as `StructuredViews`; also if the views of one sample differ in size.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class StructuredTransform:
     ) -> None:
         if plan != "shared_query":
             raise ValueError(
-                f"plan: expected 'shared_query', as one sample does not know which space its row serves: got {plan!r}; "
-                "StructuredCollate(size, views=StructuredViews(...)) interleaves whole batches"
+                f"plan: expected 'shared_query', as an interleaved plan needs whole batches: got {plan!r}; use "
+                "StructuredCollate(size, views=StructuredViews(...))"
             )
         self.views = StructuredViews(
             groups,
@@ -94,12 +94,12 @@ class StructuredTransform:
 
     @property
     def plan(self) -> ViewPlan:
-        """Which views are pairs, for `criterion(z, transform.plan)`."""
+        """The plan of positive pairs, for `criterion(z, transform.plan)`."""
         return self.views.plan
 
     @property
     def stages(self) -> Mapping[str, Stage]:
-        """Name -> operations, as of `StructuredViews`."""
+        """Name -> operations, as in `StructuredViews`."""
         return self.views.stages
 
     @torch.no_grad()
@@ -111,10 +111,10 @@ class StructuredTransform:
         return (views, [_first(p) for p in drawn]) if self.parameters else views
 
     def collated(self, made: Sequence[Any]) -> ViewBatch:
-        """Samples as a batch, with their parameters where these were asked for: for `StructuredCollate`.
+        """Collate samples into a batch, with parameters if the transform returns them; used by `StructuredCollate`.
 
         Args:
-            made: of each sample what this transform returned, or a sample that it has not seen yet.
+            made: for each sample the result of this transform, or the sample itself, to which it is then applied.
         """
         views: list[list[Tensor]] = []
         drawn: list[Any] = []

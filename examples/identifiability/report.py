@@ -101,7 +101,7 @@ def latents_of(subset: str) -> tuple[set[str], set[str]]:
 
 
 def over(kind: str, size: int, which: int) -> Measure:
-    """Mean over the subsets of so many views, and over the latents that they share (0) or do not (1)."""
+    """Mean over the subsets of this many views, and over the latents that they share (0) or do not (1)."""
 
     def measure(scores: dict[str, Any]) -> float:
         tables = {s: row for s, row in scores[kind].items() if len(s) == size}

@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("command", choices=("run", "list", "tables", "agree"))
     p.add_argument("experiments", nargs="*", help=f"of {', '.join(grid.EXPERIMENTS)}, or how they begin; none: all")
-    p.add_argument("--device", default="cpu", help="device of the training; scores are computed on the CPU")
+    p.add_argument("--device", default="cpu", help="device for training; scores are computed on the CPU")
     p.add_argument("--steps", type=int, help="steps instead of the grid's, to try it; needs --out")
     p.add_argument("--pair", type=Path, metavar="DIR", help="agree: a checkout of ssl_identifiability")
     p.add_argument("--partial", type=Path, metavar="DIR", help="agree: a checkout of multiview-crl")

@@ -294,6 +294,7 @@ FINALS: dict[str, list[Row]] = {
 
 RECIPE = WIDE | EVERY | ENTROPY | HALF
 GENTLE = RECIPE | {"equivariance": 0.1}
+JOINT_ALONE = WIDE | EVERY | {"equivariance": 0.1}
 IMAGENETS: dict[str, list[Row]] = {
     "imagenet/recipe": [
         ("the recipe", IMAGENET | PLAIN | RECIPE | {"steps": 600}, 3),
@@ -304,12 +305,16 @@ OTHERS = ("vicreg", "barlow", "sigreg", "frossl", "mmcr")
 FAMILIES: dict[str, list[Row]] = {
     "sprites/each": [
         (f"{family}, {name}", PLAIN | {"spatial_width": None} | TRIED | {"steps": 800, "family": family} | c, 3)
-        for name, c in (("the recipe", RECIPE), ("the recipe, equivariance 0.1", GENTLE))
+        for name, c in (
+            ("the recipe", RECIPE),
+            ("the recipe, equivariance 0.1", GENTLE),
+            ("equivariance 0.1 without content entropy", JOINT_ALONE),
+        )
         for family in OTHERS
     ],
     "cifar/each": [
         (f"{family}, {name}", CIFAR | PLAIN | {"steps": 800, "scored": 500, "family": family} | c, 3)
-        for name, c in (("the recipe", RECIPE), ("the recipe, equivariance 0.1", GENTLE))
+        for name, c in (("the recipe", RECIPE), ("equivariance 0.1 without content entropy", JOINT_ALONE))
         for family in OTHERS
     ],
 }

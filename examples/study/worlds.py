@@ -152,7 +152,7 @@ class DrawnWorld(ImageWorld):
     def __init__(self, c: Config, seed: int) -> None:
         widths = {"color": style_width(c, "color", 32), "spatial": style_width(c, "spatial", 128)}
         super().__init__(c, seed, self.groups_of_all, {"content": c["content_width"], **widths})
-        kept = c.get("images")  # a fixed set of so many images; None: new ones for every batch
+        kept = c.get("images")  # a fixed set of this size; None: new images for every batch
         self.kept = self.drawn(kept, torch.Generator().manual_seed(20_000 + seed))[0] if kept else None
 
     def drawn(self, n: int, g: torch.Generator) -> tuple[Tensor, dict[str, Any]]:

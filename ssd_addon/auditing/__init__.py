@@ -1,4 +1,4 @@
-"""An audit: what a backbone that was trained elsewhere keeps of each augmentation, layer by layer.
+"""An audit: how well the parameters of augmentations can be decoded from a pretrained backbone, layer by layer.
 
     python -m ssd_addon audit timm:resnet18 --pretrained --data DIR --out audit.html
     audit(backbone, images)                              the table alone, in Python
@@ -74,7 +74,7 @@ def write(
         What the page shows of each backbone.
 
     Raises:
-        OSError: `out` cannot be written; said before anything is computed.
+        OSError: `out` cannot be written; raised before anything is computed.
         ValueError, TypeError: another number of backbones, and what `audit` refuses.
     """
     path = writable(out)

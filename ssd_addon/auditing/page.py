@@ -7,14 +7,16 @@ from typing import Any
 from torch import Tensor
 
 from ssd_addon.auditing.measure import Audited
-from ssd_addon.auditing.verdict import Course, compared, courses, headline, sentences
+from ssd_addon.auditing.verdict import Course, advice, compared, courses, headline, sentences
 from ssd_addon.display import display
 from ssd_addon.metrics import ScoreTable
+from ssd_addon.report.advice import advice_section
 from ssd_addon.report.document import document
+from ssd_addon.report.legend import INTERVAL, SCALE
 from ssd_addon.report.pictures import picture
+from ssd_addon.report.readings import ENCODES, TRACE
 from ssd_addon.report.table import score_table, short_name
 from ssd_addon.report.text import html, name
-from ssd_addon.report.verdict import ENCODES, TRACE
 
 ROW = "Features"
 BESIDE = 4
@@ -37,7 +39,7 @@ class Strip:
 def render(models: Sequence[Audited], about: Sequence[tuple[str, str]], strip: Strip | None) -> str:
     """The page of one audited backbone, or of two side by side."""
     title = " and ".join(m.name for m in models)
-    sections = [_header(models, about), _courses(models), *_tables(models), _strip(strip), _how(models)]
+    sections = [_header(models, about), _courses(models), _how(), *_tables(models), _strip(strip)]
     findings = {
         "models": [
             {
@@ -52,7 +54,8 @@ def render(models: Sequence[Audited], about: Sequence[tuple[str, str]], strip: S
         ],
         "about": dict(about),
     }
-    return document(f"{title}: what it keeps of each augmentation", [s for s in sections if s], findings)
+    thing = "what it encodes" if len(models) == 1 else "what they encode"
+    return document(f"{title}: {thing} of each augmentation", [s for s in sections if s], findings)
 
 
 def _header(models: Sequence[Audited], about: Sequence[tuple[str, str]]) -> str:
@@ -68,11 +71,12 @@ def _header(models: Sequence[Audited], about: Sequence[tuple[str, str]]) -> str:
         out.append(f'<ul class="each">{"".join(f"<li>{html(s)}</li>" for s in sentences(m))}</ul>')
     if len(models) == 2:
         out.append(f'<ul class="each" id="compared">{"".join(f"<li>{html(s)}</li>" for s in compared(*models))}</ul>')
-    out.append(
-        f'<p class="note">R² is the fraction of the variance of a parameter\'s change between two views that a probe '
-        f"predicts on held-out images. From {ENCODES} on, features are said to encode it; below {TRACE}, not to.</p>"
-    )
-    return "\n".join([*out, f'<p class="about">{facts}</p>', "</header>"])
+    each = [advice(m) for m in models]
+    shared = [item for item in each[0] if all(item in other for other in each)]
+    own = [
+        (f"{m.name}: {t}", s) for m, found in zip(models, each, strict=True) for t, s in found if (t, s) not in shared
+    ]
+    return "\n".join([*out, advice_section([*own, *shared]), f'<p class="about">{facts}</p>', "</header>"])
 
 
 def _courses(models: Sequence[Audited]) -> str:
@@ -90,8 +94,8 @@ def _courses(models: Sequence[Audited]) -> str:
         [
             "<section>",
             "<h2>On the way through the layers</h2>",
-            "<p>How much of each parameter can be decoded from the pixels, from each layer and from the features at "
-            "the end. Dashed: the features of an untrained copy.</p>",
+            "<p>How well each parameter can be decoded (R²) from the pixels, from each layer and from the features at "
+            "the end. The dashed line is the score of the features of an untrained copy.</p>",
             f'<ul class="legend">{legend}</ul>' if len(models) > 1 else "",
             f'<div class="plots">{"".join(panels)}</div>',
             "</section>",
@@ -168,7 +172,7 @@ def _strip(strip: Strip | None) -> str:
         return ""
     show = display(strip.first)
     groups = list(strip.others)
-    heads = "".join(f'<th scope="col">other {short_name(g)} <small>the rest shared</small></th>' for g in groups)
+    heads = "".join(f'<th scope="col">other {short_name(g)} <small>all else is shared</small></th>' for g in groups)
     rows = []
     for i in range(len(strip.first)):
         cells = f'<td><img src="{picture(strip.first[i], show)}" alt="{html(f"image {i + 1}, first view")}"></td>'
@@ -180,8 +184,8 @@ def _strip(strip: Strip | None) -> str:
         [
             "<section>",
             "<h2>What is compared</h2>",
-            "<p>Each row is one image. Beside its first view, each view differs from it in one group of augmentations "
-            "alone; a probe has to say from the features by how much.</p>",
+            "<p>Each row is one image. Each of the other views differs from the first one in a single group of "
+            "augmentations, and a probe predicts from the features of both by how much.</p>",
             '<div class="wide"><table class="strip"><thead><tr><th scope="col">first view</th>'
             f"{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>",
             "</section>",
@@ -189,21 +193,22 @@ def _strip(strip: Strip | None) -> str:
     )
 
 
-def _how(models: Sequence[Audited]) -> str:
-    return "\n".join(
-        [
-            "<section>",
-            "<h2>How to read this</h2>",
-            "<p><b>pixels</b> are the views themselves, averaged in a grid of 8 x 8: what a probe can decode without "
-            "any network. <b>backbone</b> is what a downstream task gets. <b>untrained</b> is the same network with "
-            "weights drawn anew: where it scores higher, training removed something; where it scores lower, training "
-            "made the parameter easier to decode. Layers are averaged in a grid of 2 x 2.</p>",
-            "<p>A low score says that the probe finds little from this many pairs, not that nothing is there: compare "
-            "the rows of a column with each other, look at the intervals, and draw more pairs (--draws) or take more "
-            "images where the pixels score low too.</p>",
-            "</section>",
-        ]
+def _how() -> str:
+    rows = (
+        "<b>pixels</b> are the views themselves, averaged over a grid of 8 x 8: what a probe decodes without any "
+        "network. Layers are averaged over a grid of 2 x 2. <b>backbone</b> is what a downstream task gets, and "
+        "<b>untrained</b> is the same network with random weights: where it scores higher, training removed something."
     )
+    low = (
+        "<b>A low score</b> says that this probe finds little from this many pairs, not that nothing is there. Compare "
+        "the rows of a column, and take more images or pairs (--draws) where the pixels score low too."
+    )
+    encode = (
+        f"Features are said to <b>encode</b> a parameter from R² = {ENCODES} on, to encode it weakly from {TRACE} on, "
+        "and not to encode it below that."
+    )
+    items = "".join(f"<li>{text}</li>" for text in (SCALE, encode, INTERVAL, rows, low))
+    return f'<section>\n<h2>How to read the numbers</h2>\n<ul class="how">{items}</ul>\n</section>'
 
 
 def about_of(

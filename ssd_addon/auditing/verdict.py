@@ -1,4 +1,4 @@
-"""What an audit shows, in words: what is gone, after which layer, what was never there and what survives."""
+"""What an audit shows, in words: what the features encode, what is lost after which layer, and what to try."""
 
 import math
 from collections.abc import Sequence
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from ssd_addon.auditing.measure import Audited
 from ssd_addon.metrics import ScoreTable
-from ssd_addon.report.verdict import ENCODES, TRACE, parameters_of, short, sure
+from ssd_addon.report.advice import LAYERS, MEASURED, RECIPE, Section
+from ssd_addon.report.readings import ENCODES, TRACE, parameters_of, plural, short, sure
 
-NOWHERE, AT_ONCE = "nowhere", "at once"
+NOWHERE, AT_ONCE = "nowhere", "after the pixels"
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Course:
 
     @property
     def state(self) -> str:
-        """ "survives", "weak", "after LAYER" (the last that encodes it), AT_ONCE (the pixels alone do) or NOWHERE."""
+        """ "encoded", "weak", "after LAYER" (the last that encodes it), AT_ONCE (the pixels alone do) or NOWHERE."""
         if self.features >= ENCODES:
-            return "survives"
+            return "encoded"
         if self.features >= TRACE:
             return "weak"
         held = [layer for layer, score in self.by_layer.items() if score >= TRACE]
@@ -68,29 +69,44 @@ def _rest(c: Course) -> tuple[str, float, float, dict[str, float], bool, bool]:
 
 
 def headline(a: Audited) -> str:
-    """One sentence: what is gone, what was never there, what is weak and what survives."""
+    """What the features encode, and what is lost on the way to them."""
     each = courses(a)
     if not each:
-        return "No parameter of these augmentations varies, so nothing can be said of what the features keep."
-    parts = []
-    for state in dict.fromkeys(c.state for c in each if c.state.startswith("after ")):
-        gone = [c.name for c in each if c.state == state]
-        parts.append(f"{listed(gone)} {'are' if _plural(gone) else 'is'} gone {state}")
-    where = "in any layer" if a.layers else "in the features"
-    if at_once := [c.name for c in each if c.state == AT_ONCE]:
-        parts.append(f"{listed(at_once)} can be decoded from the pixels, but not {where}")
-    if weak := sorted((c for c in each if c.state == "weak"), key=lambda c: -c.features):
-        parts.append(f"{_scored(weak)} {'are' if _plural([c.name for c in weak]) else 'is'} only weakly encoded")
-    if kept := sorted((c for c in each if c.state == "survives"), key=lambda c: -c.features):
-        parts.append(f"{_scored(kept)} survive{'' if _plural([c.name for c in kept]) else 's'}")
+        return "No parameter of these augmentations varies, so there is nothing to decode."
+    kept = sorted((c for c in each if c.state == "encoded"), key=lambda c: -c.features)
+    weak = sorted((c for c in each if c.state == "weak"), key=lambda c: -c.features)
+    if kept:
+        head = f"The features encode {_scored(kept)}{f', and weakly {_scored(weak)}' if weak else ''}."
+    elif weak:
+        head = f"The features encode only weakly {_scored(weak)}."
+    else:
+        head = "The features encode none of these augmentations."
+    states = dict.fromkeys(c.state for c in each if c.state.startswith("after "))
+    lost = [f"{listed([c.name for c in each if c.state == state])} ({state})" for state in states]
+    return f"{head} Lost on the way: {'; '.join(lost)}." if lost else head
+
+
+def advice(a: Audited) -> list[tuple[str, Section]]:
+    """One sentence for each kind of problem, and where the documentation says more."""
+    each, out = courses(a), []
+    if earlier := [c.name for c in each if c.state.startswith("after ") and c.state != AT_ONCE]:
+        text = (
+            f"From an earlier layer, {listed(earlier)} can still be decoded: style heads that read several layers can "
+            "use this without training the backbone again."
+        )
+        out.append((text, LAYERS))
+    if wanted := [c.name for c in each if c.state in ("weak", AT_ONCE) or (c.state == "encoded" and c.lost)]:
+        them = "them" if plural(wanted) else "it"
+        text = f"To keep more of {listed(wanted)}, train with a style space for the augmentations that change {them}."
+        out.append((text, RECIPE))
     if nowhere := [c.name for c in each if c.state == NOWHERE]:
-        parts.append(f"{listed(nowhere)} cannot be decoded {where}, nor from the pixels")
-    text = "; ".join(parts)
-    return f"{text[0].upper()}{text[1:]}."
+        about = f"Before you conclude anything about {listed(nowhere)}"
+        out.append((f"{about}, take more images or more pairs of views (--draws 4).", MEASURED))
+    return out
 
 
 def sentences(a: Audited) -> list[str]:
-    """What training did, beside an untrained copy, and class accuracy."""
+    """What not even the pixels show, how the features compare with an untrained copy's, and class accuracy."""
     each, out = courses(a), []
     lost = [c for c in each if c.lost and c.untrained >= TRACE]
     gained = [c for c in each if c.gained and c.features >= TRACE]
@@ -98,17 +114,22 @@ def sentences(a: Audited) -> list[str]:
     def beside(c: Course) -> str:
         return f"{c.name} ({number(c.features)} against {number(c.untrained)})"
 
+    if nowhere := [c.name for c in each if c.state == NOWHERE]:
+        out.append(f"Cannot be decoded, not even from the pixels: {listed(nowhere)}.")
     if lost:
-        out.append(f"Decoded worse than from an untrained copy: {listed([beside(c) for c in lost])}.")
+        out.append(f"Harder to decode than from an untrained copy: {listed([beside(c) for c in lost])}.")
     if gained:
-        out.append(f"Decoded better than from an untrained copy: {listed([beside(c) for c in gained])}.")
+        out.append(f"Easier to decode than from an untrained copy: {listed([beside(c) for c in gained])}.")
     if each and not lost and not gained:
-        out.append("No parameter differs from an untrained copy by more than the 95 % intervals allow.")
+        out.append(
+            "Compared with an untrained copy, no parameter is easier or harder to decode: the intervals overlap."
+        )
     if a.accuracy is not None:
         t = a.accuracy
         rows = ", ".join(f"{r} {number(t[r, f])}" for f in t.factors[:1] for r in ("backbone", "untrained", "pixels"))
         out.append(
-            f"Class accuracy of a linear probe: {rows}; of k-NN on the features: {number(t['backbone', 'k-NN'])}."
+            f"Class accuracy of a linear probe: {rows}. Of k nearest neighbors: backbone "
+            f"{number(t['backbone', 'k-NN'])}."
         )
     return out
 
@@ -126,19 +147,13 @@ def compared(a: Audited, b: Audited) -> list[str]:
             if low > _interval(less.table, key)[1]:
                 found.append(f"{c.name} ({number(c.features)} against {number(other[key].features)})")
         if found:
-            out.append(f"{more.name} keeps more than {less.name} of {listed(found)}.")
-    return out or [f"{a.name} and {b.name} keep equally much, as far as the 95 % intervals tell."]
+            out.append(f"{more.name} encodes {listed(found)} better than {less.name}.")
+    return out or [f"No parameter is encoded better by {a.name} or by {b.name}: all 95 % intervals overlap."]
 
 
 def _interval(table: ScoreTable, key: str) -> tuple[float, float]:
     own = table.parts if table.parts is not None and ("backbone", key) in table.parts.scores else table
     return own.intervals.get(("backbone", key), (math.nan, math.nan))
-
-
-def _plural(names: Sequence[str]) -> bool:
-    """Whether a verb after these names of parameters is plural: several of them, or such as "translations"."""
-    one = names[0]
-    return len(names) > 1 or (one.endswith("s") and not one.endswith("ss")) or " and " in one
 
 
 def _scored(each: Sequence[Course]) -> str:

@@ -1,4 +1,4 @@
-"""Images -> structured views: `StructuredViews`, and the operations that it draws and applies."""
+"""`StructuredViews` turns images into structured views by drawing and applying operations."""
 
 from ssd_addon._optional import needs
 

@@ -1,4 +1,4 @@
-"""A crop near another one: the constrained crop of METHOD, and what counts as a crop."""
+"""Crop boxes: RandomResizedCrop on images of any size, and the constrained crop near the query's crop."""
 
 from typing import Any
 
@@ -14,15 +14,16 @@ def is_crop(op: nn.Module | None) -> bool:
 
 
 def resized_crops(sizes: Tensor, op: Any, g: torch.Generator) -> Tensor:
-    """Corners [B, 4, 2] (x, y), inclusive, of RandomResizedCrop on images of any sizes.
+    """Corners [B, 4, 2] (x, y), inclusive, of RandomResizedCrop boxes on images of any sizes.
 
-    The area is uniform in the operation's scale, as a share of the image, the logarithm of the aspect in its ratio;
-    the first of ten tries that fits into the image counts, otherwise its largest central box within the ratio.
+    The area, as a share of the image, is uniform in the operation's scale; the logarithm of the aspect ratio is uniform
+    in its ratio. The first of ten tries that fits into the image is taken, otherwise the largest central box whose
+    aspect ratio is allowed.
 
     Args:
-        sizes: [B, 2] height and width.
+        sizes: [B, 2] height and width of the images, in pixels.
         op: Kornia's RandomResizedCrop.
-        g: what to draw from.
+        g: generator to draw from.
 
     Source: the rule of torchvision's and Kornia's RandomResizedCrop.
     """
@@ -46,23 +47,23 @@ def resized_crops(sizes: Tensor, op: Any, g: torch.Generator) -> Tensor:
 
 
 def corners(start: Tensor, size: Tensor) -> Tensor:
-    """[B, 4, 2] (x, y), inclusive, clockwise from the upper left one, of boxes of a start and size [B, 2] (x, y)."""
+    """Corners [B, 4, 2] (x, y), inclusive, clockwise from the upper left, of boxes of start and size [B, 2] (x, y)."""
     (x0, y0), (x1, y1) = start.unbind(1), (start + size - 1).unbind(1)
     return torch.stack([torch.stack(c, dim=1) for c in ((x0, y0), (x1, y0), (x1, y1), (x0, y1))], dim=1)
 
 
 def near(box: Tensor, a: float, op: Any, image: tuple[int, int] | Tensor, g: torch.Generator) -> Tensor:
-    """Corners [B, 4, 2] (x, y) of crops near the query's: area, aspect and center as in docs/method.md.
+    """Corners [B, 4, 2] (x, y), inclusive, of crops near the query's crop: the constrained crop of docs/method.md.
 
-    The area is a factor of 1 - a to 1 + a of the query's, the aspect is drawn anew from the operation's range, the
-    center lies in the query's box, and the box is moved until it lies in the image.
+    The area is 1 - a to 1 + a times the query's, the aspect ratio is redrawn from the operation's range, the center is
+    uniform in the query's box, and the box is moved to lie inside the image.
 
     Args:
         box: the query's corners [B, 4, 2], inclusive.
-        a: as above.
-        op: the RandomResizedCrop whose aspect range is used.
-        image: height and width; of each image [B, 2].
-        g: what to draw from.
+        a: largest relative change of the area.
+        op: the RandomResizedCrop whose range of aspect ratios is used.
+        image: (height, width) of all images, or [B, 2], one per image.
+        g: generator to draw from.
     """
     b = len(box)
     low, high = box[:, 0].double(), box[:, 2].double() + 1  # (x, y), exclusive
@@ -73,7 +74,7 @@ def near(box: Tensor, a: float, op: Any, image: tuple[int, int] | Tensor, g: tor
     aspect = (ratio[0] + (ratio[1] - ratio[0]) * u[:, 1]).exp()
     size = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=1)
     limit = torch.as_tensor(image, dtype=torch.float64).expand(b, 2).flip(1)
-    size = torch.minimum(size, limit)  # where one edge meets the image, the other one keeps the area
+    size = torch.minimum(size, limit)  # if one side is limited by the image, lengthen the other to keep the area
     size = torch.minimum(torch.maximum(size, area[:, None] / size.flip(1).clamp(min=1)), limit).round()
     size = torch.minimum(size.clamp(min=1), limit)
     start = low + extent * u[:, 2:] - size / 2

@@ -1,4 +1,4 @@
-"""Drawing: the parameters of every view, and which image each is made from. No pixel is made here."""
+"""Draws the parameters of every view and chooses its source images; computes no pixels."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from ssd_addon.plan import ViewPlan
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is shared and what is redrawn.
+    """Which parameters views share with the query and which they redraw.
 
     Attributes:
-        plan: which space a view, or a row of an interleaved key, serves.
+        plan: which space a view, or an image of an interleaved key, serves.
         stages: name -> stage, in the order in which they are applied.
         cross_image: groups whose key is made from another image.
-        constrained_crop: how near to the query's box some keys are cropped, or None.
+        constrained_crop: largest relative change of area for keys that are cropped near the query's box, or None.
     """
 
     plan: ViewPlan
@@ -31,7 +31,7 @@ class Drawing:
     constrained_crop: float | None
 
     def sources(self, b: int, index: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
-        """Which image each row of each view is made from: [B] per view or None for its own; ids [V, B] or None."""
+        """The source image of each sample: per view [B], or None if each is its own; and image ids [V, B] or None."""
         v = self.plan.num_views
         if not self.cross_image:
             return [None] * v, None
@@ -44,8 +44,8 @@ class Drawing:
                 continue
             if len(rows) == 1:
                 raise ValueError(
-                    f"cross_image: the key of {name!r} is made from another image: got a single image that serves it "
-                    f"in a batch of {b}"
+                    f"cross_image: expected two or more images for the key of {name!r}, which is made from another "
+                    f"image: got one in a batch of {b}"
                 )
             shift = m
             while shift % len(rows) == 0:
@@ -54,21 +54,21 @@ class Drawing:
         return [None if torch.equal(row, own) else row for row in ids], ids
 
     def _shared_rows(self, view: int, stage: str, index: Tensor | None) -> bool | Tensor:
-        """Which rows of a view take this group's parameters from the query: all, none, or a mask [B]."""
+        """Which samples of a view take this group's parameters from the query: all, none, or a mask [B]."""
         if view == 0 or stage == THEN:
             return False
         m = self.plan.spaces.index(stage)
         return view == 1 + m if index is None else index == m
 
     def _near_rows(self, view: int, b: int, index: Tensor | None) -> Tensor:
-        """Which rows of a view are cropped near the query: those that serve a style whose group draws no box, [B]."""
+        """Mask [B] of the samples cropped near the query: those that serve a style whose group contains no crop."""
         free = torch.tensor([n == "content" or self.stages[n].crops for n in self.plan.spaces])
         if index is not None:
             return ~free[index]
         return torch.full((b,), view >= 1 and not bool(free[view - 1]))
 
     def views(self, shape: tuple[int, ...], seed: Seed, index: Tensor | None) -> list[ViewParameters]:
-        """The parameters of all views of images [B, C, H, W]."""
+        """The parameters of all views of images of shape [B, C, H, W]."""
         out: list[ViewParameters] = []
         for view in range(self.plan.num_views):
             out.append(self.view(shape, seed, view, out[0] if view else None, index))
@@ -110,7 +110,7 @@ class Drawing:
             if from_key:
                 mine.from_key[stage.name] = ~shared if isinstance(shared, Tensor) else torch.ones(shape[0]).bool()
             mine[stage.name] = drawn
-        if late:  # operations that no trial sample suited were tried on these
+        if late:  # no trial sample suited some operations, so these images were their trial
             check_order(tuple(self.stages.values()))
         return mine
 
@@ -124,7 +124,7 @@ class Drawing:
         view: int,
         index: Tensor | None,
     ) -> None:
-        """Move the crops of some keys near the query's box."""
+        """Replace crops by constrained ones, near the query's box, for the samples that need it."""
         rows = self._near_rows(view, shape[0], index)
         if not isinstance(step.module, K.RandomResizedCrop) or step.key not in query or not rows.any():
             return
@@ -136,13 +136,15 @@ class Drawing:
 def _merged(
     stage: str, key: Mapping[str, Parameters], query: Mapping[str, Parameters], shared: Tensor
 ) -> dict[str, Parameters]:
-    """Rows of `shared` hold the query's values, the others the key's own; each operation of either is there."""
+    """The query's values where `shared` is true and the key's elsewhere, for every operation of either."""
     out = {}
     for name in dict.fromkeys((*query, *key)):
         if name in query and name in key:
             same = {k: t.shape for k, t in query[name].items()} == {k: t.shape for k, t in key[name].items()}
             if not same:
-                raise ValueError(f"{stage}: {name} of query and key draw different parameters; give them other places")
+                raise ValueError(
+                    f"{stage}: {name} draws different parameters in query and key; put them at other places"
+                )
             out[name] = rows_from(key[name], query[name], shared)
         else:
             out[name] = clone(query.get(name) or key[name])

@@ -1,8 +1,7 @@
-"""Crops of all views made from images at their own resolution, in a data loader, and the rest made of them later.
+"""Crops of all views from images at their original resolution, in a data loader; other operations follow later.
 
-`boxes` draws the crop of every view and row as StructuredViews would: shared where the plan shares the crop's group,
-drawn anew elsewhere. `finished` draws and applies the other operations. Legend: V views, B images, [H, W] size of a
-view.
+`boxes` draws the crop of every view and image as StructuredViews would: shared where the plan shares the crop's group,
+redrawn elsewhere. `finished` draws and applies the other operations. Legend: V views, B images, [H, W] size of a view.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,21 +19,21 @@ from ssd_addon.batch import ViewBatch, ViewParameters
 from ssd_addon.operations.draws import generator
 from ssd_addon.plan import ViewPlan
 
-LOADER = -2  # in the place of a call: no draw of `finished` is repeated
+LOADER = -2  # takes the place of the call number, so that no draw of `finished` is repeated
 BOX = "src"
 """Kornia's name for the corners of a crop."""
 
 
 class Cropped:
-    """The crops of all views of a batch, for `StructuredViews`, which does the rest: `views(cropped.to(device))`.
+    """The crops of all views of a batch; `views(cropped.to(device))` applies the other operations.
 
     Attributes:
         pixels: [V, B, C, H, W] uint8, or floating point in [0, 1].
-        boxes: [V, B, 4, 2] corners (x, y), inclusive, in the image that a crop was taken from.
-        sizes: [V, B, 2] height and width of that image.
-        plan: of the views that drew them.
-        image_ids: [V, B], the row of that image, or None where every crop is of its own row.
-        space_index: [B], the space of each row (interleaved), or None.
+        boxes: [V, B, 4, 2] corners (x, y) of the crops in their source images, in pixels, inclusive.
+        sizes: [V, B, 2] height and width of the source images.
+        plan: plan of the views that drew the crops.
+        image_ids: [V, B] position of each source image in the batch, or None if every crop shows its own image.
+        space_index: [B] the space that each image serves in an interleaved plan, or None.
     """
 
     def __init__(
@@ -53,15 +52,15 @@ class Cropped:
         return int(self.pixels.shape[1])
 
     def to(self, device: str | torch.device | int, *, non_blocking: bool = False) -> "Cropped":
-        """The pixels on a device; the numbers beside them stay, as views are drawn on the CPU."""
+        """Move the pixels to a device; boxes, sizes and ids stay on the CPU, where views are drawn."""
         return self._with(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Cropped":
-        """The pixels in page-locked memory, for a faster transfer to a GPU."""
+        """Copy the pixels to page-locked memory, for a faster transfer to a GPU."""
         return self._with(lambda t: t.pin_memory())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Its tensors, for a file: `Cropped(**tensors, plan=views.plan)` makes the batch of them again."""
+        """The tensors, to be saved in a file; `Cropped(**tensors, plan=views.plan)` restores the batch."""
         every = vars(self) | {"pixels": self.pixels.cpu()}
         return {k: t for k, t in every.items() if isinstance(t, Tensor)}
 
@@ -73,10 +72,10 @@ class Cropped:
 
 
 def crop_stage(views: Any) -> Stage:
-    """The stage whose first operation is the crop that a loader can make.
+    """The stage that starts with the crop, which the data loader makes.
 
     Raises:
-        ValueError: views that begin with anything but one Kornia RandomResizedCrop of one size, on every image.
+        ValueError: the views do not start with one Kornia RandomResizedCrop of one size that fires on every image.
     """
     stage: Stage = next(s for s in views.stages.values() if s.query)
     sizes = set()
@@ -89,24 +88,24 @@ def crop_stage(views: Any) -> Stage:
             or getattr(step.operation, "one_by_one", True)
         ):
             raise ValueError(
-                "NativeCrops: expected views that begin with kornia's RandomResizedCrop, on every image (p=1), so that "
-                f"it can be made before the other operations: got {stage.name}: {step.key}; give the group of the crop "
-                "first, or load images of one size with StructuredCollate"
+                "NativeCrops: expected views that start with Kornia's RandomResizedCrop with p=1, so that the crop can "
+                f"be made before the other operations: got {stage.name}: {step.key}; put the crop's group first, or "
+                "load images of one size with StructuredCollate"
             )
         sizes.add(tuple(int(n) for n in op.flags["size"]))
     if len(sizes) > 1:
-        raise ValueError(f"NativeCrops: expected crops of query and keys of one size: got {_checks.names(sizes)}")
+        raise ValueError(f"NativeCrops: expected query and keys with the same crop size: got {_checks.names(sizes)}")
     return stage
 
 
 def boxes(views: Any, sizes: Tensor, seed: tuple[int, ...], turn: int) -> Cropped:
-    """Which box of which image each view shows; the pixels are still empty.
+    """Draw the box and the source image of each crop; the pixels are left empty.
 
     Args:
         views: a `StructuredViews`.
         sizes: [B, 2] height and width of the images.
-        seed: of the draws.
-        turn: a number by which an interleaved plan rotates which row serves which space.
+        seed: seed of the draws.
+        turn: by how much an interleaved plan rotates the spaces over the images.
     """
     stage, plan, b = crop_stage(views), views.plan, len(sizes)
     index = plan.default_space_index(b, call=turn) if plan.kind == "interleaved" else None
@@ -132,7 +131,7 @@ def _kept_near(
     views: Any, box: Tensor, query: Tensor, there: Tensor, here: Tensor, step: Step, view: int, index: Tensor | None,
     seed: tuple[int, ...],
 ) -> Tensor:  # fmt: skip
-    """The constrained crop of StructuredViews, for the rows that it holds for."""
+    """The boxes, with constrained crops where StructuredViews would make them."""
     if views.constrained_crop is None:
         return box
     rows = views.drawing._near_rows(view, len(box), index)
@@ -141,7 +140,7 @@ def _kept_near(
 
 
 def _elsewhere(box: Tensor, there: Tensor, here: Tensor) -> Tensor:
-    """Boxes of images of size `there`, at the same place of images of size `here` [B, 2]."""
+    """Rescale boxes from images of size `there` to images of size `here`, both [B, 2]."""
     ratio = (here.double() / there).flip(1)
     low, high = box[:, 0] * ratio, (box[:, 2] + 1) * ratio
     limit = here.double().flip(1)
@@ -150,14 +149,14 @@ def _elsewhere(box: Tensor, there: Tensor, here: Tensor) -> Tensor:
 
 
 def finished(views: Any, cropped: Cropped) -> ViewBatch:
-    """Views of crops: every other operation is drawn and applied; parameters hold the crops as they were drawn."""
+    """Draw and apply every operation after the crop; the result's parameters include the crops."""
     stage = crop_stage(views)
     key = stage.query[0].key
     size = tuple(int(n) for n in stage.query[0].module.flags["size"])  # type: ignore[union-attr, index, arg-type]
     v, b, *shape = cropped.pixels.shape
     if cropped.plan != views.plan or tuple(shape[-2:]) != size:
         raise ValueError(
-            f"cropped: expected crops of {size[0]} x {size[1]} pixels for {views.plan}, which these views make: got "
+            f"cropped: expected crops of {size[0]} x {size[1]} pixels for {views.plan}, as in these views: got "
             f"{cropped!r}"
         )
     x = checked(cropped.pixels.flatten(0, 1), views.samples)
@@ -167,7 +166,7 @@ def finished(views: Any, cropped: Cropped) -> ViewBatch:
     rows = torch.arange(b)
     whole = corners(torch.zeros(b, 2), torch.tensor([size[1], size[0]]).expand(b, 2)).float()
     steps = [_with(p, stage.name, key, {BOX: whole}) for p in drawn]
-    told = [
+    recorded = [
         _with(p, stage.name, key, {BOX: box, "input_size": extent})
         for p, box, extent in zip(drawn, cropped.boxes, cropped.sizes, strict=True)
     ]
@@ -176,7 +175,7 @@ def finished(views: Any, cropped: Cropped) -> ViewBatch:
         views.plan,
         image_ids=None if cropped.image_ids is None else cropped.image_ids.to(x.device),
         space_index=None if cropped.space_index is None else cropped.space_index.to(x.device),
-        parameters=told,
+        parameters=recorded,
     )
     out.origin, out.local_ids = seed, True
     return out

@@ -1,4 +1,4 @@
-"""What is augmented: images, or samples of any shape and range."""
+"""Checks on what is augmented: images, or samples of any shape and value range."""
 
 import math
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from ssd_addon import _checks
 from ssd_addon.operations.trial import Range
 
 RANGE_SLACK = _checks.SLACK
-"""How far outside its range the rounding of a resize may take a value, as a share of the range."""
+"""How far outside the range a value may lie, as rounding in a resize causes; as a share of the range."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What is augmented.
+    """The kind of sample that is augmented.
 
     Attributes:
-        ndim: dimensions of a sample: 3 for images [C, H, W].
+        ndim: number of dimensions of a sample: 3 for images [C, H, W].
         value_range: (lowest, highest) value, or None for any.
     """
 
@@ -48,10 +48,10 @@ def checked_range(value_range: Any) -> tuple[float, float] | None:
 
 
 def checked(images: Any, samples: Samples) -> Tensor:
-    """A batch of samples, in their range: uint8 (images alone) or floating point."""
+    """Check a batch of samples: uint8 (images only) or floating point, with values in the range."""
     what, value_range = samples.name, samples.value_range
     if not isinstance(images, Tensor):
-        hint = "; StructuredTransform takes one sample, as the transform of a data set, StructuredViews whole batches"
+        hint = "; StructuredViews takes whole batches, StructuredTransform one sample, as a data set's transform"
         raise TypeError(f"{what}: expected a tensor {samples.shape}: got {type(images).__name__}{hint}")
     if images.ndim != samples.ndim + 1:
         raise ValueError(f"{what}: expected {samples.shape}: got {images.ndim} dimensions {_checks.shape(images)}")
@@ -71,7 +71,7 @@ def checked(images: Any, samples: Samples) -> Tensor:
         found = "NaN among them" if math.isnan(low) else f"values from {low:.9g} to {high:.9g}"
         hint = "scale them (uint8 images are scaled for you) and put Normalize into `then`"
         if samples != Samples():
-            hint = "give the range of yours, value_range=(lowest, highest), or None for no check"
+            hint = "give the range of your data, value_range=(lowest, highest), or None for no check"
         raise ValueError(
             f"{what}: expected values in [{bottom:g}, {top:g}], as the operations clamp to that range: got {found}; "
             f"{hint}"
@@ -80,5 +80,5 @@ def checked(images: Any, samples: Samples) -> Tensor:
 
 
 def floats(x: Tensor) -> Tensor:
-    """As float32; uint8 scaled to [0, 1]."""
+    """Convert to float32; uint8 is scaled to [0, 1]."""
     return x.float() / 255 if x.dtype == torch.uint8 else x.float()

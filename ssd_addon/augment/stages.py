@@ -1,4 +1,4 @@
-"""A stage: the operations of one group, or of `then`, in their order; the query's and, where they differ, the key's."""
+"""A stage holds the operations of one group or of `then`, in order, for the query and, if they differ, for the keys."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,15 +30,15 @@ EXONERATIONS = 3
 
 
 class Step:
-    """One operation at its place: "0.ColorJitter".
+    """One operation at its place in a stage, such as "0.ColorJitter".
 
     Attributes:
-        key: the name that its parameters go by.
-        place: its number in the stage.
-        operation: what draws and applies.
-        traits: what the trial found; None until it has seen images that suit it.
-        watched, draws_watched: applying or drawing is watched for other random numbers, which other threads may draw
-            too, until it was found to be innocent so many times.
+        key: the name of its parameters.
+        place: its index in the stage.
+        operation: the wrapped operation.
+        traits: result of the trial; None until images come that suit the operation.
+        watched, draws_watched: how many more times a use of a global generator while applying or drawing is followed up
+            by repeating the call. An unchanged result means that another thread drew.
     """
 
     def __init__(self, stage: str, place: int, operation: Any, where: str, samples: Samples) -> None:
@@ -53,7 +53,7 @@ class Step:
 
     @property
     def module(self) -> nn.Module | None:
-        """The library's operation inside, or the operation, if it is a module."""
+        """The wrapped library's module, or the operation itself if it is a module."""
         if isinstance(self.operation, WrappedOperation):
             op: nn.Module = self.operation.op
             return op
@@ -87,7 +87,7 @@ class Step:
         return drawn
 
     def shape_after(self, shape: tuple[int, ...], parameters: Parameters) -> tuple[int, ...]:
-        """[B, ...] of what it makes of images [B, ...]; found on an empty image of each size, once."""
+        """The output shape for images of shape [B, ...]; found by applying the operation once to an empty image."""
         if shape[1:] not in self.shapes:
             one = {k: torch.ones_like(t[:1]) if k == GATE else t[:1] for k, t in parameters.items()}
             self.shapes[shape[1:]] = tuple(self.apply(torch.zeros(1, *shape[1:]), one).shape[1:])
@@ -97,7 +97,7 @@ class Step:
         for k, t in parameters.items():
             if len(t) != len(x):
                 raise ValueError(
-                    f"{self.stage}: {self.key}: expected parameters of {len(x)} images: got {len(t)} of {k!r}"
+                    f"{self.stage}: {self.key}: expected parameters for {len(x)} images: got {len(t)} for {k!r}"
                 )
         watch = Watch(x.device) if self.watched else None
         y = self._applied(x, parameters)
@@ -105,7 +105,7 @@ class Step:
             if not torch.equal(y, self._applied(x, parameters)):
                 watch.restore()
                 raise ValueError(f"{self.stage}: {self.key} {draws_late(moved)}")
-            self.watched -= 1  # another thread drew: a prefetcher, a logger
+            self.watched -= 1  # another thread drew, such as a prefetcher or a logger
         return y
 
     def _applied(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -115,7 +115,7 @@ class Step:
             if from_outside(error):
                 raise
             rgb = isinstance(self.operation, WrappedOperation) and x.ndim == 4 and x.shape[1] != 3
-            hint = f" (most operations need RGB, 3 channels: the images have {x.shape[1]})" if rgb else ""
+            hint = f" (most operations need 3 channels, RGB: the images have {x.shape[1]})" if rgb else ""
             raise ValueError(
                 f"{self.stage}: {self.key} could not be applied to images {_checks.shape(x)}{hint}: {error}"
             ) from error
@@ -125,7 +125,7 @@ class Step:
 
 
 def _known_to_draw_rightly(operation: Any) -> bool:
-    """Kornia's own classes and ours draw from the generator that they are given; the trial has seen it, too."""
+    """Whether the class is Kornia's or this library's, which draw from the given generator, as the trial verified."""
     inside = operation.op if isinstance(operation, KorniaOperation) else operation
     return type(inside).__module__.startswith(("kornia.", "ssd_addon.operations."))
 
@@ -134,9 +134,9 @@ class Stage:
     """The operations of a group.
 
     Args:
-        name: of the group, or "then".
-        query: operations that the query runs, and every key that shares the group.
-        key: operations of the keys that do not share it; None: the query's.
+        name: name of the group, or "then".
+        query: operations for the query and for every key that shares the group.
+        key: operations for the keys that do not share the group; None uses the query's.
     """
 
     def __init__(
@@ -149,13 +149,13 @@ class Stage:
         self.check_varies()
 
     def check_varies(self) -> None:
-        """Refuse a group that makes no pixel differ; as soon as all its operations were tried."""
+        """Refuse a group that changes no pixel between draws, once all its operations have been tried."""
         if self.name != THEN and self.query and all(s.traits is not None and not s.traits.varies for s in self.query):
             operations = _checks.names(s.key for s in self.query)
             raise ValueError(
                 f"group {self.name!r}: expected an operation that draws something for every image: got {operations}, "
-                "which do the same to all views, or nothing, so there is no style to keep; operations that always do "
-                "the same belong into `then`"
+                "which do the same to all views, or nothing, so there is no style to keep; put operations that always "
+                "do the same into `then`"
             )
 
     def steps(self, from_key: bool) -> list[Step]:
@@ -163,7 +163,7 @@ class Stage:
 
     @property
     def crops(self) -> bool:
-        """Does the query draw a box?"""
+        """Do the query's operations contain a crop?"""
         return any(is_crop(s.module) for s in self.query)
 
     @property
@@ -174,7 +174,7 @@ class Stage:
         return [s.module for s in (*self.query, *(self.key or ())) if s.module is not None]
 
     def apply(self, x: Tensor, parameters: Mapping[str, Parameters], from_key: Tensor | None) -> Tensor:
-        """Run the stage; the rows of the mask run the key's operations."""
+        """Apply the stage; the samples in the mask `from_key` [B] run the key's operations."""
         if from_key is None or self.key is None or not bool(from_key.any()):
             return self._run(self.query, x, parameters)
         if bool(from_key.all()):
@@ -187,7 +187,7 @@ class Stage:
         (i, a), (j, c) = parts
         if a.shape[1:] != c.shape[1:]:
             raise ValueError(
-                f"{self.name}: query and key must come out at one size: got {_checks.shape(a)}, {_checks.shape(c)}"
+                f"{self.name}: expected query and key of one size: got {_checks.shape(a)}, {_checks.shape(c)}"
             )
         out = a.new_empty((x.shape[0], *a.shape[1:]))
         out[i], out[j] = a, c
@@ -196,7 +196,9 @@ class Stage:
     def _run(self, steps: Sequence[Step], x: Tensor, parameters: Mapping[str, Parameters]) -> Tensor:
         for step in steps:
             if step.key not in parameters:
-                raise ValueError(f"parameters: {self.name} needs those of {step.key}: got {_checks.names(parameters)}")
+                raise ValueError(
+                    f"parameters: expected those of {step.key} for {self.name}: got {_checks.names(parameters)}"
+                )
             x = step.apply(x, parameters[step.key])
         return x
 
@@ -204,7 +206,7 @@ class Stage:
 def _steps(name: str, operations: Sequence[Any], where: str, samples: Samples) -> list[Step]:
     if isinstance(operations, nn.Module) or not isinstance(operations, Sequence):
         made = isinstance(operations, nn.Sequential | nn.ModuleList)
-        hint = "; its operations are list(...) of it" if made else f"; [{type(operations).__name__}(...)] is one"
+        hint = "; use list(...) of it" if made else f"; use [{type(operations).__name__}(...)]"
         raise TypeError(f"{where}: expected a sequence of operations: got {type(operations).__name__}{hint}")
     if not operations and name != THEN:
         raise ValueError(f"{where}: expected at least one operation: got none, so there is no style to keep")
@@ -212,7 +214,7 @@ def _steps(name: str, operations: Sequence[Any], where: str, samples: Samples) -
 
 
 def check_order(stages: Sequence[Stage]) -> None:
-    """Refuse an operation that clamps to [0, 1] behind one that takes pixels out of that range, such as Normalize."""
+    """Refuse an operation that clamps to [0, 1] after one that takes pixels out of that range, such as Normalize."""
     outside: tuple[str, Step] | None = None
     for stage in stages:
         found = outside
@@ -223,8 +225,8 @@ def check_order(stages: Sequence[Stage]) -> None:
                     continue
                 if before and step.traits.clamps:
                     raise ValueError(
-                        f"{stage.name}: {step.key} expects {_pixels(step)} and cuts off what lies outside: got it "
-                        f"behind {before[0]}, which takes them out of that range; put that last, into `then`"
+                        f"{stage.name}: {step.key} expects {_pixels(step)} and clamps values outside: got it after "
+                        f"{before[0]}, which takes them out of that range; put that operation last, into `then`"
                     )
                 if before and _undoes(step, before[1]):
                     before = None

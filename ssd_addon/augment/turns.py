@@ -1,4 +1,4 @@
-"""By what the draws of a sample in a data loader differ from those of others, and of the same sample later."""
+"""Seeds for the draws of each sample in a data loader, which differ between samples and between epochs."""
 
 import functools
 import hashlib
@@ -12,14 +12,14 @@ from torch.utils.data import get_worker_info
 
 
 class Turns:
-    """Numbers for the draws of one sample, or of the samples of a batch.
+    """Seeds for the draws of one sample, or of the samples of a batch.
 
-    In the workers of a `DataLoader` they depend on the loader's generator and on the samples alone, so that an epoch is
-    repeated exactly from the same generator, with any number of workers, and continued in the middle. Persistent
-    workers, and a loader without workers, draw from torch's global generator of their process.
+    In the workers of a `DataLoader` they depend only on the loader's generator and on the samples, so that an epoch can
+    be repeated exactly from the same generator, with any number of workers, and resumed in the middle. Persistent
+    workers, and a loader without workers, draw the seeds from torch's global generator of their process.
 
     Attributes:
-        epoch: a number to go by in place of the loader's generator, everywhere; None: as above.
+        epoch: a number to use instead of the loader's generator, in any process; None for the behavior above.
     """
 
     def __init__(self) -> None:
@@ -37,12 +37,12 @@ class Turns:
         digest = _digest(samples)
         if epoch != self._epoch:
             self._epoch, self._met = epoch, Counter()
-        self._met[digest] += 1  # samples that a sampler draws twice in an epoch
+        self._met[digest] += 1  # a sampler may draw the same sample twice in an epoch
         return epoch, digest, self._met[digest]
 
 
 def _digest(samples: Sequence[Tensor]) -> int:
-    """A number for the values of samples; of every fourth along long dimensions, enough to tell samples apart."""
+    """A hash of the samples' values; of every fourth value along long dimensions, which distinguishes them."""
     digest = hashlib.blake2b(digest_size=8)
     for x in samples:
         for axis, n in enumerate(x.shape):
@@ -54,7 +54,7 @@ def _digest(samples: Sequence[Tensor]) -> int:
 
 @functools.cache
 def _persistent() -> bool:
-    """Does this worker of a DataLoader live for several epochs? Its loop knows; where it cannot be asked, yes."""
+    """Does this DataLoader worker live for several epochs? Read from its loop; True if that cannot be found."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "_worker_loop":

@@ -1,12 +1,12 @@
-"""Structured views: what each key shares with its query, and what it redraws.
+"""Structured views: each key shares some of the query's augmentation parameters and redraws the others.
 
     view 0        the query, parameters theta
     view 1        the content key: every group redrawn
     view 1 + m    the key of style m: group m's parameters are the query's, every other group is redrawn
 
-Parameters of all views are drawn first, then every view is made of its images and parameters alone: sharing is exact,
-and a view can be replayed. Legend: V views, B images, M groups. Source: Eastwood et al., arXiv 2311.08815, structured
-augmentations; cross-image keys are this project's own (docs/method.md).
+The parameters of all views are drawn first; each view then depends only on its images and parameters. So sharing is
+exact, and a view can be replayed. Legend: V views, B images, M groups. Source: Eastwood et al., arXiv 2311.08815,
+structured augmentations; cross-image keys are an addition of this project (docs/method.md).
 """
 
 import operator
@@ -33,12 +33,12 @@ from ssd_addon.operations.draws import in_float32
 from ssd_addon.plan import KINDS, PlanKind, ViewPlan
 
 Groups = Mapping[str, Sequence[Any]]
-INDEPENDENT = -1  # in the place of a rank: no draw of the training is repeated
+INDEPENDENT = -1  # takes the place of the rank, so that no draw made in training is repeated
 TRIAL_SHAPES = ((3, 64, 64), (3, 256, 256), (1, 64, 64), (4, 64, 64), (3, 1024, 1024))
 
 
 class StructuredViews(nn.Module):
-    """Images -> structured views, on the images' device.
+    """Make structured views of a batch of images, on the images' device.
 
     >>> import kornia.augmentation as K
     >>> views = StructuredViews({"color": [K.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8)],
@@ -57,26 +57,26 @@ class StructuredViews(nn.Module):
         then: operations that are redrawn for every view and image and belong to no group (a final blur, Normalize).
         plan: "shared_query" (V = M + 2) or "interleaved" (V = 2).
         key_groups, key_then: other operations for the keys, by group. A key that shares a group runs the query's.
-        cross_image: groups whose key is made from another image of the batch (m rows away).
-        constrained_crop: a: the key of a style whose group holds no crop is cropped near the query's box, its area
-            a factor of 1 - a to 1 + a of the query's, its center inside it.
-        seed: of the draws; None takes one from torch's global generator, as layers do. Every rank, data-loader worker
-            and call draws anew.
-        rank: of this process; None asks torch.distributed, then the environment variable RANK, then 0.
-        fast: take known operations together in few passes over the pixels (docs/views.md); `plan_of_work()` says which.
-            False runs them one by one. The parameters are the same.
+        cross_image: groups whose key is made from another image of the batch: for group m, the image m positions away.
+        constrained_crop: a number a in [0, 1). The key of a style whose group contains no crop is cropped near the
+            query's box: its area is 1 - a to 1 + a times the query's, and its center lies inside that box.
+        seed: seed of the draws; None takes one from torch's global generator, as layers do. Every rank, data-loader
+            worker and call draws different numbers.
+        rank: rank of this process; None asks torch.distributed, then the environment variable RANK, then uses 0.
+        fast: apply supported operations together, in few passes over the pixels (docs/views.md); `plan_of_work()` lists
+            them. False applies operations one by one. The parameters are the same.
         sample_ndim: dimensions of a sample: 3 for images [C, H, W], 2 for series [C, T], 1 for tables, 4 for videos.
         value_range: (lowest, highest) value of a sample, which operations may rely on; None for no check.
 
-    Every draw is per image: what an operation draws for a whole batch is drawn image by image. The global generators
-    are left as they were. Views are augmented in float32, outside autocast; on the CPU view by view, on other devices
-    in one pass. Seed and call number are module state: the state_dict of a surrounding module holds them.
+    Every draw is per image, also for operations that Kornia draws once per batch. Global generators are left as they
+    were. Views are computed in float32, outside autocast; on the CPU view by view, on other devices in one pass. Seed
+    and call number are module state, saved in the state_dict of a surrounding module.
 
     Raises:
-        TypeError, ValueError: an operation that cannot be shared exactly (drawn once for the batch, parameters of
-            changing size, random while it is applied, dependent on other images), that clamps pixels behind one that
-            takes them out of [0, 1], or a group that draws nothing; images that are not [B, C, H, W], uint8 or floating
-            point in [0, 1] (or as `sample_ndim` and `value_range` say).
+        TypeError, ValueError: an operation cannot be shared exactly (it draws once for the batch, its parameters change
+            size, it draws while it is applied, or it depends on other images), or clamps pixels after another operation
+            has taken them out of [0, 1]; a group draws nothing; images are not [B, C, H, W], uint8 or floating point in
+            [0, 1] (or as `sample_ndim` and `value_range` require).
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class StructuredViews(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Batch | Cropped) -> ViewBatch:
-        """Views of a batch of images [B, C, H, W], uint8 or floating point in [0, 1], or of `Cropped` views."""
+        """Views of images [B, C, H, W], uint8 or floating point in [0, 1], or of what `NativeCrops` returns."""
         if isinstance(images, Cropped):
             return finished(self, images)
         x = self._taken(images)
@@ -147,10 +147,10 @@ class StructuredViews(nn.Module):
 
     @torch.no_grad()
     def replay(self, images: Batch, parameters: ViewParameters | Mapping[str, Any]) -> Batch:
-        """The pixels of one view again: `views.replay(images, batch.parameters[v])` equals `batch[v]`.
+        """Recompute the pixels of one view: `views.replay(images, batch.parameters[v])` equals `batch[v]`.
 
         Args:
-            images: [B, C, H, W], those that the view was made from (for a cross-image key, images[batch.image_ids[v]]).
+            images: [B, C, H, W], the view's source images (for a cross-image key, images[batch.image_ids[v]]).
             parameters: one entry of `ViewBatch.parameters`.
         """
         _checks.same_names(parameters, tuple(self.stages), "parameters", "views")
@@ -160,14 +160,14 @@ class StructuredViews(nn.Module):
 
     @torch.no_grad()
     def independent(self, images: Batch, *, seed: int | tuple[int, ...] = 0) -> ViewBatch:
-        """Two views of each image that share nothing, both by the query's operations; for probes of the parameters.
+        """Two views of each image that share no parameters, both made by the query's operations; for evaluation.
 
-        The draws come from `seed` alone (and this module's): the same views at every call, on every rank, and the
-        draws of training go on as if nothing had happened. `.parameters` holds both views', as ever.
+        The draws depend only on `seed` and this module's seed: the views are the same at every call and on every rank,
+        and the draws for training are not affected. `.parameters` holds the parameters of both views.
 
         Args:
             images: [B, C, H, W], uint8 or floating point in [0, 1].
-            seed: a number, or several.
+            seed: a number, or a tuple of numbers.
         """
         x = self._taken(images)
         own = (self.seed, INDEPENDENT, *(seed if isinstance(seed, tuple) else (seed,)))
@@ -176,7 +176,7 @@ class StructuredViews(nn.Module):
 
     @torch.no_grad()
     def plain(self, images: Batch) -> Batch:
-        """Whole images as the model knows them: scaled to [0, 1], with the Normalize of `then` and nothing drawn."""
+        """Images without random augmentation: scaled to [0, 1], then normalized if `then` contains a Normalize."""
         x = floats(checked(images, self.samples))
         for op in (step.module for step in self.stages[THEN].query):
             if op is not None and type(op).__name__ == "Normalize":  # Kornia's or torchvision's
@@ -184,10 +184,13 @@ class StructuredViews(nn.Module):
         return x
 
     def parameter_sizes(self) -> dict[str, int]:
-        """What the groups draw: "color/0.ColorJitter/hue_factor" -> numbers that `parameter_differences` makes of it.
+        """The parameters that groups draw and their sizes in `parameter_differences`, by path.
+
+        Returns:
+            path such as "color/0.ColorJitter/hue_factor" -> numbers per image in `parameter_differences`.
 
         Raises:
-            ValueError: operations that no trial image suits (call the views once first).
+            ValueError: no trial image suits the operations (call the views once first).
         """
         shapes = TRIAL_SHAPES if self.samples.ndim == 3 else ()
         for shape in (*([self._seen] if self._seen else []), *shapes):
@@ -196,19 +199,17 @@ class StructuredViews(nn.Module):
             except (ValueError, RuntimeError, TypeError, AssertionError, IndexError):
                 continue
             return {path: t.shape[1] for path, t in parameter_differences(a, b).items()}
-        takes = (
-            "operations that take RGB images: got others" if self.samples.ndim == 3 else "to know the samples' shape"
-        )
+        takes = "operations that take RGB images: got others" if self.samples.ndim == 3 else "a first batch of samples"
         raise ValueError(f"parameter_sizes: expected {takes}; call the views first")
 
     def next_draw(self) -> tuple[int, ...]:
-        """What the draws of this call are seeded with; the next call has another."""
+        """The seed of this call's draws; advances the call number, so that the next call gets another."""
         self.call += 1
         return self.seed, self.rank, _worker_seed(), self.call - 1
 
     @property
     def rank(self) -> int:
-        """The rank that the draws are made for."""
+        """The rank that enters the seed of the draws."""
         if self._rank is not None:
             return self._rank
         if dist.is_available() and dist.is_initialized():
@@ -216,7 +217,7 @@ class StructuredViews(nn.Module):
         return int(os.environ.get("RANK", 0))
 
     def plan_of_work(self, channels: int = 3) -> str:
-        """What the fast path does at once for images of so many channels, and which operations run as they are.
+        """Which operations the fast path combines for images with this many channels, and which run one by one.
 
         >>> import kornia.augmentation as K
         >>> print(StructuredViews({"color": [K.ColorJitter(0.4), K.RandomGamma((0.5, 2.0))]}, seed=0).plan_of_work())
@@ -227,7 +228,7 @@ class StructuredViews(nn.Module):
     # ------------------------------------------------------------------------------------------------ making
 
     def _taken(self, images: Batch) -> Tensor:
-        """What was given, checked: uint8 as it is on the fast path, else float32 in [0, 1]."""
+        """The checked images: uint8 stays uint8 on the fast path, everything else becomes float32 in [0, 1]."""
         x = checked(images, self.samples)
         return x if self.fast and x.dtype == torch.uint8 else floats(x)
 
@@ -235,7 +236,7 @@ class StructuredViews(nn.Module):
         """The pixels of all views [V, B, C, H, W], from images as `_taken` returns them.
 
         Args:
-            sources: of each view the image of each row, None for its own.
+            sources: for each view the source image of each sample [B], or None if each is its own.
         """
         if self.fast:
             with in_float32(), torch.autocast(x.device.type, enabled=False):
@@ -246,11 +247,11 @@ class StructuredViews(nn.Module):
         else:
             out = self._in_one_pass(inputs, parameters)
         if len({tuple(o.shape) for o in out}) > 1:
-            raise ValueError(f"all views must have one size: got {_checks.names(_checks.shape(o) for o in out)}")
+            raise ValueError(f"views: expected all of one size: got {_checks.names(_checks.shape(o) for o in out)}")
         return torch.stack(out)
 
     def _in_one_pass(self, inputs: Sequence[Tensor], parameters: Sequence[ViewParameters]) -> list[Tensor]:
-        """All views as one batch of V*B images; the same pixels as view by view."""
+        """All views, computed as one batch of V*B images; the pixels equal those computed view by view."""
         together = ViewParameters(
             {
                 stage: {
@@ -272,29 +273,29 @@ class StructuredViews(nn.Module):
     # ------------------------------------------------------------------------------------------------ state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves with a surrounding module; operations stay in float32 where that is cast."""
+        """Move with a surrounding module to another device; operations stay in float32 when it is cast."""
         kept: Callable[[Tensor], Tensor] = lambda t: t.to(fn(t).device) if t.is_floating_point() else fn(t)  # noqa: E731
         return super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
 
     _seen: tuple[int, ...] = ()  # the sample shape of the last images
 
     def get_extra_state(self) -> Tensor:
-        """(seed, call), a tensor, so that any format may hold it; rank 0's restores every rank."""
+        """(seed, call) as a tensor, which any checkpoint format can hold; rank 0's state restores every rank."""
         return torch.tensor([self.seed, self.call], dtype=torch.int64)
 
     def set_extra_state(self, state: Any) -> None:
         if not isinstance(state, Tensor) or state.numel() != 2:
-            raise ValueError(f"StructuredViews state: expected seed and call: got {state!r}")
+            raise ValueError(f"StructuredViews state: expected a tensor (seed, call): got {state!r}")
         self.seed, self.call = (int(v) for v in state.tolist())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         here, old = prefix + "_extra_state", (prefix + "seed", prefix + "call")
-        if here not in state_dict and all(k in state_dict for k in old):  # as they were stored at first
+        if here not in state_dict and all(k in state_dict for k in old):  # an older format
             state_dict[here] = torch.tensor([int(state_dict.pop(k)) for k in old])
         if here not in state_dict:
             warnings.warn(
-                f"the state of StructuredViews is not in this checkpoint (no {here!r}): expected seed and call number: "
-                "its draws begin again from where they are",
+                f"the state of StructuredViews is not in this checkpoint: expected its seed and call number under "
+                f"{here!r}: got none; its present seed and call number are kept",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -303,14 +304,14 @@ class StructuredViews(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Any:
         raise TypeError(
-            "StructuredViews: expected one device in a process, or DistributedDataParallel: got nn.DataParallel, whose "
+            "StructuredViews: expected one device per process, or DistributedDataParallel: got nn.DataParallel, whose "
             "copies would draw the same views on every device and at every call; start one process per device "
-            "(torchrun), or keep the views outside the module that is wrapped"
+            "(torchrun), or keep the views outside the wrapped module"
         )
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_rank"] = self.rank  # a spawned data-loader worker knows no process group
+        state["_rank"] = self.rank  # a spawned data-loader worker has no process group
         return state
 
     def extra_repr(self) -> str:
@@ -321,7 +322,7 @@ class StructuredViews(nn.Module):
 
 def _check_groups(groups: Groups, key_groups: Groups | None) -> None:
     if not isinstance(groups, Mapping):
-        hint = '; a preset is unpacked, **presets("color_spatial")' if isinstance(groups, str) else ""
+        hint = '; unpack a preset: **presets("color_spatial")' if isinstance(groups, str) else ""
         raise TypeError(f"groups: expected a mapping name -> operations: got {type(groups).__name__}{hint}")
     if isinstance(groups.get("groups"), Mapping):
         raise ValueError(
@@ -330,7 +331,7 @@ def _check_groups(groups: Groups, key_groups: Groups | None) -> None:
         )
     for name in groups:
         if name in ("content", THEN):
-            raise ValueError(f"groups: {name!r} is taken; name the group after what it changes, such as 'color'")
+            raise ValueError(f"groups: expected names other than 'content' and 'then', such as 'color': got {name!r}")
     for name in key_groups or {}:
         if name not in groups:
             raise ValueError(f"key_groups: expected names of groups ({_checks.names(groups)}): got {name!r}")

@@ -1,11 +1,11 @@
-"""The losses: joint entropy over content and style spaces, its families, adaptive weights, equivariance, independence.
+"""Losses: joint entropy over content and style spaces, its families, adaptive weights, equivariance, independence.
 
     criterion = JointEntropyLoss("simclr", weights=DualAscent(spaces, tolerance=0.1, step_size=0.01))
-    terms = criterion.terms(z)                            the loss and its parts
+    terms = criterion.terms(z)                            the loss and its terms
     criterion.weights.step(terms)                         after the optimizer's step
-    Family("mine", alignment=..., entropy=...)            an objective of your own
+    Family("mine", alignment=..., entropy=...)            a custom objective
 
-Imports with torch alone.
+Needs torch alone.
 """
 
 from ssd_addon._checks import Diverged

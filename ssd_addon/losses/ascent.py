@@ -14,10 +14,10 @@ from ssd_addon.losses.weights import Weights
 
 
 class DualAscent(KeepsType, Weights):
-    """Weights that adapt: lambda_s <- relu(lambda_s + step_size * (c_s - tolerance)).
+    """Adaptive weights of the invariance terms: lambda_s <- relu(lambda_s + step_size * (c_s - tolerance)).
 
-    Treats every invariance as a constraint c_s <= tolerance, c_s = `terms.constraint[s]`. Given to the loss as its
-    weights, and stepped once after the optimizer:
+    Treats every invariance as a constraint c_s <= tolerance, with c_s = `terms.constraint[s]`. Give it to the loss as
+    its weights, and call `step` once after each step of the optimizer:
 
     >>> from ssd_addon import JointEntropyLoss
     >>> spaces = ("content", "color")
@@ -26,19 +26,19 @@ class DualAscent(KeepsType, Weights):
     >>> sorted(criterion.weights.step(terms))
     ['color', 'content']
 
-    lambda is a buffer of fixed size [S] in float64, in the criterion's state_dict with the number of steps: it is
-    saved, averaged and moved with the criterion, and keeps its type under `.half()` and `.bfloat16()`.
+    lambda is a float64 buffer of fixed size [S] in the criterion's state_dict, together with the number of steps. It is
+    saved, averaged and moved with the criterion, and keeps its dtype under `.half()` and `.bfloat16()`.
 
     Args:
-        spaces: names, or a mapping whose keys they are (`StyleHeads.spaces`); content first.
+        spaces: names of the spaces, or a mapping with these keys (`StyleHeads.spaces`); content first.
         tolerance: the allowed c_s; a number, or a mapping by space.
-        step_size: eta.
-        start: lambda before the first step; a number, or a mapping by space. None is the weight of the family whose
-            criterion it is given to.
-        warmup_steps: calls of `step` that leave lambda as it is.
+        step_size: eta, the step size of the ascent.
+        start: lambda before the first step; a number, or a mapping by space. None uses the default weight of the
+            criterion's family.
+        warmup_steps: number of first calls of `step` that leave lambda unchanged.
 
     Raises:
-        ValueError: numbers out of range, names that are not those of the spaces.
+        ValueError: a number is out of range, or names differ from those of the spaces.
 
     Source: Eastwood et al., arXiv 2311.08815, dual ascent on the invariance constraints.
     """
@@ -59,7 +59,7 @@ class DualAscent(KeepsType, Weights):
         if isinstance(spaces, nn.Module):
             raise TypeError(
                 f"DualAscent: expected the names of the spaces, such as model.spaces: got {type(spaces).__name__}; "
-                "give the ascent to the loss, JointEntropyLoss(weights=DualAscent(spaces, ...))"
+                "pass the ascent to the loss, JointEntropyLoss(weights=DualAscent(spaces, ...))"
             )
         self.spaces = _checks.spaces(spaces if isinstance(spaces, str) else tuple(spaces), "DualAscent")
         self.tolerance = self._by_space(tolerance, "tolerance", "the allowed c_s")
@@ -67,11 +67,13 @@ class DualAscent(KeepsType, Weights):
         self.warmup_steps = _checks.count(warmup_steps, "warmup_steps")
         self.started = start is not None
         first = [0.0] * len(self.spaces) if start is None else self._by_space(start, "start", "lambda at first")
-        self.register_buffer("values", torch.tensor(first, dtype=torch.float64))  # a step of 0.001 is lost in 16 bits
+        self.register_buffer(
+            "values", torch.tensor(first, dtype=torch.float64)
+        )  # a step of 0.001 would be rounded away in 16 bits
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def start_at(self, weight: float) -> None:
-        """Take a family's default weight for every space, where no start was given."""
+        """Start from a family's default weight for every space if no `start` was given."""
         if not self.started:
             self.values.fill_(weight)
             self.started = True
@@ -84,7 +86,7 @@ class DualAscent(KeepsType, Weights):
 
     @torch.no_grad()
     def step(self, terms: Terms) -> dict[str, Tensor]:
-        """Move lambda once, after the optimizer's step. Terms are equal on every rank, and so is lambda; returns it."""
+        """Update lambda once, after the optimizer's step, and return it; equal on every rank, as the terms are."""
         _checks.same_names(terms.constraint, self.spaces, "terms", "dual ascent")
         c = torch.stack([terms.constraint[n] for n in self.spaces]).to(self.values)
         served = torch.stack([terms.rows[n] for n in self.spaces]).to(self.values.device) > 0
@@ -92,7 +94,9 @@ class DualAscent(KeepsType, Weights):
         tolerance = torch.tensor(self.tolerance, dtype=self.values.dtype, device=self.values.device)
         moved = (self.values + self.step_size * (c - tolerance)).relu()
         moves = served & (self.steps > self.warmup_steps)
-        self.values.copy_(torch.where(moves, moved, self.values))  # in place: a captured loss reads it there
+        self.values.copy_(
+            torch.where(moves, moved, self.values)
+        )  # in place, as a loss in a CUDA graph reads this buffer
         return {n: w.clone() for n, w in self.lambdas(self.spaces).items()}
 
     def _by_space(self, value: float | Mapping[str, float], what: str, meaning: str) -> list[float]:
@@ -104,21 +108,21 @@ class DualAscent(KeepsType, Weights):
     # ------------------------------------------------------------------------------------------------ state
 
     def get_extra_state(self) -> Tensor:
-        """Digests of the names, a tensor, so that any format may hold it: lambda is never read under other names."""
+        """Hashes of the names, as a tensor, which any file format can hold; guards against loading for other spaces."""
         return torch.tensor([_digest(n) for n in self.spaces], dtype=torch.int64)
 
     def set_extra_state(self, state: Any) -> None:
         if not isinstance(state, Tensor) or state.tolist() != [_digest(n) for n in self.spaces]:
             raise ValueError(
                 f"DualAscent: expected the state of an ascent over the spaces {_checks.names(self.spaces)}, in this "
-                f"order: got {'one without names' if state is None else 'that of others'}"
+                f"order: got {'one without names' if state is None else 'one over other spaces'}"
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         values, names = prefix + "values", prefix + "_extra_state"
         if values in state_dict:
-            self.set_extra_state(state_dict.get(names))  # before anything is taken from it
-            state_dict[values] = state_dict[values].to(torch.float64)  # as load_state_dict(assign=True) takes it
+            self.set_extra_state(state_dict.get(names))  # check the names before loading anything
+            state_dict[values] = state_dict[values].to(torch.float64)  # for load_state_dict(assign=True)
             self.started = True
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -1,11 +1,11 @@
-"""Barlow Twins: the cross-correlation of two views, its diagonal for pairs and its rest for the entropy.
+"""Barlow Twins: the diagonal of the cross-correlation of two views aligns pairs, the other entries form the entropy.
 
     invariance_s = sum over the d_s coordinates of (c_kk - 1)^2
     entropy      = redundancy * mean over the pairs (a, b) of views of sum_{k != l} c_kl^2, over all joint columns
 
-c is the cross-correlation of views that are standardized over the rows of all ranks (biased variance plus 1e-5 inside
-the root). Source: Zbontar et al., arXiv 2103.03230; the joint form is ours (docs/method.md). With one space and two
-views it equals lightly's BarlowTwinsLoss(lambda_param=0.0051).
+c is the cross-correlation of views that are standardized over the samples of all ranks (biased variance plus 1e-5
+inside the root). Source: Zbontar et al., arXiv 2103.03230; the joint form is this project's (docs/method.md). With one
+space and two views it equals lightly's BarlowTwinsLoss(lambda_param=0.0051).
 """
 
 import math
@@ -29,7 +29,7 @@ class BarlowTwins(Objective):
     """The Barlow Twins family. In `Terms`, the constraint is the mean over coordinates of (c_kk - 1)^2.
 
     Args:
-        redundancy: coefficient of the squared off-diagonal entries.
+        redundancy: coefficient of the squared off-diagonal entries in the entropy.
     """
 
     defaults: ClassVar[dict[str, float | None]] = {"redundancy": 0.0051}
@@ -39,11 +39,11 @@ class BarlowTwins(Objective):
         self.redundancy = _checks.not_negative(redundancy, "redundancy", "a coefficient of the entropy")
 
     def alignment(self, a: Matrix, b: Matrix) -> Vector:
-        """Mean square of standardized rows, by which trimming ranks them; the term is `diagonal_alignment`."""
+        """Mean squared difference per sample, by which trimming ranks; the loss term is `diagonal_alignment`."""
         return mean_square(a, b)
 
     def entropy(self, joint: Joint, ids: Ids) -> Scalar:
-        """redundancy * the mean over the pairs (0, v) of the squared off-diagonal entries."""
+        """redundancy times the mean over the pairs (0, v) of the sum of squared off-diagonal entries."""
         alone = Shards(None, (joint.shape[1],), 0)
         x = [standardized(view, alone) for view in joint]
         found = [off_diagonal_energy(x[0], key) / joint.shape[1] ** 2 for key in x[1:]]
@@ -83,7 +83,7 @@ class BarlowTwins(Objective):
 
     def misalignment(self, guess: Matrix, target: Matrix, mask: Vector | None, shards: Shards | None = None) -> Scalar:
         s = Shards(None, (len(guess),), 0) if shards is None else shards
-        if mask is not None:  # statistics are of the rows alone
+        if mask is not None:  # statistics are computed over the masked samples only
             guess, target = guess[mask], target[mask]
             s, _ = _dist.shards(len(guess), [], guess.device, s.group)
         if s.total < 2:
@@ -98,9 +98,10 @@ class BarlowTwins(Objective):
 
 
 def standardized(x: Matrix, s: Shards, checked: bool = False) -> Matrix:
-    """(x - mean) / sqrt(biased variance + 1e-5) over the rows of all ranks, x [B, D]; NaN where that overflows.
+    """(x - mean) / sqrt(biased variance + 1e-5) over the samples of all ranks, x [B, D]; NaN if that overflows.
 
-    checked: it does not overflow, which the checks on values have found.
+    Args:
+        checked: whether the checks on values have ruled out an overflow.
     """
     if s.group is None:
         y, _, inverse = torch.native_batch_norm(x, None, None, None, None, True, 0.0, STANDARDIZE_EPS)
@@ -111,7 +112,7 @@ def standardized(x: Matrix, s: Shards, checked: bool = False) -> Matrix:
 
 
 def diagonal_alignment(a: Matrix, b: Matrix, pair: Pair, trim: float, s: Shards) -> tuple[Tensor, int | Tensor]:
-    """sum_k (c_kk - 1)^2 with c_kk = mean over the pair's rows of a_k b_k; a, b [B, d] standardized."""
+    """sum_k (c_kk - 1)^2 with c_kk = mean over the pair's samples of a_k b_k; a, b [B, d] standardized."""
     keep, n = kept_rows(lambda: mean_square(a, b), pair.mask, trim, s)
     total = _dist.all_sum(masked(a * b, keep).sum(dim=0), s.group)
     if isinstance(n, Tensor):

@@ -1,12 +1,12 @@
-"""Equivariance: a known change of parameters changes a style code in a way that depends on the code alone.
+"""Equivariance: a given change of augmentation parameters changes a style code in a way that depends only on the code.
 
     L = (weight / M) sum_m misalignment(h_m(z^m_a, theta^m_b - theta^m_a), z^m_b)
 
-a and b are two views of an image that share nothing (query and content key), theta^m what group m drew for them, and
-h_m a small network of its own for style m, trained with the model. Plain style pairs allow content-entangled style
-codes, where the same style maps to a different code for each image (docs/method.md): the effect of a known change then
-differs from image to image, and h_m, which does not see the image, cannot predict it. Unlike cross-image keys it needs
-no second image. It is meant for the SimCLR family; what was measured is in docs/results.md.
+a and b are two views of an image that share no parameters (query and content key), theta^m are the parameters of group
+m, and h_m is a small network for style m, trained with the model. Plain style pairs allow *content-entangled* style
+codes: the same style maps to a different code for each image (docs/method.md). The effect of a given change then
+differs from image to image, and h_m, which does not see the image, cannot predict it. Unlike cross-image keys, this
+term needs no second image. It is meant for the SimCLR family; measurements are in docs/results.md.
 
 Legend: V views, B images, M styles, d_m width of style m, k_m numbers that describe a change of group m's parameters.
 """
@@ -28,19 +28,19 @@ from ssd_addon.losses.families import FamilyName, resolve_family
 from ssd_addon.losses.objective import Objective
 
 SCALE_EPS = 1e-10
-"""Under the root that changes are divided by: below any range that a parameter has in its own units."""
+"""Added to the variance by which changes are scaled; smaller than any parameter's range in its own units."""
 
 
 class DrawsParameters(Protocol):
-    """What draws views: `StructuredViews`."""
+    """Anything that draws views and lists its parameters, such as `StructuredViews`."""
 
     def parameter_sizes(self) -> Mapping[str, int]: ...
 
 
 class EquivarianceLoss(KeepsType):
-    """A term to add: `loss = criterion(z) + equivariance(z, batch)`.
+    """Equivariance term to add to the loss: `loss = criterion(z) + equivariance(z, batch)`.
 
-    The misalignment is that of the criterion's family, on the same scale: (1 - mean cosine) / temperature, 25 * mean
+    Misalignment is measured as in the criterion's family, on the same scale: (1 - mean cosine) / temperature, 25 * mean
     squared difference, sum over coordinates of (c_kk - 1)^2, or weight * mean alignment.
 
     >>> import kornia.augmentation as K
@@ -53,28 +53,28 @@ class EquivarianceLoss(KeepsType):
     torch.Size([])
 
     Args:
-        spaces: name -> width, those of `StyleHeads.spaces`.
+        spaces: name -> width, as in `StyleHeads.spaces`.
         views: the `StructuredViews` that draws the batches, or its `parameter_sizes()`.
-        family: of the criterion, a name or a `losses.Family`.
-        temperature: of the criterion (simclr; default 0.15).
-        weight: of the term, which is a mean over the M styles where the criterion's invariance is one over all M + 1
-            spaces: 1 counts (M + 1) / M times as much as an invariance of the family's default weight.
+        family: the criterion's family, a name or a `losses.Family`.
+        temperature: the criterion's temperature (simclr only; default 0.15).
+        weight: weight of the term. The term is a mean over the M styles, whereas the criterion's invariance is a mean
+            over all M + 1 spaces: weight 1 counts (M + 1) / M times as much as an invariance of default weight.
         hidden: widths of h_m's hidden layers.
-        gather_distributed: take the rows of all ranks of the default process group, as `JointEntropyLoss` does: the
-            mean of the ranks' terms is that of one process on the whole batch. Otherwise every rank takes its own rows
-            and their statistics (the changes' scale; barlow's standardizing).
+        gather_distributed: use the samples of all ranks of the default process group, as in `JointEntropyLoss`: the
+            mean over ranks then equals the term of one process on the whole batch. Otherwise every rank uses its own
+            samples and their statistics (the scale of the changes; the standardization of barlow).
 
-    Its parameters are trained with the model's: give both to the optimizer, and under DistributedDataParallel wrap it
-    too, without `device_ids` (which would rebuild the embeddings), so that its gradients are averaged. Rows whose key
-    was made from another image, and in an interleaved plan the rows whose key shares group m, are left out.
+    Its parameters are trained with the model's: give both to the optimizer. Under DistributedDataParallel wrap it too,
+    without `device_ids` (which would rebuild the embeddings), so that its gradients are averaged. Samples whose key was
+    made from another image are left out; in an interleaved plan, so are those whose key shares group m.
 
     Raises:
-        ValueError: a style space without a group, or whose operations have no parameters to predict; a temperature in
-            another family; in use: a batch that was drawn otherwise.
-        TypeError: spaces that are no mapping, views that are neither.
+        ValueError: a style space has no group, or its operations have no parameters to predict; a temperature is given
+            for another family; when called: the batch was drawn by other views.
+        TypeError: spaces is not a mapping; views is neither `StructuredViews` nor a mapping.
 
-    Source: docs/method.md; networks that predict the embedding of a changed view from the change are known from
-    Devillers and Lefort 2022 (EquiMod), arXiv 2211.01244, for one space and without structured views.
+    Source: docs/method.md; Devillers and Lefort 2022 (EquiMod), arXiv 2211.01244, predict the embedding of a changed
+    view from the change, for one space and without structured views.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class EquivarianceLoss(KeepsType):
                 drawn = _checks.names(dict.fromkeys(map(_group, sizes)))
                 raise ValueError(
                     f"style space {name!r}: expected a group of that name that draws parameters: got those of {drawn}; "
-                    "what is shared by seed (operations.seeded) has none to predict"
+                    "operations that are shared by seed (operations.seeded) have none to predict"
                 )
             self.groups[name] = own
             numbers = sum(own.values())
@@ -127,11 +127,16 @@ class EquivarianceLoss(KeepsType):
         def __call__(self, z: Mapping[str, Tensor], batch: ViewBatch) -> Tensor: ...
 
     def forward(self, z: Mapping[str, Tensor], batch: ViewBatch) -> Scalar:
-        """The term, a scalar. z: embeddings [V, B, d] of `batch`, whose parameters it reads."""
+        """The term, a scalar.
+
+        Args:
+            z: embeddings [V, B, d] of the batch.
+            batch: the batch, with the parameters of its views.
+        """
         return self.weight * torch.stack(list(self.terms(z, batch).values())).mean()
 
     def terms(self, z: Mapping[str, Tensor], batch: ViewBatch) -> dict[str, Scalar]:
-        """Style -> its term before the weight, on the family's scale; 0 is perfect."""
+        """Style -> its term before the weight, on the family's scale; 0 means perfectly predictable."""
         changes = _changes(batch)
         b = batch.images
         group = _dist.default_group() if self.gather_distributed else None
@@ -158,14 +163,14 @@ class EquivarianceLoss(KeepsType):
     def _misalignment(
         self, name: str, a: Tensor, b: Tensor, change: Tensor, rows: Tensor | None, shards: Shards
     ) -> Tensor:
-        """How far h(a, change) is from b, both [B, d], over the rows."""
+        """Misalignment of h(a, change) and b, both [B, d], over the samples in the mask."""
         if self.objective.on_sphere:
             a = nn.functional.normalize(a, dim=1)
         scale: Any = self.scales[f"_{name}"]
-        change = _dist.gather(change, shards)  # a few numbers a row: its statistics are of all ranks
+        change = _dist.gather(change, shards)  # a few numbers per sample, with statistics over all ranks
         if len(change) > 1 or not self.training:
             change = scale(change)
-        else:  # one row has no statistics of its own
+        else:  # a single sample has no statistics
             change = nn.functional.batch_norm(change, scale.running_mean, scale.running_var, eps=scale.eps)
         own = change[shards.offset : shards.offset + shards.size]
         guess = self.networks[f"_{name}"](torch.cat([a, own], dim=1))
@@ -180,7 +185,7 @@ def _sizes(views: DrawsParameters | Mapping[str, int]) -> Mapping[str, int]:
         return {path: _checks.width(k, f"numbers of {path!r}") for path, k in views.items()}
     if not callable(getattr(views, "parameter_sizes", None)):
         got = type(views).__name__
-        hint = "; it is built from what draws the batches, not from a batch" if isinstance(views, ViewBatch) else ""
+        hint = "; pass the object that draws the batches, not a batch" if isinstance(views, ViewBatch) else ""
         raise TypeError(f"views: expected StructuredViews, or its parameter_sizes(): got {got}{hint}")
     return views.parameter_sizes()
 
@@ -188,7 +193,7 @@ def _sizes(views: DrawsParameters | Mapping[str, int]) -> Mapping[str, int]:
 def _check_drawn(sizes: Mapping[str, int], changes: Mapping[str, Tensor]) -> None:
     if missing := [path for path in sizes if path not in changes]:
         raise ValueError(
-            f"batch: expected parameters {_checks.names(missing)}, as the views draw them: got none of these"
+            f"batch: expected the parameters {_checks.names(missing)}, which the views draw: got none of these"
         )
     for path, k in sizes.items():
         if changes[path].shape[1] != k:
@@ -199,7 +204,7 @@ def _check_drawn(sizes: Mapping[str, int], changes: Mapping[str, Tensor]) -> Non
 
 
 def _redrawn_rows(name: str, batch: ViewBatch, device: torch.device) -> Tensor | None:
-    """Which rows show one image under two draws of group `name`: [B] bool, None for all."""
+    """Mask [B] of the samples that show one image under two draws of group `name`; None for all."""
     same = None if batch.image_ids is None else (batch.image_ids[1] == batch.image_ids[0]).to(device)
     if batch.plan.kind != "interleaved":
         return same
@@ -211,11 +216,11 @@ def _redrawn_rows(name: str, batch: ViewBatch, device: torch.device) -> Tensor |
 
 def _changes(batch: ViewBatch) -> dict[str, Tensor]:
     if not isinstance(batch, ViewBatch):
-        raise TypeError(f"batch: expected a ViewBatch, what StructuredViews returns: got {type(batch).__name__}")
+        raise TypeError(f"batch: expected a ViewBatch, as StructuredViews returns: got {type(batch).__name__}")
     if len(batch.parameters) < 2:
         raise ValueError(
-            "batch: expected the parameters of two views, as StructuredViews gives them: got "
-            f"{len(batch.parameters)}; views loaded from elsewhere have none"
+            "batch: expected the parameters of at least two views, as StructuredViews records them: got "
+            f"{len(batch.parameters)}; views from other sources have none"
         )
     return parameter_differences(batch.parameters[0], batch.parameters[1])
 

@@ -1,4 +1,4 @@
-"""Families by name: what `JointEntropyLoss`, recipes, cards and reports ask when they are given one."""
+"""Looks up families by name, for `JointEntropyLoss`, recipes, cards and reports."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -25,19 +25,19 @@ _KINDS: Mapping[str, Callable[..., Objective]] = {
 
 
 def resolve_family(given: FamilyName | Objective, **coefficients: float | Tensor | None) -> Objective:
-    """The family of a name with its coefficients (None: the default), or the one that was given.
+    """The family with this name and these coefficients (None: the default); a family object is returned unchanged.
 
     Raises:
-        ValueError: an unknown name, or a coefficient that the family does not have.
-        TypeError: neither a name nor a family.
+        ValueError: the name is unknown, or the family does not have a given coefficient.
+        TypeError: given is neither a name nor a family.
     """
     named = {k: v for k, v in coefficients.items() if v is not None}
     if isinstance(given, Objective):
         if named:
             name = next(iter(named))
             raise ValueError(
-                f"{name}: a family that is given whole holds its own coefficients: got {name}={named[name]!r} beside "
-                f"the family {given.name!r}"
+                f"{name}: expected it only with the name of a family, as a family object has its own coefficients: got "
+                f"{name}={named[name]!r} and the family {given.name!r}"
             )
         return given
     if not isinstance(given, str):

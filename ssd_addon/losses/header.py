@@ -1,4 +1,4 @@
-"""What every rank must know before anyone computes: one exchange over ranks, one read from the device."""
+"""Exchanges sizes, ids and checks between ranks before the loss is computed: one collective, one device read."""
 
 import itertools
 import math
@@ -23,14 +23,14 @@ NO_ID = 2**62
 
 @dataclass(frozen=True)
 class Header:
-    """How the rows lie over ranks, and what was found of them.
+    """The distribution of the samples over ranks, and the results of the checks.
 
     Attributes:
-        shards: rows of every rank.
-        ids: [V, B] image of each row, unique over ranks.
-        known: what the checks found over all ranks, where values were checked.
-        valid: scalar bool on the device where values were not checked: ids and index are usable.
-        triton_from: from so many rows on every rank takes the triton backend where "auto" chooses.
+        shards: number of samples on every rank.
+        ids: [V, B] image of each sample, unique over ranks.
+        known: results of the checks over all ranks, if values were checked.
+        valid: scalar bool on the device, if values were not checked: whether ids and index can be used.
+        triton_from: number of samples from which backend "auto" uses triton on every rank.
     """
 
     shards: Shards
@@ -48,18 +48,18 @@ def checked(
     group: ProcessGroup | None,
     triton_from: int = NEVER,
 ) -> Header:
-    """Exchange sizes and ids, and refuse values that no family can work with: raised on all ranks alike.
+    """Exchange sizes and ids, and refuse values that no family can use; errors are raised on all ranks alike.
 
     Args:
         z: embeddings whose shapes were checked.
-        largest: space -> its largest allowed entry; None leaves out the checks on values.
-        scalar: a number of the family's that is read along (a learned temperature).
+        largest: space -> its largest allowed entry; None skips the checks on values.
+        scalar: a number of the family that is read from the device at the same time (a learned temperature).
         group: ranks that share the loss, or None.
-        triton_from: this rank's `Header.triton_from`; ranks that chose apart would wait for each other's collectives.
+        triton_from: this rank's `Header.triton_from`; the ranks agree on one, as different choices would deadlock.
 
     Raises:
-        ValueError: NaN, infinity or too large an entry (names the space and the rank), an index outside the spaces,
-            ids or an index that are not the batch's, fewer than two images.
+        ValueError: an entry is NaN, infinite or too large (the message names the space and the rank); an index is
+            outside the spaces; ids or index differ from the batch's; there are fewer than two images.
     """
     first = next(iter(z.values()))
     (v, b), device = first.shape[:2], first.device
@@ -81,14 +81,12 @@ def checked(
         lowest, highest = min(row[4] for row in every), max(row[5] for row in every)
         _check_unchanged({"image_ids": min(row[2] for row in every), "space_index": lowest})
         if z.space_index is not None and not (lowest >= 0 and highest < len(plan.spaces)):
-            raise ValueError(
-                f"space_index: expected 0 to {len(plan.spaces) - 1}, one of the {plan}: got a number outside"
-            )
+            raise ValueError(f"space_index: expected 0 to {len(plan.spaces) - 1}, for {plan}: got a number outside")
     _check_total(shards)
     ranges = [_ids_of(row) for row in every]
     local = all(row[1] % 2 or not row[0] or (row[2] >= 0 and row[3] < row[0]) for row in every)
     starts = [0] * len(every)
-    if local and shards.world > 1:  # row numbers of the local batch on every rank: make them global
+    if local and shards.world > 1:  # positions in the local batch: make them global
         for r in range(1, len(every)):
             starts[r] = starts[r - 1] + max(every[r - 1][0], ranges[r - 1][1] + 1)
     own = _row_numbers(v, b, device) if z.image_ids is None else z.image_ids
@@ -105,7 +103,7 @@ def checked(
 
 
 def _valid(z: Embeddings, plan: ViewPlan, device: torch.device) -> Tensor | None:
-    """Whether ids and index can be used, on the device; None where there are none."""
+    """Whether ids and index can be used, as a tensor on the device; None if there are none."""
     found = [] if z.image_ids is None else [(z.image_ids != CHANGED).all()]
     if z.space_index is not None:
         found.append(((z.space_index >= 0) & (z.space_index < len(plan.spaces))).all())
@@ -116,9 +114,9 @@ def _check_unchanged(lowest: Mapping[str, int]) -> None:
     for what, value in lowest.items():
         if value == CHANGED:
             raise ValueError(
-                f"{what}: expected those of the batch that the embeddings are of: got others. Either the batch given "
-                "is not theirs, or a function of every tensor (tree_map) changed them; map over the embeddings alone, "
-                "{name: f(t) for name, t in z.items()}, and give the loss the batch: criterion(z, batch)"
+                f"{what}: expected those of the batch of the embeddings: got others. Either the batch belongs to other "
+                "embeddings, or a function that was mapped over every tensor (tree_map) changed them; map over the "
+                "embeddings alone, {name: f(t) for name, t in z.items()}, and pass the batch: criterion(z, batch)"
             )
 
 
@@ -127,7 +125,7 @@ def _row_numbers(v: int, b: int, device: torch.device) -> Tensor:
 
 
 def _exchanged(items: Sequence[int | Tensor], device: torch.device, group: ProcessGroup | None) -> list[list[int]]:
-    """Numbers of the host and int64 tensors [k] of the device in one row, of every rank: one read, one collective."""
+    """Collect host numbers and int64 device tensors [k] in one list per rank, with one read and one collective."""
     if group is not None:
         tensors = [i.to(device) if isinstance(i, Tensor) else torch.tensor([i], device=device) for i in items]
         return _dist.exchange(torch.cat(tensors), group)
@@ -137,14 +135,14 @@ def _exchanged(items: Sequence[int | Tensor], device: torch.device, group: Proce
 
 
 def _range(t: Tensor | None) -> Sequence[int | Tensor]:
-    """Smallest and largest of some integers; (NO_ID, -1) where there is none."""
+    """Smallest and largest of some integers; (NO_ID, -1) if there are none."""
     if t is None or not t.numel():
         return NO_ID, -1
     return [end.to(torch.int64) for end in t.flatten().aminmax(dim=0, keepdim=True)]
 
 
 def _ends(spaces: Sequence[Tensor]) -> list[int | Tensor]:
-    """Smallest and largest entry of every space as the bits of float64; NaN is both at once."""
+    """Smallest and largest entry of every space, as the bits of float64; both are NaN if any entry is."""
     if not spaces[0].numel():
         return [0] * (2 * len(spaces))
     ends = [end for t in spaces for end in t.detach().aminmax()]
@@ -152,7 +150,7 @@ def _ends(spaces: Sequence[Tensor]) -> list[int | Tensor]:
 
 
 def _states(ends: Sequence[float], names: Sequence[str], largest: Mapping[str, float]) -> list[int]:
-    """By space FINE, NOT_FINITE or TOO_LARGE."""
+    """FINE, NOT_FINITE or TOO_LARGE for each space."""
     out = []
     for name, low, high in zip(names, ends[::2], ends[1::2], strict=True):
         finite = math.isfinite(low) and math.isfinite(high)
@@ -161,7 +159,7 @@ def _states(ends: Sequence[float], names: Sequence[str], largest: Mapping[str, f
 
 
 def _ids_of(row: list[int]) -> tuple[int, int]:
-    """(smallest, largest) image id of a rank, before they are made global."""
+    """(smallest, largest) image id of a rank, before ids are made global."""
     b, _, low, high = row[:4]
     return (0, b - 1) if low == NO_ID else (low, high)
 
@@ -169,7 +167,7 @@ def _ids_of(row: list[int]) -> tuple[int, int]:
 def _check_total(s: Shards) -> None:
     if s.total < 2:
         raise ValueError(
-            f"expected at least 2 images in the batch, the entropy compares each with others: got {s.total}"
+            f"embeddings: expected at least 2 images in the batch, as the entropy compares images: got {s.total}"
             + (" over all ranks" if s.world > 1 else "")
         )
 
@@ -181,14 +179,14 @@ def _check_states(names: tuple[str, ...], states: list[list[int]], largest: Mapp
         if broken:
             raise _checks.Diverged(
                 f"embeddings: expected finite numbers: got NaN or infinity in the space {_checks.names(broken)}{where}"
-                "; a diverged step or an overflow in half precision are the usual causes",
+                "; usual causes are a diverged training step or an overflow in half precision",
                 broken,
             )
         huge = [n for n, state in zip(names, found, strict=True) if state == TOO_LARGE]
         if huge:
             limit = min(largest[n] for n in huge)
             raise _checks.Diverged(
-                f"embeddings: expected numbers up to {limit:.1e}, whose squares the loss can sum: got larger ones in "
-                f"the space {_checks.names(huge)}{where}; the run has diverged",
+                f"embeddings: expected numbers up to {limit:.1e}, so that the loss can sum their squares: got larger "
+                f"ones in the space {_checks.names(huge)}{where}; the run has diverged",
                 huge,
             )

@@ -1,12 +1,12 @@
-"""Independence: spaces that repeat nothing of one another, in whatever form.
+"""Independence: penalizes statistical dependence, linear or not, between spaces.
 
     L = weight * mean over pairs of spaces s < t of  |F_s' F_t|^2 / (|F_s' F_s| |F_t' F_t|)
 
-F_s [V N, K] are random Fourier features cos(w' u_s + phase) of the rows u_s of space s, centered over all views of all
-images; |.| is the Frobenius norm. It is centered kernel alignment with a Gaussian kernel in a finite basis: 0 for
-independent spaces, 1 for the same space twice, and a little above 0 by chance where rows are few. The joint entropy
-alone does not forbid that a style space repeats some of the content, where it has room; this term does, at the price of
-some of what the spaces hold. It is meant for a low weight; what was measured is in docs/results.md.
+F_s [V N, K] are random Fourier features cos(w' u_s + phase) of the embeddings u_s of space s, centered over all views
+of all images; |.| is the Frobenius norm. This is centered kernel alignment with a Gaussian kernel in a finite basis: 0
+for independent spaces, 1 for identical ones, and slightly above 0 by chance if there are few samples. The joint entropy
+alone does not prevent a style space with spare dimensions from encoding some of the content. This term does, at the
+cost of some of the information in the spaces. Use a low weight; measurements are in docs/results.md.
 
 Legend: V views, B images (N over all ranks), S spaces, d_s width of space s, K features of each space.
 """
@@ -26,12 +26,12 @@ from ssd_addon.losses.families import FamilyName, resolve_family
 from ssd_addon.losses.objective import Objective
 
 BANDWIDTHS = (0.5, 1.0)
-"""Of the Gaussian kernels, half of the features each: unrelated rows are about sqrt(2) apart."""
+"""Widths of the Gaussian kernels, each with half of the features; unrelated samples are about sqrt(2) apart."""
 TINY = 1e-12
 
 
 class IndependenceLoss(KeepsType):
-    """A term to add: `loss = criterion(z) + independence(z)`.
+    """Independence term to add to the loss: `loss = criterion(z) + independence(z)`.
 
     >>> independence = IndependenceLoss({"content": 4, "color": 2}, weight=1.0)
     >>> content = torch.randn(2, 200, 4, generator=torch.Generator().manual_seed(0))
@@ -42,21 +42,22 @@ class IndependenceLoss(KeepsType):
     tensor(True)
 
     Args:
-        spaces: name -> width, those of `StyleHeads.spaces`: two or more.
-        family: of the criterion, a name or a `losses.Family`: where its spaces lie on a sphere (simclr), rows have unit
-            length; otherwise every column has mean 0 and variance 1 over all rows, divided by sqrt(d_s).
-        weight: of the term, which is a mean over pairs of spaces and lies in [0, 1].
-        features: K, of every space.
-        seed: of the features, which are fixed.
-        gather_distributed: take the rows of all ranks of the default process group, as `JointEntropyLoss` does: every
-            rank then has the one-process value. Otherwise every rank takes its own rows.
+        spaces: name -> width, as in `StyleHeads.spaces`; two or more.
+        family: the criterion's family, a name or a `losses.Family`. If it compares spaces on a sphere (simclr),
+            embeddings are L2-normalized; otherwise every column is standardized over all samples and divided by
+            sqrt(d_s).
+        weight: weight of the term, which is a mean over pairs of spaces and lies in [0, 1].
+        features: K, the number of random features of every space.
+        seed: seed of the features, which are fixed.
+        gather_distributed: use the samples of all ranks of the default process group, as in `JointEntropyLoss`; every
+            rank then has the one-process value. Otherwise every rank uses its own samples.
 
-    It has no parameters; its buffers are what the features are made of.
+    The module has no parameters; its buffers define the random features.
 
     Raises:
-        ValueError: fewer than two spaces, counts below 1, a weight below 0; in use: a space that is missing or has
-            another width, fewer than two rows.
-        TypeError: spaces that are no mapping.
+        ValueError: there are fewer than two spaces; a count is below 1; the weight is negative; when called: a space is
+            missing or has another width, or there are fewer than two samples.
+        TypeError: spaces is not a mapping.
 
     Source: the Hilbert-Schmidt independence criterion (Gretton et al. 2005), normalized as in Cortes et al. 2012,
     arXiv 1203.0550, with random Fourier features (Rahimi and Recht 2007).
@@ -80,7 +81,7 @@ class IndependenceLoss(KeepsType):
             )
         self.widths = {n: _checks.width(d, f"width of space {n!r}") for n, d in spaces.items()}
         if len(self.widths) < 2:
-            raise ValueError(f"spaces: expected two or more, to be told apart: got {_checks.names(spaces)}")
+            raise ValueError(f"spaces: expected two or more: got {_checks.names(spaces)}")
         self.weight = _checks.not_negative(weight, "weight", "of this term")
         self.on_sphere = resolve_family(family).on_sphere
         self.gather_distributed = bool(gather_distributed)
@@ -96,11 +97,11 @@ class IndependenceLoss(KeepsType):
         def __call__(self, z: Mapping[str, Tensor]) -> Tensor: ...
 
     def forward(self, z: Mapping[str, Tensor]) -> Scalar:
-        """The term, a scalar. z: name -> embeddings [V, B, d]."""
+        """The term, a scalar; z maps names to embeddings [V, B, d]."""
         return self.weight * torch.stack(list(self.terms(z).values())).mean()
 
     def terms(self, z: Mapping[str, Tensor]) -> dict[tuple[str, str], Scalar]:
-        """Pair of spaces -> how far one depends on the other, in [0, 1], before the weight."""
+        """Pair of spaces -> their dependence, in [0, 1], before the weight."""
         with torch.autocast(self.directions_0.device.type, enabled=False):
             features = {n: self._features(i, n, z) for i, n in enumerate(self.widths)}
             own = {n: _overlap(f, f).sqrt() for n, f in features.items()}
@@ -119,14 +120,14 @@ class IndependenceLoss(KeepsType):
         directions: Tensor = getattr(self, f"directions_{i}")
         phases: Tensor = getattr(self, f"phases_{i}")
         views = len(t)
-        rows = t.to(directions.dtype).transpose(0, 1).flatten(1)  # [B, V d]: an image's views go together
+        rows = t.to(directions.dtype).transpose(0, 1).flatten(1)  # [B, V d]: keeps an image's views together
         group = _dist.default_group() if self.gather_distributed else None
         if group is not None:
             shards, _ = _dist.shards(len(rows), [], t.device, group)
             rows = _dist.gather(rows, shards)
         rows = rows.unflatten(1, (views, -1)).flatten(0, 1)
         if len(rows) < 2:
-            raise ValueError(f"embeddings, {name!r}: expected two rows or more over all views: got {len(rows)}")
+            raise ValueError(f"embeddings, {name!r}: expected two or more samples over all views: got {len(rows)}")
         if self.on_sphere:
             rows = nn.functional.normalize(rows, dim=1)
         else:
@@ -140,7 +141,7 @@ class IndependenceLoss(KeepsType):
 
 
 def _overlap(a: Matrix, b: Matrix) -> Scalar:
-    """|a' b|^2, by the smaller of two ways."""
+    """|a' b|^2, computed with the smaller of two intermediate matrices."""
     if len(a) < a.shape[1]:
         return ((a @ a.T) * (b @ b.T)).sum()
     return (a.T @ b).square().sum()

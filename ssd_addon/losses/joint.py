@@ -1,10 +1,11 @@
-"""The loss: invariance of every space on its own pairs, and the entropy of all spaces jointly.
+"""The loss: the invariance of every space on its own pairs, plus the entropy of all spaces jointly.
 
     L = (1/S) sum_s lambda_s * invariance_s  +  entropy(joint)  (+ content_entropy)
 
 Legend: V views, B images (N = B over all ranks), S spaces, d_s width of space s, D joint width.
-Source: Eastwood et al., arXiv 2311.08815. Over ranks row terms come back as local sum * W / N and batch terms as the
-global value, so that the mean over ranks is the one-process value and DDP's averaged gradient is its gradient.
+Source: Eastwood et al., arXiv 2311.08815. Over W ranks, per-sample terms are returned as local sum * W / N and batch
+terms as the global value, so that the mean over ranks is the one-process value and DDP's averaged gradient is its
+gradient.
 """
 
 import math
@@ -48,30 +49,30 @@ class JointEntropyLoss(nn.Module):
     Args:
         family: "simclr", "vicreg", "barlow", "sigreg", "frossl", "mmcr", or a `losses.Family` of your own.
         temperature: tau (simclr, default 0.15); a float, or a tensor or nn.Parameter to learn it.
-        temperature_floor: what a learned temperature never goes below (simclr), as in `kernels.negative_lse`: compiled
-            and captured steps are then as fast as with a number.
+        temperature_floor: lower bound of a learned temperature (simclr), as in `kernels.negative_lse`; compiled and
+            captured steps are then as fast as with a float.
         variance, covariance: coefficients of the entropy (vicreg, defaults 25 and 1).
-        redundancy: coefficient of the off-diagonal (barlow, default 0.0051).
-        weights: lambda, absolute: a number, a mapping by space, a sequence in space order, or a `DualAscent`, whose
-            `criterion.weights.step(terms)` adapts it. Default: the family's, 1 (simclr, barlow, frossl), 25 (vicreg),
-            4.75 (sigreg), 30 (mmcr).
-        trim: fraction of the worst-aligned rows of every pair that its invariance leaves out, in [0, 1).
-        content_keys: "first" aligns content on the content key; "all" on every key of the same image.
-        content_entropy: add the entropy of content alone, at the coefficients of the joint one.
-        gather_distributed: use the rows of all ranks of the default process group. Each rank then returns
-            local sum * W / N of the row terms and the global value of batch terms; the mean over ranks is the
+        redundancy: coefficient of the off-diagonal entries (barlow, default 0.0051).
+        weights: lambda of each space, as absolute values: a number, a mapping by space, a sequence in space order, or a
+            `DualAscent`, which `criterion.weights.step(terms)` updates. None uses the family's default: 1 (simclr,
+            barlow, frossl), 25 (vicreg), 4.75 (sigreg), 30 (mmcr).
+        trim: fraction in [0, 1) of the worst-aligned samples of every pair that its invariance leaves out.
+        content_keys: "first" aligns content with the content key; "all" with every key of the same image.
+        content_entropy: add the entropy of the content space alone, with the coefficients of the joint entropy.
+        gather_distributed: use the samples of all ranks of the default process group. Each rank then returns
+            local sum * W / N for per-sample terms and the global value for batch terms; the mean over ranks is the
             one-process loss, and backward assumes that gradients are averaged over ranks (DDP).
-        backend: "auto", "eager", "streaming", "triton" (the fused kernels, on CUDA); the last two for simclr, vicreg
-            and barlow.
-        validate: "auto" checks values (NaN, divergence, no negatives) except under CUDA-graph capture and
-            torch.compile, where the result is NaN; True, False.
+        backend: "auto", "eager", "streaming" or "triton" (the fused kernels, on CUDA); the last two are available for
+            simclr, vicreg and barlow.
+        validate: whether to check values (NaN, divergence, missing negatives). "auto" checks except under CUDA-graph
+            capture and torch.compile, where the result is NaN instead of an error.
 
     Attributes:
-        family: the family's name.
-        objective: the family itself.
-        weights: what holds lambda.
+        family: name of the family.
+        objective: the family object.
+        weights: module that holds lambda.
 
-    Computes in max(float32, type of the embeddings), outside autocast. Source: Eastwood et al., arXiv 2311.08815.
+    Computes in max(float32, dtype of the embeddings), outside autocast. Source: Eastwood et al., arXiv 2311.08815.
     """
 
     objective: Objective
@@ -106,9 +107,9 @@ class JointEntropyLoss(nn.Module):
         self.family: str = self.objective.name
         self.weights = weights if isinstance(weights, Weights) else FixedWeights(weights)
         self.weights.start_at(self.objective.weight)
-        self.trim = _checks.not_negative(trim, "trim", "a fraction of the rows")
+        self.trim = _checks.not_negative(trim, "trim", "a fraction of the samples")
         if self.trim >= 1:
-            raise ValueError(f"trim: expected a fraction below 1, some rows must be left: got {trim!r}")
+            raise ValueError(f"trim: expected a fraction below 1, so that some samples are left: got {trim!r}")
         self.content_keys = _checks.choice(content_keys, ("first", "all"), "content_keys")
         self.content_entropy = bool(content_entropy)
         self.gather_distributed = bool(gather_distributed)
@@ -126,20 +127,22 @@ class JointEntropyLoss(nn.Module):
         """The loss, a scalar.
 
         Args:
-            z: `Embeddings`, or a plain dict name -> [V, B, d], which without a batch is read as a shared-query plan.
-            batch: the `ViewBatch` that the embeddings are of. Where one is given, its plan, ids and index count, and
-                a space may be [V*B, d]: for frameworks that rebuild a model's output, and for modules of your own.
+            z: `Embeddings`, or a plain dict name -> [V, B, d], which is read as a shared-query plan if there is no
+                batch.
+            batch: the `ViewBatch` of the embeddings, or its plan. It overrides the embeddings' plan, ids and index, and
+                a space may then be [V*B, d]. Needed with frameworks that rebuild a model's output, and for modules of
+                your own.
 
         Raises:
-            ValueError: views, names, ids or widths that do not fit the plan; embeddings that have lost their plan; one
-                image; NaN, infinity or values too large to be squared (names the space).
-            TypeError: embeddings or ids of the wrong type.
+            ValueError: views, names, ids or widths do not fit the plan; the embeddings have lost their plan; there is
+                only one image; values are NaN, infinite or too large to be squared (the message names the space).
+            TypeError: embeddings or ids have the wrong type.
         """
         loss, _, _ = self._evaluated(z, batch)
         return loss
 
     def terms(self, z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan | None = None) -> Terms:
-        """The loss and its parts, for logging and for `DualAscent`. Collective: call it on every rank."""
+        """The loss and its terms, for logging and for `DualAscent`. Collective: call it on every rank."""
         return terms_of(*self._evaluated(z, batch), self.on_sphere)
 
     def lambdas(self, plan: ViewPlan, order: Sequence[str] | None = None) -> Mapping[str, float | Tensor]:
@@ -156,7 +159,8 @@ class JointEntropyLoss(nn.Module):
         plan, batch, device = z.check()
         if self.content_entropy and len(plan.spaces) == 1:
             raise ValueError(
-                "content_entropy: with the one space 'content' it is the joint entropy again: got content_entropy=True"
+                "content_entropy: expected two or more spaces, as for 'content' alone it equals the joint entropy: "
+                "got one space"
             )
         lambdas = self.lambdas(plan, tuple(z))
         group = _dist.default_group() if self.gather_distributed else None

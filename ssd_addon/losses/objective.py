@@ -1,9 +1,9 @@
-"""A family: how far apart two embeddings of a pair are, and how spread out all embeddings are.
+"""A family defines how misaligned two embeddings of a pair are, and how spread out all embeddings are.
 
     loss = (1/S) sum_s weight_s * mean alignment(a_s, b_s)  +  entropy(joint)
 
-`Objective` makes the loss's terms of any two such functions; `Family` is one of a user's own. SimCLR, VICReg and Barlow
-Twins compute theirs over ranks without gathering all rows. Legend: V views, B images (N over all ranks), S spaces.
+`Objective` computes the loss's terms from two such functions; `Family` takes a user's own. SimCLR, VICReg and Barlow
+Twins compute theirs over ranks without gathering embeddings. Legend: V views, B images (N over all ranks), S spaces.
 """
 
 import math
@@ -28,13 +28,13 @@ Entropy = Callable[[Tensor, Tensor], Tensor]
 
 
 class Objective(KeepsType):
-    """What a family is: how far apart the two embeddings of a pair are, and how spread out all embeddings are.
+    """Base class of families: the misalignment of the two embeddings of a pair, and the entropy of all embeddings.
 
     Attributes:
-        name: for messages, `Terms` and files.
-        weight: lambda of a space where `JointEntropyLoss` is given no weights.
-        on_sphere: whether every space is L2-normalized before it is compared.
-        defaults: coefficients that `JointEntropyLoss` takes as arguments for this family.
+        name: name used in messages, `Terms` and files.
+        weight: lambda of each space if `JointEntropyLoss` is given no weights.
+        on_sphere: whether every space is L2-normalized before comparison.
+        defaults: coefficients that `JointEntropyLoss` accepts for this family, with their defaults.
     """
 
     defaults: ClassVar[dict[str, float | None]] = {}
@@ -48,24 +48,24 @@ class Objective(KeepsType):
         self.on_sphere = bool(on_sphere)
 
     def alignment(self, a: Matrix, b: Matrix) -> Vector:
-        """Misalignment of each row of a, b [n, d]: [n], 0 is perfect."""
+        """Misalignment [n] of the embeddings a and b [n, d], per sample; 0 is perfect."""
         raise NotImplementedError
 
     def entropy(self, joint: Joint, ids: Ids) -> Scalar:
-        """What is minimized to spread out joint [V, B, D] of all ranks, ids [V, B]: a scalar."""
+        """The scalar that is minimized to spread out the joint embeddings [V, B, D] of all ranks; ids [V, B]."""
         raise NotImplementedError
 
     @property
     def scalar(self) -> float | Tensor:
-        """A number of the family's that may be on the device; it is read with the checks, in one go."""
+        """A number of the family that may be on the device; it is read together with the results of the checks."""
         return 0.0
 
     # ------------------------------------------------------------------------------------------------ the terms
 
     def parts(self, rows: Rows) -> Parts:
-        """The terms of a batch; a family with statistics of its own has its own."""
+        """The terms of a batch; families with other statistics override this."""
         z = self.prepared(rows)
-        views = {n: t.unbind(0) for n, t in z.items()}  # once: the gradient of each index would be a copy of all views
+        views = {n: t.unbind(0) for n, t in z.items()}  # once, as the gradient of each indexing would copy all views
         found = {n: [self._pair(views[n], p, rows) for p in pairs] for n, pairs in rows.pairs.items()}
         means = {n: mean_over_keys(each, rows.shards) for n, each in found.items()}
         invariance = {n: value for n, (value, _) in means.items()}
@@ -81,7 +81,7 @@ class Objective(KeepsType):
         return out
 
     def spread(self, out: Parts, z: Mapping[str, Tensor], rows: Rows) -> None:
-        """Write the entropy of the joint embedding, and that of content alone, into the parts."""
+        """Write the entropy of the joint embedding and, if wanted, that of content alone, into the parts."""
         joint = torch.cat(list(z.values()), dim=-1)
         if self.on_sphere:
             joint = joint / math.sqrt(len(z))
@@ -92,16 +92,15 @@ class Objective(KeepsType):
             out.content_entropy = self._entropy(whole[..., columns_of(z)["content"]], ids)
 
     def prepared(self, rows: Rows) -> dict[str, Tensor]:
-        """Every space [V, B, d] as the family compares it."""
+        """Every space [V, B, d] in the form that the family compares, such as L2-normalized."""
         if not self.on_sphere:
             return dict(rows.z)
         return {n: unit_rows(t, rows.types.get(n)) for n, t in rows.z.items()}
 
     def misalignment(self, guess: Matrix, target: Matrix, mask: Vector | None, shards: Shards | None = None) -> Scalar:
-        """How far guesses [n, d] are from targets [n, d], on the scale of the family's loss: `EquivarianceLoss`.
+        """Misalignment of guesses and targets [n, d], on the scale of the family's loss; for `EquivarianceLoss`.
 
-        Of the rows of this process alone, or of all ranks where it is said how the rows lie over them; 0 where the mask
-        leaves no row.
+        Computed over the samples of this process, or of all ranks if `shards` is given; 0 if the mask is empty.
         """
         s = Shards(None, (len(guess),), 0) if shards is None else shards
         both = torch.stack([guess, target])
@@ -109,30 +108,30 @@ class Objective(KeepsType):
         return self.weight * self._pair(z, Pair(0, 1, mask), Rows({}, {}, z, s))[0]
 
     def largest(self, dtype: torch.dtype, width: int, joint: int, rows: int) -> float:
-        """The largest entry whose squares can be summed in the type: beyond it the loss would be wrong or NaN.
+        """The largest entry whose squares can be summed in the dtype; beyond it the loss would be wrong or NaN.
 
         Args:
-            dtype: that the loss computes in.
-            width, joint: columns of the space, and of all spaces.
-            rows: over all ranks.
+            dtype: dtype in which the loss is computed.
+            width, joint: width of the space, and of all spaces together.
+            rows: number of samples over all ranks.
         """
         return math.sqrt(torch.finfo(dtype).max / (4 * max(width, rows, 1)))
 
     def triton_from(self, z: Mapping[str, Tensor], rows: int, backend: Backend, content_entropy: bool) -> int:
-        """From how many rows on this process takes triton where "auto" chooses (`dispatch.rows_for_triton`).
+        """Number of samples from which backend "auto" uses triton in this process (`dispatch.rows_for_triton`).
 
         Args:
-            z: spaces [V, B, d] as they came.
-            rows: N over all ranks and views, as far as this process can tell.
+            z: spaces [V, B, d] in their original dtype.
+            rows: N over all ranks and views, estimated by this process.
         """
         return NEVER
 
     def refuse_backend(self, backend: str) -> None:
-        """Raise where a backend is asked for by name and the family has none to choose from."""
+        """Raise if a backend is requested by name and the family offers no choice."""
         if backend not in ("auto", "eager"):
             raise ValueError(
-                f"backend: the family {self.name!r} computes its entropy itself, so expected 'auto' or 'eager': got "
-                f"{backend!r}; simclr, vicreg and barlow have others"
+                f"backend: expected 'auto' or 'eager', as family {self.name!r} computes its entropy itself: got "
+                f"{backend!r}; simclr, vicreg and barlow have other backends"
             )
 
     # ------------------------------------------------------------------------------------------------ inside
@@ -143,7 +142,7 @@ class Objective(KeepsType):
         if not isinstance(values, Tensor) or values.shape != a.shape[:1]:
             got = _checks.shape(values) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
-                f"family {self.name!r}, alignment: expected the misalignment of each row, [{len(a)}]: got {got}"
+                f"family {self.name!r}, alignment: expected the misalignment of each sample, [{len(a)}]: got {got}"
             )
         return mean_of_rows(values, lambda: values, pair, rows.trim, rows.shards)
 
@@ -159,12 +158,12 @@ class Objective(KeepsType):
 
 
 class Family(Objective):
-    """What the joint-entropy loss compares and spreads out.
+    """A custom family for the joint-entropy loss, made of an alignment and an entropy function.
 
     >>> from ssd_addon import JointEntropyLoss
     >>> def alignment(a, b):  # [n, d], [n, d] -> [n]
     ...     return (a - b).abs().mean(dim=1)
-    >>> def entropy(joint, ids):  # [V, B, D], [V, B] -> scalar: the smaller, the further spread out
+    >>> def entropy(joint, ids):  # [V, B, D], [V, B] -> scalar; smaller is more spread out
     ...     return -torch.stack([torch.logdet(torch.cov(view.T) + torch.eye(view.shape[1])) for view in joint]).mean()
     >>> criterion = JointEntropyLoss(Family("log det", alignment=alignment, entropy=entropy, weight=5.0))
     >>> criterion({"content": torch.randn(3, 16, 4), "color": torch.randn(3, 16, 2)}).shape
@@ -174,21 +173,21 @@ class Family(Objective):
     `Terms` and `DualAscent` work for every family.
 
     Args:
-        name: for messages, `Terms` and files.
-        alignment: (a [n, d], b [n, d]) -> [n], the misalignment of each row; 0 is perfect.
-        entropy: (joint [V, B, D], ids [V, B]) -> scalar to be minimized, over the rows of all ranks: they are gathered
-            before the call, with the right gradient. Rows of equal id show one image. It must give the same on every
-            rank: a function that draws must draw alike everywhere.
-        weight: lambda of a space where `JointEntropyLoss` is given no weights.
-        on_sphere: L2-normalize every space before it is compared; the joint embedding is then the concatenation over
-            sqrt(S), of unit length too.
+        name: name used in messages, `Terms` and files.
+        alignment: (a [n, d], b [n, d]) -> [n], the misalignment of each sample; 0 is perfect.
+        entropy: (joint [V, B, D], ids [V, B]) -> scalar to be minimized. It gets the embeddings of all ranks, gathered
+            with the right gradient; embeddings with the same id show the same image. The result must be the same on
+            every rank: a function that draws random numbers must draw the same ones everywhere.
+        weight: lambda of each space if `JointEntropyLoss` is given no weights.
+        on_sphere: L2-normalize every space before comparison; the joint embedding is then the concatenation divided by
+            sqrt(S), which has unit length too.
 
-    Both functions run outside autocast, forward and backward, in max(float32, type of the embeddings). Modules with
-    parameters may stand in their place: they are registered, and trained with the criterion's parameters.
+    Both functions run outside autocast, forward and backward, in max(float32, dtype of the embeddings). They may be
+    modules with parameters, which are registered and trained as parameters of the criterion.
 
     Raises:
-        TypeError: something that cannot be called.
-        ValueError: in use: an alignment that is not [n], an entropy that is no scalar.
+        TypeError: alignment or entropy is not callable.
+        ValueError: when called: the alignment is not [n], or the entropy is not a scalar.
 
     Source: Eastwood et al., arXiv 2311.08815, the general form of the objective.
     """

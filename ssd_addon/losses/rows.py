@@ -1,7 +1,7 @@
-"""Rows: which of them a pair uses, which of them trimming keeps, and what the loss hands to a family.
+"""The samples that a pair uses and that trimming keeps, and the containers that the loss passes to a family.
 
-Legend: V views, B images (N = B over all ranks), S spaces, d_s width of space s. Over ranks every mean is a local
-sum * W / N, whose mean over ranks is the one-process mean.
+A row is one sample of the batch, in all views. Legend: V views, B images (N = B over all ranks), S spaces, d_s width of
+space s. Over W ranks every mean is a local sum * W / N, whose mean over ranks is the one-process mean.
 """
 
 import math
@@ -22,7 +22,7 @@ from ssd_addon.plan import ViewPlan
 
 @dataclass(frozen=True)
 class Pair:
-    """One positive pair of views (a, b) and the rows of the local batch that use it; mask None means all."""
+    """One positive pair of views (a, b) and a mask [B] of the local rows that use it; None means all."""
 
     a: int
     b: int
@@ -31,11 +31,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Known:
-    """What the checks read from all ranks.
+    """Results of the checks, from all ranks.
 
     Attributes:
         id_low, id_high: smallest and largest image id.
-        numbers: the family's own number, such as a learned temperature, as each rank has it.
+        numbers: the family's own number, such as a learned temperature, on each rank.
     """
 
     id_low: int
@@ -45,19 +45,19 @@ class Known:
 
 @dataclass(frozen=True)
 class Rows:
-    """Embeddings with everything that a family needs to make its terms of them.
+    """Embeddings with everything else that a family needs to compute its terms.
 
     Attributes:
-        z: space -> [V, B, d] in the type that the loss computes in, in the order of the plan.
+        z: space -> [V, B, d] in the dtype in which the loss is computed, in the order of the plan.
         pairs: space -> its positive pairs.
         ids: [V, B] image of each row, unique over ranks.
-        shards: how the rows lie over ranks.
-        backend: what the caller asked for.
+        shards: distribution of the rows over ranks.
+        backend: the requested backend.
         trim: fraction of the worst-aligned rows of a pair that its invariance leaves out.
         content_entropy: whether the entropy of content alone is wanted too.
-        types: space -> the type in which it came.
-        known: what the checks found over all ranks, where values were checked.
-        triton_from: from so many rows on every rank takes the triton backend where "auto" chooses.
+        types: space -> original dtype.
+        known: results of the checks over all ranks, if values were checked.
+        triton_from: number of rows from which backend "auto" uses triton on every rank.
     """
 
     z: Mapping[str, Tensor]
@@ -74,17 +74,17 @@ class Rows:
 
 @dataclass
 class Parts:
-    """The terms that a family makes of its rows; scalars of this rank.
+    """The terms that a family computes; scalars of this rank.
 
     Attributes:
         invariance: space -> raw term.
         constraint: space -> misalignment on a scale that starts at 0.
-        rows: space -> number of rows behind its term, over all ranks.
-        entropy: of the joint embedding, with its coefficients.
-        content_entropy: the same of content alone, or None.
-        seen: space -> the query's embeddings as the family compares them, [B, d].
-        backend: what computed the entropy.
-        pairs: space -> its first pair (a [B, d], b [B, d], mask of the rows that use it or None), as it compares them.
+        rows: space -> number of rows in its term, over all ranks.
+        entropy: entropy of the joint embedding, with its coefficients.
+        content_entropy: the same for content alone, or None.
+        seen: space -> the query's embeddings [B, d] in the form that the family compares.
+        backend: the backend that computed the entropy.
+        pairs: space -> its first pair (a [B, d], b [B, d], mask of the rows that use it or None), in the same form.
     """
 
     invariance: dict[str, Tensor]
@@ -109,7 +109,7 @@ def pairs_of(z: Embeddings, plan: ViewPlan, batch: int, device: torch.device, co
         return out
     out = {name: [Pair(a, b) for a, b in each] for name, each in plan.view_pairs.items()}
     if content_keys == "all" and plan.kind == "pairs":
-        raise ValueError(f"content_keys: {plan} names content's pairs itself, so expected 'first': got 'all'")
+        raise ValueError(f"content_keys: expected 'first', as {plan} defines the pairs of content: got 'all'")
     if content_keys == "all":
         out["content"] = [Pair(0, v, same[v]) for v in range(1, plan.num_views)]
     return out
@@ -118,10 +118,10 @@ def pairs_of(z: Embeddings, plan: ViewPlan, batch: int, device: torch.device, co
 def kept_rows(
     badness: Callable[[], Tensor], mask: Vector | None, trim: float, s: Shards
 ) -> tuple[Vector | None, int | Scalar]:
-    """Which local rows a pair keeps once its floor(trim * n + 1e-9) worst rows over all ranks are left out.
+    """The local rows of a pair that remain when its floor(trim * n + 1e-9) worst rows over all ranks are left out.
 
     Args:
-        badness: gives [B], larger is worse; not differentiated, and not called where nothing is trimmed.
+        badness: returns [B], larger is worse; not differentiated, and not called if nothing is trimmed.
         mask: [B] bool, the rows that the pair uses, or None for all.
 
     Returns:
@@ -145,20 +145,20 @@ def kept_rows(
 
 
 def masked(t: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows outside the mask become 0 (selected, not multiplied: a NaN there stays out)."""
+    """Set rows outside the mask to 0 (by selection, not multiplication, so that NaN is removed too)."""
     return t if mask is None else torch.where(mask.view(-1, *[1] * (t.ndim - 1)), t, 0)
 
 
 def mean_of_rows(
     values: Vector, badness: Callable[[], Tensor], pair: Pair, trim: float, s: Shards
 ) -> tuple[Scalar, int | Scalar]:
-    """Mean of values [B] over the rows that the pair keeps, on all ranks; and their number."""
+    """Mean of values [B] over the rows that the pair keeps, over all ranks, and the number of these rows."""
     keep, n = kept_rows(badness, pair.mask, trim, s)
     return s.mean(masked(values, keep).sum(), n), n
 
 
 def mean_over_keys(found: Sequence[tuple[Tensor, int | Tensor]], s: Shards) -> tuple[Scalar, int | Scalar]:
-    """The mean over the pairs of a space that have a row; the number of rows behind it. One pair: the pair."""
+    """The mean over those pairs of a space that have a row, and the total number of rows."""
     if len(found) == 1:
         return found[0]
     values = torch.stack([value for value, _ in found])
@@ -169,7 +169,7 @@ def mean_over_keys(found: Sequence[tuple[Tensor, int | Tensor]], s: Shards) -> t
 
 
 def columns_of(z: Mapping[str, Tensor]) -> dict[str, slice]:
-    """Where each space lies in the joint embedding."""
+    """Space -> its columns in the joint embedding."""
     out, start = {}, 0
     for name, t in z.items():
         out[name] = slice(start, start + t.shape[-1])

@@ -1,10 +1,10 @@
-"""SimCLR: cosines of pairs, and the log-sum over the rows of all other images.
+"""SimCLR: cosine similarity of pairs, and the log-sum-exp over the embeddings of all other images.
 
-    invariance_s = - mean over rows of <u_a, u_b> / tau,   u of unit length
-    entropy      = mean over the N rows of log sum_{j : image(j) != image(i)} exp(<z_i, z_j> / tau)
+    invariance_s = - mean over samples of <u_a, u_b> / tau,   u L2-normalized
+    entropy      = mean over the N embeddings of log sum_{j : image(j) != image(i)} exp(<z_i, z_j> / tau)
 
-z_i is the concatenation of the spaces' u over sqrt(S). Source: Eastwood et al., arXiv 2311.08815; with one space and
-two views it is the decoupled contrastive loss of Yeh et al., arXiv 2110.06848.
+z_i is the concatenation of the spaces' u, divided by sqrt(S). Source: Eastwood et al., arXiv 2311.08815; with one space
+and two views it is the decoupled contrastive loss of Yeh et al., arXiv 2110.06848.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ class SimCLR(Objective):
 
     Args:
         temperature: tau; a number, or a tensor or nn.Parameter of one element to learn it.
-        temperature_floor: what a learned one never goes below, as in `kernels.negative_lse`.
+        temperature_floor: lower bound of a learned temperature, as in `kernels.negative_lse`.
     """
 
     defaults: ClassVar[dict[str, float | None]] = {"temperature": 0.15, "temperature_floor": None}
@@ -57,11 +57,11 @@ class SimCLR(Objective):
         return self.temperature
 
     def alignment(self, a: Matrix, b: Matrix) -> Vector:
-        """1 - cosine of rows of unit length, [n]."""
+        """1 - cosine of L2-normalized embeddings, [n]."""
         return 1 - (a * b).sum(dim=-1)
 
     def entropy(self, joint: Joint, ids: Ids) -> Scalar:
-        """Mean over all rows of the log-sum over the rows of other images."""
+        """Mean over all embeddings of the log-sum-exp over the embeddings of other images."""
         floor = self.temperature_floor
         return negative_lse(joint.flatten(0, 1), ids.flatten(), self.temperature, temperature_floor=floor).mean()
 
@@ -94,7 +94,7 @@ class SimCLR(Objective):
         joint, cosines = joint_and_cosines(list(z.values()), flat, types, backend == "triton")  # [V, B, D], [pairs, B]
         count: dict[str, int | Tensor]
         if not rows.trim and all(len(pairs) == 1 and pairs[0].mask is None for pairs in rows.pairs.values()):
-            count = dict.fromkeys(rows.pairs, s.total)  # every row of one pair each: all at once
+            count = dict.fromkeys(rows.pairs, s.total)  # one pair each, over all samples: computed at once
             means = s.mean(cosines.sum(dim=1), s.total)
         else:
             means, count = _means(cosines, rows)
@@ -111,7 +111,7 @@ class SimCLR(Objective):
             known=known,
             triton_from=rows.triton_from,
             temperature_floor=self.temperature_floor,
-        ).view(v * b, 2 if rows.content_entropy else 1)  # -1 would not do: a rank may hold no row
+        ).view(v * b, 2 if rows.content_entropy else 1)  # not -1, as a rank may have no samples
         entropy = s.mean(lse.sum(dim=0), v * s.total).unbind()
         columns = columns_of(z)
         return Parts(
@@ -126,7 +126,7 @@ class SimCLR(Objective):
         )
 
     def _known(self, rows: Rows, total: int, dtype: torch.dtype) -> Known | None:
-        """What the checks found, if there were any; every row needs another image."""
+        """Results of the checks, if there were any; refuses a batch with a single image id."""
         known = rows.known
         if known is None:
             return None
@@ -134,7 +134,7 @@ class SimCLR(Objective):
         check_floor(min(known.numbers), self.temperature_floor)
         if known.id_low == known.id_high:
             raise ValueError(
-                f"image_ids: expected the rows of at least 2 images, so that each has a negative: all {total} rows "
+                f"image_ids: expected at least 2 images, so that each has a negative: got one, as all {total} rows "
                 f"carry the image id {known.id_high}"
             )
         return Known(1.0, min(known.numbers), known.id_low, known.id_high)
@@ -150,7 +150,7 @@ class SimCLR(Objective):
 
 
 def _means(cosines: Tensor, rows: Rows) -> tuple[Tensor, dict[str, int | Tensor]]:
-    """Mean cosine of every space [S], over the rows that its pairs keep, and the number of these rows."""
+    """Mean cosine of every space [S] over the samples that its pairs keep, and the number of these samples."""
     each, means, count = iter(cosines.unbind(0)), [], {}
     for name, pairs in rows.pairs.items():
         kept = [mean_of_rows(c, c.neg, p, rows.trim, rows.shards) for p, c in zip(pairs, each, strict=False)]

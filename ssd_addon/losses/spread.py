@@ -1,8 +1,8 @@
-"""SIGReg, FroSSL and MMCR as joint entropies: an alignment on each space's own pair, an entropy of the joint embedding.
+"""SIGReg, FroSSL and MMCR as joint entropies: alignment on each space's own pair, entropy of the joint embedding.
 
-Each looks at the joint rows of one view at a time. Over all views at once (MMCR's centroids, FroSSL's average view)
-they would pull every view of an image together, and the style spaces would lose what they are for.
-Legend: V views, N rows of a view over all ranks, D joint columns.
+Each entropy uses the joint embeddings of one view at a time. Computed over all views at once (MMCR's centroids,
+FroSSL's average view) it would pull all views of an image together, which would remove the style from style spaces.
+Legend: V views, N samples of a view over all ranks, D joint width.
 """
 
 import math
@@ -23,16 +23,18 @@ KNOTS, LARGEST_FREQUENCY = 17, 3.0
 
 
 class SIGReg(Objective):
-    """Sketched isotropic Gaussian regularization: every view's joint rows as a standard normal distribution.
+    """Sketched isotropic Gaussian regularization: draws every view's joint embeddings towards a standard normal.
 
         entropy = mean over views and random directions a of  N * integral |phi_n(t) - exp(-t^2/2)|^2 exp(-t^2/2) dt
 
-    phi_n is the empirical characteristic function of <z, a>, the integral is over [-3, 3] by the trapezoidal rule. In
+    phi_n is the empirical characteristic function of <z, a>; the integral over [-3, 3] uses the trapezoidal rule. In
     `Terms`, invariance and constraint are the mean squared difference. With one space the entropy equals lightly's
-    `SIGReg`, and weight 4.75 makes the whole its LeJEPALoss(lambda_param=0.05) of two global views over 0.05.
+    `SIGReg`, and with weight 4.75 the loss equals its LeJEPALoss(lambda_param=0.05) of two global views, divided by
+    0.05.
 
     Args:
-        directions: random directions, drawn anew at every call from torch's global generator (rank 0's for all ranks).
+        directions: number of random directions, redrawn at every call from torch's global generator (rank 0's for all
+            ranks).
 
     Source: Balestriero and LeCun, LeJEPA, arXiv 2511.08544.
     """
@@ -55,7 +57,7 @@ class SIGReg(Objective):
 
 
 def gaussian_mismatch(x: Tensor, directions: Tensor) -> Tensor:
-    """The Epps-Pulley statistic of x [..., N, D] along unit directions [D, A], averaged over these and leading axes."""
+    """The Epps-Pulley statistic of x [..., N, D], averaged over unit directions [D, A] and leading axes."""
     n = x.shape[-2]
     t = torch.linspace(0, LARGEST_FREQUENCY, KNOTS, dtype=x.dtype, device=x.device)
     phi = torch.exp(-t.square() / 2)
@@ -67,12 +69,12 @@ def gaussian_mismatch(x: Tensor, directions: Tensor) -> Tensor:
 
 
 class FroSSL(Objective):
-    """The Frobenius norm of each view's covariance: small where its eigenvalues are even.
+    """The Frobenius norm of each view's covariance, which is small if its eigenvalues are equal.
 
         entropy   = 2 * mean over views of log |C_v|_F^2,   C_v = X_v^T X_v / tr
-        alignment = |x_a - x_b|^2 of each row
+        alignment = |x_a - x_b|^2 of each sample
 
-    The columns of x are scaled to unit length over the rows of all ranks, view by view. In `Terms`, invariance and
+    The columns of x are scaled to unit length over the samples of all ranks, view by view. In `Terms`, invariance and
     constraint are the mean alignment. With one space and two views it equals lightly's FroSSLLoss().
 
     Source: Skean et al., FroSSL, arXiv 2310.02903.
@@ -91,15 +93,15 @@ class FroSSL(Objective):
         _, n, d = joint.shape
         gram = joint.mT @ joint if n > d else joint @ joint.mT  # the same eigenvalues
         trace, square = gram.diagonal(dim1=-2, dim2=-1).sum(-1), gram.square().sum((-2, -1))
-        nothing = square == 0  # a view of zeros: as one direction, the most concentrated covariance that there is
+        nothing = square == 0  # a view of zeros counts as one direction, the most concentrated covariance
         square, trace = (t.masked_fill(nothing, 1) for t in (square, trace))
         return 2 * (square.log() - 2 * trace.detach().log()).mean()
 
 
 def unit_columns(t: Embedded, s: Shards, came_as: torch.dtype | None = None) -> Embedded:
-    """[V, B, d] with columns of unit length over the rows of all ranks, view by view; NaN where that overflows.
+    """Scale the columns of [V, B, d] to unit length over the samples of all ranks, view by view; NaN on overflow.
 
-    As of rows (`unit_rows`), a column without a direction has the gradient 0 where the embeddings came in 16 bits.
+    As in `unit_rows`, a column of zeros gets the gradient 0 if the embeddings were given in 16 bits.
     """
     square = _dist.all_sum(t.square().sum(dim=1, keepdim=True), s.group)
     u = t / torch.where(square.isinf(), math.nan, square).clamp(min=EPS**2).sqrt()
@@ -108,14 +110,14 @@ def unit_columns(t: Embedded, s: Shards, came_as: torch.dtype | None = None) -> 
 
 
 class MMCR(Objective):
-    """Maximum manifold capacity: the nuclear norm of each view's joint rows of unit length, as large as can be.
+    """Maximum manifold capacity: maximizes the nuclear norm of each view's L2-normalized joint embeddings.
 
         entropy   = - mean over views of |Z_v|_*
-        alignment = 1 - cosine of each row
+        alignment = 1 - cosine of each sample
 
-    The published loss takes the norm of the images' centroids, whose length says how well the views agree; here the
-    alignment says so, space by space, weighted by 30: a pair at cosine c shortens its centroid by (1 - c) / 4, and the
-    norm is of the order of sqrt(N D). In `Terms`, the constraint is 1 - mean cosine. For a view that is its own
+    The published loss uses the norm of the images' centroids, whose length measures how well the views agree. Here the
+    alignment measures that, space by space, with weight 30: a pair at cosine c shortens its centroid by (1 - c) / 4,
+    and the norm is of the order of sqrt(N D). In `Terms`, the constraint is 1 - mean cosine. For a view that is its own
     centroid the entropy equals lightly's MMCRLoss(lmda=0).
 
     Source: Yerxa et al., arXiv 2303.03307.
@@ -129,5 +131,5 @@ class MMCR(Objective):
 
     def entropy(self, joint: Joint, ids: Ids) -> Scalar:
         finite = joint.isfinite().all()
-        singular: Tensor = torch.linalg.svdvals(torch.where(finite, joint, 0))  # which raises on NaN
+        singular: Tensor = torch.linalg.svdvals(torch.where(finite, joint, 0))  # svdvals raises on NaN
         return -singular.sum(-1).mean() * torch.where(finite, 1.0, math.nan)

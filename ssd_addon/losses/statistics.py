@@ -1,7 +1,7 @@
-"""What the embeddings of a batch say about collapse: does a space differ between images, do its pairs agree, does it
-repeat another space. Detached numbers beside the loss; `ssd_addon.alarm` reads them from the log.
+"""Collapse statistics of a batch: does a space differ between images, do its pairs agree, does it repeat another one.
 
-Legend: B local rows, N rows over all ranks, d width of a space.
+They are detached numbers that accompany the loss; `ssd_addon.alarm` reads them from the log.
+Legend: B local samples, N samples over all ranks, d width of a space.
 """
 
 import itertools
@@ -17,26 +17,27 @@ from ssd_addon._shapes import Matrix, Scalar
 from ssd_addon.losses.rows import Parts
 
 ROUNDING = 1e-5
-"""Relative to the squared length: differences between embeddings below it are rounding errors of float32 sums."""
+"""Differences between embeddings below this share of their squared length are rounding errors of float32 sums."""
 ROWS = 256
-"""Rows of this rank by which two spaces are compared: a Gram matrix of 256 x 256, whatever the batch and the widths."""
+"""Local samples used to compare two spaces: the Gram matrix is 256 x 256 for any batch size and widths."""
 
 
 @torch.no_grad()
 def spread_and_agreement(
     parts: Parts, exponents: Mapping[str, Tensor], on_sphere: bool, group: ProcessGroup | None
 ) -> tuple[dict[str, Scalar], dict[str, Scalar]]:
-    """Over the rows of all ranks, one collective: by space, both without a unit.
+    """Spread and agreement of each space over the samples of all ranks, dimensionless; uses one collective.
 
-    spread = variance of a coordinate between images / its mean square, of this space or on average of all spaces,
-    whichever is larger (spaces on the unit sphere: of this space). 0: the embeddings of all images are equal, or as
-    good as 0 beside those of the other spaces.
+    spread = variance of the coordinates between images / mean square. The mean square is that of this space or the
+    average over all spaces, whichever is larger (for spaces on the unit sphere: of this space). 0 means that the
+    embeddings of all images are equal, or negligible compared with those of the other spaces.
 
-    agreement = 1 - E |a_i - b_i|^2 / E |a_i - b_j|^2, i != j, over the space's first pair of views (a, b). 1: the two
-    embeddings of a pair are equal; 0: they are as far apart as those of different images.
+    agreement = 1 - E |a_i - b_i|^2 / E |a_i - b_j|^2, i != j, over the space's first pair of views (a, b). 1 means that
+    the two embeddings of a pair are equal; 0 that they differ as much as those of different images.
 
     Args:
-        exponents: space -> of the largest entry; sums of squares of what is divided by 2^exponent do not overflow.
+        exponents: space -> exponent of the largest entry; entries are divided by 2^exponent, so that sums of squares do
+            not overflow.
     """
     sums, widths = [], []
     for name, x in parts.seen.items():
@@ -56,7 +57,7 @@ def spread_and_agreement(
         mean, mean_a, mean_b = total[5:].view(3, d).unbind()
         rows, n = rows.clamp(min=1), used.clamp(min=1)
         size = of_x / rows / d
-        # the mean square, so as to compare spaces, in their own scale: exponents differ
+        # mean squares on a common scale, as the exponents of the spaces differ
         scale = torch.ldexp(torch.ones_like(size), 2 * exponents[name])
         square.append(size * scale)
         variance.append((size - (mean / rows).square().sum() / d).clamp(min=0) * scale)
@@ -73,10 +74,10 @@ def spread_and_agreement(
 
 @torch.no_grad()
 def overlaps(seen: Mapping[str, Matrix], group: ProcessGroup | None) -> dict[str, Scalar]:
-    """ "content/color" -> in how far two spaces order the images alike, 0 to 1: linear CKA by the unbiased estimate.
+    """ "content/color" -> similarity of two spaces, 0 to 1: linear CKA with the unbiased estimator.
 
-    1: the same up to a rotation and a factor; 0: uncorrelated. Of the first 256 rows of each rank, averaged over
-    ranks; NaN where no rank has four.
+    1 means equal up to rotation and scale, 0 uncorrelated. Uses the first 256 samples of each rank, averaged over
+    ranks; NaN if no rank has four samples.
 
     Source: Kornblith et al., arXiv 1905.00414; Song et al., JMLR 13, 2012, equation 5.
     """
@@ -101,7 +102,7 @@ def overlaps(seen: Mapping[str, Matrix], group: ProcessGroup | None) -> dict[str
 
 
 def _gram(x: Matrix) -> Tensor:
-    """Inner products of centered rows with a diagonal of 0, [n, n], whose squares sum to about 1."""
+    """Inner products [n, n] of centered embeddings, with zero diagonal, scaled so that their squares sum to about 1."""
     x = x.detach()[:ROWS]
     x = x - x.mean(0)
     x = x / x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)

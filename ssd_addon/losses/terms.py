@@ -1,4 +1,4 @@
-"""The parts of the loss, for logging and for dual ascent."""
+"""`Terms`: the parts of the loss, for logging and for dual ascent."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,22 +21,23 @@ class Terms:
     """The parts of the loss. `.loss` carries the graph; all others are detached, and equal on every rank.
 
     Attributes:
-        loss: scalar, of this rank (see `JointEntropyLoss` on ranks).
+        loss: scalar of this rank (see `JointEntropyLoss` about ranks).
         invariance: space -> raw term, before its weight and 1/S.
-        entropy: of the joint embedding, with its coefficients.
+        entropy: entropy of the joint embedding, with its coefficients.
         content_entropy: the same for content alone, or None.
         constraint: space -> c_s, misalignment on a scale that starts at 0: 1 - mean cosine (simclr, mmcr), the mean
             squared difference (vicreg), the mean over coordinates of (c_kk - 1)^2 (barlow), the mean alignment of any
             other family.
-        rows: space -> rows behind its term, over all ranks; 0 where no row served the space.
-        effective_rank: space -> (tr C)^2 / tr(C^2) of the query's covariance, 1 to d_s: 1 is a collapsed space.
-        spread: space -> in how far its embeddings differ between images: the variance of a coordinate over its mean
-            square, of this space or on average of all spaces, whichever is larger. 0: all images have one embedding.
-        agreement: space -> 1 - E|a_i - b_i|^2 / E|a_i - b_j|^2 over its first pair of views, i and j different images.
-            1: the pairs agree; 0: no better than different images.
-        overlap: "content/color" -> linear CKA of two spaces' queries (first 256 rows of a rank, mean over ranks). 1:
-            one repeats the other.
-        backend: what computed the entropy.
+        rows: space -> number of samples in its term, over all ranks; 0 if no sample served the space.
+        effective_rank: space -> (tr C)^2 / tr(C^2) of the query's covariance, from 1 to d_s; 1 means collapse.
+        spread: space -> how much its embeddings differ between images: the variance of the coordinates divided by the
+            mean square, of this space or averaged over all spaces, whichever is larger. 0 means that all images have
+            the same embedding.
+        agreement: space -> 1 - E|a_i - b_i|^2 / E|a_i - b_j|^2 over its first pair of views, for different images i and
+            j. 1 means that the pairs agree, 0 that they differ as much as different images.
+        overlap: "content/color" -> linear CKA of two spaces' queries (first 256 samples of a rank, mean over ranks). 1
+            means that one repeats the other.
+        backend: the backend that computed the entropy.
     """
 
     loss: Tensor
@@ -52,13 +53,13 @@ class Terms:
     backend: str
 
     def scalars(self) -> dict[str, float]:
-        """Flat name -> number, for a logger: "loss", "entropy", "invariance/content", "effective_rank/content" ..."""
+        """Flat name -> float, for a logger: "loss", "entropy", "invariance/content", "effective_rank/content" ..."""
         out = self.tensors()
         numbers = torch.stack([t.double() for t in out.values()]).tolist()  # one read from the device
         return dict(zip(out, numbers, strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The same as detached tensors, which are not read from the device."""
+        """The values of `scalars` as detached tensors, without reading them from the device."""
         out = {"loss": self.loss.detach(), "entropy": self.entropy}
         if self.content_entropy is not None:
             out["content_entropy"] = self.content_entropy
@@ -76,8 +77,10 @@ class Terms:
 
     @classmethod
     def mean(cls, parts: Sequence["Terms"]) -> "Terms":
-        """The terms of several batches as one, such as those of an accumulated step: means over their rows, entropies
-        over their images. The loss is detached."""
+        """Combine the terms of several batches, such as those of an accumulated step.
+
+        Invariances are averaged over samples, entropies over images. The loss is detached.
+        """
         if len(parts) == 1:
             return parts[0]
         rows = {n: torch.stack([p.rows[n] for p in parts]) for n in parts[0].rows}
@@ -107,12 +110,12 @@ class Terms:
 
 
 def terms_of(loss: Tensor, parts: Parts, s: Shards, on_sphere: bool) -> Terms:
-    """The terms of all ranks: means that are equal on every rank. Collective."""
+    """The terms averaged over ranks, equal on every rank. Collective."""
     group = s.group or _dist.default_group()
     names, device = list(parts.invariance), loss.device
     rows = torch.stack([torch.as_tensor(parts.rows[n], device=device) for n in names]).double()
     if s.group is None and group is not None:
-        # Every rank has a loss of its own here: means over ranks are weighted by the rows behind them.
+        # Every rank has its own loss here: means over ranks are weighted by the numbers of samples.
         size = torch.full((), float(s.total), device=device, dtype=rows.dtype)
         weight, rows = rows, _dist.all_sum(rows.clone(), group)
     else:
@@ -150,7 +153,7 @@ def _means(values: list[Tensor], weight: Tensor, group: ProcessGroup | None) -> 
 
 
 def _exponents(seen: Mapping[str, Tensor], group: ProcessGroup | None) -> dict[str, Tensor]:
-    """Space -> e with entries of at most 2^e over all ranks."""
+    """Space -> e such that entries are at most 2^e over all ranks."""
     tops = [x.detach().abs().amax() if x.numel() else x.new_zeros(()) for x in seen.values()]
     exponents = torch.frexp(_dist.maximum(torch.stack([t.double() for t in tops]), group))[1]
     return dict(zip(seen, exponents, strict=True))
@@ -159,7 +162,7 @@ def _exponents(seen: Mapping[str, Tensor], group: ProcessGroup | None) -> dict[s
 def _effective_ranks(
     seen: Mapping[str, Tensor], exponents: Mapping[str, Tensor], group: ProcessGroup | None
 ) -> dict[str, Tensor]:
-    """(tr C)^2 / tr(C^2) of every space over all ranks; fourth powers of entries, which are scaled to about 1 first."""
+    """(tr C)^2 / tr(C^2) of every space over all ranks; entries are scaled to about 1, so fourth powers are finite."""
     return {n: _effective_rank(torch.ldexp(x.detach(), -exponents[n]).to(x.dtype), group) for n, x in seen.items()}
 
 

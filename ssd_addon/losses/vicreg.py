@@ -1,6 +1,6 @@
 """VICReg: squared distances of pairs; variance and covariance of each view's joint embedding.
 
-    invariance_s = mean over rows and the d_s coordinates of (z_a - z_b)^2
+    invariance_s = mean over samples and the d_s coordinates of (z_a - z_b)^2
     entropy      = mean over views of  variance * mean_k relu(1 - sqrt(var_k + 1e-4))
                                      + covariance * sum_{k != l} C_kl^2 / D
 
@@ -28,7 +28,7 @@ VARIANCE_EPS = 1e-4
 
 
 class VICReg(Objective):
-    """The VICReg family, weight 25. In `Terms`, invariance and constraint are the mean squared difference.
+    """The VICReg family, with default weight 25. In `Terms`, invariance and constraint are the mean squared difference.
 
     Args:
         variance, covariance: coefficients of the entropy.
@@ -51,11 +51,11 @@ class VICReg(Objective):
     def _pair(self, z: Tensor | Sequence[Tensor], pair: Pair, rows: Rows) -> tuple[Tensor, int | Tensor]:
         if rows.trim or pair.mask is not None:
             return super()._pair(z, pair, rows)
-        a, b, n = z[pair.a], z[pair.b], rows.shards.total  # all rows: no value of each is needed
+        a, b, n = z[pair.a], z[pair.b], rows.shards.total  # all samples: per-sample values are not needed
         return rows.shards.mean(F.mse_loss(a, b, reduction="sum"), n * a.shape[1]), n
 
     def spread(self, out: Parts, z: Mapping[str, Tensor], rows: Rows) -> None:
-        """Statistics over the rows of all ranks, which are not gathered."""
+        """Compute the entropy from statistics over all ranks, without gathering embeddings."""
         joint = torch.cat(list(z.values()), dim=-1)
         width = z["content"].shape[-1]
         x = deviations(joint, rows.shards)
@@ -68,7 +68,7 @@ class VICReg(Objective):
     def _of_views(self, x: Joint, backend: Backend, s: Shards) -> Scalar:
         """The mean over views of variance * mean_k relu(1 - sqrt(var_k + 1e-4)) + covariance * sum_{k != l} C_kl^2 / D.
 
-        x [V, B, D]: deviations over sqrt(n - 1), so that C = x^T x.
+        x [V, B, D] are deviations from the mean, divided by sqrt(n - 1), so that C = x^T x.
         """
         var = _dist.all_sum(x.square().sum(dim=1), s.group)
         hinge = F.relu(1 - torch.sqrt(var + VARIANCE_EPS)).mean()
@@ -92,11 +92,11 @@ def mean_square(a: Matrix, b: Matrix) -> Vector:
 
 
 def deviations(joint: Joint, s: Shards) -> Joint:
-    """(x - mean) / sqrt(n - 1) over the rows of all ranks, view by view."""
+    """(x - mean) / sqrt(n - 1) over the samples of all ranks, view by view."""
     total = _dist.all_sum(joint.sum(dim=1, keepdim=True), s.group)
     return torch.sub(joint, total, alpha=1 / s.total) * (1 / math.sqrt(s.total - 1))
 
 
 def centered(x: Matrix, s: Shards) -> Matrix:
-    """x - mean over the rows of all ranks, x [B, D]."""
+    """x - mean over the samples of all ranks, x [B, D]."""
     return x - _dist.all_sum(x.sum(dim=0), s.group) / s.total

@@ -1,4 +1,4 @@
-"""Weights of the invariance terms: lambda of every space, absolute."""
+"""Weights of the invariance terms: lambda of every space, as absolute values."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,14 +9,14 @@ from ssd_addon.losses.terms import Terms
 
 
 class Weights(nn.Module):
-    """lambda of every space, and what a training step does to it."""
+    """Base class: holds lambda of every space and may update it after a training step."""
 
     def start_at(self, weight: float) -> None:
-        """Learn a family's default weight, for spaces that were given none."""
+        """Use a family's default weight for spaces that have none."""
         raise NotImplementedError
 
     def lambdas(self, spaces: Sequence[str], order: Sequence[str] | None = None) -> Mapping[str, float | Tensor]:
-        """Space -> lambda for the spaces of a plan; `order` is that of the embeddings, if it may be another."""
+        """Space -> lambda for the spaces of a plan; `order` is the order of the embeddings, if it may differ."""
         raise NotImplementedError
 
     def step(self, terms: Terms) -> Mapping[str, float | Tensor]:
@@ -25,13 +25,13 @@ class Weights(nn.Module):
 
 
 class FixedWeights(Weights):
-    """Weights that stay: a number for all spaces, a mapping by name, or a sequence in the order of the plan.
+    """Constant weights: a number for all spaces, a mapping by name, or a sequence in the order of the plan.
 
     Args:
-        given: None is the family's weight.
+        given: the weights; None uses the family's default.
 
     Raises:
-        ValueError: a weight that is negative or not finite; in use: names or a number of weights that do not fit.
+        ValueError: a weight is negative or not finite; when used: names or number of weights do not fit the plan.
     """
 
     def __init__(self, given: float | Mapping[str, float] | Sequence[float] | None = None) -> None:
@@ -62,8 +62,8 @@ class FixedWeights(Weights):
             raise ValueError(f"weights: expected one per space ({_checks.names(spaces)}): got {len(w)} of them")
         if order is not None and tuple(order) != tuple(spaces):
             raise ValueError(
-                f"weights: the plan orders the spaces {_checks.names(spaces)} and the embeddings "
-                f"{_checks.names(order)}; give the weights by name"
+                f"weights: expected a mapping by name, as the plan orders the spaces {_checks.names(spaces)} and the "
+                f"embeddings {_checks.names(order)}: got a sequence"
             )
         return dict(zip(spaces, w, strict=True))
 

@@ -3,17 +3,17 @@
     z = embed(model, images)                        name -> [n, d], the backbone too
     r2_matrix(z, factors)                           spaces x factors, where factors are known                 labelled
     parameter_matrix(model, views, images)          spaces x groups of augmentations, without labels          label_free
-    exclusivity(z, factors, own)                    tests of what a space holds beside its own factors       exclusivity
+    exclusivity(z, factors, own)                    tests for leaks of factors into other spaces             exclusivity
     class_accuracy(z, labels)                       accuracy of a linear probe and of k-NN                    classify
-    dci, mig, sap                                   one number for a matrix                                   summary
-    effective_rank, uniformity, alignment           how a space lies; redundancy between spaces               geometry
-    StyleIndex(z).search(7, {"color": 1})           neighbors by any weighting of the spaces                  index
-    retrieval(z, attributes)                        how alike the nearest neighbors by each space are         retrieval
-    image_attributes(images)                        hue, sharpness and others, measured on the pixels         attributes
-    OnlineProbes(widths, classes)                   linear probes that are trained beside the model           online
+    dci, mig, sap                                   summaries of a matrix in one number                       summary
+    effective_rank, uniformity, alignment           geometry of a space; redundancy between spaces            geometry
+    StyleIndex(z).search(7, {"color": 1})           nearest neighbors by any weighting of the spaces          index
+    retrieval(z, attributes)                        how similar the nearest neighbors in each space are       retrieval
+    image_attributes(images)                        hue, sharpness and others, computed from pixels           attributes
+    OnlineProbes(widths, classes)                   linear probes that are trained along with the model       online
 
-Every matrix is a `ScoreTable`: `table["color", "hue"]` is a number, NaN where there is none to give, with the reason in
-`.notes`; it prints, and `.to_json()` keeps it. `probe=` takes a name or a `Probe` with settings of your own.
+Every matrix is a `ScoreTable`: `table["color", "hue"]` is a number, or NaN if there is no score, with the reason in
+`.notes`. Tables print, and `.to_json()` makes them serializable. `probe=` takes a name or a `Probe` with your settings.
 """
 
 from ssd_addon.differences import parameter_differences

@@ -1,7 +1,7 @@
 """Attributes of images that need no labels: hue, saturation, brightness, colorfulness, sharpness.
 
-Each is a value (or, of the hue, an angle) of every image, measured on its pixels. As factors of `r2_matrix` they say
-which space encodes them, as attributes of `retrieval` whether a search by a space finds images that are alike in them.
+Each is a value per image (an angle for the hue), computed from its pixels. Used as factors in `r2_matrix` they show
+which space encodes them; used as attributes in `retrieval`, whether a search in a space finds images that share them.
 Legend: n images of H x W pixels.
 """
 
@@ -18,7 +18,7 @@ from ssd_addon.metrics.labelled import Circular, Factor
 from ssd_addon.metrics.statistics import derivatives, luma
 
 BINS, NEAR = 72, math.pi / 6
-"""Bins of the circle of hues, and how far from the peak a pixel's hue may lie to count."""
+"""Number of hue bins, and the largest distance from the peak at which a pixel's hue counts."""
 GRAY, SHARE = 0.1, 0.01
 """An image has no hue if the mean chroma of its most colorful pixels, this share of all, is below GRAY."""
 
@@ -26,7 +26,7 @@ GRAY, SHARE = 0.1, 0.01
 def image_attributes(images: Images, *, batch_size: int = 256) -> dict[str, Factor]:
     """All attributes of this module, as factors: hue, saturation, brightness, colorfulness, sharpness, spectral slope.
 
-    "sharpness" is log10 of (`sharpness` + 1e-6), as the variance of a Laplacian spans orders of magnitude.
+    "sharpness" is log10(`sharpness` + 1e-6), as the variance of a Laplacian spans orders of magnitude.
 
     >>> found = image_attributes(torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
     >>> list(found)
@@ -36,10 +36,10 @@ def image_attributes(images: Images, *, batch_size: int = 256) -> dict[str, Fact
 
     Args:
         images: RGB [n, 3, H, W], uint8 or in [0, 1], not normalized, or batches of them; at least 8 x 8 pixels.
-        batch_size: images at a time, where `images` is one tensor.
+        batch_size: number of images at a time, if `images` is one tensor.
 
     Raises:
-        ValueError, TypeError: no images, or others than those.
+        ValueError, TypeError: there are no images, or they are not of this form.
     """
     parts: list[dict[str, Tensor]] = []
     for x in batches(images, batch_size):
@@ -56,13 +56,13 @@ def image_attributes(images: Images, *, batch_size: int = 256) -> dict[str, Fact
 
 
 def dominant_hue(images: Tensor, *, least: float = GRAY) -> Circular:
-    """The hue that most of an image's color has, an angle in [0, 2 pi): 0 red, 2 pi / 3 green, 4 pi / 3 blue.
+    """The dominant hue of each image, an angle in [0, 2 pi): 0 is red, 2 pi / 3 green, 4 pi / 3 blue.
 
-    Hue is HSV's, chroma is max(R, G, B) - min(R, G, B). The histogram of hues over 72 bins, weighted by chroma and
-    smoothed by (1/4, 1/2, 1/4) around the circle, has its peak somewhere; the result is the circular mean of the hues
-    within 30 degrees of it, again weighted by chroma. So a red object on green ground is red or green, by which of the
-    two has more color, and not the yellow between them. An image is gray and has no hue where the hundredth part of
-    its pixels that has most color has a mean chroma below `least`: its fold is 0, which leaves it out of a score.
+    Hue is that of HSV, chroma is max(R, G, B) - min(R, G, B). The hue histogram has 72 bins, is weighted by chroma and
+    smoothed by (1/4, 1/2, 1/4) around the circle. The result is the circular mean, again weighted by chroma, of the
+    hues within 30 degrees of the histogram's peak. So a red object on green ground gets red or green, whichever has
+    more color, and not the yellow between them. An image counts as gray, without a hue, if the mean chroma of the most
+    colorful hundredth of its pixels is below `least`: its fold is 0, which leaves it out of scores.
 
     >>> red, gray = torch.zeros(2, 3, 4, 4).unbind()
     >>> red[0], gray[:] = 0.8, 0.5
@@ -72,7 +72,7 @@ def dominant_hue(images: Tensor, *, least: float = GRAY) -> Circular:
 
     Args:
         images: RGB [n, 3, H, W], uint8 or in [0, 1].
-        least: chroma, in [0, 1], of the most colorful pixels; a small object is enough.
+        least: smallest chroma of the most colorful pixels, in [0, 1]; a small colored object is enough.
 
     Source: HSV hue, Smith, Color gamut transform pairs, SIGGRAPH 1978; circular mean, Mardia and Jupp, Directional
     Statistics, 2000, section 2.2.
@@ -99,7 +99,7 @@ def dominant_hue(images: Tensor, *, least: float = GRAY) -> Circular:
 
 
 def saturation(images: Tensor) -> Vector:
-    """Mean over pixels of HSV's saturation, (max - min) / max of R, G, B, and 0 of black: [n] in [0, 1].
+    """Mean over pixels of HSV's saturation, (max - min) / max of R, G, B, and 0 for black: [n] in [0, 1].
 
     >>> saturation(torch.tensor([1.0, 0.5, 0.5]).view(1, 3, 1, 1))
     tensor([0.5000])
@@ -112,8 +112,9 @@ def saturation(images: Tensor) -> Vector:
 
 
 def brightness(images: Tensor) -> Vector:
-    """Mean over pixels of luma, 0.299 R + 0.587 G + 0.114 B: [n] in [0, 1]. Images of any number of channels but 3 are
-    averaged over them.
+    """Mean over pixels of luma, 0.299 R + 0.587 G + 0.114 B: [n] in [0, 1].
+
+    Images whose number of channels is not 3 are averaged over the channels.
 
     >>> brightness(torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1))
     tensor([0.2990])
@@ -126,7 +127,7 @@ def brightness(images: Tensor) -> Vector:
 def colorfulness(images: Tensor) -> Vector:
     """sqrt(std(rg)^2 + std(yb)^2) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2), rg = R - G, yb = (R + G) / 2 - B: [n].
 
-    In levels of 0 to 255, as in the paper, where 15 is slightly and 59 quite colorful.
+    In levels of 0 to 255, as in the paper, in which 15 is slightly colorful and 59 quite colorful.
 
     >>> colorfulness(torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1)).round()
     tensor([86.])
@@ -140,10 +141,10 @@ def colorfulness(images: Tensor) -> Vector:
 
 
 def sharpness(images: Tensor) -> Vector:
-    """Variance over pixels of the Laplacian (four neighbors) of luma, edges repeated: [n], 0 of an even image.
+    """Variance over pixels of the Laplacian (four neighbors) of luma, edges repeated: [n], 0 for a uniform image.
 
-    It grows with contrast as well as with sharpness; `spectral_slope` does not. It spans orders of magnitude: take its
-    logarithm as a factor.
+    It grows with contrast as well as with sharpness; `spectral_slope` does not depend on contrast. It spans orders of
+    magnitude: use its logarithm as a factor.
 
     >>> dot = torch.zeros(1, 1, 5, 5)
     >>> dot[..., 2, 2] = 1.0  # Laplacian: -4 and four times 1
@@ -157,11 +158,11 @@ def sharpness(images: Tensor) -> Vector:
 
 
 def spectral_slope(images: Tensor) -> Vector:
-    """Slope of log power against log frequency of luma: [n], about -2 of sharp photographs, lower of blurred ones.
+    """Slope of log power against log frequency of luma: [n], about -2 for sharp photographs, lower for blurred ones.
 
-    The image is multiplied by a Hann window about its mean; power is averaged over rings of frequencies f of one cycle
-    per image (the shorter edge), from 2 cycles to half of the sampling rate, and a line is fitted to their logarithms
-    by least squares. Contrast moves the line and not its slope. NaN of an even image.
+    Deviations from the mean are multiplied by a Hann window. Power is averaged over rings of frequencies of width one
+    cycle per image (its shorter edge), from 2 cycles to half of the sampling rate, and a line is fitted to the
+    logarithms by least squares. Contrast shifts the line but does not change its slope. NaN for a uniform image.
 
     Source: Field, Relations between the statistics of natural images and the response properties of cortical cells,
     JOSA A 1987 (the slope of photographs); Vu and Chandler, A fast wavelet-based algorithm for global and local image
@@ -194,12 +195,12 @@ def _images(images: Tensor) -> Tensor:
     """[n, C, H, W] in [0, 1], float32."""
     if not isinstance(images, Tensor) or images.ndim != 4 or 0 in images.shape:
         got = _checks.shape(images) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"images: expected [n, C, H, W] with an image or more: got {got}")
+        raise ValueError(f"images: expected [n, C, H, W] with at least one image: got {got}")
     return scaled(images)
 
 
 def _rgb(images: Tensor) -> Tensor:
     x = _images(images)
     if x.shape[1] != 3:
-        raise ValueError(f"images: expected RGB [n, 3, H, W], as others have no colors: got {_checks.shape(x)}")
+        raise ValueError(f"images: expected RGB [n, 3, H, W], as color is measured: got {_checks.shape(x)}")
     return x

@@ -29,11 +29,11 @@ def class_accuracy(
     bootstrap: int = 200,
     seed: int = 0,
 ) -> ScoreTable:
-    """How many held-out images two simple classifiers get right from each space's features.
+    """Accuracy of a linear probe and of k-NN on held-out images, for each space.
 
-    *linear probe*: ridge regression of the one-hot classes on standardized features, its penalty chosen by
-    cross-validation. *k-NN*: every training image among the k nearest by cosine votes for its class with the weight
-    exp(cosine / temperature).
+    *linear probe*: ridge regression of the one-hot classes on standardized features, with the penalty chosen by
+    cross-validation. *k-NN*: each of the k training images with the highest cosine similarity votes for its class with
+    weight exp(cosine / temperature).
 
     >>> labels = torch.arange(60) % 3
     >>> table = class_accuracy({"content": torch.eye(3)[labels] + 0.1 * torch.rand(60, 3)}, labels)
@@ -43,19 +43,19 @@ def class_accuracy(
     Args:
         embeddings: name -> [n, d].
         labels: [n] integers.
-        k: neighbors; at most as many as there are training images.
-        temperature: of the votes.
-        train_fraction: fraction of the images that classifiers are fitted on.
-        bootstrap: resamples of the held-out images for the 95 % intervals.
-        seed: of the split and the resamples.
+        k: number of neighbors; at most the number of training images.
+        temperature: temperature of the votes.
+        train_fraction: fraction of the images on which classifiers are fitted.
+        bootstrap: number of resamples of the held-out images for the 95 % intervals.
+        seed: seed of the split and the resamples.
 
     Returns:
-        `ScoreTable`, spaces x ("linear probe", "k-NN"), accuracies in [0, 1]. `table.notes` of the first cell says
-        what always answering the most frequent class gives.
+        `ScoreTable`, spaces x ("linear probe", "k-NN"), accuracies in [0, 1]. `table.notes` of the first cell gives the
+        accuracy of always answering the most frequent class.
 
     Raises:
-        ValueError: fewer than two classes on a side of the split, labels that are no integers [n]; and what
-            `r2_matrix` refuses.
+        ValueError: there are fewer than two classes on a side of the split; labels are not integers [n]; or as in
+            `r2_matrix`.
 
     Source: weighted k-NN with k = 20 and temperature 0.07 as in DINO, Caron et al., arXiv 2104.14294.
     """
@@ -70,7 +70,7 @@ def class_accuracy(
     split = Split.draw(n, probe, bootstrap, seed, device)
     target = target_of(labels, split.train, split.test)
     if isinstance(target, str):
-        raise ValueError(f"labels: expected two classes or more on both sides of the split: got {target}")
+        raise ValueError(f"labels: expected at least two classes on both sides of the split: got {target}")
     scores: dict[Cell, float] = {}
     intervals: dict[Cell, tuple[float, float]] = {}
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -91,7 +91,7 @@ def class_accuracy(
 
 
 def _linear(z: Tensor, target: Target, split: Split, probe: Probe) -> Tensor:
-    """Whether each held-out image is classified rightly [r], 0 or 1."""
+    """Whether each held-out image is classified correctly [r], 0 or 1."""
     problem = Problem(Inputs([z], split.train), split.train, [target], probe.folds)
     return problem.held_out(SOLVERS["ridge"](problem), split.test)[0][:, 0]
 

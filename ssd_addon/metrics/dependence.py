@@ -7,10 +7,11 @@ the space, both after regression on the given factors:
 
 (Lundborg, Shah and Peters 2022, arXiv 2101.07108; for one feature and one column it is the square of the generalized
 covariance measure before it is studentized, Shah and Peters 2020, arXiv 1804.07203). Its error under the null is of the
-size of the *product* of the errors of both regressions. Random signs of r give its null distribution (a wild bootstrap;
-Miyazaki and Uematsu 2025, arXiv 2511.15453, for features of kernels as here).
+order of the *product* of the errors of both regressions. Random signs of r give its null distribution (a wild
+bootstrap; Miyazaki and Uematsu 2025, arXiv 2511.15453, for kernel features as here).
 
-Legend: n rows, p columns that are given, q columns of the factor, k features of the space, B resamples.
+Legend: n samples (the rows of all matrices), p columns of the given factors, q columns of the factor, k features of the
+space, B resamples.
 """
 
 import math
@@ -24,16 +25,16 @@ from ssd_addon.metrics.probes import Inputs
 
 FOLDS = 5
 LANDMARKS = 300
-"""Rows that the kernel features of the given factors and of a space are made from, at most."""
+"""Largest number of landmark rows for the kernel features of the given factors and of a space."""
 BANDWIDTHS = (0.25, 0.5, 1.0, 2.0)  # times the median distance, of the kernel on the given factors
 PENALTIES = tuple(10.0**e for e in range(-7, 2))  # times the training rows
 SKETCH = 64
-"""Combinations of the columns of a target that decide on features and penalty, where there are more columns."""
+"""Number of random combinations of a target's columns by which features and penalty are chosen, if it has more."""
 FILTERS = (1e-3, 1e-1, 1e1)
-"""Penalties of the norm of psi, times its mean variance before the regression: small ones give every direction of a
-space the same weight, a large one leaves the weights that the space itself gives."""
+"""Penalties in the norm of psi, as multiples of its mean variance before the regression: with a small one all
+directions of a space have the same weight, with a large one they are weighted by their variance."""
 BATCH = 2**22
-"""Elements of a block of resampled residuals: 32 MiB."""
+"""Number of elements in a block of resampled residuals: 32 MiB."""
 
 Resample = Callable[[Tensor, int], Tensor]
 """(residuals [n, q], b) -> b resamples of them [n, b, q] under the null hypothesis."""
@@ -41,7 +42,7 @@ Resample = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """Of one test: the statistic in standard deviations of its null distribution, p, and the effect."""
+    """The result of one test: the statistic in standard deviations of its null distribution, p, and the effect."""
 
     statistic: float
     p: float
@@ -49,13 +50,13 @@ class Outcome:
 
 
 class Regression:
-    """Ridge regressions on some features of rows, whose residuals are those of left-out folds.
+    """Ridge regressions whose residuals are cross-fitted: each row is predicted by a fit to other folds.
 
-    The features (one of several maps) and the penalty are those with the least error of left-out rows, one choice for
-    all columns of a target; of very many columns, of 64 random combinations. Each map is decomposed once.
+    The features (one of several maps) and the penalty minimize the error of left-out rows, with one choice for all
+    columns of a target; if there are very many columns, for 64 random combinations. Each map is decomposed once.
 
     Args:
-        maps: feature maps [n, k]; none at all: the only regressor is the intercept.
+        maps: feature maps [n, k]; if there are none, the intercept is the only regressor.
     """
 
     def __init__(self, maps: Sequence[Tensor]) -> None:
@@ -71,7 +72,7 @@ class Regression:
             self.fits.append(each)
 
     def residuals(self, y: Tensor) -> Tensor:
-        """y [n, q] less what the others' rows predict of it [n, q]; less its mean where there are no features."""
+        """Cross-fitted residuals of y, [n, q]; deviations from the mean if there are no features."""
         if not self.fits:
             return y - y.mean(0)
         errors = y.new_zeros(len(self.fits), len(PENALTIES))
@@ -95,9 +96,9 @@ class Regression:
 
 
 def kernel_features(x: Tensor, bandwidth: float, generator: torch.Generator) -> Tensor:
-    """Features [n, k] whose inner products are the RBF kernel on x [n, p], exactly so where x has few distinct rows.
+    """Features [n, k] whose inner products approximate the RBF kernel on x [n, p]; exact if x has few distinct rows.
 
-    From at most 300 landmark rows (Nystroem). The bandwidth is in units of the median distance between landmarks.
+    Uses at most 300 landmark rows (Nystroem). The bandwidth is in units of the median distance between landmarks.
     """
     rows = torch.unique(x, dim=0)
     chosen = torch.randperm(len(rows), generator=generator)[:LANDMARKS].to(x.device)
@@ -112,7 +113,7 @@ def kernel_features(x: Tensor, bandwidth: float, generator: torch.Generator) -> 
 
 
 def space_features(blocks: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """Feature maps of a space and the given factors side by side: linear, and those of an RBF kernel."""
+    """Feature maps of a space concatenated with the given factors: linear, and those of an RBF kernel."""
     rows = torch.arange(len(blocks[0]), device=blocks[0].device)
     linear = Inputs(blocks, rows)(rows)
     if linear.shape[1] > len(linear):  # the same inner products
@@ -123,7 +124,7 @@ def space_features(blocks: Sequence[Tensor], generator: torch.Generator) -> list
 
 
 def signs(generator: torch.Generator) -> Resample:
-    """Residuals with random signs: their law given everything else, as far as it is symmetric (wild bootstrap)."""
+    """Resampling by random signs of the residuals (wild bootstrap), valid if their distribution is symmetric."""
 
     def resample(r: Tensor, b: int) -> Tensor:
         drawn = torch.randint(0, 2, (len(r), b, 1), generator=generator)
@@ -133,7 +134,7 @@ def signs(generator: torch.Generator) -> Resample:
 
 
 def permutations(generator: torch.Generator) -> Resample:
-    """Rows in random order: exact where the factor was drawn independently of everything else."""
+    """Resampling by permutation of rows, exact if the factor was drawn independently of everything else."""
 
     def resample(r: Tensor, b: int) -> Tensor:
         order = torch.rand(len(r), b, generator=generator, dtype=torch.float64).argsort(0)
@@ -143,12 +144,12 @@ def permutations(generator: torch.Generator) -> Resample:
 
 
 class Space:
-    """The residuals of a space's features, ready to be tested against any number of factors.
+    """The residuals of a space's features, which can be tested against any number of factors.
 
     Args:
         blocks: the space [n, d] and the given factors.
         given: the regression on the given factors.
-        generator: of landmarks.
+        generator: generator for the choice of landmarks.
     """
 
     def __init__(self, blocks: Sequence[Tensor], given: Regression, generator: torch.Generator) -> None:
@@ -162,7 +163,7 @@ class Space:
         self.probe = Regression(self.residuals)
 
     def statistics(self, r: Tensor) -> Tensor:
-        """T [b, maps * filters] of residuals [n, b, q]."""
+        """The statistics T [b, maps * filters] of residuals [n, b, q]."""
         n, b, q = r.shape
         out = []
         for psi, weights in self.rotated:
@@ -171,9 +172,9 @@ class Space:
         return torch.cat(out, 1)
 
     def test(self, parts: Sequence[Tensor], resample: Resample, resamples: int) -> Outcome:
-        """Of residuals of a factor, in parts [n, q] that each have a statistic of their own, whose largest counts.
+        """Test the residuals of a factor, given in parts [n, q] that each have their own statistic.
 
-        Every statistic is standardized by its own null distribution, and the p-value is that of the largest one.
+        Every statistic is standardized by its null distribution; the p-value is that of the largest one.
         """
         r = torch.cat(list(parts), 1)
         columns = [p.shape[1] for p in parts]
@@ -187,27 +188,27 @@ class Space:
             made.append(statistics(resample(r, b)))
             done += b
         t = torch.cat(made)
-        largest = _standardized(t, t).amax(1)  # all alike, the observed one too: so that p is exact for permutations
+        largest = _standardized(t, t).amax(1)  # also the observed one, so that p is exact for permutations
         p = float((largest >= largest[0]).double().mean())
         return Outcome(float(_standardized(t[:1], t[1:]).max()), p, max(self._effect(part) for part in parts))
 
     def _effect(self, r: Tensor) -> float:
-        """The share of the squares of r that the residuals of the space predict, on left-out rows; at least 0."""
+        """Partial R^2: the share of r's sum of squares that the space's residuals predict on left-out rows; >= 0."""
         total = float((r**2).sum())
         return max(0.0, 1 - float((self.probe.residuals(r) ** 2).sum()) / total) if total > 0 else 0.0
 
 
 def _standardized(t: Tensor, by: Tensor) -> Tensor:
-    """t [r, m] in standard deviations of `by` [b, m] from its mean; 0 where that does not vary."""
+    """t [r, m] standardized by mean and standard deviation of `by` [b, m]; 0 where `by` does not vary."""
     spread = by.std(0)
     return torch.where(spread > 0, (t - by.mean(0)) / spread, 0.0)
 
 
 def filtered(psi: Tensor, variance: float) -> tuple[Tensor, Tensor]:
-    """psi in its principal axes [n, k], and the weight of each in the norm of every filter [k, filters].
+    """psi in its principal axes [n, k], and the weight of each axis in the norm of every filter [k, filters].
 
-    |psi|^2 = psi^T (C + filter * variance)^-1 psi, C = psi^T psi / n, with filter * variance taken out of it, so that
-    a large filter gives the plain norm.
+    |psi|^2 = psi^T (C + filter * variance)^-1 psi, C = psi^T psi / n, multiplied by filter * variance, so that a large
+    filter gives the plain norm.
     """
     lam, v = torch.linalg.eigh(psi.T @ psi / len(psi))
     penalty = torch.tensor(FILTERS, dtype=psi.dtype, device=psi.device) * (variance or 1.0)
@@ -215,9 +216,9 @@ def filtered(psi: Tensor, variance: float) -> tuple[Tensor, Tensor]:
 
 
 def parts_of(values: Tensor) -> list[Tensor]:
-    """What is tested of a factor of numbers [n, q]: its columns, and the second Legendre polynomial of their ranks.
+    """The parts of a numeric factor [n, q] that are tested: its columns, and the second Legendre polynomial of ranks.
 
-    Without the second a space that encodes how far a number is from its median, on whichever side, goes unseen.
+    The second part detects a space that encodes a number's distance from its median but not the side.
     """
     n = len(values)
     curved = []
@@ -229,7 +230,7 @@ def parts_of(values: Tensor) -> list[Tensor]:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p-values corrected for their number: the chance of a single false rejection among all is the level.
+    """p-values corrected for their number, which controls the probability of any false rejection (family-wise error).
 
     Source: Holm, A simple sequentially rejective multiple test procedure, 1979.
     """

@@ -1,7 +1,7 @@
-"""Measuring changes nothing: modes, statistics and generators are afterwards what they were.
+"""Evaluation without side effects: modes, buffers and random generators are restored afterwards.
 
-A model may be any callable, so its networks are looked for in what it refers to (`reachable`), and what was not found
-is met when it is called.
+A model may be any callable, so its networks are searched in the objects that it refers to (`reachable`); a network that
+was not found is handled when it is called.
 """
 
 import functools
@@ -23,24 +23,24 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 OBJECTS = 100_000
-"""Objects that are looked at in search of networks, at most."""
+"""Largest number of objects that are searched for networks."""
 PLAIN = (Tensor, np.ndarray, str, bytes, int, float, complex, type(None), torch.dtype, torch.device, ModuleType)
-"""What refers to no network, or to whole libraries."""
+"""Types that are not searched: they refer to no network, or to whole libraries."""
 
 
 @contextmanager
 def evaluation(model: Callable[..., object], *, leave: Iterable[nn.Module] = ()) -> Iterator[None]:
-    """Evaluation mode for every network that the model runs; afterwards all is as it was, also after an error.
+    """Run every network of the model in evaluation mode; restore everything afterwards, also after an error.
 
-    Every module that `reachable` finds is in evaluation mode, and so is every other one in training mode that this
-    thread calls. Afterwards each of them is in the mode that it was in, their buffers hold the same bits, and torch's,
-    numpy's and Python's global generators are where they were. Not protected are statistics in tensors that are no
-    module's buffer, such as those of `torch.nn.functional.batch_norm(..., training=True)` in a function of yours, and
-    modules that compiled code calls and that are not found.
+    Applies to every module that `reachable` finds, and to every other module in training mode that this thread calls.
+    Afterwards their modes and buffers, and torch's, numpy's and Python's global generators, are as before. Not
+    protected are statistics in tensors that are not buffers, such as those of
+    `torch.nn.functional.batch_norm(..., training=True)` in a function, and modules that compiled code calls and that
+    are not found.
 
     Args:
         model: a module, or any callable.
-        leave: modules that are not touched.
+        leave: modules that are left alone.
     """
     kept = _Kept(leave)
     with generators_kept():
@@ -57,9 +57,9 @@ def evaluation(model: Callable[..., object], *, leave: Iterable[nn.Module] = ())
 
 @contextmanager
 def _on_calls(meet: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Show every module in training mode that this thread calls, before it runs.
+    """Call `meet` with every module in training mode that this thread calls, before it runs.
 
-    The hook is taken off while a compiled module runs, as torch would compile it anew with the hook.
+    The hook is removed while a compiled module runs, because torch would recompile the module with the hook.
     """
     thread = threading.get_ident()
     hooks: dict[object, RemovableHandle] = {}
@@ -98,7 +98,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 class _Kept:
-    """The modes and buffers of modules as they were met."""
+    """Stores the modes and buffers of modules before they are changed."""
 
     def __init__(self, leave: Iterable[nn.Module]) -> None:
         self.left = {id(module): module for module in leave}
@@ -106,9 +106,11 @@ class _Kept:
         self.buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
     def evaluate(self, module: nn.Module) -> None:
-        """Evaluation mode, by the flags alone: a module's own train() may do more, such as merge its weights."""
-        parts = [m for m in module.modules() if id(m) not in self.left and hasattr(m, "training")]  # not frozen scripts
-        for m in parts:  # before any is changed: a compiled module shows the mode of the one inside it
+        """Set evaluation mode through the flags only: a module's train() may do more, such as merge its weights."""
+        parts = [
+            m for m in module.modules() if id(m) not in self.left and hasattr(m, "training")
+        ]  # frozen script modules have no mode
+        for m in parts:  # before any is changed, as a compiled module reports the mode of the one inside it
             if id(m) not in self.modes:
                 self.modes[id(m)] = m, m.training
                 held = ((n, b) for n, b in m.named_buffers(recurse=False) if not (is_lazy(b) or b.is_meta))
@@ -124,14 +126,14 @@ class _Kept:
         with torch.no_grad():
             for m, name, buffer, before in self.buffers:
                 if isinstance(m._buffers, dict) and m._buffers.get(name) is not buffer:
-                    m._buffers[name] = buffer  # it was replaced by another
+                    m._buffers[name] = buffer  # the buffer was replaced
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
 
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """The global generators of torch, numpy and Python are afterwards as they were."""
+    """Restore the global generators of torch, numpy and Python afterwards."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     cuda = [generator.get_state() for generator in torch.cuda.default_generators]  # none before CUDA is in use
     try:
@@ -145,20 +147,20 @@ def generators_kept() -> Iterator[None]:
 
 
 def reachable(start: object) -> list[nn.Module]:
-    """The modules that a callable can be seen to refer to.
+    """The modules to which a callable refers.
 
-    Followed are closures, defaults, the global names that its code uses, the object of a bound method, what a partial
-    holds, attributes and containers, breadth first; not the insides of installed libraries.
+    The search is breadth first, through closures, defaults, global names in the code, the object of a bound method, the
+    contents of a partial, attributes and containers; it does not enter installed libraries.
     """
     found: list[nn.Module] = []
-    queue, seen = deque([start]), {id(start): start}  # objects are kept, so that no id is used twice
+    queue, seen = deque([start]), {id(start): start}  # objects are kept alive, so that ids are unique
     while queue and len(seen) < OBJECTS:
         thing = queue.popleft()
         try:
             parts = list(_referred(thing))
             if isinstance(thing, nn.Module):
                 found.append(thing)
-        except ReferenceError:  # a proxy of what is no more
+        except ReferenceError:  # a weak proxy whose object is gone
             continue
         for part in parts:
             if not issubclass(type(part), PLAIN) and id(part) not in seen:
@@ -168,7 +170,7 @@ def reachable(start: object) -> list[nn.Module]:
 
 
 def _referred(thing: object) -> Iterable[object]:
-    """What one object refers to."""
+    """The objects to which one object refers."""
     if isinstance(thing, functools.partial):
         return thing.func, *thing.args, *thing.keywords.values()
     if isinstance(thing, MethodType):
@@ -206,7 +208,7 @@ def _of_function(function: FunctionType) -> list[object]:
 
 
 def _named(scope: Mapping[str, object], names: set[str], depth: int = 0) -> list[object]:
-    """What these names stand for, in a module's globals and in the modules of the user's that they name."""
+    """The objects with these names, in a module's globals and in user modules that it imports."""
     out = []
     for name in names & scope.keys():
         value = scope[name]
@@ -218,7 +220,7 @@ def _named(scope: Mapping[str, object], names: set[str], depth: int = 0) -> list
 
 
 def _names(code: CodeType) -> set[str]:
-    """The global names and attributes that code uses, with the functions inside it."""
+    """The global names and attributes that a code object uses, including nested functions."""
     inner = (_names(c) for c in code.co_consts if isinstance(c, CodeType))
     return set(code.co_names).union(*inner)
 

@@ -1,4 +1,4 @@
-"""Does a space depend on a factor that is not its own, given its own factors? A test, instead of a threshold on R^2.
+"""Tests whether a space depends on a factor that is not its own, given its own factors; replaces a threshold on R^2.
 
 n samples, d the width of a space, B resamples.
 
@@ -31,12 +31,12 @@ from ssd_addon.metrics.probes import Inputs
 from ssd_addon.metrics.table import Cell
 
 FEWEST = 50
-"""Samples below which there is no test."""
+"""Smallest number of samples for a test."""
 DETERMINED = 1e-3
-"""The share of a factor's variance that its space's own factors must leave for there to be something to test."""
+"""Smallest share of a factor's variance that the own factors must leave unexplained for a test."""
 DRAWN_TOGETHER = 0.05
-"""The share of a factor that others may predict where it is said to be independent of them; more may be chance, which
-is tested at the level of 0.1 %."""
+"""Share of a factor that others may predict if it is declared independent of them; more is tested at the 0.1 % level,
+as it may be chance."""
 
 
 def exclusivity(
@@ -50,47 +50,47 @@ def exclusivity(
     resamples: int | None = None,
     seed: int = 0,
 ) -> Exclusivity:
-    """Whether a space depends on a factor that is not its own, *given* its own factors, for all of both.
+    """Test every space for dependence on factors that are not its own, *given* its own factors.
 
-    The null hypothesis is that factor and space are independent given the own factors of the space. So a space of hue
-    may predict a brightness that goes with hue in these images, but nothing more of it. A leak is where the test
-    rejects, at a level that is corrected for the number of tests, and the effect is not below `smallest`: with enough
-    samples any dependence is significant.
+    The null hypothesis is that factor and space are independent given the space's own factors. For example, a space for
+    hue may predict brightness as far as brightness is correlated with hue in these images, but no further. A cell is a
+    leak if the test rejects, at a level that is corrected for the number of tests, and the effect is at least
+    `smallest`: with enough samples any dependence is significant.
 
-    The test is the generalized Hilbertian covariance measure. The factor (numbers, also by how far their ranks are from
-    the middle; angles with two harmonics; classes one-hot) and features of the space beside the own factors (linear,
-    and those of an RBF kernel) are regressed on the own factors by kernel ridge, each row by the fit to other folds.
-    The covariance of the residuals, in three norms, is compared with that of B resamples; the p-value is that of the
-    largest standardized statistic. What it can see is a dependence of these columns' mean on the space. It keeps its
-    level where both regressions are good, or either is perfect: with own factors of a few numbers and hundreds of
-    samples (docs/report.md has how often it rejected where nothing was to be found).
+    The test is the generalized Hilbertian covariance measure. The factor (numbers, also by the distance of their ranks
+    from the middle; angles with two harmonics; classes one-hot) and features of the space together with its own factors
+    (linear, and of an RBF kernel) are regressed on the own factors by cross-fitted kernel ridge. The covariance of the
+    residuals, in three norms, is compared with that of B resamples; the p-value is that of the largest standardized
+    statistic. The test detects dependence of the mean of these columns on the space. It keeps its level if both
+    regressions are good or either is perfect, as with a few own factors and hundreds of samples (docs/report.md has the
+    measured false-positive rates).
 
-    Resamples have the residuals' signs drawn at random. With `independent=True` the rows of the factor are permuted
-    instead, which is exact at any n: for factors that were *drawn* independently of each other, such as the parameters
-    of augmentations and those of a generator.
+    Resamples draw random signs for the residuals. With `independent=True` the factor is permuted over samples instead,
+    which is exact at any n, for factors that were *drawn* independently of each other, such as the parameters of
+    augmentations or of a generator.
 
-    Rows count as independent: give one view of each image. Holm's correction bounds the chance of a single wrong leak
-    in the whole table, whatever the dependence between tests: a table is read as a whole, so that is what to bound.
+    Samples are assumed independent: use one view of each image. Holm's correction bounds the probability of any false
+    leak in the whole table, whatever the dependence between tests.
 
     Args:
-        embeddings: space -> [n, d] floating point, n >= 50, on any device, where the test then runs.
+        embeddings: space -> [n, d] floating point, n >= 50, on any device; the test runs there.
         factors: name -> [n] or [n, k] floating point (numbers), [n] integers or bool (classes), or `Circular`.
-        own: space -> the names of its own factors, () for none; the spaces that are tested. A factor may belong to
-            several spaces, or to none, and is tested wherever it is not an own one.
+        own: space -> names of its own factors, () for none; these spaces are tested. A factor may belong to several
+            spaces or to none, and is tested in every space of which it is not an own factor.
         independent: the factors were drawn independently of each other, so that permutations are exact.
-        level: the chance that a table without any dependence has a leak.
+        level: probability that a table without any dependence has a leak.
         smallest: the smallest effect (partial R^2) that counts as a leak. 0.02 is a small effect by Cohen's convention.
-        resamples: B; None takes 999, or more where the number of tests asks for it.
-        seed: of resamples and landmarks. The global generator is neither read nor moved.
+        resamples: B; None uses 999, or more if the number of tests requires it.
+        seed: seed of resamples and landmarks. The global generator is not used.
 
     Returns:
-        `Exclusivity`, NaN and a note where there is nothing to test: an own factor, one that is constant or NaN, one
-        that the own factors determine, one that is defined for fewer than 50 samples.
+        `Exclusivity`; NaN and a note for cells without a test: an own factor, or one that is constant, contains NaN, is
+        determined by the own factors, or is defined for fewer than 50 samples.
 
     Raises:
-        ValueError, TypeError: fewer than 50 samples; a name in `own` that is no space or no factor; an own factor with
-            NaN; factors said to be independent that are not; too few resamples to reject anything; and what `r2_matrix`
-            refuses.
+        ValueError, TypeError: there are fewer than 50 samples; `own` names an unknown space or factor; an own factor
+            contains NaN; factors that are declared independent are not; there are too few resamples to reject; or as
+            in `r2_matrix`.
 
     >>> g = torch.Generator().manual_seed(0)
     >>> hue, shape = torch.rand(300, generator=g), torch.randint(3, (300,), generator=g)
@@ -131,7 +131,7 @@ def exclusivity(
 
 
 Columns = tuple[list[Tensor], Tensor]
-"""What is tested of a factor, in parts [n, q], and where it is defined [n]."""
+"""The parts of a factor that are tested, each [n, q], and where it is defined [n]."""
 
 
 def table_of_tests(
@@ -148,13 +148,13 @@ def table_of_tests(
     seed: int,
     unit: str = "samples",
 ) -> Exclusivity:
-    """The table of tests. A target that is a text is not tested, for that reason.
+    """The table of tests. A target that is a string is not tested; the string is the reason.
 
     Args:
-        spaces: space -> blocks [n, d_i] side by side.
+        spaces: space -> blocks [n, d_i], to be concatenated.
         targets: factor -> its columns.
-        own: space -> names of the factors that are given, in `blocks`.
-        blocks: factor -> what is given [n, p].
+        own: space -> names of its own factors, in `blocks`.
+        blocks: factor -> its columns [n, p] as a given factor.
         n, independent, level, smallest, resamples, seed, unit: see `exclusivity`.
     """
     wanted = [(s, f) for s in spaces for f in targets if f not in own[s] and not isinstance(targets[f], str)]
@@ -179,12 +179,12 @@ def table_of_tests(
                 if not left:
                     notes[space, f] = "constant"
                     continue
-                if independent:  # as it is, not its residuals: else permutations would not be exact
+                if independent:  # the factor itself, not its residuals, so that permutations are exact
                     share, (made, _) = 1 - min(left), _residuals(target, rows, Regression([]))
                     if share > DRAWN_TOGETHER and _depends(made, [blocks[g][rows] for g in own[space]], seed):
                         raise ValueError(
-                            f"independent: expected factors that are drawn independently of each other: got {f!r}, of "
-                            f"which {_checks.names(own[space])} predict R^2 = {share:.2f}"
+                            f"independent: expected factors that are drawn independently of each other: got {f!r}, "
+                            f"which {_checks.names(own[space])} predict with R^2 = {share:.2f}"
                         )
                 if max(left) < DETERMINED:
                     notes[space, f] = f"determined by {_checks.names(own[space])}: nothing of it is left to test"
@@ -202,13 +202,13 @@ def table_of_tests(
     return Exclusivity(tuple(spaces), tuple(targets), dict(own), found, notes, n, null, level, smallest, unit)
 
 
-# ---- what comes in
+# ---- arguments
 
 
 def _owned(
     own: Mapping[str, Sequence[str]], embeddings: Mapping[str, Tensor], factors: Mapping[str, Factor]
 ) -> dict[str, tuple[str, ...]]:
-    """space -> its own factors; names that are there."""
+    """Check `own` and return space -> names of its own factors."""
     if not isinstance(own, Mapping) or not own:
         raise TypeError(f'own: expected a mapping space -> its factors, such as {{"color": ("hue",)}}: got {own!r}')
     out = {}
@@ -225,14 +225,14 @@ def _owned(
 
 
 def _settings(n: int, level: float, smallest: float, resamples: int | None, tests: int, unit: str) -> int:
-    """The number of resamples; refuses what cannot be tested."""
+    """The number of resamples; refuses settings with which nothing can be tested."""
     if n < FEWEST:
         raise ValueError(f"exclusivity: expected at least {FEWEST} {unit}: got {n}")
     for what, value in (("level", level), ("smallest", smallest)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             raise ValueError(f"{what}: expected a number of at least 0 and below 1: got {value!r}")
     if not level:
-        raise ValueError("level: expected a chance above 0: got 0")
+        raise ValueError("level: expected a probability above 0: got 0")
     least = math.ceil(max(1, tests) / level)
     if resamples is None:
         return max(999, 2 * least - 1)
@@ -244,7 +244,7 @@ def _settings(n: int, level: float, smallest: float, resamples: int | None, test
 
 
 def _columns(factor: Factor, device: torch.device) -> Columns | str:
-    """The columns of a factor: numbers; classes one-hot; of an angle the first two harmonics."""
+    """The columns of a factor: numbers as they are, classes one-hot, angles as two harmonics."""
     if isinstance(factor, Circular):
         values, valid = (t.to(device) for t in factor.target())
         if not values.isfinite().all():
@@ -262,7 +262,7 @@ def _columns(factor: Factor, device: torch.device) -> Columns | str:
 
 
 def _alike(targets: Mapping[str, Any], n: int) -> list[tuple[Tensor, list[str]]]:
-    """The rows on which factors are defined, and which factors these are."""
+    """Groups of factors that are defined on the same rows, with these rows."""
     groups: dict[bytes, tuple[Tensor, list[str]]] = {}
     for name, (_, valid) in targets.items():
         key = valid.cpu().numpy().tobytes()
@@ -271,7 +271,7 @@ def _alike(targets: Mapping[str, Any], n: int) -> list[tuple[Tensor, list[str]]]
 
 
 def _regression(blocks: Sequence[Tensor], rows: Tensor, seed: int) -> Regression:
-    """On the given factors: kernel ridge, with one of four bandwidths."""
+    """Kernel ridge regression on the given factors, with one of four bandwidths."""
     if not blocks:
         return Regression([])
     x = Inputs([b[rows] for b in blocks], at := torch.arange(len(rows), device=rows.device), balance=True)(at)
@@ -280,13 +280,13 @@ def _regression(blocks: Sequence[Tensor], rows: Tensor, seed: int) -> Regression
 
 
 def _depends(made: Sequence[Tensor], blocks: Sequence[Tensor], seed: int) -> bool:
-    """Whether a factor depends on others, which nobody would say of factors that were drawn independently."""
+    """Whether a factor depends on the given ones, which contradicts that they were drawn independently."""
     others = Space(blocks, Regression([]), torch.Generator("cpu").manual_seed(seed))
     return others.test(made, permutations(torch.Generator("cpu").manual_seed(seed)), 999).p <= 0.001
 
 
 def _residuals(target: Columns, rows: Tensor, given: Regression) -> tuple[list[Tensor], list[float]]:
-    """Residuals of the parts of a factor, standardized before, and the share of its squares that is left of each."""
+    """Residuals of the standardized parts of a factor, and the share of the sum of squares that remains of each."""
     made, left = [], []
     for part in target[0]:
         y = part[rows].double()

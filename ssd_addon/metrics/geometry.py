@@ -19,10 +19,10 @@ from ssd_addon.metrics.table import ScoreTable
 
 
 def effective_rank(z: Matrix) -> float:
-    """How many directions the embeddings use: exp(-sum_i p_i log p_i), p_i = sigma_i / sum_j sigma_j.
+    """Effective number of directions of the embeddings: exp(-sum_i p_i log p_i), p_i = sigma_i / sum_j sigma_j.
 
-    sigma are the singular values of the centered embeddings: the rank is d for white noise, 1 on a line and 0 where all
-    rows are equal. Singular values below the resolution of the type (eps times the norm of z) count as 0.
+    sigma are the singular values of the centered embeddings: the rank is d for white noise, 1 on a line and 0 if all
+    embeddings are equal. Singular values below the resolution of the dtype (eps times the norm of z) count as 0.
 
     Args:
         z: [n, d] floating point, n >= 2.
@@ -31,7 +31,7 @@ def effective_rank(z: Matrix) -> float:
         Between 0 and min(n - 1, d).
 
     Raises:
-        ValueError: not [n, d] floating point with at least two finite rows.
+        ValueError: z is not [n, d] floating point with at least two finite embeddings.
 
     >>> line = torch.arange(5.0)[:, None] * torch.tensor([[1.0, 2.0, 3.0]])
     >>> round(effective_rank(line), 6)
@@ -50,20 +50,21 @@ def effective_rank(z: Matrix) -> float:
 
 
 def uniformity(z: Matrix, *, t: float = 2.0) -> float:
-    """How evenly unit-length embeddings cover the sphere: log mean_{i<j} exp(-t |z_i - z_j|^2).
+    """How uniformly L2-normalized embeddings cover the sphere: log mean_{i<j} exp(-t |z_i - z_j|^2).
 
-    0 where all rows agree, lower is more even; for white noise in many dimensions it tends to -2t, and its least value
-    is that of rows spread over the sphere. In chunks: no n x n matrix.
+    0 if all embeddings are equal; lower is more uniform. For white noise in many dimensions it tends to -2t; the
+    minimum is reached by embeddings that are spread over the sphere. Computed in chunks, without an n x n matrix.
 
     Args:
-        z: [n, d] floating point, n >= 2; rows are scaled to unit length.
-        t: of the Gaussian kernel, above 0.
+        z: [n, d] floating point, n >= 2; embeddings are L2-normalized.
+        t: scale of the Gaussian kernel, above 0.
 
     Returns:
         Between -4t and 0.
 
     Raises:
-        ValueError: not [n, d] floating point with at least two finite rows; a row of length 0; a bad t.
+        ValueError: z is not [n, d] floating point with at least two finite embeddings; an embedding is zero; t is not
+            positive.
 
     >>> round(uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])), 6)  # |z_i - z_j|^2 = 4
     -8.0
@@ -84,19 +85,19 @@ def uniformity(z: Matrix, *, t: float = 2.0) -> float:
 
 
 def alignment(a: Matrix, b: Matrix, *, alpha: float = 2.0) -> float:
-    """How far apart positive pairs are on the unit sphere: mean_i |a_i - b_i|^alpha; 0 is perfect.
+    """Mean distance of positive pairs on the unit sphere: mean_i |a_i - b_i|^alpha; 0 is perfect.
 
-    With alpha = 2 it is 2 - 2 times the mean cosine.
+    With alpha = 2 it equals 2 - 2 times the mean cosine.
 
     Args:
-        a, b: [n, d] floating point, row i of both is a pair; rows are scaled to unit length.
+        a, b: [n, d] floating point, where a_i and b_i are a pair; embeddings are L2-normalized.
         alpha: exponent, above 0.
 
     Returns:
         Between 0 and 2^alpha.
 
     Raises:
-        ValueError: not two finite [n, d] of one shape; a row of length 0; a bad alpha.
+        ValueError: a and b are not finite [n, d] of the same shape; an embedding is zero; alpha is not positive.
 
     >>> round(alignment(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]])), 6)
     2.0
@@ -106,9 +107,7 @@ def alignment(a: Matrix, b: Matrix, *, alpha: float = 2.0) -> float:
     _checks.positive(alpha, "alpha", "the exponent of the distance")
     x, y = _unit("alignment", a, 1), _unit("alignment", b, 1)
     if x.shape != y.shape:
-        raise ValueError(
-            f"alignment: expected a and b of one shape, a row per pair: got {_checks.shape(a)}, {_checks.shape(b)}"
-        )
+        raise ValueError(f"alignment: expected a and b of the same shape: got {_checks.shape(a)}, {_checks.shape(b)}")
     return float((x - y).norm(dim=1).pow(alpha).mean())
 
 
@@ -116,15 +115,15 @@ def space_geometry(z: Mapping[str, Tensor], *, spaces: Sequence[str] | None = No
     """Effective rank and uniformity of the queries, alignment of the positive pairs, for each space.
 
     Args:
-        z: `Embeddings` space -> [V, B, d] with their plan (a plain dict is a shared-query plan), B >= 2.
-        spaces: those that are measured; None: all.
+        z: `Embeddings` space -> [V, B, d] with their plan (a plain dict is read as a shared-query plan), B >= 2.
+        spaces: the spaces to measure; None measures all.
 
     Returns:
         space -> {"effective_rank", "uniformity", "alignment"}; NaN for a space without a pair in the batch.
 
     Raises:
-        ValueError: embeddings that do not fit their plan; a space that cannot be measured, such as one of zeros, which
-            is named.
+        ValueError: embeddings do not fit their plan; a space cannot be measured, such as one of zeros (the message
+            names it).
 
     >>> z = Embeddings({"content": torch.eye(4).expand(2, 4, 4)})
     >>> {name: round(value, 3) for name, value in space_geometry(z)["content"].items()}
@@ -158,20 +157,20 @@ def redundancy(
     bootstrap: int = 200,
     seed: int = 0,
 ) -> ScoreTable:
-    """How well one space predicts another: `table["color", "content"]` is how much of content color predicts.
+    """How well one space predicts another: `table["color", "content"]` is R^2 of content, predicted from color.
 
-    R^2 = 1 - sum |z - zhat|^2 / sum |z - mean z|^2 over held-out rows and all coordinates, so a direction counts by its
-    variance. Joint entropy should bring it to 0: what one space encodes, another need not.
+    R^2 = 1 - sum |z - zhat|^2 / sum |z - mean z|^2 over held-out samples and all coordinates, so directions count by
+    their variance. Joint entropy should bring it towards 0, as no space needs to repeat another.
 
     Args:
         embeddings: space -> [n, d] floating point; at least two spaces.
         probe, bootstrap, seed: as in `r2_matrix`.
 
     Returns:
-        `ScoreTable`, the predicting spaces down, the predicted across; NaN on the diagonal.
+        `ScoreTable`, predicting spaces as rows, predicted spaces as columns; NaN on the diagonal.
 
     Raises:
-        ValueError: fewer than two spaces, and what `r2_matrix` refuses.
+        ValueError: there are fewer than two spaces; or as in `r2_matrix`.
 
     >>> g = torch.Generator().manual_seed(0)
     >>> a, b = torch.randn(200, 3, generator=g), torch.randn(200, 2, generator=g)
@@ -193,7 +192,7 @@ def redundancy(
 
 
 def _whole_space(z: Tensor, train: Tensor, test: Tensor) -> Target | str:
-    """A space to be predicted: centered, all coordinates on one scale."""
+    """A whole space as the target of a probe: centered, with all coordinates on one scale."""
     x = z.detach().double()
     x = whole = x / binary_scale(x.abs().amax())
     x = x - x[train].mean(0)
@@ -205,10 +204,10 @@ def _whole_space(z: Tensor, train: Tensor, test: Tensor) -> Target | str:
 
 
 def _unit(what: str, z: Tensor, least: int) -> Tensor:
-    """Rows of unit length, float64."""
+    """L2-normalized embeddings, float64."""
     check_space(what, z, least)
     check_finite(what, z)
     x = unit_rows(z.detach().double())
     if zero := int((x == 0).all(1).sum()):
-        raise ValueError(f"{what}: expected rows with a direction: got {zero} rows of length 0")
+        raise ValueError(f"{what}: expected embeddings with a direction: got {zero} of length 0")
     return x

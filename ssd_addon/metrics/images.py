@@ -1,4 +1,4 @@
-"""Images on their way into a measure: in [0, 1], with the number of channels that the model takes."""
+"""Prepares images for a metric: scaled to [0, 1], with the number of channels that the model takes."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,11 @@ from ssd_addon import _checks
 from ssd_addon.metrics.embed import Model, embed
 
 LUMA = (0.299, 0.587, 0.114)
-"""Shares of red, green and blue in a gray level (ITU-R BT.601, as Pillow has them)."""
+"""Weights of red, green and blue in a gray level (ITU-R BT.601, as in Pillow)."""
 
 
 def scaled(images: Tensor) -> Tensor:
-    """Images in [0, 1], float32.
+    """Scale images to [0, 1], float32.
 
     Raises:
         TypeError, ValueError: as `check_range`.
@@ -21,7 +21,7 @@ def scaled(images: Tensor) -> Tensor:
 
 
 def check_range(images: Tensor) -> None:
-    """Refuse what are no images in [0, 1].
+    """Refuse anything but images in [0, 1].
 
     Raises:
         TypeError: integers other than uint8.
@@ -35,10 +35,10 @@ def check_range(images: Tensor) -> None:
 
 
 def for_model(images: Tensor, model: Model) -> tuple[Tensor, str]:
-    """The images with the channels that the model takes, and what was done to them, "" for nothing.
+    """Convert images to the channels that the model takes; also returns a description of the change, "" for none.
 
-    Where the model does not take the first two images, gray ones [n, 1, H, W] are repeated to 3 channels, and color
-    ones [n, 3, H, W] become gray, if it takes them so, or if it then fails for another reason than channels.
+    If the model does not accept the first two images, gray ones [n, 1, H, W] are repeated to 3 channels and color ones
+    [n, 3, H, W] are converted to gray, provided that the model then runs, or fails for another reason than channels.
 
     Raises:
         TypeError, ValueError: as `check_range`.
@@ -58,7 +58,7 @@ def for_model(images: Tensor, model: Model) -> tuple[Tensor, str]:
 
 
 def _problem(model: Model, images: Tensor) -> str:
-    """What a model raises on the first two images, "" where it takes them."""
+    """The error that a model raises on the first two images; "" if there is none."""
     try:
         embed(model, scaled(images[:2]))
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:

@@ -1,7 +1,8 @@
-"""Nearest images by any weighting of the spaces: same content, other color.
+"""Nearest images by any weighting of the spaces, such as "same content, other color".
 
 The similarity of a query q and an image x is sum_s w_s cos(q_s, x_s) / sum_s |w_s|. As it is linear in q, the images
-are stored once, as unit rows side by side, and only the query is weighted: one index serves every weighting.
+are stored once, as concatenated L2-normalized embeddings, and only the query is weighted: one index serves every
+weighting.
 Legend: n images, q queries, d_s the width of a space, D their sum, k neighbors.
 """
 
@@ -20,7 +21,7 @@ from ssd_addon.metrics.spaces import CHUNK, check_finite, check_space, unit_rows
 
 Weights = Mapping[str, float] | str
 ENDS_FAISS = re.compile(r"(?<!\d)0+(?!\d)|(HNSW|NSG)1(?!\d)")
-"""What FAISS does not refuse but ends the process by: a number 0, and graphs of one link."""
+"""Factory strings on which FAISS aborts the process instead of raising: a number 0, and graphs of one link."""
 
 
 class StyleIndex:
@@ -34,17 +35,18 @@ class StyleIndex:
     (torch.Size([1, 5]), torch.Size([1, 5]), False)
 
     Args:
-        embeddings: space -> [n, d_s] floating point, on any device, where an exact search then runs. Rows are scaled to
-            unit length; a row of length 0 has similarity 0 to all.
-        backend: "exact" compares with every image, in bounded memory; "faiss" asks FAISS (`pip install faiss-cpu`).
+        embeddings: space -> [n, d_s] floating point, on any device; an exact search runs there. Embeddings are
+            L2-normalized; an embedding of zeros has similarity 0 to all.
+        backend: "exact" compares with every image, in bounded memory; "faiss" uses FAISS (`pip install faiss-cpu`).
         factory: a FAISS factory string, such as "HNSW32,Flat" or "IVF256,Flat"; "Flat" is exact. FAISS finds the
-            candidates, their scores are computed here, so that they are right however coarse the index is. An
-            approximate index is built for equal weights: the further the weights are from them, the lower its recall.
+            candidates; their scores are recomputed exactly, however coarse the index is. An approximate index is built
+            for equal weights: the further the weights are from equal, the lower its recall.
 
     Raises:
-        ValueError: no space, embeddings that are not [n, d], finite and of one length; a factory that FAISS cannot
-            parse, or cannot build from these images (too few of them for its clusters, no inner product).
-        ImportError: backend="faiss" where it is not installed.
+        ValueError: there are no spaces; embeddings are not [n, d], finite and of the same length; FAISS cannot parse
+            the factory string, or cannot build the index from these images (too few for its clusters, or without
+            inner products).
+        ImportError: backend="faiss" and FAISS is not installed.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class StyleIndex:
             raise ValueError("StyleIndex: expected at least one space: got none")
         _checks.choice(backend, ("exact", "faiss"), "backend")
         if backend == "exact" and factory != "Flat":
-            raise ValueError(f"factory: only backend='faiss' builds an index by a factory string: got {factory!r}")
+            raise ValueError(f"factory: expected it only with backend='faiss': got {factory!r}")
         self.backend = backend
         self.widths: dict[str, int] = {}
         units: list[Tensor] = []
@@ -89,22 +91,22 @@ class StyleIndex:
     def search(
         self, query: int | Tensor | Mapping[str, Tensor], weights: Weights | None = None, k: int = 10
     ) -> tuple[Tensor, Tensor]:
-        """The k most similar images to each query, best first.
+        """The k images most similar to each query, best first.
 
         Args:
-            query: a row, or rows [q] of the index, which are left out of their own answers; or embeddings of other
-                images, space -> [q, d_s], for every space of weight other than 0.
-            weights: the name of a space, or space -> weight; a space that is not named counts 0, a negative weight asks
-                for images that differ in it. None: all spaces, equally.
-            k: neighbors, no more than there are images.
+            query: the position of an image in the index, or positions [q], each of which is excluded from its own
+                result; or embeddings of other images, space -> [q, d_s], for every space with nonzero weight.
+            weights: the name of a space, or space -> weight; spaces that are not named have weight 0, and a negative
+                weight asks for images that differ in the space. None weights all spaces equally.
+            k: number of neighbors, at most the number of images.
 
         Returns:
-            (scores [q, k] float32 in [-1, 1], rows [q, k] int64). An approximate FAISS index that finds fewer than k
-            gives the row -1 and the score -inf for the rest.
+            (scores [q, k] float32 in [-1, 1], positions [q, k] int64). If an approximate FAISS index finds fewer than k
+            images, the remaining positions are -1 and their scores -inf.
 
         Raises:
-            ValueError: an unknown space, no weight other than 0, a row or k that the index does not have.
-            TypeError: rows that are no integers.
+            ValueError: a space is unknown; all weights are 0; a position or k is out of range.
+            TypeError: positions are not integers.
         """
         w = self._weights(weights)
         exclude: Tensor | None = None
@@ -143,7 +145,7 @@ class StyleIndex:
             chunks = zip(torch.split(q, step), torch.split(rows, step), strict=True)
             scores = torch.cat([torch.einsum("qd,qkd->qk", a, self.rows[r.clamp(min=0)]) for a, r in chunks])
         scores = scores.clamp(-1, 1).masked_fill(rows < 0, -math.inf)
-        if exclude is not None:  # its own row comes last, and is cut off or stands where nothing was found
+        if exclude is not None:  # the query itself is moved to the end, where it is cut off or marks a missing result
             own = rows == exclude[:, None]
             scores, rows = scores.masked_fill(own, -math.inf), rows.masked_fill(own, -1)
         order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
@@ -161,25 +163,29 @@ class StyleIndex:
                 raise ValueError(f"weights: expected a finite number for space {name!r}: got {_short(value)}")
         most = max((abs(float(value)) for value in weights.values()), default=0.0)
         if not most:
-            raise ValueError(f"weights: expected a space of weight other than 0: got {dict(weights)!r}")
-        return {name: float(value) / most for name, value in weights.items() if value}  # no sum of them overflows
+            raise ValueError(f"weights: expected at least one nonzero weight: got {dict(weights)!r}")
+        return {
+            name: float(value) / most for name, value in weights.items() if value
+        }  # scaled, so that their sum does not overflow
 
     def _row_numbers(self, query: int | Tensor) -> Tensor:
         rows = torch.as_tensor(query, device=self.rows.device).reshape(-1)
         if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
             raise TypeError(
-                f"query: expected rows of the index, integers, or a mapping of embeddings: got {rows.dtype}"
+                f"query: expected integer positions in the index, or a mapping of embeddings: got {rows.dtype}"
             )
         rows = rows.long()
         if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(self)):
             got = f"{int(rows.min())} to {int(rows.max())}"
-            raise ValueError(f"query: expected rows 0 to {len(self) - 1}: got {got}")
+            raise ValueError(f"query: expected positions 0 to {len(self) - 1}: got {got}")
         return rows
 
     def _queries(self, query: Mapping[str, Tensor], w: Mapping[str, float]) -> Tensor:
         missing = [name for name in w if name not in query]
         if missing:
-            raise ValueError(f"query: expected embeddings of every weighted space: missing {_checks.names(missing)}")
+            raise ValueError(
+                f"query: expected embeddings of every weighted space: got none of {_checks.names(missing)}"
+            )
         for name in w:
             check_space(f"query {name!r}", query[name], 1)
         count = len(query[next(iter(w))])
@@ -197,7 +203,7 @@ class StyleIndex:
 
 
 def _built(factory: str, rows: Tensor) -> Any:
-    """A FAISS index of the rows [n, D] for inner products."""
+    """A FAISS index of the embeddings [n, D] for inner products."""
     try:
         faiss = importlib.import_module("faiss")
     except ImportError as error:
@@ -211,7 +217,7 @@ def _built(factory: str, rows: Tensor) -> Any:
         index = faiss.index_factory(rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
     except (RuntimeError, TypeError, MemoryError) as error:
         raise ValueError(
-            f"factory: expected a description that FAISS can parse, for {rows.shape[1]} dimensions and inner products, "
+            f"factory: expected a string that FAISS can parse, for {rows.shape[1]} dimensions and inner products, "
             f"such as 'Flat' or 'HNSW32': got {factory!r} ({_reason(error)})"
         ) from error
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
@@ -232,7 +238,7 @@ def _built(factory: str, rows: Tensor) -> Any:
 
 
 def _silence(faiss: Any, index: Any) -> None:
-    """No warnings on standard error where a clustering has fewer images than FAISS advises."""
+    """Suppress FAISS's warnings on standard error about clusterings with few images."""
     found: list[Any] = [index]
     while found:
         part = found.pop()
@@ -240,10 +246,13 @@ def _silence(faiss: Any, index: Any) -> None:
         if isinstance(part, faiss.IndexPreTransform):
             chain = [faiss.downcast_VectorTransform(part.chain.at(i)) for i in range(part.chain.size())]
             for rotation in (c for c in chain if isinstance(c, faiss.OPQMatrix)):
-                quantizer = faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)  # what it would make by itself
+                quantizer = faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)  # the one that FAISS would create
                 rotation.pq = quantizer
                 found.append(quantizer)
-                index.referenced_objects = [*getattr(index, "referenced_objects", ()), quantizer]  # it keeps a pointer
+                index.referenced_objects = [
+                    *getattr(index, "referenced_objects", ()),
+                    quantizer,
+                ]  # FAISS keeps a pointer to it
         if hasattr(part, "cp"):
             part.cp.min_points_per_centroid = 1
         inner = (getattr(part, name, None) for name in ("index", "base_index", "quantizer", "storage", "pq", "rq"))
@@ -251,7 +260,7 @@ def _silence(faiss: Any, index: Any) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """What FAISS says, without the place in its C++ files."""
+    """FAISS's error message without the location in its C++ files."""
     text = " ".join(str(error).split()) or type(error).__name__
     return re.sub(r"^Error in .*\.(cpp|h):\d+: ", "", text).removeprefix("Error: ").rpartition(" failed: ")[2]
 

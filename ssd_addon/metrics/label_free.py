@@ -1,8 +1,8 @@
-"""Without labels: which augmentations each space encodes.
+"""Measures without labels which augmentations each space encodes.
 
-The parameters of the augmentations are ground truth for style. Two views of every image are drawn independently; from
-their embeddings in one space a probe predicts, for each group, by how much its parameters differ. A style space should
-encode its own group and no other, and the content space none.
+The augmentation parameters are ground truth for style. Two views of every image are drawn independently; from their
+embeddings in one space a probe predicts the difference of each group's parameters. A style space should encode its own
+group and no other, and the content space none.
 Legend: n images, d the width of a space, R draws per image, P = R * n pairs.
 """
 
@@ -28,13 +28,13 @@ from ssd_addon.metrics.table import ScoreTable
 from ssd_addon.plan import ViewPlan
 
 PAIRS = 2000
-"""Pairs of views that are about drawn where the caller does not say how many."""
+"""Approximate default number of pairs of views."""
 Drawn = tuple[list[View], list[View]]
-"""How view a and view b were drawn, batch after batch."""
+"""The parameters of view a and of view b, batch after batch."""
 
 
 class Views(Protocol):
-    """What is asked of `views`: `StructuredViews` has it."""
+    """The interface of `StructuredViews` that this module uses."""
 
     @property
     def plan(self) -> ViewPlan: ...
@@ -56,34 +56,34 @@ def parameter_matrix(
 ) -> ScoreTable:
     """How well each space predicts the difference of each group's parameters between two views; needs no labels.
 
-    For every image two views a, b are drawn independently with the query's operations. The probe is given
-    [z_b - z_a, z_a + z_b] and predicts theta_b - theta_a on images that it was not fitted on. An angle or a hue whose
-    draws span more than half of its circle is scored as (cos, sin) of the difference. An operation with p < 1 also has
-    the parameter batch_prob (whether it was applied); where it was not applied, its other parameters count as their
-    mean over the pairs where it was. A crop's corners (src) count as center and size, as fractions of the image.
+    For every image two views a, b are drawn independently with the query's operations. The probe gets
+    [z_b - z_a, z_a + z_b] and predicts theta_b - theta_a on held-out images. Angles and hues whose draws span more than
+    half of their circle are scored as (cos, sin) of the difference. An operation with p < 1 also has the parameter
+    batch_prob (whether it was applied); where it was not applied, its other parameters are replaced by their mean over
+    the pairs where it was. A crop's corners (src) are converted to center and size, as fractions of the image.
 
     Args:
-        model: `StyleHeads`, or any callable [b, C, H, W] -> space -> [b, d], or -> features [b, F], which are the row
-            "backbone". Measuring changes nothing, see `embed`.
-        views: the `StructuredViews` that the model was trained with; its own draws are left as they were.
+        model: `StyleHeads`, or any callable [b, C, H, W] -> space -> [b, d], or -> features [b, F], which are listed as
+            "backbone". The model is left unchanged, see `embed`.
+        views: the `StructuredViews` with which the model was trained; their draws for training are not affected.
         images: [n, C, H, W], uint8 or in [0, 1], or batches of them (a data loader); n >= 10.
-        probe: as in `r2_matrix`; the split is one of images.
+        probe: as in `r2_matrix`; the split is over images.
         draws: pairs per image; None makes about 2,000 pairs in all. Pairs of an image stay on one side of the split.
-        batch_size: images at a time, where `images` is one tensor. Views are drawn per batch, so another size
-            means other draws.
+        batch_size: number of images at a time, if `images` is one tensor. Views are drawn per batch, so another size
+            gives other draws.
         backbone: add a row for the pooled features of a `StyleHeads`.
-        on_sphere: True scales every embedding to unit length, None asks the model; as in `embed`.
-        bootstrap: as in `r2_matrix`; resamples are of images, each with all its pairs.
-        seed: of the views, the split, the resamples and the MLP.
+        on_sphere: True L2-normalizes embeddings, None uses the model's attribute; as in `embed`.
+        bootstrap: as in `r2_matrix`; images are resampled, each with all its pairs.
+        seed: seed of the views, the split, the resamples and the MLP.
 
     Returns:
         `ScoreTable`, spaces x groups; `table.parts` has the parameters of each group: spaces x
-        "color/0.ColorJitter/hue_factor". A group's score is the mean of its parameters'. NaN and a note where a group
-        draws nothing that varies; fields of noise and parameters of varying size are left out, and named in a note.
+        "color/0.ColorJitter/hue_factor". A group's score is the mean over its parameters. NaN and a note if no
+        parameter of a group varies; fields of noise and parameters of varying size are left out and named in a note.
 
     Raises:
-        ValueError, TypeError: fewer than 10 images; views without groups; a model that returns something else; and
-            what `r2_matrix` refuses.
+        ValueError, TypeError: there are fewer than 10 images; the views have no groups; the model returns something
+            else; or as in `r2_matrix`.
 
     Source: docs/method.md; the prediction of parameter differences is that of Lee et al. 2021 (AugSelf),
     arXiv 2111.09613, used here as a probe.
@@ -110,28 +110,28 @@ def parameter_exclusivity(
     resamples: int | None = None,
     seed: int = 0,
 ) -> Exclusivity:
-    """Whether a space depends on the parameters of groups that are not its own; needs no labels.
+    """Test whether a space depends on the parameters of groups that are not its own; needs no labels.
 
-    The pairs of views of `parameter_matrix`, and the test of `exclusivity` for each parameter of another group: whether
-    [z_b - z_a, z_a + z_b] and theta_b - theta_a are independent given the parameters of the space's own group. The
-    parameters were drawn by the library, independently of each other and of the images. So the null distribution comes
-    from permutations of the pairs' parameters, and is exact at any number of pairs.
+    Uses the pairs of views of `parameter_matrix` and the test of `exclusivity` for each parameter of another group:
+    whether [z_b - z_a, z_a + z_b] and theta_b - theta_a are independent given the parameters of the space's own group.
+    The library drew the parameters independently of each other and of the images. So the null distribution comes from
+    permutations of the pairs' parameters and is exact for any number of pairs.
 
-    A leak may be real and yet not be the model's fault: a random crop changes which colors are in view, and a space of
-    color encodes that. `smallest` is there for such traces.
+    A leak may be real without being a fault of the model: a random crop changes which colors are visible, and a color
+    space encodes that. `smallest` excludes such small effects.
 
     Args:
-        model, views, images, draws, batch_size, on_sphere: as in `parameter_matrix`; 50 pairs or more.
-        level, smallest, resamples, seed: as in `exclusivity`; seed is of the views too.
+        model, views, images, draws, batch_size, on_sphere: as in `parameter_matrix`; at least 50 pairs.
+        level, smallest, resamples, seed: as in `exclusivity`; the seed is also used for the views.
 
     Returns:
-        `Exclusivity`, spaces x groups, of which each cell is that of the group's parameter that counts most: of its
-        leaks the one with the largest effect; where none leaks, the one with the smallest p-value. `table.parts` has
-        every parameter. The p-values are corrected for the number of parameters that were tested over all spaces.
+        `Exclusivity`, spaces x groups. Each cell shows one parameter of the group: among its leaks the one with the
+        largest effect; if none leaks, the one with the smallest p-value. `table.parts` has every parameter. The
+        p-values are corrected for the number of parameters that were tested over all spaces.
 
     Raises:
-        ValueError, TypeError: what `parameter_matrix` and `exclusivity` refuse; groups whose parameters are not drawn
-            independently of each other.
+        ValueError, TypeError: as in `parameter_matrix` and `exclusivity`; also if the parameters of groups are not
+            drawn independently of each other.
     """
     drawn = drawn_pairs(model, views, images, draws=draws, batch_size=batch_size, on_sphere=on_sphere, seed=seed)
     return exclusivity_of(drawn, level=level, smallest=smallest, resamples=resamples, seed=seed)
@@ -144,9 +144,9 @@ class Pairs:
     Attributes:
         inputs: space -> [z_b - z_a, z_a + z_b], each [P, d], draw after draw.
         differences: group -> parameter -> theta_b - theta_a [P, k].
-        skipped: group -> its parameters that are left out, and why.
+        skipped: group -> its parameters that are left out, with the reason.
         images, draws: n and R; P = R n.
-        device: of the embeddings.
+        device: device of the embeddings.
     """
 
     inputs: Mapping[str, Sequence[Tensor]]
@@ -169,16 +169,16 @@ def drawn_pairs(
     seed: int = 0,
     probe: Probe | None = None,
 ) -> Pairs:
-    """Two views of every image, embedded; see `parameter_matrix`. A probe is asked whether there are enough images."""
+    """Draw and embed two views of every image; see `parameter_matrix`. With a probe, check the number of images."""
     if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 1):
         raise ValueError(f"draws: expected a whole number of pairs per image, 1 or more: got {draws!r}")
     groups = tuple(views.plan.spaces[1:])
     if not groups:
         raise ValueError(
-            "views: expected groups of augmentations, whose parameters are predicted: got views without groups; give "
-            "a StructuredViews with groups, also for a model that was trained without style spaces"
+            "views: expected groups of augmentations, whose parameters are predicted: got views without groups; pass "
+            "StructuredViews with groups, also for a model that was trained without style spaces"
         )
-    with generators_kept():  # a loader that shuffles draws from the global one
+    with generators_kept():  # a loader that shuffles draws from the global generator
         each = list(batches(images, batch_size))
     n = sum(len(x) for x in each)
     if n < 2 * MIN_ROWS:
@@ -193,7 +193,7 @@ def drawn_pairs(
     _, device = check_spaces({**za, **{f"{s} of the second view": z for s, z in zb.items()}})
     skipped: dict[str, list[str]] = {g: [] for g in groups}
     differences = {g: group_differences(g, *drawn, skipped[g], exact=True) for g in groups}
-    for s in za:  # so that no sum overflows
+    for s in za:  # rescale, so that no sum overflows
         large = torch.maximum(za[s].abs().amax(), zb[s].abs().amax()) > torch.finfo(za[s].dtype).max / 4
         za[s], zb[s] = (z / torch.where(large, 4, 1) for z in (za[s], zb[s]))
     inputs = {s: [zb[s] - za[s], za[s] + zb[s]] for s in za}
@@ -206,7 +206,7 @@ def matrix_of(drawn: Pairs, probe: Probe, *, bootstrap: int, seed: int) -> Score
     split = Split.draw(drawn.images, probe, bootstrap, seed, drawn.device, repeats=drawn.draws)
     parts: dict[str, Target | str] = {}
     members: dict[str, list[str]] = {}
-    empty: dict[str, Target | str] = {}  # groups without a parameter to predict, and why
+    empty: dict[str, Target | str] = {}  # groups without a parameter to predict, with the reason
     skipped = drawn.skipped
     for group, found in drawn.differences.items():
         made = {name: _target(value.to(drawn.device), split.train, split.test) for name, value in found.items()}
@@ -236,7 +236,7 @@ def exclusivity_of(
     resamples: int | None = None,
     seed: int = 0,
 ) -> Exclusivity:
-    """The table of `parameter_exclusivity`, of the spaces of the model."""
+    """The table of `parameter_exclusivity`, for the spaces of the model."""
     rows = drawn.images * drawn.draws
     everywhere = torch.ones(rows, dtype=torch.bool, device=drawn.device)
     columns = {g: {p: _varying(v).to(drawn.device) for p, v in each.items()} for g, each in drawn.differences.items()}
@@ -282,7 +282,7 @@ def _order(test: Dependence) -> tuple[float, float]:
 def _pairs(
     model: Model, views: Views, each: list[Tensor], draws: int, backbone: bool, on_sphere: bool, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Drawn]:
-    """Embeddings of both views of P pairs, draw after draw: space -> [P, d]; and how each batch of them was drawn."""
+    """Embeddings of both views of P pairs, draw after draw: space -> [P, d]; and the parameters of each batch."""
     a: list[dict[str, Tensor]] = []
     b: list[dict[str, Tensor]] = []
     drawn: Drawn = ([], [])
@@ -305,7 +305,7 @@ def _varying(value: Tensor) -> Tensor:
 
 
 def _target(value: Tensor, train: Tensor, test: Tensor) -> Target | None:
-    """A difference to be predicted, standardized; None where nothing of it varies on both sides of the split."""
+    """A standardized difference as the target of a probe; None if no column varies on both sides of the split."""
     spread = torch.stack([value[r].amax(0) - value[r].amin(0) for r in (train, test)]).amin(0)
     value = value[:, spread > 1e-6 * value.abs().amax(0)]
     if not value.shape[1]:

@@ -1,13 +1,13 @@
-"""Which factors can be decoded from which space: a matrix of held-out probe scores.
+"""Measures which factors can be decoded from which space: a matrix of held-out probe scores.
 
 n samples, d the width of a space, k the columns of a factor, C its classes.
 
     r2_matrix(embeddings, factors)                       *pure*: factor from the space alone
     r2_matrix(embeddings, factors, given=("content",))   *conditional*: factor from the space and the true content
 
-Disentangled spaces give a matrix near 1 on the diagonal and near 0 off it. A high conditional score beside a low pure
-one shows *content-entangled* style codes: the same style maps to a different code for each image, such as R(c) phi(s),
-a product of the two, which a kernel or an MLP probe can decode and a linear one cannot.
+Disentangled spaces give a matrix near 1 on the diagonal and near 0 elsewhere. A conditional score that is much higher
+than the pure one indicates *content-entangled* style codes: the same style maps to a different code for each image,
+such as R(c) phi(s), a product of both, which a kernel or an MLP probe can decode and a linear probe cannot.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,17 +28,17 @@ from ssd_addon.metrics.table import ScoreTable
 class Circular:
     """An angle of an object with k-fold symmetry, scored as the two columns (cos k*theta, sin k*theta).
 
-    A square looks the same after a quarter turn (k = 4), an ellipse after half a turn (2), a heart after a whole one
-    (1); a disc has no angle (k = 0), and such samples are left out of this factor. The columns are pooled over samples
-    whatever their k, so where k varies a linear probe has to serve all symmetries at once: give each shape a factor of
-    its own (k = 0 elsewhere) to score them separately.
+    A square looks the same after a quarter turn (k = 4), an ellipse after half a turn (2), a heart after a full turn
+    (1); a disc has no angle (k = 0), and such samples are left out of this factor. All samples share the two columns,
+    so if k varies, a linear probe has to fit all symmetries at once: give each shape its own factor (k = 0 for the
+    other shapes) to score them separately.
 
     Args:
         angle: [n] float, radians.
         fold: k, an integer, or [n] integers, one per sample.
 
     Raises:
-        ValueError: an angle that is not [n] float; a fold that is negative, not an integer or of another length.
+        ValueError: the angle is not [n] float; the fold is negative, not an integer or of another length.
 
     >>> Circular(torch.tensor([0.0, torch.pi / 2]), fold=2).target()[0].round().long()
     tensor([[ 1,  0],
@@ -79,47 +79,50 @@ def r2_matrix(
     bootstrap: int = 200,
     seed: int = 0,
 ) -> ScoreTable:
-    """How well each factor is predicted from each space, on held-out samples.
+    """How well each factor can be predicted from each space, on held-out samples.
 
-    Numbers and angles: R^2 = 1 - sum (y - yhat)^2 / sum (y - mean y)^2 over the held-out rows, averaged over columns
+    Numbers and angles: R^2 = 1 - sum (y - yhat)^2 / sum (y - mean y)^2 over held-out samples, averaged over columns
     with equal weight. Classes: (accuracy - chance) / (1 - chance), where chance is the accuracy, on the same held-out
-    rows, of always answering the most frequent class of the training rows; so noise scores 0 however rare a class is.
-    1 is perfect, 0 is no better than the mean or the most frequent class, below 0 is worse than that.
+    samples, of always answering the most frequent class of the training samples; so noise scores 0 however rare a class
+    is. 1 is perfect, 0 is no better than the mean or the most frequent class, and negative scores are worse than that.
 
-    Intervals are percentiles over resamples of the held-out rows, with the fitted probes. A resample that holds one
-    class alone cannot tell a probe from chance and counts as 0, so that no interval lies above 0 while fewer than four
-    held-out samples are outside the most frequent class. A resample in which a number does not vary is left out.
+    Intervals are percentiles over resamples of the held-out samples, without refitting the probes. A resample with a
+    single class cannot distinguish a probe from chance and counts as 0, so that no interval lies above 0 if fewer than
+    four held-out samples are outside the most frequent class. A resample in which a number does not vary is left out.
 
-    Probes, all on inputs standardized by the training rows:
-    *ridge*: linear with intercept, float64; classes by ridge onto one-hot columns, then the largest. The penalty of
-    each factor comes from k-fold cross-validation of the squared error. Bounded memory: Gram matrices by row chunks.
-    *kernel*: ridge with an RBF kernel and an intercept, bandwidth and penalty cross-validated; each of the space and
-    the given blocks has the same weight in the distance, whatever its width.
+    Probes, all on inputs standardized by the training samples:
+    *ridge*: linear with intercept, float64; classes by ridge onto one-hot columns, then the largest. The penalty for
+    each factor is chosen by k-fold cross-validation of the squared error. Gram matrices are summed in chunks, which
+    bounds memory.
+    *kernel*: ridge with an RBF kernel and an intercept, bandwidth and penalty cross-validated; the space and each given
+    block have the same weight in the distance, whatever their width.
     *mlp*: one hidden layer of 256, Adam, stopped early on a fifth of the training split.
 
-    Held-out rows cannot make a score wild: an input is clipped to the range of the training rows, widened on either
-    side by its own width (nearly dead units, which are 0 but for a few rows, would be thousands of standard deviations
-    away), and ridge answers the mean where a row is so far out along any direction that errors of its weights decide
-    the answer. Inputs and factors with very heavy tails lose by that: give their logarithm.
+    Outliers among held-out samples are limited in two ways. Inputs are clipped to the range of the training samples,
+    extended on either side by its width (nearly dead units, which are 0 for almost all samples, could otherwise be
+    thousands of standard deviations away); and ridge predicts the mean for a sample so far out along any direction that
+    errors of the weights dominate the prediction. This lowers the scores of inputs and factors with very heavy tails:
+    use their logarithm.
 
-    Rows count as independent: give one view of each image, or views of one image land on both sides of the split.
+    Samples are assumed independent: use one view of each image, or else views of one image may be on both sides of the
+    split.
 
     Args:
-        embeddings: space -> [n, d] floating point, on any device, where the probes then run.
+        embeddings: space -> [n, d] floating point, on any device; the probes run there.
         factors: name -> [n] or [n, k] floating point (numbers), [n] integers or bool (classes), or `Circular`.
-        probe: "ridge", "kernel" or "mlp", or a `Probe` with settings of your own; one random split for all cells.
+        probe: "ridge", "kernel" or "mlp", or a `Probe` with your own settings; all cells share one random split.
         given: names for the conditional score: each space is scored together with them. A name is looked up in
-            `factors` first (the true factor), then in `embeddings`. The row of a given space is scored alone, and the
-            column of a given factor has no score in the other rows.
-        bootstrap: resamples of the held-out rows behind the 95 % intervals, with the fitted probes; 0 for none.
-        seed: of the split, the resamples and the MLP. The global generator is neither read nor moved.
+            `factors` first (the true factor), then in `embeddings`. A given space itself is scored alone, and a given
+            factor has no score in the other spaces.
+        bootstrap: number of resamples of the held-out samples for the 95 % intervals; 0 for no intervals.
+        seed: seed of the split, the resamples and the MLP. The global generator is not used.
 
     Returns:
         `ScoreTable`. A factor that cannot be scored (constant, one class, NaN, no valid sample) gives NaN and a note.
 
     Raises:
-        ValueError: embeddings that are not [n, d], floating point and finite; factors of another length or shape;
-            fewer than 5 samples on a side of the split; an unknown name or probe.
+        ValueError: embeddings are not [n, d], floating point and finite; factors have another length or shape; a side
+            of the split has fewer than 5 samples; a name or probe is unknown.
 
     >>> g = torch.Generator().manual_seed(0)
     >>> content, hue = torch.randn(200, 3, generator=g), torch.rand(200, generator=g)
@@ -142,18 +145,20 @@ def r2_matrix(
         targets = {name: target_of(factor, split.train, split.test) for name, factor in factors.items()}
     inputs = {s: [z] if s in asked else [z, *blocks] for s, z in embeddings.items()}
     others = [s for s in embeddings if s not in asked]
-    without = {(s, f): "given, so any space would score it" for s in others for f in factors if f in asked}
+    without = {(s, f): "given, so it has no score" for s in others for f in factors if f in asked}
     cells = score_cells(inputs, targets, split, chosen, seed=seed, without=without)
     return ScoreTable(tuple(embeddings), tuple(factors), *cells, chosen.kind, asked, len(split.train), len(split.test))
 
 
-# ---- what comes in
+# ---- arguments
 
 
 def check_factors(embeddings: Mapping[str, Tensor], factors: Mapping[str, Factor]) -> tuple[int, torch.device]:
-    """Spaces, and factors of the same length. Returns (n, device)."""
+    """Check that spaces and factors have the same length. Returns (n, device)."""
     if not embeddings or not factors:
-        raise ValueError(f"expected spaces and factors: got {len(embeddings)} spaces and {len(factors)} factors")
+        raise ValueError(
+            f"embeddings, factors: expected at least one each: got {len(embeddings)} spaces and {len(factors)} factors"
+        )
     n, device = check_spaces(embeddings)
     for name, factor in factors.items():
         t = factor.angle if isinstance(factor, Circular) else factor
@@ -169,7 +174,7 @@ def check_factors(embeddings: Mapping[str, Tensor], factors: Mapping[str, Factor
 
 
 def _given(name: str, embeddings: Mapping[str, Tensor], factors: Mapping[str, Factor], device: torch.device) -> Tensor:
-    """The block [n, d] that a name in `given` stands for."""
+    """The block [n, d] for a name in `given`."""
     if name not in factors and name not in embeddings:
         known = f"a factor ({_checks.names(factors)}) or a space ({_checks.names(embeddings)})"
         raise ValueError(f"given: expected the name of {known}: got {name!r}")
@@ -179,7 +184,7 @@ def _given(name: str, embeddings: Mapping[str, Tensor], factors: Mapping[str, Fa
 
 
 def block_of(factor: Factor, what: str) -> Tensor:
-    """A factor as an input [n, d]: numbers as they are, classes one-hot, angles two columns; all of it finite."""
+    """A factor as an input [n, d]: numbers as they are, classes one-hot, angles as two columns; must be finite."""
     if isinstance(factor, Circular):
         block = factor.target()[0]
     elif factor.is_floating_point():
@@ -192,7 +197,7 @@ def block_of(factor: Factor, what: str) -> Tensor:
 
 
 def target_of(factor: Factor, train: Tensor, test: Tensor) -> Target | str:
-    """What to predict, or the reason why there is nothing to."""
+    """The target of a probe, or a string with the reason why there is none."""
     device, note = train.device, ""
     if isinstance(factor, Circular):
         values, valid = (t.to(device) for t in factor.target())

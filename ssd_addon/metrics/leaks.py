@@ -1,4 +1,4 @@
-"""What the tests of exclusivity say: spaces down, factors across, a `Dependence` in each cell."""
+"""Results of exclusivity tests: a table of spaces (rows) by factors (columns), with a `Dependence` in each cell."""
 
 import math
 from collections.abc import Mapping
@@ -9,21 +9,21 @@ from ssd_addon import _checks
 from ssd_addon.metrics.table import Cell
 
 LEVEL = 0.05
-"""The chance that a table without any dependence has a leak."""
+"""Probability that a table without any dependence has a leak."""
 SMALLEST = 0.02
-"""The effect below which a dependence is too small to be called a leak, however sure it is."""
+"""Smallest effect that counts as a leak, however significant the dependence is."""
 
 
 @dataclass(frozen=True)
 class Dependence:
-    """What the test says of one space and one factor; all NaN where there is nothing to test.
+    """The test result for one space and one factor; all NaN if there is no test.
 
     Attributes:
-        statistic: in standard deviations of its distribution under the null hypothesis.
-        effect: partial R^2: of what the own factors leave of the factor, the share that the space predicts on
-            left-out samples; 0 where it predicts nothing.
-        p: of this test alone.
-        corrected: p, corrected for the number of tests in the table (Holm).
+        statistic: the statistic, in standard deviations of its distribution under the null hypothesis.
+        effect: partial R^2: the share of the factor's variance left by the own factors that the space predicts on
+            left-out samples; 0 if it predicts nothing.
+        p: p-value of this test alone.
+        corrected: p-value corrected for the number of tests in the table (Holm).
     """
 
     statistic: float
@@ -41,13 +41,13 @@ class Exclusivity:
 
     Attributes:
         spaces, factors: names, in order.
-        own: space -> its own factors, which are given.
-        tests: (space, factor) -> what the test says.
+        own: space -> its own factors, on which tests are conditioned.
+        tests: (space, factor) -> result of the test.
         notes: (space, factor) -> why there is no test, or what it leaves out.
-        n: samples.
-        null: "signs" or "permutations", how the null distribution was made.
+        n: number of samples.
+        null: "signs" or "permutations": how the null distribution was computed.
         level, smallest: a leak has a corrected p-value of at most `level` and an effect of at least `smallest`.
-        unit: what a row is, "samples" or "pairs of views".
+        unit: what a sample is, "samples" or "pairs of views".
         parts: finer tests (the parameters within each group), or None; `table[space, factor]` finds them too.
     """
 
@@ -68,11 +68,11 @@ class Exclusivity:
             return self.parts.tests[cell]
         if cell not in self.tests:
             known = f"spaces {_checks.names(self.spaces)}; factors {_checks.names(self.factors)}"
-            raise KeyError(f"expected table[space, factor] with {known}: got {cell!r}")
+            raise KeyError(f"table[space, factor]: expected {known}: got {cell!r}")
         return self.tests[cell]
 
     def is_leak(self, space: str, factor: str) -> bool:
-        """Whether the test rejects, and the effect is not below the smallest that matters."""
+        """Whether the test rejects and the effect is at least `smallest`."""
         test = self[space, factor]
         return test.corrected <= self.level and test.effect >= self.smallest
 
@@ -82,7 +82,7 @@ class Exclusivity:
         return tuple(sorted((c for c in self.tests if self.is_leak(*c)), key=lambda c: -self.tests[c].effect))
 
     def to_json(self) -> dict[str, Any]:
-        """Dictionaries, lists, strings and numbers alone; what is not finite becomes None."""
+        """The table as dictionaries, lists, strings and numbers; numbers that are not finite become None."""
 
         def number(value: float) -> float | None:
             return value if math.isfinite(value) else None

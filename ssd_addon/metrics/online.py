@@ -1,4 +1,4 @@
-"""Linear probes that are trained beside a model, one per space: what each space encodes, at every step.
+"""Linear probes that are trained along with a model, one per space, to see what each space encodes at every step.
 
 Legend: n images, d the width of a space, C classes, S spaces.
 """
@@ -15,18 +15,19 @@ from ssd_addon.kernels.dispatch import checks_are_on
 
 
 class OnlineProbes(nn.Module):
-    """A linear classifier on the features of every space, which sends no gradient to the model.
+    """Linear classifiers on the features of every space; no gradient flows back to the model.
 
     logits_s = W_s BatchNorm(z_s) + b_s, where BatchNorm has no affine parameters; in float32, outside autocast. Under
-    DistributedDataParallel wrap the probes as any other module.
+    DistributedDataParallel wrap the probes like any other module.
 
-    In training, features that are NaN, infinite or too large for BatchNorm raise an error, before they enter its
-    statistics, which would never recover (not under torch.compile and CUDA-graph capture, where the logits are NaN).
+    In training, features that are NaN, infinite or too large for BatchNorm raise an error before they enter its
+    running statistics, which would not recover (except under torch.compile and CUDA-graph capture, where the logits are
+    NaN).
 
     >>> probes = OnlineProbes({"backbone": 16, "color": 4}, classes=10)
     >>> optimizer = torch.optim.Adam(probes.parameters(), lr=3e-3)
     >>> z, labels = {"backbone": torch.randn(8, 16), "color": torch.randn(8, 4)}, torch.arange(8)
-    >>> logits = probes(z)  # in every training step; embeddings of the query, and of `features` the backbone's
+    >>> logits = probes(z)  # in every training step, with the query's embeddings and backbone features
     >>> probes.loss(logits, labels).backward()
     >>> optimizer.step()
     >>> hits = probes.hits(logits, labels)  # add them up over batches, and over ranks by all_reduce
@@ -38,11 +39,11 @@ class OnlineProbes(nn.Module):
         classes: C; labels are 0 to C - 1.
 
     Attributes:
-        names: of the spaces, in the order of `hits`.
+        names: names of the spaces, in the order of `hits`.
 
     Raises:
-        ValueError: no space; a width or a number of classes below 1.
-        TypeError: widths that are no mapping.
+        ValueError: there is no space; a width or the number of classes is below 1.
+        TypeError: widths is not a mapping.
 
     Source: online linear evaluation as in SimCLR, Chen et al., arXiv 2002.05709; BatchNorm before the classifier as in
     the linear probes of MAE, He et al., arXiv 2111.06377.
@@ -61,21 +62,21 @@ class OnlineProbes(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Features name -> [n, d] to logits name -> [n, C].
+        """Map features name -> [n, d] to logits name -> [n, C].
 
         Raises:
-            ValueError: other names, shapes or numbers of images than expected; in training, features from which
-                BatchNorm can make no statistics.
+            ValueError: names, shapes or numbers of images are not as expected; in training, BatchNorm cannot compute
+                statistics of the features.
         """
         self._check_names(features, "features")
         rows: dict[str, Tensor] = {}
         n = len(features[self.names[0]])
         if self.training and n < 2:
-            raise ValueError(f"features: expected 2 images or more in training mode, for BatchNorm: got {n}")
+            raise ValueError(f"features: expected at least 2 images in training mode, for BatchNorm: got {n}")
         for name, width in self.widths.items():
             z = features[name]
             if z.shape != (n, width):
-                raise ValueError(f"features {name!r}: expected [{n}, {width}], a row per image: got {_checks.shape(z)}")
+                raise ValueError(f"features {name!r}: expected [{n}, {width}]: got {_checks.shape(z)}")
             rows[name] = z.detach().float()
         if self.training:
             rows = self._bounded(rows)
@@ -86,13 +87,13 @@ class OnlineProbes(nn.Module):
         return out
 
     def _bounded(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Refuse what BatchNorm can make no variance of; NaN where nothing may be read from the device."""
+        """Refuse features without a finite variance; where the device may not be read, make the logits NaN."""
         fine = torch.stack([x.square().sum().isfinite() for x in rows.values()])
         if not checks_are_on("auto"):
             return {name: torch.where(ok, x, torch.nan) for (name, x), ok in zip(rows.items(), fine, strict=True)}
         if bad := [name for name, ok in zip(rows, fine.tolist(), strict=True) if not ok]:
             raise _checks.Diverged(
-                f"features {bad[0]!r}: expected finite numbers whose squares float32 holds: got "
+                f"features {bad[0]!r}: expected finite numbers whose squares fit in float32: got "
                 + ("too large ones" if bool(rows[bad[0]].isfinite().all()) else "NaN or infinity")
                 + ", so the network has diverged",
                 bad,
@@ -100,22 +101,23 @@ class OnlineProbes(nn.Module):
         return rows
 
     def loss(self, logits: Mapping[str, Matrix], labels: Vector) -> Scalar:
-        """The sum over spaces of their cross-entropies, a scalar: each probe's gradient is its own.
+        """The sum of the cross-entropies over spaces, a scalar; the gradients of the probes are independent.
 
         Args:
-            logits: what `forward` returned.
+            logits: the result of `forward`.
             labels: [n] integers, 0 to C - 1.
 
         Raises:
-            ValueError: labels outside the classes, or of another number than the images.
+            ValueError: labels are outside the classes, or their number differs from that of the images.
         """
         target = self._checked(logits, labels)
         return torch.stack([F.cross_entropy(logits[name], target) for name in self.names]).sum()
 
     @torch.no_grad()
     def hits(self, logits: Mapping[str, Matrix], labels: Vector) -> Tensor:
-        """How many images each space classifies rightly: [S] int64, in the order of `names`; none where logits are NaN
-        or infinite.
+        """Number of images that each space classifies correctly, [S] int64, in the order of `names`.
+
+        Images with NaN or infinite logits do not count.
 
         Args:
             logits, labels: as in `loss`.

@@ -1,7 +1,7 @@
-"""How a probe is fitted and scored: its settings, the split into training and held-out rows, scores and intervals.
+"""How a probe is fitted and scored: its settings, the split into training and held-out samples, scores and intervals.
 
-`r2_matrix`, `parameter_matrix` and `redundancy` differ in what is predicted from what; this is what they share.
-Legend: n samples, d the width of a space, R bootstrap resamples.
+Shared by `r2_matrix`, `parameter_matrix` and `redundancy`, which differ in their inputs and targets.
+Legend: n samples (the rows of all matrices), d the width of a space, R bootstrap resamples.
 """
 
 import math
@@ -22,17 +22,17 @@ Kind = Literal["ridge", "kernel", "mlp"]
 
 @dataclass(frozen=True)
 class Probe:
-    """Which probe reads a space, and how it is fitted. `probe="kernel"` is short for `probe=Probe("kernel")`.
+    """The kind and the settings of a probe. `probe="kernel"` is short for `probe=Probe("kernel")`.
 
     Args:
         kind: *ridge*: linear with intercept. *kernel*: ridge with an RBF kernel and an intercept. *mlp*: one hidden
             layer of 256, stopped early on a fifth of the training samples.
-        train_fraction: fraction of the samples that probes are fitted on; the others are held out.
-        folds: k of the k-fold cross-validation that chooses penalty and bandwidth.
-        kernel_rows: at most so many training rows for the kernel probe.
+        train_fraction: fraction of the samples on which probes are fitted; the others are held out.
+        folds: number of folds of the cross-validation that chooses penalty and bandwidth.
+        kernel_rows: largest number of training samples for the kernel probe.
 
     Raises:
-        ValueError: an unknown kind; a fraction that is not between 0 and 1; fewer than 2 folds or 5 rows.
+        ValueError: the kind is unknown; the fraction is not between 0 and 1; there are fewer than 2 folds or 5 samples.
 
     >>> Probe("kernel", train_fraction=0.8).folds
     5
@@ -53,14 +53,14 @@ class Probe:
 
     @classmethod
     def of(cls, probe: "Kind | Probe") -> "Probe":
-        """The settings that `probe=` stands for: itself, or the defaults of the named kind."""
+        """The settings for an argument `probe=`: a `Probe` itself, or the defaults of the named kind."""
         return probe if isinstance(probe, Probe) else cls(probe)
 
     def sizes(self, n: int, what: str = "samples") -> tuple[int, int]:
-        """How many of n samples are fitted on, and how many are held out.
+        """The numbers of training samples and of held-out samples among n.
 
         Raises:
-            ValueError: fewer than 5 on either side.
+            ValueError: there are fewer than 5 on either side.
         """
         train = round(self.train_fraction * n)
         if min(train, n - train) < MIN_ROWS:
@@ -71,13 +71,13 @@ class Probe:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Training rows and held-out rows, in random order, and how often each held-out row is drawn in each resample.
+    """Training rows and held-out rows, in random order, and how often each held-out row occurs in each resample.
 
     Attributes:
-        train, test: row numbers.
+        train, test: row indices.
         weights: [R, len(test)] int16.
-        units: [len(train)] which training rows belong together (pairs of views of one image), numbered from 0; None:
-            every row by itself.
+        units: [len(train)] group index of training rows that belong together (pairs of views of one image), from 0;
+            None if every row is independent.
     """
 
     train: Tensor
@@ -92,12 +92,12 @@ class Split:
         """A random split of n samples.
 
         Args:
-            n: samples; row number i + k n is the k-th row of sample i.
-            probe: of `train_fraction`, and of `kernel_rows` where it is a kernel probe.
-            bootstrap: R, resamples of the held-out samples.
-            seed: of the split and the resamples.
-            device: of the rows.
-            repeats: rows per sample, all of which lie on one side and are drawn together.
+            n: number of samples; row i + k n is the k-th row of sample i.
+            probe: gives `train_fraction` and, for a kernel probe, `kernel_rows`.
+            bootstrap: R, the number of resamples of the held-out samples.
+            seed: seed of the split and the resamples.
+            device: device of the row indices.
+            repeats: rows per sample; they are on the same side of the split and are resampled together.
         """
         generator = torch.Generator("cpu").manual_seed(seed)
         order = torch.randperm(n, generator=generator, device="cpu").to(device)
@@ -127,13 +127,13 @@ def score_cells(
     """Scores, intervals and notes of every (space, factor).
 
     Args:
-        inputs: space -> blocks [n, d_i] that a probe sees side by side.
-        targets: factor -> what to predict, or why there is nothing to.
-        split: of the rows.
-        probe: what is fitted.
-        seed: of an MLP.
-        without: (space, factor) -> why it gets no score.
-        means: further factor -> the factors whose scores it is the mean of.
+        inputs: space -> blocks [n, d_i], concatenated as the input of a probe.
+        targets: factor -> target, or a string with the reason why there is none.
+        split: split of the rows.
+        probe: the probe to fit.
+        seed: seed of an MLP.
+        without: (space, factor) -> the reason why it gets no score.
+        means: additional factor -> the factors over whose scores it is the mean.
     """
     scores: dict[Cell, float] = {}
     intervals: dict[Cell, tuple[float, float]] = {}
@@ -163,7 +163,7 @@ def score_cells(
 
 
 def _alike(targets: Mapping[str, Target | str]) -> list[dict[str, Target]]:
-    """The targets that are defined on the same rows, together."""
+    """Groups of targets that are defined on the same rows."""
     groups: dict[bytes, dict[str, Target]] = {}
     for name, target in targets.items():
         if not isinstance(target, str):
@@ -174,7 +174,7 @@ def _alike(targets: Mapping[str, Target | str]) -> list[dict[str, Target]]:
 def _scored(
     blocks: Sequence[Tensor], targets: Mapping[str, Target], split: Split, probe: Probe, seed: int
 ) -> dict[str, tuple[float, Tensor]]:
-    """Factor -> its score and that of every resample [R], from one fit for all of them."""
+    """Factor -> its score and those of all resamples [R], from one fit for all factors."""
     valid = next(iter(targets.values())).valid
     rows, held_out = split.train[valid[split.train]], split.test[valid[split.test]]
     weights = split.weights[:, valid[split.test]]
@@ -186,13 +186,13 @@ def _scored(
     for (name, target), each in zip(targets.items(), stats, strict=True):
         sums = [w.double() @ each for w in torch.split(weights, 64)]
         resampled = target.score(torch.cat(sums), weights.sum(1)) if len(weights) else each.new_zeros(0)
-        if target.classes:  # a resample of one class cannot tell the probe from the majority class: it counts as chance
+        if target.classes:  # a resample of one class counts as chance, as it cannot distinguish the probe from it
             resampled = resampled.nan_to_num(0.0)
         out[name] = float(target.score(each.sum(0), each.new_tensor(len(each)))), resampled
     return out
 
 
 def at_least(what: str, value: int, least: int) -> None:
-    """Refuses what is no integer of at least so much."""
+    """Refuse anything but an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{what}: expected an integer of {least} or more: got {value!r}")

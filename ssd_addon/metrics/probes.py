@@ -1,8 +1,8 @@
-"""The probes: what they are given, what they predict, and how they are solved.
+"""Fits ridge, kernel ridge and MLP probes.
 
-Inputs are standardized blocks of rows, targets are factors, a problem is one space with the factors that are defined on
-the same rows. Ridge, kernel ridge and a small MLP solve it, with their penalty chosen by cross-validation, in float64.
-Legend: n rows, d columns of x, K columns of y over T factors, A penalties.
+Inputs are standardized blocks, targets are factors; a problem is one space with all factors that are defined on the
+same rows. Ridge and kernel ridge run in float64, with penalties chosen by cross-validation.
+Legend: n rows (one per sample), d columns of x, K columns of y over T factors, A penalties.
 """
 
 import math
@@ -48,13 +48,13 @@ class Target:
         return F.one_hot(v, self.classes).double() if self.classes else v
 
     def error(self, prediction: Tensor, rows: Tensor) -> Tensor:
-        """Of every row what counts for or against the probe: whether the class is right, or (y - yhat)^2."""
+        """The contribution of every row to the probe's score: whether the class is correct, or (y - yhat)^2."""
         if self.classes:
             return (prediction.argmax(1) == self.values[rows])[:, None].double()
         return (self.values[rows] - prediction) ** 2
 
     def baseline(self, rows: Tensor) -> Tensor:
-        """Of every row what the baseline is made of: whether the majority class is right; y; y^2."""
+        """The contribution of every row to the baseline: whether the majority class is correct, or y and y^2."""
         y = self.values[rows].double()
         if self.classes:
             return torch.stack([(y == self.majority).double(), y, y**2], 1)
@@ -62,9 +62,9 @@ class Target:
         return torch.cat([y, y**2], 1)
 
     def score(self, sums: Tensor, count: Tensor) -> Tensor:
-        """Scores [...] of sums [..., q] over rows of `error` and `baseline`, and the number of rows [...].
+        """Scores [...] from sums [..., q] of `error` and `baseline` over rows, and from the number of rows [...].
 
-        NaN where the rows hold one class, or where no column varies.
+        NaN if the rows have only one class, or if no column varies.
         """
         if self.classes:
             right, chance, y, yy = sums.unbind(-1)
@@ -78,12 +78,12 @@ class Target:
 
 
 class Inputs:
-    """Rows of one or more blocks [n, d_i] side by side, standardized by the training rows, in float64.
+    """One or more blocks [n, d_i], concatenated and standardized by the training rows, in float64.
 
     A column that is constant on the training rows becomes 0. Values of other rows are clipped to the range of the
-    training rows, widened on either side by its own width: a nearly dead unit, whose few large values all fall among
-    the held-out rows, would otherwise be thousands of standard deviations away. `balance` divides each block by the
-    root of its number of columns, so that every block has the same share of a distance.
+    training rows, extended on either side by its width: a nearly dead unit, whose few large values are all in held-out
+    rows, would otherwise be thousands of standard deviations away. `balance` divides each block by the square root of
+    its number of columns, so that every block has the same weight in a distance.
     """
 
     def __init__(self, blocks: Sequence[Tensor], train: Tensor, *, balance: bool = False) -> None:
@@ -116,17 +116,17 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One space and the factors that are defined on the same rows; K columns over all T factors. A probe solves it."""
+    """One space and the factors that are defined on the same rows, with K columns over all T factors."""
 
     x: Inputs
     rows: Tensor  # to train on
     targets: Sequence[Target]
     folds: int
     seed: int = 0
-    units: Tensor | None = None  # [len(rows)] which rows belong together, numbered from 0; None: every row by itself
+    units: Tensor | None = None  # [len(rows)] group index of rows that belong together; None: all independent
 
     def part(self, f: int, of: int) -> Tensor:
-        """Places in `rows` of the f-th of so many parts; rows that belong together are in one part."""
+        """Positions in `rows` of the f-th of `of` parts; rows that belong together are in one part."""
         units = torch.arange(len(self.rows), device=self.rows.device) if self.units is None else self.units
         return torch.nonzero(units % of == f).flatten()
 
@@ -138,16 +138,16 @@ class Problem:
         return torch.cat([t.columns(rows) for t in self.targets], 1)
 
     def per_column(self, values: Tensor) -> Tensor:
-        """[T] to [K]."""
+        """Repeat values [T] for the columns of each factor, [K]."""
         return values.repeat_interleave(torch.tensor(self.widths, device=values.device))
 
     def best(self, errors: Tensor) -> tuple[Tensor, Tensor]:
-        """Errors [A, K] to the least of the A for each factor [T], and its place [T]."""
+        """The smallest of the errors [A, K] over A for each factor [T], and its index [T]."""
         least = torch.stack([e.sum(1) for e in torch.split(errors, self.widths, 1)], 1).min(0)
         return least.values, least.indices
 
     def held_out(self, predict: Predict, rows: Tensor) -> list[Tensor]:
-        """Per factor what `Target.score` takes the sums of: [r, q]."""
+        """For each factor the contributions [r, q] whose sums `Target.score` takes."""
         parts = []
         for r in self.x.chunks(rows, sum(self.widths)):
             predicted = torch.split(predict(r), self.widths, 1)
@@ -162,8 +162,8 @@ class Problem:
 def _ridge(p: Problem, alphas: Sequence[float] = ()) -> Predict:
     """yhat = x w + b with w = argmin |y - x w - b|^2 + alpha |w|^2, by the smaller of the d x d and n x n systems.
 
-    The mean where yhat is outside the range of the training targets and x so far out, along any direction, that errors
-    of the weights decide it (`_leverage`).
+    Predicts the mean where yhat is outside the range of the training targets and x is so far out along any direction
+    that errors of the weights dominate (`_leverage`).
     """
     solve = _primal if p.x.width < len(p.rows) else _dual_ridge
     w, b, alpha = solve(p, alphas or [a * len(p.rows) for a in RIDGE_ALPHAS])
@@ -187,7 +187,7 @@ def _ridge(p: Problem, alphas: Sequence[float] = ()) -> Predict:
 def _leverage(p: Problem, x: Tensor, alpha: float) -> Tensor:
     """x^T A^-1 G A^-1 x [r], G = sum x x^T over the training rows and A = G + alpha: at most 1 for a training row.
 
-    Where the targets are noise of variance 1, it is the variance of the prediction at x [r, d].
+    If the targets are noise of variance 1, it is the variance of the prediction at x [r, d].
     """
     d = p.x.width
     if d < len(p.rows):
@@ -205,9 +205,9 @@ def _shifted_solve(a: Tensor, alpha: float, b: Tensor) -> Tensor:
 
 
 def _primal(p: Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """w [d, K], b [K] and the penalties that were chosen [T].
+    """w [d, K], b [K] and the chosen penalties [T].
 
-    From moments per fold, m = [x, 1]^T [x, 1, y]; a training part is the total less its fold.
+    Computed from moments per fold, m = [x, 1]^T [x, 1, y]; the training part of a fold is the total minus the fold.
     """
     d, k = p.x.width, sum(p.widths)
     m = torch.zeros(p.folds, d + 1, d + 1 + k, dtype=torch.float64, device=p.rows.device)
@@ -236,14 +236,16 @@ def _primal(p: Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor
         gram, cross = about(fold, mean)
         for i, alpha in enumerate(alphas):
             w = solution(alpha)
-            errors[i] += (w * (gram @ w)).sum(0) - 2 * (w * cross).sum(0)  # and |y - mean_y|^2, the same for all alpha
+            errors[i] += (w * (gram @ w)).sum(0) - 2 * (w * cross).sum(
+                0
+            )  # without |y - mean_y|^2, which is the same for all alpha
     mean, solution = path(total)
     chosen = m.new_tensor(alphas)[p.best(errors)[1]]
     return solution(p.per_column(chosen)), mean[d + 1 :], chosen
 
 
 def dual(p: Problem, k: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Kernel ridge with intercept, yhat = k(x, .) a + b. From k [n, n]: a [n, K], b [K], penalties and CV errors [T].
+    """Kernel ridge with intercept, yhat = k(x, .) a + b: from k [n, n] to a [n, K], b [K], penalties and CV errors [T].
 
     With H the smoother, I - H = V diag(alpha / (lam + alpha)) V^T - 1 1^T / n on the centered kernel V diag(lam) V^T;
     the residuals of a left-out fold F are (I - H)_FF^-1 ((I - H) y)_F: exact cross-validation, one decomposition.
@@ -268,7 +270,7 @@ def dual(p: Problem, k: Tensor, alphas: Sequence[float]) -> tuple[Tensor, Tensor
 
 
 def _dual_ridge(p: Problem, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_primal` gives, from the linear kernel."""
+    """The result of `_primal`, computed with the linear kernel."""
     x = p.x(p.rows)
     a, b, alpha, _ = dual(p, x @ x.T, alphas)
     return x.T @ a, b, alpha
@@ -300,7 +302,7 @@ def _kernel(p: Problem, alphas: Sequence[float] = (), bandwidths: Sequence[float
 
 
 def _mlp(p: Problem) -> Predict:
-    """yhat = GELU(x w1 + b1) w2 + b2 in float32, one net per factor; every fifth training row decides when to stop."""
+    """yhat = GELU(x w1 + b1) w2 + b2 in float32, one net per factor; early stopping on every fifth training row."""
     x = torch.cat([p.x(r).float() for r in p.x.chunks(p.rows)])
     check = p.part(0, 5)
     fit = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, check, False).nonzero().flatten()
@@ -338,10 +340,10 @@ SOLVERS: dict[str, Callable[[Problem], Predict]] = {"ridge": _ridge, "kernel": _
 
 
 def softmax_log_likelihood(x: Inputs, y: Tensor, rows: Tensor, held_out: Tensor) -> Tensor:
-    """log q(y | x) of every held-out row [r], q = softmax regression fitted on the training rows.
+    """log q(y | x) of every held-out row [r], with q a softmax regression fitted on the training rows.
 
-    The penalty on the weights is the one of seven that does best on every fifth training row; a class that the training
-    rows do not have gets the probability of one half of a sample. y [n] int64.
+    The penalty on the weights is the best of seven on every fifth training row; a class that is missing in the training
+    rows gets the probability of half a sample. y is [n] int64.
     """
     known = torch.unique(y[rows])
     classes = int(max(y[rows].max(), y[held_out].max())) + 1

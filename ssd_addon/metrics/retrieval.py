@@ -1,4 +1,4 @@
-"""Does a search by a space find images that are alike? Judged on attributes of the images themselves.
+"""Measures whether nearest-neighbor search in a space finds similar images, by attributes of the images.
 
 Legend: n images, q queries, k neighbors, R resamples.
 """
@@ -18,23 +18,23 @@ from ssd_addon.metrics.spaces import CHUNK, check_spaces, unit_rows
 from ssd_addon.metrics.table import Cell, ScoreTable
 
 TIE = 1e-6
-"""Cosines that differ by less are taken as equal."""
+"""Cosines that differ by less count as equal."""
 
 
 @dataclass(frozen=True, eq=False)
 class RetrievalTable(ScoreTable):
-    """Spaces x attributes, as a `ScoreTable`; `probe` is "k nearest", `n_train` the images searched, `n_test` queries.
+    """A `ScoreTable` of spaces x attributes; `probe` is "k nearest", `n_train` the images searched, `n_test` queries.
 
     Attributes:
-        distances: (space, attribute) -> mean distance in the attribute from a query to (its neighbors by the space, any
-            other images, those that are nearest in the attribute), in units of the attribute; radians of an angle, and
-            of classes the share of other classes.
+        distances: (space, attribute) -> mean distance in the attribute from a query to (its neighbors in the space, all
+            other images, the images nearest in the attribute), in units of the attribute; in radians for angles, and as
+            the share of other classes for classes.
     """
 
     distances: Mapping[Cell, tuple[float, float, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """As of `ScoreTable`, with "distance", "chance" and "ideal" in every cell."""
+        """As in `ScoreTable`, with "distance", "chance" and "ideal" in every cell."""
         out = super().to_json()
         for cell in out["cells"]:
             found = self.distances.get((cell["space"], cell["factor"]), (None, None, None))
@@ -52,7 +52,7 @@ class RetrievalTable(ScoreTable):
         )
 
     def footer(self) -> str:
-        return f"{self.probe} of {self.n_train} images, {self.n_test} queries; 0: as any images, 1: the best order"
+        return f"{self.probe} of {self.n_train} images, {self.n_test} queries; 0: as random images, 1: the best order"
 
 
 def retrieval(
@@ -64,18 +64,18 @@ def retrieval(
     bootstrap: int = 200,
     seed: int = 0,
 ) -> RetrievalTable:
-    """How close in each attribute the nearest neighbors by each space are: 0 as any images, 1 as close as can be.
+    """How similar in each attribute the nearest neighbors in each space are: 0 as random images, 1 the best possible.
 
-    For every query the k nearest other images by cosine are found, as by `StyleIndex`, and d is their mean distance
-    from it in the attribute: |a - b| of values, the angle between directions, 1 for another class and 0 for the same.
+    For every query the k nearest other images by cosine are found, as with `StyleIndex`, and d is their mean distance
+    from it in the attribute: |a - b| for values, the difference for angles, and for classes 1 if they differ, else 0.
     With d_chance the mean distance to all other images and d_ideal that to the k nearest in the attribute,
-    score = (mean d_chance - mean d) / (mean d_chance - mean d_ideal), means over queries: below 0 where neighbors are
-    less alike than any images. Among images whose cosines differ by less than 1e-6 the neighbors are drawn at random,
-    so a collapsed space scores 0.
+    score = (mean d_chance - mean d) / (mean d_chance - mean d_ideal), with means over queries. It is negative if
+    neighbors are less similar than random images. Neighbors are chosen at random among images whose cosines differ by
+    less than 1e-6, so a collapsed space scores 0.
 
-    A value with a heavy tail is scored by its few largest: give its logarithm. `r2_matrix` asks another question:
-    whether a probe can decode the attribute. A space that encodes it beside much else has a high R^2 and a low score
-    here, as a search goes by the whole space.
+    For an attribute with a heavy tail the few largest values dominate: use its logarithm. `r2_matrix` answers another
+    question: whether a probe can decode the attribute. A space that encodes it among many others has a high R^2 and a
+    low score here, as the search uses the whole space.
 
     >>> angle = torch.linspace(0, 6.2, 100)
     >>> z = {"color": torch.stack([angle.cos(), angle.sin()], 1), "none": torch.ones(100, 2)}
@@ -84,24 +84,24 @@ def retrieval(
     (1.0, True)
 
     Args:
-        embeddings: space -> [n, d] floating point, such as `embed` gives; L2-normalized or not.
-        attributes: name -> [n] floating point (values), [n] integers or bool (classes), or `Circular`, whose fold is
-            one number k, or 0 where an image has no angle: such images are neither queries nor found for it.
-            `image_attributes` measures some on the images.
-        k: neighbors.
-        queries: at most so many, drawn at random; None: every image.
-        bootstrap: resamples of the queries for the 95 % intervals; 0: none.
-        seed: of the queries, of ties and of the resamples.
+        embeddings: space -> [n, d] floating point, such as from `embed`; L2-normalized or not.
+        attributes: name -> [n] floating point (values), [n] integers or bool (classes), or `Circular` with one fold k
+            for all images, or 0 for images without an angle, which are then neither queries nor results.
+            `image_attributes` computes some attributes from the images.
+        k: number of neighbors.
+        queries: largest number of queries, chosen at random; None uses every image.
+        bootstrap: number of resamples of the queries for the 95 % intervals; 0 for no intervals.
+        seed: seed of the queries, of ties and of the resamples.
 
     Returns:
-        `RetrievalTable`, spaces x attributes; `.distances` has the distances behind each score. NaN and a note where an
-        attribute does not vary, holds NaN, or is defined for fewer than k + 2 images.
+        `RetrievalTable`, spaces x attributes; `.distances` has the distances from which each score is computed. NaN and
+        a note if an attribute does not vary, contains NaN, or is defined for fewer than k + 2 images.
 
     Raises:
-        ValueError, TypeError: embeddings that are not [n, d], attributes that are not [n], folds that vary, a bad k.
+        ValueError, TypeError: embeddings are not [n, d]; attributes are not [n]; folds vary; k is out of range.
 
-    Source: nearest-neighbor retrieval by attribute; the scale from chance to the ideal order is that of a normalized
-    gain (Jarvelin and Kekalainen, ACM TOIS 2002), with distances for gains.
+    Source: the scale from chance to the ideal order is that of a normalized gain (Jarvelin and Kekalainen, ACM TOIS
+    2002), with distances instead of gains.
     """
     if not embeddings or not attributes:
         raise ValueError("retrieval: expected at least one space and one attribute: got none")
@@ -163,14 +163,14 @@ def retrieval(
 
 
 def _attribute(name: str, attribute: Factor, n: int) -> tuple[Tensor, Tensor]:
-    """Values [n] on the CPU, angles as multiples of their fold, and which images have one [n]."""
+    """Values [n] on the CPU, angles multiplied by their fold, and a mask [n] of the images that have a value."""
     if isinstance(attribute, Circular):
         fold = torch.as_tensor(attribute.fold).cpu().long().expand(len(attribute.angle))
         values, valid = attribute.angle.detach().cpu().double(), fold > 0
         if len(folds := fold[valid].unique()) > 1:
             raise ValueError(
-                f"attribute {name!r}: expected one fold of all angles (or 0, for no angle), as angles of different "
-                f"symmetry have no distance: got {_checks.names(folds.tolist())}"
+                f"attribute {name!r}: expected the same fold for all angles (or 0, for no angle), as angles of "
+                f"different symmetry have no distance: got {_checks.names(folds.tolist())}"
             )
         values = values * fold
     elif isinstance(attribute, Tensor) and attribute.ndim == 1 and not attribute.is_complex():
@@ -186,7 +186,7 @@ def _attribute(name: str, attribute: Factor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(z: Tensor, places: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """Rows [q, k] of the nearest to each query by cosine, without itself; ties at random."""
+    """Positions [q, k] of the nearest images to each query by cosine, without itself; ties are broken at random."""
     unit = unit_rows(z.detach().double())
     found = []
     for part in torch.split(places, max(1, CHUNK // len(z))):
@@ -214,6 +214,6 @@ def _bounds(v: Tensor, places: Tensor, k: int, circular: bool) -> tuple[Tensor, 
 
 
 def _score(sums: Tensor) -> Tensor:
-    """From sums [..., 3] of the distances of neighbors, by chance and ideal; NaN where the last two are equal."""
+    """Scores from sums [..., 3] of the distances of neighbors, chance and ideal; NaN if the last two are equal."""
     d, chance, ideal = sums.unbind(-1)
     return torch.where(chance > ideal, (chance - d) / (chance - ideal), math.nan)

@@ -1,4 +1,4 @@
-"""Statistics of images that need no training: what a probe reads where there is no network to read.
+"""Image statistics that need no training, as inputs of probes that use no network.
 
 Legend: b images of C channels and H x W pixels, y their luma.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 from ssd_addon.metrics.images import LUMA
 
 LEVELS = (0.0, 0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98, 1.0)
-"""Quantiles that stand for a distribution of pixels."""
+"""Quantiles that summarize a distribution of pixels."""
 PIXELS = 4096
-"""Pixels of an image that the distributions of color are taken from, about: every k-th row and column."""
+"""Approximate number of pixels per image for color distributions, taken from every k-th row and column."""
 HUES, SCALES, GRID = 12, 4, 4
-"""Bins of hue; scales, each half of the one before; cells along an edge of the layout."""
+"""Number of hue bins; number of scales, each half the previous; cells along an edge of the layout."""
 
 
 def luma(x: Tensor) -> Tensor:
@@ -29,11 +29,11 @@ def luma(x: Tensor) -> Tensor:
 def image_statistics(x: Tensor) -> dict[str, Tensor]:
     """Three kinds of statistics of images [b, C, H, W] in [0, 1], each [b, d] float32.
 
-    *color*: mean, spread and the share of black and of white pixels of each channel; quantiles of luma and, where
-    there are several channels, of the largest and the least channel, chroma and saturation; of RGB images also a
+    *color*: mean, standard deviation and the shares of black and of white pixels of each channel; quantiles of luma
+    and, with several channels, of the largest and the smallest channel, chroma and saturation; for RGB images also a
     histogram of hues, weighted by chroma.
-    *texture*: at up to four scales the energies of the Laplacian and of the gradient, in logarithms, and how the
-    gradient's directions are spread (the second and fourth moments of its angle).
+    *texture*: at up to four scales the logarithms of the energies of the Laplacian and of the gradient, and the second
+    and fourth moments of the gradient's angle.
     *layout*: the image in 4 x 4 cells, and centers and second moments of luma, gradient and chroma.
     """
     x = x.float()
@@ -66,13 +66,13 @@ def _color(x: Tensor, y: Tensor) -> Tensor:
 
 
 def opponents(rgb: Tensor) -> tuple[Tensor, Tensor]:
-    """(R - (G + B) / 2, sqrt(3) / 2 (G - B)) of [b, 3, ...]: the plane in which hue is the angle."""
+    """(R - (G + B) / 2, sqrt(3) / 2 (G - B)) for [b, 3, ...]: coordinates of the plane in which hue is the angle."""
     r, g, b = rgb.unbind(1)
     return r - (g + b) / 2, (g - b) * (math.sqrt(3) / 2)
 
 
 def derivatives(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Central differences along x and y, and the Laplacian of four neighbors, of [b, H, W]; edges are repeated."""
+    """Central differences along x and y, and the four-neighbor Laplacian, of [b, H, W]; edges are repeated."""
     p = F.pad(y[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     left, right, up, down = p[:, 1:-1, :-2], p[:, 1:-1, 2:], p[:, :-2, 1:-1], p[:, 2:, 1:-1]
     return (right - left) / 2, (down - up) / 2, left + right + up + down - 4 * y

@@ -1,7 +1,7 @@
-"""One number for a whole matrix: disentanglement, completeness, informativeness, SAP and MIG.
+"""Summaries of a matrix in one number: disentanglement, completeness, informativeness, SAP and MIG.
 
-All of them over *spaces* (blocks of coordinates), since within a space no axis means anything. Probes standardize every
-coordinate, so a rotation of a space whose coordinates differ in scale may move a score a little.
+All are computed over *spaces* (blocks of coordinates), since single axes of a space have no meaning. Probes standardize
+every coordinate, so rotating a space whose coordinates differ in scale may change a score slightly.
 Legend: S spaces, K factors (or blocks of factors), n samples, d the width of a space, C classes.
 """
 
@@ -23,20 +23,20 @@ from ssd_addon.metrics.table import Cell, ScoreTable
 
 ALL = "all spaces"
 FAMILY = 0.005
-"""How often a whole table of noise may have a score that counts as above 0."""
+"""Probability that a whole table of noise has a score that counts as above 0."""
 
 
 @dataclass(frozen=True, eq=False)
 class Dci:
-    """Disentanglement, completeness and informativeness; NaN where there is none to give, with the reason in `notes`.
+    """Disentanglement, completeness and informativeness; NaN where undefined, with the reason in `notes`.
 
     Attributes:
         disentanglement: mean over spaces, each weighted by its share of the importance.
         completeness: mean over factors, weighted likewise.
         informativeness: mean over factors of the score from all spaces together.
-        by_space: space -> its disentanglement; NaN for a space of no importance.
+        by_space: space -> its disentanglement; NaN for a space without importance.
         by_factor: factor (or block) -> (completeness, informativeness).
-        importance: the table [space, factor] that both come from, and the row "all spaces".
+        importance: the table [space, factor] from which both are computed, with the row "all spaces".
         notes: name -> why it is NaN.
     """
 
@@ -62,17 +62,17 @@ class Dci:
 
 
 def disentanglement(importance: Matrix) -> tuple[float, Vector]:
-    """Does each space hold one factor alone? D_s = 1 - H(P_s), P_sk = R_sk / sum_k R_sk, entropy to the base K.
+    """Whether each space encodes a single factor: D_s = 1 - H(P_s), P_sk = R_sk / sum_k R_sk, entropy to the base K.
 
     Args:
-        importance: R [S, K] of at least 0: how much space s matters for factor k; K >= 2.
+        importance: R [S, K], nonnegative: the importance of space s for factor k; K >= 2.
 
     Returns:
-        (sum_s rho_s D_s with rho_s the share of space s in sum R, D [S] with NaN where a row is 0). All NaN where
+        (sum_s rho_s D_s with rho_s the share of space s in sum R, D [S] with NaN for rows of zeros). All NaN if
         everything is 0.
 
     Raises:
-        ValueError: not [S, K] of finite numbers of at least 0, or one factor alone.
+        ValueError: importance is not [S, K] with finite, nonnegative numbers, or has only one factor.
 
     >>> disentanglement(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
     (0.5, tensor([1., 0.], dtype=torch.float64))
@@ -87,16 +87,16 @@ def disentanglement(importance: Matrix) -> tuple[float, Vector]:
 
 
 def completeness(importance: Matrix) -> tuple[float, Columns]:
-    """Is each factor held by one space alone? C_k = 1 - H(R_sk / sum_s R_sk), entropy to the base S.
+    """Whether each factor is encoded by a single space: C_k = 1 - H(R_sk / sum_s R_sk), entropy to the base S.
 
     Args:
-        importance: R [S, K] of at least 0; S >= 2.
+        importance: R [S, K], nonnegative; S >= 2.
 
     Returns:
-        (sum_k rho_k C_k with rho_k the share of factor k in sum R, C [K] with NaN where a column is 0).
+        (sum_k rho_k C_k with rho_k the share of factor k in sum R, C [K] with NaN for columns of zeros).
 
     Raises:
-        ValueError: as `disentanglement`, or one space alone.
+        ValueError: as in `disentanglement`, or if there is only one space.
 
     >>> completeness(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
     (0.333..., tensor([1., 0.], dtype=torch.float64))
@@ -119,20 +119,20 @@ def dci(
 ) -> Dci:
     """Disentanglement, completeness and informativeness over spaces.
 
-    The importance of a space for a factor is its held-out score for it alone (`r2_matrix`): what can be decoded from
-    the space, also where another space encodes it too, which a regression on all spaces together would hide. Scores
-    that are not above 0 beyond chance (`scores_above_zero`, corrected for the number of cells) count as 0: otherwise
-    spaces of noise, one of which scores 0.01 by luck, would come out as perfectly disentangled.
+    The importance of a space for a factor is its held-out score for this factor (`r2_matrix`), computed from the space
+    alone, so that it does not depend on whether another space encodes the factor too. Scores that are not significantly
+    above 0 (`scores_above_zero`, corrected for the number of cells) count as 0: otherwise spaces of noise, one of which
+    scores 0.01 by chance, would appear perfectly disentangled.
 
     Args:
-        embeddings, factors, probe, bootstrap, seed: as in `r2_matrix`. Leave the backbone out: it holds everything.
-            bootstrap=0 makes no intervals: every score above 0 counts.
+        embeddings, factors, probe, bootstrap, seed: as in `r2_matrix`. Leave the backbone out, as it encodes all
+            factors. With bootstrap=0 there are no intervals, and every score above 0 counts.
         blocks: name -> factors that belong together, such as {"color": ["hue", "brightness"]}: their importances are
-            averaged, so that a space that holds a whole block counts as disentangled. None: each factor by itself.
-            A factor without a score (n/a) counts in no block.
+            averaged, so that a space that encodes a whole block counts as disentangled. None treats each factor
+            separately. A factor without a score (n/a) counts in no block.
 
     Raises:
-        ValueError: an unknown factor in a block, and what `r2_matrix` refuses.
+        ValueError: a block has an unknown factor; or as in `r2_matrix`.
 
     >>> g = torch.Generator().manual_seed(0)
     >>> a, b = torch.randn(400, generator=g), torch.randn(400, generator=g)
@@ -143,7 +143,7 @@ def dci(
     Source: as `disentanglement`.
     """
     if ALL in embeddings:
-        raise ValueError(f"dci: a space may not be named {ALL!r}, which is the row of all of them")
+        raise ValueError(f"dci: expected no space named {ALL!r}, as this is the row for all spaces: got one")
     wanted = {f: [f] for f in factors} if blocks is None else blocks
     for name, members in wanted.items():
         if isinstance(members, str) or not members or set(members) - set(factors):
@@ -194,11 +194,11 @@ def dci(
 
 
 def scores_above_zero(table: ScoreTable) -> dict[Cell, float]:
-    """Every cell's score where it is above 0 beyond chance, else 0; NaN counts as 0.
+    """Every cell's score if it is significantly above 0, else 0; NaN counts as 0.
 
-    A score counts where its 95 % interval lies above 0, and still does when the interval is widened, as that of a
-    normal distribution, so that all cells of a table of noise stay at 0 in 199 of 200 tables (Bonferroni): of single
-    cells one in 40 lies above 0 by luck. Without intervals every score above 0 counts.
+    A score counts if its 95 % interval, widened by the factor of a normal distribution for the number of cells
+    (Bonferroni), lies above 0. Then all cells of a table of noise are 0 in 199 of 200 tables, whereas one in 40
+    unwidened intervals lies above 0 by chance. Without intervals every score above 0 counts.
     """
     cells = [cell for cell, score in table.scores.items() if not math.isnan(score)]
     stretch = NormalDist().inv_cdf(1 - FAMILY / max(1, len(cells))) / NormalDist().inv_cdf(0.975)
@@ -212,17 +212,17 @@ def scores_above_zero(table: ScoreTable) -> dict[Cell, float]:
 
 
 def sap(table: ScoreTable) -> tuple[float, dict[str, float]]:
-    """How far the best space is ahead of the second best: mean over factors of score_(1) - score_(2).
+    """The gap between the best and the second-best space: mean over factors of score_(1) - score_(2).
 
     Args:
-        table: of `r2_matrix`, without the backbone (`table.only(spaces=...)`); two spaces or more. Scores that are not
-            above 0 beyond chance count as 0 (`scores_above_zero`), so that noise has no gap.
+        table: table from `r2_matrix`, without the backbone (`table.only(spaces=...)`); at least two spaces. Scores that
+            are not significantly above 0 count as 0 (`scores_above_zero`), so that noise has no gap.
 
     Returns:
-        (the mean over factors that have scores in two spaces or more, factor -> its gap, NaN where it has not).
+        (the mean over factors that have scores in at least two spaces, factor -> its gap, NaN if it has not).
 
     Raises:
-        ValueError: fewer than two spaces.
+        ValueError: there are fewer than two spaces.
 
     >>> cells = {("content", "hue"): 0.1, ("color", "hue"): 0.9}
     >>> sap(ScoreTable(("content", "color"), ("hue",), cells, {}, {}, "ridge", (), 50, 50))
@@ -231,7 +231,7 @@ def sap(table: ScoreTable) -> tuple[float, dict[str, float]]:
     Source: Kumar et al., arXiv 1711.00848 (separated attribute predictability), over spaces.
     """
     if len(table.spaces) < 2:
-        raise ValueError(f"sap: expected two spaces or more, to compare: got {_checks.names(table.spaces)}")
+        raise ValueError(f"sap: expected at least two spaces: got {_checks.names(table.spaces)}")
     gaps, held = {}, scores_above_zero(table)
     for f in table.factors:
         known = sorted((held[s, f] for s in table.spaces if not math.isnan(table[s, f])), reverse=True)
@@ -248,31 +248,31 @@ def mig(
     train_fraction: float = 0.5,
     seed: int = 0,
 ) -> tuple[float, dict[str, float], ScoreTable]:
-    """The mutual information gap: mean over factors of (I_(1) - I_(2)) / H(v), the best space against the second.
+    """The mutual information gap: mean over factors of (I_(1) - I_(2)) / H(v) between the best and second-best space.
 
-    I(z_s; v) is bounded from below by H(v) - CE, with CE the held-out cross-entropy of v under softmax regression on
-    z_s (any q(v | z) gives I >= H(v) + E log q(v | z), Barber and Agakov 2003); 0 where that is not above 0 at the
-    one-sided level of 5 %, so that a lucky sample of a rare class is no information. The bound is on the space as a
-    whole, not on its axes, but it captures linearly coded information only.
+    I(z_s; v) is estimated by the lower bound H(v) - CE, with CE the held-out cross-entropy of v under softmax
+    regression on z_s (any q(v | z) gives I >= H(v) + E log q(v | z), Barber and Agakov 2003). It is 0 if the bound is
+    not above 0 at the one-sided level of 5 %, so that a chance hit on a rare class is not counted. The bound is for the
+    space as a whole, not for its axes, but it captures linearly encoded information only.
 
     Args:
-        embeddings: space -> [n, d]; two or more, without the backbone.
-        factors: as in `r2_matrix`. Numbers and angles are cut into `bins` classes of equally many samples; a factor of
-            several columns is the mean over them.
-        bins: 2 or more; with few samples in each the bound is loose. Where there are fewer samples to train, numbers
-            and angles have no score, and an error is raised if no factor is a class.
-        train_fraction, seed: of the split.
+        embeddings: space -> [n, d]; at least two, without the backbone.
+        factors: as in `r2_matrix`. Numbers and angles are binned into `bins` classes with equally many samples; for a
+            factor of several columns the mean over columns is taken.
+        bins: at least 2; with few samples in each the bound is loose. If there are fewer training samples than bins,
+            numbers and angles have no score, and an error is raised if no factor is a class.
+        train_fraction, seed: fraction and seed of the split.
 
     Returns:
-        (mean gap, factor -> gap, table of I(z_s; v) / H(v) [space, factor]); NaN and a note where a factor is constant.
+        (mean gap, factor -> gap, table of I(z_s; v) / H(v) [space, factor]); NaN and a note for a constant factor.
 
     Raises:
-        ValueError: fewer than two spaces, and what `r2_matrix` refuses.
+        ValueError: there are fewer than two spaces; or as in `r2_matrix`.
 
     Source: Chen et al., arXiv 1802.04942 (the gap; there over single coordinates).
     """
     if len(embeddings) < 2:
-        raise ValueError(f"mig: expected two spaces or more, to compare: got {_checks.names(embeddings)}")
+        raise ValueError(f"mig: expected at least two spaces: got {_checks.names(embeddings)}")
     if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
         raise ValueError(f"bins: expected a whole number, 2 or more: got {bins!r}")
     n, device = check_factors(embeddings, factors)
@@ -312,7 +312,7 @@ def mig(
 def _information(x: Inputs, y: Tensor, rows: Tensor, held_out: Tensor) -> float:
     """I(z; v) / H(v) of one column of classes: the mean over held-out rows of log q(v | z) - log p(v), over H(v).
 
-    0 where it is not above 0 at the one-sided level of 5 %.
+    0 if it is not above 0 at the one-sided level of 5 %.
     """
     _, place, counts = torch.unique(y[held_out], return_inverse=True, return_counts=True)
     surprise = -(counts.double() / len(held_out)).log()[place]
@@ -324,7 +324,7 @@ def _information(x: Inputs, y: Tensor, rows: Tensor, held_out: Tensor) -> float:
 
 
 def _one_class(factor: Factor, columns: Sequence[Tensor], rows: Tensor) -> str:
-    """Why no column of a factor has two classes on both sides of the split."""
+    """The reason why no column of a factor has two classes on both sides of the split."""
     if isinstance(factor, Circular) or factor.is_floating_point():
         return "constant"
     one = len(torch.unique(columns[0][rows])) < 2
@@ -332,7 +332,7 @@ def _one_class(factor: Factor, columns: Sequence[Tensor], rows: Tensor) -> str:
 
 
 def _labels(factor: Factor, bins: int, device: torch.device) -> tuple[list[Tensor], Tensor, str]:
-    """Columns of classes [n] 0..C-1, which samples count [n], and why there is nothing to predict."""
+    """Columns of classes [n] 0..C-1, a mask of the valid samples [n], and the reason if there is no target."""
     if isinstance(factor, Circular):
         (values, valid) = (t.to(device) for t in factor.target())
         values = torch.atan2(values[:, 1], values[:, 0])[:, None]
@@ -351,7 +351,7 @@ def _labels(factor: Factor, bins: int, device: torch.device) -> tuple[list[Tenso
         edges = torch.quantile(v[valid].cpu(), torch.linspace(0, 1, bins + 1, dtype=v.dtype)[1:-1]).to(device)
         low = v[valid].min()
         above = v[valid][v[valid] > low]
-        if len(above):  # where many samples share the least value, it is a class of its own
+        if len(above):  # if many samples share the smallest value, it becomes a class of its own
             edges = torch.where(edges == low, above.min(), edges)
         out.append(torch.bucketize(v.contiguous(), torch.unique(edges).contiguous(), right=True))
     return out, valid, ""
@@ -362,7 +362,7 @@ def _importance(r: Tensor, what: str, axis: int) -> Tensor:
         got = f"{_checks.shape(r)} {r.dtype}" if isinstance(r, Tensor) else type(r).__name__
         raise ValueError(f"importance: expected [spaces, factors], floating point: got {got}")
     if not r.isfinite().all() or (r < 0).any():
-        raise ValueError("importance: expected finite numbers of at least 0: got NaN, inf or negative ones")
+        raise ValueError("importance: expected finite, nonnegative numbers: got NaN, inf or negative ones")
     if r.shape[axis] < 2:
-        raise ValueError(f"importance: expected two {what} or more, to compare: got {r.shape[axis]}")
+        raise ValueError(f"importance: expected at least two {what}: got {r.shape[axis]}")
     return r.detach().double()

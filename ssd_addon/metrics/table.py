@@ -1,4 +1,4 @@
-"""The one table that every matrix of scores comes back as: spaces down, factors across."""
+"""`ScoreTable`: the type of every matrix of scores, with spaces as rows and factors as columns."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,16 +12,17 @@ Cell = tuple[str, str]
 
 @dataclass(frozen=True, eq=False)
 class ScoreTable:
-    """Scores of every factor from every space: `table[space, factor]`, NaN where there is none to give.
+    """Scores of every factor from every space: `table[space, factor]`, NaN if there is no score.
 
     Attributes:
         spaces, factors: names, in order.
         scores: (space, factor) -> score.
         intervals: (space, factor) -> (low, high), 95 %; no entry without a score or with bootstrap=0.
         notes: (space, factor) -> why a cell has no score, or what was left out of it.
-        probe, given: what was asked.
-        n_train, n_test: rows that a probe was fitted on and scored on; a note says where a factor has fewer.
-        unit: what a row is, "samples" or "pairs of views".
+        probe, given: the probe and the given names.
+        n_train, n_test: number of samples on which probes were fitted and scored; a note says where a factor has
+            fewer.
+        unit: what a sample is, "samples" or "pairs of views".
         parts: a table of finer factors (the parameters within each group), or None. `table[space, factor]` finds its
             cells too, by their own names.
 
@@ -49,11 +50,11 @@ class ScoreTable:
             return self.parts.scores[cell]
         if cell not in self.scores:
             known = f"spaces {_checks.names(self.spaces)}; factors {_checks.names(self.factors)}"
-            raise KeyError(f"expected table[space, factor] with {known}: got {cell!r}")
+            raise KeyError(f"table[space, factor]: expected {known}: got {cell!r}")
         return self.scores[cell]
 
     def to_json(self) -> dict[str, Any]:
-        """Dictionaries, lists, strings and numbers alone; what is not finite becomes None."""
+        """The table as dictionaries, lists, strings and numbers; numbers that are not finite become None."""
 
         def number(value: float) -> float | None:
             return value if math.isfinite(value) else None
@@ -92,10 +93,10 @@ class ScoreTable:
         )
 
     def only(self, *, spaces: Sequence[str] | None = None, factors: Sequence[str] | None = None) -> "ScoreTable":
-        """The same table with these spaces and factors alone, in this order; all of them where None.
+        """The table restricted to these spaces and factors, in this order; None keeps all.
 
         Raises:
-            KeyError: a name that the table does not have.
+            KeyError: the table does not have a name.
         """
         rows = self.spaces if spaces is None else tuple(spaces)
         columns = self.factors if factors is None else tuple(factors)
@@ -117,6 +118,6 @@ class ScoreTable:
         return "\n".join([*lines, *dict.fromkeys(f"{f}: {note}" for (_, f), note in self.notes.items())])
 
     def footer(self) -> str:
-        """The line below the table: what was asked, and of how much."""
+        """The line below the table: the probe and the numbers of samples."""
         given = f" given {_checks.names(self.given)}" if self.given else ""
         return f"{self.probe} probe{given}, {self.n_train} {self.unit} to train, {self.n_test} held out"

@@ -1,9 +1,9 @@
-"""Operations: what a group of augmentations is made of, and how each is drawn, applied and tried.
+"""The operations in a group of augmentations: how they are drawn, applied and checked.
 
-Operation             the two functions that make one: draw, apply
-KorniaOperation       Kornia's 2-D operations, wrapped by themselves when views are built
-TorchvisionOperation  the same of torchvision.transforms.v2
-seeded                anything else that draws its own random numbers, shared by seed
+Operation             the protocol: two functions, draw and apply
+KorniaOperation       wraps Kornia's 2-D operations; views do this automatically
+TorchvisionOperation  wraps transforms of torchvision.transforms.v2, likewise automatically
+seeded                wraps any other function that draws its own random numbers: views share its seed
 """
 
 from ssd_addon._optional import needs

@@ -1,4 +1,4 @@
-"""What a user put into a group, as an operation: whose wrapper takes it."""
+"""Chooses the wrapper for each operation that a user puts into a group."""
 
 import inspect
 from typing import Any
@@ -10,7 +10,7 @@ from ssd_addon.operations.wrap import KorniaOperation, Operation
 
 
 def wrapped(operation: Any, where: str) -> tuple[str, Operation]:
-    """(name, operation) of what a user put into a group."""
+    """The name and the wrapped operation for an entry of a group."""
     if isinstance(operation, AugmentationBase2D):
         made = KorniaOperation(operation, where)
         return made.name, made

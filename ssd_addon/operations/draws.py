@@ -1,7 +1,7 @@
-"""Randomness: a seeded generator for every (view, stage, operation), and a watch over everybody else's generators.
+"""Randomness: a seeded generator for every (view, stage, operation), and a check that no global generator is used.
 
-Sharing a group's parameters is then a copy, and nothing else changes. Drawing never reads or moves a global generator
-for good, and an operation that draws while it is applied is found out.
+With one generator per operation, sharing a group's parameters is a copy that changes no other draw. Drawing leaves the
+global generators as they were, and an operation that draws random numbers while it is applied is detected.
 """
 
 import hashlib
@@ -16,23 +16,23 @@ from torch import Tensor
 
 Parameters = dict[str, Tensor]
 SEED = "seed"
-"""The one parameter of an operation that is shared by seed."""
+"""The name of the only parameter of a seeded operation."""
 Seed = tuple[int, ...]
 
 
 class Refused(ValueError):
-    """An operation that views cannot share exactly."""
+    """Raised for an operation whose parameters views cannot share exactly."""
 
 
 def generator(*seed: int) -> torch.Generator:
-    """A CPU generator of its own for some numbers."""
+    """A CPU generator seeded with these numbers."""
     digest = hashlib.blake2b(repr(seed).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 @contextmanager
 def in_place_of_the_global(g: torch.Generator) -> Iterator[None]:
-    """Kornia draws from the global CPU generator: put `g` in its place, and the user's state back."""
+    """Use `g` as the global CPU generator, from which Kornia draws; restore the user's state afterwards."""
     default = torch.default_generator
     state = default.get_state()
     try:
@@ -45,7 +45,7 @@ def in_place_of_the_global(g: torch.Generator) -> Iterator[None]:
 
 @contextmanager
 def in_float32() -> Iterator[None]:
-    """Draws and pixels do not depend on the type that torch makes tensors of."""
+    """Set torch's default dtype to float32, so that draws and pixels do not depend on the user's default."""
     default = torch.get_default_dtype()
     if default == torch.float32:
         yield
@@ -58,7 +58,7 @@ def in_float32() -> Iterator[None]:
 
 
 class Watch:
-    """The states of torch's, numpy's and Python's global generators; `moved` names those that were drawn from since."""
+    """The states of torch's, numpy's and Python's global generators; `moved` names one that was used since then."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -68,7 +68,7 @@ class Watch:
         self.python = random.getstate()
 
     def moved(self) -> str:
-        """ "torch's", "numpy's", "Python's" generator, whichever has moved; "" where none has."""
+        """ "torch's", "torch's CUDA", "numpy's" or "Python's": a generator that was used; "" if none was."""
         if not torch.equal(self.torch, torch.default_generator.get_state()):
             return "torch's"
         if self.cuda is not None and not torch.equal(self.cuda, torch.cuda.get_rng_state(self.device)):
@@ -91,7 +91,7 @@ def clone(parameters: Mapping[str, Tensor]) -> Parameters:
 
 
 def rows_from(parameters: Parameters, query: Parameters, shared: Tensor) -> Parameters:
-    """The query's values in the rows of the mask, the view's own in the others."""
+    """The query's values where the mask [B] is true, the view's own values elsewhere."""
     out = {}
     for k, t in parameters.items():
         out[k] = torch.where(shared.view(-1, *[1] * (t.ndim - 1)), query[k], t)
@@ -99,5 +99,5 @@ def rows_from(parameters: Parameters, query: Parameters, shared: Tensor) -> Para
 
 
 def pick(parameters: Mapping[str, Tensor], rows: Tensor) -> Parameters:
-    """The parameters of some rows."""
+    """The parameters of the selected images."""
     return {k: t[rows.to(t.device)] for k, t in parameters.items()}

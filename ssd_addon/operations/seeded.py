@@ -1,4 +1,4 @@
-"""Anything that draws its own random numbers, shared by the seed of each sample."""
+"""Operations from functions that draw their own random numbers; views share the seed of each sample."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -12,10 +12,7 @@ from ssd_addon.operations.draws import SEED, Parameters, Watch
 
 
 class SeededOperation:
-    """A function of one sample that draws while it is applied, as an operation: what is drawn is a seed per sample.
-
-    Made by `seeded`.
-    """
+    """The operation that `seeded` returns: it draws one seed per sample, and the function draws the rest from it."""
 
     def __init__(self, fn: Callable[[Any], Any], name: str, reseed: Callable[[int], Any] | None) -> None:
         self.fn, self.name, self.reseed = fn, name, reseed
@@ -36,24 +33,25 @@ class SeededOperation:
                     self.reseed(seed)
                 y = self.fn(sample.clone())
                 if not isinstance(y, Tensor):
-                    raise TypeError(f"expected the function to return a tensor, as it is given: got {type(y).__name__}")
+                    raise TypeError(f"expected the function to return a tensor, like its input: got {type(y).__name__}")
                 out.append(y)
         finally:
             watch.restore()
         if any(y.shape != out[0].shape for y in out):
             raise ValueError(
-                f"expected samples of one shape from the function: got {sorted({tuple(y.shape) for y in out})}; end "
-                "with a resize or a crop to one size"
+                f"expected the function to return samples of one shape: got {sorted({tuple(y.shape) for y in out})}; "
+                "end it with a resize or crop to a fixed size"
             )
         return torch.stack(out)
 
 
 def seeded(fn: Callable[[Any], Any], *, name: str | None = None, reseed: Callable[[int], Any] | None = None) -> Any:
-    """An operation of any function that augments one sample: `StructuredViews({"color": [operations.seeded(fn)]})`.
+    """Make an operation from any function that augments one sample.
 
-    Views share the *seed* of each sample: before every call torch's, numpy's and Python's global generators are set to
-    it, and put back afterwards. Sharing and replay are exact. What the function draws is not known by name, so nothing
-    of it can be predicted: `parameter_matrix`, `EquivarianceLoss` and the label-free report leave such groups out.
+    Use it as `StructuredViews({"color": [operations.seeded(fn)]})`. Views share the *seed* of each sample: before every
+    call, torch's, numpy's and Python's global generators are seeded with it, and their states are restored afterwards.
+    Sharing and replay are exact. The function's random values are not recorded, so they cannot serve as prediction
+    targets: `parameter_matrix`, `EquivarianceLoss` and the label-free report leave such groups out.
 
     >>> from ssd_addon import StructuredViews, operations
     >>> views = StructuredViews({"gain": [operations.seeded(lambda x: x * torch.rand(1))]}, seed=0)
@@ -62,15 +60,15 @@ def seeded(fn: Callable[[Any], Any], *, name: str | None = None, reseed: Callabl
     (True, False)
 
     Args:
-        fn: one sample, a float32 tensor such as [C, H, W] -> the augmented sample, a tensor of one shape for all. A
-            transform of albumentations is taken as it is: it is called with an array [H, W, C], and what it returns is
-            made a tensor [C, H, W] again.
-        name: what its parameters go by; None is the name of the function or of its class.
-        reseed: called with each seed, for a function with a generator of its own.
+        fn: maps one sample, a float32 tensor such as [C, H, W], to the augmented sample, a tensor whose shape is the
+            same for all samples. An albumentations transform can be given directly: it is called with an array
+            [H, W, C], and its result is converted back to a tensor [C, H, W].
+        name: name of the operation in the parameters. None uses the name of the function or of its class.
+        reseed: called with each seed, for a function that has its own generator.
 
     Raises:
-        TypeError: no function; in use: one that returns no tensor.
-        ValueError: in use: samples of different shapes; a function that draws from a generator of its own.
+        TypeError: fn is not callable; when applied: fn does not return a tensor.
+        ValueError: when applied: fn returns samples of different shapes, or draws from its own generator.
     """
     if not callable(fn):
         raise TypeError(f"seeded: expected a function of one sample: got {type(fn).__name__}")
@@ -82,7 +80,7 @@ def seeded(fn: Callable[[Any], Any], *, name: str | None = None, reseed: Callabl
 
 
 def _of_arrays(transform: Any) -> Callable[[Tensor], Tensor]:
-    """A transform of albumentations as a function of a tensor [C, H, W]."""
+    """An albumentations transform as a function of a tensor [C, H, W]."""
 
     def fn(x: Tensor) -> Tensor:
         y = transform(image=np.ascontiguousarray(x.permute(1, 2, 0).cpu().numpy()))["image"]

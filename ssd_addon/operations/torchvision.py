@@ -1,6 +1,6 @@
-"""torchvision's transforms (v2), wrapped by themselves: `make_params` draws, `transform` applies, image by image.
+"""Wrapper for torchvision's v2 transforms: `make_params` draws, `transform` applies, one image at a time.
 
-Parameters are stored by their names, so that other views can share them and probes can predict them. Legend: B images.
+Parameters are stored by name, so that other views can share them and probes can predict them. Legend: B images.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,25 +16,25 @@ from ssd_addon.operations.wrap import GATE, WrappedOperation, changes_size
 
 HOME = "torchvision.transforms.v2"
 NOTHING = torch.iinfo(torch.int64).min
-"""In the place of None among whole numbers."""
+"""Stands for None in an integer parameter."""
 BY_SEED = "share it by seed: operations.seeded"
 _KINDS: tuple[tuple[type, torch.dtype], ...] = ((bool, torch.bool), (int, torch.int64), (float, torch.float32))
 
 
 def is_transform(op: object) -> bool:
-    """One of torchvision's v2 transforms, or a subclass; asked without an import of torchvision."""
+    """Whether `op` is a torchvision v2 transform or a subclass; does not import torchvision."""
     return any(kind.__module__.startswith(HOME) and kind.__name__ == "Transform" for kind in type(op).__mro__)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a value that `make_params` returns is stored and made again.
+    """How a value returned by `make_params` is stored as a tensor and converted back.
 
     Attributes:
-        dtype: of its row.
-        shape: of its row.
+        dtype: dtype of the stored tensor.
+        shape: shape of the value of one image.
         container: list or tuple; None for a number or a tensor.
-        number: what its numbers are in Python; None for a tensor.
+        number: Python type of its numbers; None for a tensor.
     """
 
     dtype: torch.dtype
@@ -44,14 +44,14 @@ class Kind:
 
 
 class TorchvisionOperation(WrappedOperation):
-    """A transform of torchvision.transforms.v2 that draws in `make_params`; also RandomApply of such.
+    """A transform of torchvision.transforms.v2 that draws in `make_params`, or a RandomApply of such transforms.
 
-    The probability of a transform and that of RandomApply become a gate for each image. A value that is None for
-    some images (the one that RandomErasing writes) is stored as NaN for these.
+    The probabilities of the transform and of RandomApply become one gate per image. A value that is None for some
+    images (such as the fill value of RandomErasing) is stored as NaN for them.
 
     Raises:
-        TypeError: a transform that draws elsewhere (AutoAugment and its kin, RandomChoice, MixUp), which can be shared
-            by seed (`operations.seeded`); a Compose, whose transforms are given one by one.
+        TypeError: the transform draws elsewhere (AutoAugment and similar, RandomChoice, MixUp); wrap it with
+            `operations.seeded` instead. Also for a Compose: list its transforms one by one.
     """
 
     def __init__(self, op: Any, where: str) -> None:
@@ -63,7 +63,7 @@ class TorchvisionOperation(WrappedOperation):
         alone = len(self.leaves) == 1
         self.name = type(self.leaves[0]).__name__ if alone else type(op).__name__
         self.prefixes = [""] if alone else [f"{i}.{type(leaf).__name__}." for i, leaf in enumerate(self.leaves)]
-        self.kinds: dict[tuple[int, ...], dict[str, Kind]] = {}  # by the shape of an image, name
+        self.kinds: dict[tuple[int, ...], dict[str, Kind]] = {}  # image shape -> parameter name -> kind
 
     @property
     def always(self) -> bool:
@@ -90,15 +90,15 @@ class TorchvisionOperation(WrappedOperation):
             for value in values:
                 if value is not None and kinds.setdefault(name, _kind(value, name)) != (kind := _kind(value, name)):
                     raise Refused(
-                        f"draws {name} of another kind every time, so the rows of two draws cannot be exchanged and no "
-                        f"view can be shared: got {kinds[name]} and {kind}; {BY_SEED}"
+                        f"draws {name} with another type or shape every time, so views cannot share it: got "
+                        f"{kinds[name]} and {kind}; {BY_SEED}"
                     )
         return out | {name: _rows(kind, drawn.get(name, [None] * b)) for name, kind in kinds.items()}
 
     def apply(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         y: list[Tensor] = []
         if tuple(x.shape[1:]) not in self.kinds:
-            self.draw((16, *x.shape[1:]), fresh(0))  # of which only the kinds of values are kept
+            self.draw((16, *x.shape[1:]), fresh(0))  # to learn the kinds of its values
         kinds = self.kinds[tuple(x.shape[1:])]
         for i, image in enumerate(x):
             for leaf, prefix in zip(self.leaves, self.prefixes, strict=True):
@@ -106,7 +106,7 @@ class TorchvisionOperation(WrappedOperation):
                     mine = {k.removeprefix(prefix): t[i] for k, t in parameters.items() if k.startswith(prefix)}
                     image = _transformed(leaf, image, _values(kinds, prefix, mine))
             if not isinstance(image, Tensor):
-                raise TypeError(f"expected a tensor of each image, as it is given: got {type(image).__name__}")
+                raise TypeError(f"expected a tensor for each image, like its input: got {type(image).__name__}")
             y.append(image)
         if any(t.shape != y[0].shape for t in y):
             other = next(t for t in y if t.shape != x.shape[1:])
@@ -120,7 +120,7 @@ def _rows(kind: Kind, values: Sequence[Any]) -> Tensor:
 
 
 def _values(kinds: Mapping[str, Kind], prefix: str, row: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What `make_params` returned, of a row of parameters."""
+    """The values that `make_params` returned for one image, from that image's stored parameters."""
     out: dict[str, Any] = {}
     for name, t in row.items():
         kind = kinds.get(prefix + name)
@@ -137,21 +137,22 @@ def _values(kinds: Mapping[str, Kind], prefix: str, row: Mapping[str, Tensor]) -
 
 
 class _Missing(dict[str, Any]):
-    """Parameters of which some were None for every image so far: these are None again."""
+    """Parameters in which a missing name reads as None: such a value was None for every image so far."""
 
     def __missing__(self, name: str) -> None:
         return None
 
 
 def _chance(op: Any, where: str) -> float:
-    """With which chance a transform is applied; refuses those that do not draw in `make_params`."""
+    """The probability with which a transform is applied; refuses one that does not draw in `make_params`."""
     name = type(op).__name__
     if not is_transform(op):
         raise TypeError(
-            f"{where}: expected v2 transforms of torchvision inside: got {name}; share it by seed: operations.seeded"
+            f"{where}: expected it to contain torchvision v2 transforms: got {name}; share it by seed: "
+            "operations.seeded"
         )
     if name in ("Compose", "RandomApply"):
-        raise TypeError(f"{where}: expected the transforms of {name} one by one in the group: got them in one")
+        raise TypeError(f"{where}: expected the transforms of {name} listed one by one: got the {name} itself")
     bases = [k for k in type(op).__mro__ if k.__module__.startswith(HOME)]
     known = {k.__dict__["forward"] for k in bases if k.__name__ in ("Transform", "_RandomApplyTransform")}
     if type(op).forward not in known:
@@ -184,7 +185,7 @@ def _kind(value: Any, name: str) -> Kind:
         try:
             t = torch.tensor(value)
         except (TypeError, ValueError) as error:
-            raise Refused(f"draws {name}, which is no list of numbers ({error}); {BY_SEED}") from None
+            raise Refused(f"draws {name}, which is not a list of numbers ({error}); {BY_SEED}") from None
         return Kind(torch.float32 if t.is_floating_point() else t.dtype, tuple(t.shape), type(value), float)
     got = type(value).__name__
     raise Refused(f"draws {name}: expected a number, a tensor or a list of numbers: got {got}; {BY_SEED}")

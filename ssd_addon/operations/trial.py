@@ -1,9 +1,10 @@
-"""A trial of every operation, when views are built: can its draws be shared exactly, and what does it do to pixels?
+"""A trial of every operation when views are built: can its draws be shared exactly, and how does it change pixels?
 
-It is drawn and applied a few times on small images. What cannot be shared exactly is refused by name, before any
-training: parameters whose size changes from draw to draw, rows that depend on other images of the batch, randomness
-that its parameters do not hold. Whether an operation makes images differ is read from pixels. An operation that no
-trial image fits (a crop larger than all of them, an unusual number of channels) is tried on the first images that come.
+Each operation is drawn and applied a few times on small images. One that cannot be shared exactly is refused by name
+before any training: its parameters change size from draw to draw, its result depends on other images of the batch, or
+it uses randomness that its parameters do not record. Whether an operation varies between images is measured on pixels.
+An operation that no trial image fits (a crop larger than all of them, an unusual number of channels) is tried on the
+first images that it is given.
 """
 
 import importlib
@@ -26,36 +27,36 @@ SLACK = 1e-5
 """How far outside [0, 1] rounding may take a pixel."""
 ROWS = 3
 MANY, PIXELS = 256, 2_000_000
-"""Rows, and numbers in them at most, by which it is judged whether an operation changes any pixel."""
+"""Largest number of images, and of values in them, used to decide whether an operation varies any pixel."""
 VISIBLE = 1e-4
-"""A difference of pixels above the rounding of an interpolation."""
+"""A pixel difference larger than the rounding error of an interpolation."""
 _CHECKS: Any = getattr(importlib.import_module("kornia.core"), "exceptions", None)  # since Kornia 0.8
 ERRORS: tuple[type[Exception], ...] = (
     RuntimeError, TypeError, ValueError, AssertionError, IndexError, KeyError, NotImplementedError,
     StopIteration,
     *([_CHECKS.BaseError] if hasattr(_CHECKS, "BaseError") else []),
 )  # fmt: skip
-"""What operations raise where images do not suit them."""
+"""What operations raise for images that they do not support."""
 
 
 def from_outside(error: Exception) -> bool:
-    """Whether an error only happened to be raised while an operation ran: memory, or a data loader's dead worker, whose
-    signal raises wherever the main process is."""
+    """Whether an error has nothing to do with the operation that was running: out of memory, or a data-loader worker
+    that died, whose signal raises wherever the main process happens to be."""
     return isinstance(error, torch.OutOfMemoryError) or str(error).startswith("DataLoader worker")
 
 
 class ChangesSize(Refused):
-    """It does so only where it fires, on images of the size that it was tried on."""
+    """Raised when an operation changes the image size only where it fires, on images of the trial's size."""
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What a trial found.
+    """The result of a trial.
 
     Attributes:
-        varies: two draws make different pixels of an image.
-        leaves_range: it takes pixels of [0, 1] to values outside.
-        clamps: it forces values outside [0, 1] back, or cannot take them.
+        varies: two draws give different pixels for the same image.
+        leaves_range: it maps pixels in [0, 1] to values outside.
+        clamps: it clamps values outside [0, 1], or does not accept them.
     """
 
     varies: bool
@@ -72,15 +73,15 @@ def tried(
     shapes: Iterable[tuple[int, ...]] = SHAPES,
     value_range: Range | None = (0.0, 1.0),
 ) -> Traits | None:
-    """The traits of an operation, or None where no trial sample suits it. Global generators are left as they were.
+    """The traits of an operation, or None if no trial sample suits it. Global generators are left as they were.
 
     Args:
         where: group and name, for messages.
-        shapes: of the samples that are tried, in this order.
-        value_range: of the samples; None: any numbers, about 1 in size.
+        shapes: shapes of the trial samples, tried in this order.
+        value_range: (lowest, highest) value of the samples; None for any values, of magnitude about 1.
 
     Raises:
-        Refused: it cannot be shared exactly; says why.
+        Refused: the operation cannot be shared exactly; the message says why.
     """
     watch = Watch(torch.device("cpu"))
     found: Traits | None = None
@@ -91,7 +92,7 @@ def tried(
                 try:
                     traits = _examined(operation, shape, value_range)
                 except ChangesSize as error:
-                    size = size or error  # a crop may keep the size of images as large as it makes them
+                    size = size or error  # a crop keeps the size of images that are as large as its output
                     continue
                 except Refused as error:
                     raise Refused(f"{where} {error}") from None
@@ -99,7 +100,7 @@ def tried(
                     continue
                 if traits.varies:
                     return traits
-                found = found or traits  # a crop of 32 pixels changes nothing of an image of 32: another size
+                found = found or traits  # a 32-pixel crop leaves a 32-pixel image unchanged: try another size
         if size is not None:
             raise Refused(f"{where} {size}")
         return found
@@ -108,7 +109,7 @@ def tried(
 
 
 def own_size(operation: Operation) -> list[tuple[int, ...]]:
-    """Images [C, H, W] of the size that a Kornia operation makes, if it has one."""
+    """Image shapes [C, H, W] of a Kornia operation's output size, if it has one."""
     op: Any = operation.op if isinstance(operation, KorniaOperation) else None
     size = getattr(op, "flags", {}).get("size")
     if isinstance(size, Sequence) and len(size) == 2 and all(isinstance(n, int) for n in size):
@@ -125,8 +126,10 @@ def _examined(operation: Operation, shape: tuple[int, ...], value_range: Range |
         raise ChangesSize(changes_size(x, y))
     if not _by_rows(operation, x, fired, y):
         if not isinstance(operation, KorniaOperation) or operation.one_by_one:
-            raise Refused("gives an image another result when other images are beside it, so no view can be shared")
-        operation.one_by_one = True  # its parameters name places in the batch: image by image there is one place
+            raise Refused(
+                "gives an image a result that depends on the other images of the batch; views cannot share it"
+            )
+        operation.one_by_one = True  # its parameters refer to places in the batch; image by image there is only one
         return _examined(operation, shape, value_range)
     varies = _varies(operation, shape, value_range)
     return (
@@ -135,28 +138,28 @@ def _examined(operation: Operation, shape: tuple[int, ...], value_range: Range |
 
 
 def _sharable_draws(operation: Operation, shape: tuple[int, ...]) -> list[Parameters]:
-    """Draws of `ROWS` images, every value a row of an image."""
+    """Draws for `ROWS` images; the first dimension of every parameter is the image."""
     drawn = [_drawn(operation, (ROWS, *shape), 1, k) for k in range(8)]
     other = _drawn(operation, (ROWS + 2, *shape), 2)
     if not _rows_of(drawn[0], ROWS) or not _rows_of(other, ROWS + 2):
         if not isinstance(operation, KorniaOperation) or operation.one_by_one:
             raise Refused(
-                f"draws parameters without a row for every image: expected tensors [B, ...]: got {_sizes(drawn[0])} "
-                f"for {ROWS} images"
+                f"draws parameters that are not one per image: expected tensors [B, ...]: got {_sizes(drawn[0])} for "
+                f"{ROWS} images"
             )
         operation.one_by_one = True
         return _sharable_draws(operation, shape)
     for d in (*drawn, other):
         if {k: t.shape[1:] for k, t in d.items()} != {k: t.shape[1:] for k, t in drawn[0].items()}:
             raise Refused(
-                "draws parameters of another size every time, so the rows of two draws cannot be exchanged and no view "
-                f"can be shared: got {_sizes(drawn[0])} and {_sizes(d)}"
+                "draws parameters of another size every time, so views cannot share them: got "
+                f"{_sizes(drawn[0])} and {_sizes(d)}"
             )
     return drawn
 
 
 def _drawn(operation: Operation, shape: tuple[int, ...], *seed: int) -> Parameters:
-    """Its draws for a seed, the same each time; no generator but the given one is drawn from."""
+    """The draws for a seed; refuses an operation whose draws differ the second time or use another generator."""
     watch = Watch(torch.device("cpu"))
     first, again = (operation.draw(shape, generator(*seed)) for _ in range(2))
     if moved := watch.moved():
@@ -175,21 +178,21 @@ def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
         return False
     for k in a:
         if not isinstance(a[k], Tensor) or not isinstance(b[k], Tensor):
-            return not isinstance(a[k], Tensor) and not isinstance(b[k], Tensor)  # what it is, is said elsewhere
+            return not isinstance(a[k], Tensor) and not isinstance(b[k], Tensor)  # reported by `no_batch` or `_drawn`
         if a[k].shape != b[k].shape or not torch.allclose(a[k], b[k], rtol=0, atol=0, equal_nan=True):
             return False
     return True
 
 
 def _settled(operation: Operation, x: Tensor, parameters: Parameters) -> Tensor:
-    """What it makes of the images, three times the same."""
+    """The result for these images; refuses an operation that gives another result the second or third time."""
     watch = Watch(x.device)
     given = [x.clone() for _ in range(3)]
     results = [operation.apply(each, parameters) for each in given]
     if moved := watch.moved():
         raise Refused(draws_late(moved))
     if not all(torch.equal(each, x) for each in given):
-        raise Refused("changes the images that it is given; expected a new tensor, as other views start from the same")
+        raise Refused("changes its input in place; expected a new tensor, as other views start from the same images")
     if wrong := no_batch(results[0], len(x)):
         raise Refused(wrong)
     if not all(torch.equal(results[0], y) for y in results[1:]):
@@ -198,32 +201,32 @@ def _settled(operation: Operation, x: Tensor, parameters: Parameters) -> Tensor:
 
 
 def no_batch(y: Any, b: int) -> str:
-    """What is wrong with the result for B images; "" where it is a batch of as many, floating-point."""
+    """What is wrong with a result for B images; "" if it is a floating-point batch of B."""
     if not isinstance(y, Tensor):
-        return f"makes no images: expected a tensor of {b}: got {type(y).__name__}"
+        return f"returns no images: expected a tensor of {b} images: got {type(y).__name__}"
     if y.ndim == 0 or len(y) != b:
-        return f"makes {_checks.shape(y)} of {b} images; expected one for each"
+        return f"returns {_checks.shape(y)} for {b} images; expected one result per image"
     if not y.is_floating_point():
-        return f"makes images of whole numbers: expected floating point, as it is given: got {y.dtype}"
+        return f"returns integer images: expected floating point, like its input: got {y.dtype}"
     return ""
 
 
 def draws_late(whose: str) -> str:
     return (
-        f"draws random numbers while it is applied, beside its parameters (from {whose} generator), so no two views "
-        "can share them; leave it out, or put another operation in its place"
+        f"draws random numbers while it is applied that are not in its parameters (from {whose} generator), so views "
+        "cannot share them; leave it out, or use another operation"
     )
 
 
 def draws_beside(whose: str) -> str:
     return (
-        f"draws its parameters from {whose} generator instead of the one that it is given, so the same seed makes "
-        "other views every time; expected every random number from `draw`'s generator"
+        f"draws its parameters from {whose} generator instead of the one passed to `draw`, so the same seed gives "
+        "different views every time; expected every random number to come from the generator passed to `draw`"
     )
 
 
 def _by_rows(operation: Operation, x: Tensor, parameters: Parameters, y: Tensor) -> bool:
-    """Does every image get the same result whatever lies beside it?"""
+    """Is the result for an image independent of the other images of the batch?"""
     for rows in (torch.tensor([2, 0, 1]), torch.tensor([1, 2]), torch.tensor([2])):
         try:
             again = operation.apply(x[rows], pick(parameters, rows))
@@ -243,7 +246,7 @@ def _varies(operation: Operation, shape: tuple[int, ...], value_range: Range | N
     """Do two draws make different pixels of one image?"""
     image = _scaled(0.2 + 0.5 * torch.rand(1, *shape, generator=generator(3)), value_range)
     visible = VISIBLE * (1.0 if value_range is None else value_range[1] - value_range[0])
-    for k, most in enumerate((8, MANY, MANY, MANY)):  # more, where it does something to few images only
+    for k, most in enumerate((8, MANY, MANY, MANY)):  # more draws, for an operation that changes few images
         rows = max(8, min(most, PIXELS // math.prod(shape)))
         parameters = _some_firing(operation, operation.draw((rows, *shape), generator(4, k)))
         if all(bool((t == t[:1]).all()) for t in parameters.values()):
@@ -255,13 +258,13 @@ def _varies(operation: Operation, shape: tuple[int, ...], value_range: Range | N
 
 
 def _scaled(x: Tensor, value_range: Range | None) -> Tensor:
-    """Values in [0, 1] brought to the range; to [-2, 2] where there is none."""
+    """Values in [0, 1] rescaled to the range, or to [-2, 2] if there is none."""
     low, high = (-2.0, 2.0) if value_range is None else value_range
     return x * (high - low) + low
 
 
 def _some_firing(operation: Operation, parameters: Parameters) -> Parameters:
-    """The same draws, every other gate open, unless all are open or closed."""
+    """The same draws with every other gate open, for an operation that neither always nor never fires."""
     if not isinstance(operation, WrappedOperation) or operation.always or operation.never:
         return parameters
     return {k: torch.arange(len(t)).to(t) % 2 if k.endswith(GATE) else t for k, t in parameters.items()}
@@ -270,12 +273,12 @@ def _some_firing(operation: Operation, parameters: Parameters) -> Parameters:
 def _range_traits(
     operation: Operation, shape: tuple[int, ...], parameters: Parameters, value_range: Range
 ) -> tuple[bool, bool]:
-    """(leaves_range, clamps). Geometry interpolates: it neither leaves the range much nor cares."""
+    """(leaves_range, clamps); both false for geometric operations, which only interpolate."""
     if isinstance(operation, KorniaOperation) and isinstance(operation.op, GeometricAugmentationBase2D):
         return False, False
 
     def outside(x: Tensor) -> float:
-        """Share of the values that come out outside the range, of values given as shares of it."""
+        """The share of output values outside the range, for inputs that are given as fractions of it."""
         y = operation.apply(_scaled(x, value_range), parameters)
         low, high = value_range
         slack = SLACK * (high - low)
@@ -285,7 +288,7 @@ def _range_traits(
     full = torch.ones_like(noise)
     leaves = any(outside(x) > 0.05 for x in (0.0 * full, 0.5 * full, full, noise, noise.round()))
     if isinstance(operation, KorniaOperation) and isinstance(operation.op, Denormalize):
-        return leaves, False  # brings values outside back by its nature, and loses none
+        return leaves, False  # it maps values outside the range back into it without loss
     try:
         clamps = any(outside(v * full) < 0.05 for v in (1.7, -0.6))
     except ERRORS:

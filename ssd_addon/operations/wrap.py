@@ -1,11 +1,11 @@
-"""Operations: what is drawn and what is done with it, kept apart, so that views can share and replay.
+"""Operations draw parameters first and apply them second, so that views can share and replay them.
 
-An operation is two functions; sharing, replay, per-image draws, interleaving and cross-image keys are made of them:
+An operation is two functions; sharing, replay, per-image draws, interleaving and cross-image keys build on them:
 
     draw(shape [B, ...], generator) -> {name: Tensor [B, ...]}
     apply(x [B, ...], parameters)   -> Tensor [B, ...]
 
-Kornia's 2-D operations are wrapped by themselves.
+Kornia's 2-D operations are wrapped automatically.
 """
 
 import copy
@@ -21,16 +21,16 @@ from ssd_addon import _checks
 from ssd_addon.operations.draws import Parameters, clone, in_place_of_the_global, pick
 
 GATE = "batch_prob"
-"""Kornia's name for which images an operation fires on."""
+"""Kornia's name for the gate: whether the operation fires on each image."""
 
 
 @runtime_checkable
 class Operation(Protocol):
-    """Anything that augments a batch: draw first, then apply what was drawn.
+    """Anything that augments a batch: draw parameters first, then apply them.
 
-    `draw` takes the shape of the batch [B, ...] and a CPU generator, and returns tensors of B rows, always of the same
-    names and row shapes. `apply` returns a batch of B samples, row i made of row i and its parameters alone, without
-    drawing anything: the same input gives the same output.
+    `draw` takes the shape of the batch [B, ...] and a CPU generator, and returns tensors [B, ...], always with the same
+    names and trailing shapes. `apply` returns a batch of B samples; sample i depends only on sample i and its
+    parameters. It draws nothing: the same input gives the same output.
     """
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]: ...
@@ -39,12 +39,12 @@ class Operation(Protocol):
 
 
 class WrappedOperation:
-    """What a library's operation is made into.
+    """Base class of the wrappers around another library's operations.
 
     Attributes:
-        op: the operation.
-        name: of its class.
-        one_by_one: is it drawn and applied image by image?
+        op: the wrapped operation.
+        name: name of its class.
+        one_by_one: whether it is drawn and applied image by image.
     """
 
     op: Any
@@ -63,15 +63,16 @@ class WrappedOperation:
 
 
 class KorniaOperation(WrappedOperation):
-    """One of Kornia's 2-D operations, on a copy.
+    """A copy of one of Kornia's 2-D operations.
 
-    Every draw is per image: the order of ColorJitter and ColorJiggle and on/off gates of whole batches are drawn for
-    each; where an operation draws anything else for the batch, or its parameters refer to places in the batch, it is
-    drawn and applied image by image (`one_by_one`). Images on which it does not fire stay as they are, bit for bit.
+    Every draw is per image: the order of ColorJitter and ColorJiggle, and gates that Kornia draws for a whole batch,
+    are drawn for each image. An operation that draws anything else for the batch, or whose parameters refer to places
+    in the batch, is drawn and applied image by image (`one_by_one`). Images on which it does not fire stay bitwise
+    unchanged.
 
     Raises:
-        TypeError: no Kornia 2-D operation on single images.
-        ValueError: same_on_batch=True.
+        TypeError: not a Kornia 2-D operation on single images.
+        ValueError: same_on_batch=True, or a gate that is drawn for the whole batch.
     """
 
     def __init__(self, op: nn.Module, where: str) -> None:
@@ -85,8 +86,8 @@ class KorniaOperation(WrappedOperation):
         self.fixed_order: tuple[int, ...] | None = getattr(op, "_fixed_order", None) if self.reorders else None
         if op.same_on_batch and (self.random or not self.always):
             if "same_on_batch" in inspect.signature(type(op)).parameters:
-                problem = "(same_on_batch=True) gives all images one draw; every draw is per image"
-            else:  # Normalize, CenterCrop and Resize set it themselves: they draw nothing but the gate
+                problem = "(same_on_batch=True) uses one draw for all images; expected a draw per image"
+            else:  # Normalize, CenterCrop and Resize set it themselves: they draw only the gate
                 problem = (
                     f"(p={min(op.p, op.p_batch)}) fires on all images of a batch or on none; expected p=1, as draws "
                     "are per image"
@@ -100,7 +101,7 @@ class KorniaOperation(WrappedOperation):
         try:
             self.op.generate_parameters(torch.Size((2, 3, 64, 64)))
             return not torch.equal(state, torch.default_generator.get_state())
-        except Exception:  # images of another size are wanted: it looks at them before it draws
+        except Exception:  # it needs another image size, which it checks before it draws
             return True
         finally:
             torch.default_generator.set_state(state)
@@ -116,7 +117,7 @@ class KorniaOperation(WrappedOperation):
         return bool(self.op.p == 0 or self.op.p_batch == 0)
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Parameters:
-        """Parameters of a batch [B, ...], every value per image."""
+        """Parameters for a batch of shape [B, ...], drawn for each image."""
         b = shape[0]
         with in_place_of_the_global(generator):
             if not self.one_by_one:
@@ -129,12 +130,12 @@ class KorniaOperation(WrappedOperation):
                     out["order"] = torch.rand(b, 4).argsort(dim=1)
                 else:
                     out["order"] = torch.tensor(self.fixed_order).expand(b, -1).clone()
-            if 0 < self.op.p_batch < 1:  # a gate for the whole batch: one per image instead
+            if 0 < self.op.p_batch < 1:  # replace the gate for the whole batch by one per image
                 out[GATE] = (torch.rand(b) < self.op.p * self.op.p_batch).to(out[GATE].dtype)
         return out
 
     def apply(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Run it on the images that it fires on; the others stay as they are."""
+        """Apply the operation to the images on which it fires; the others stay as they are."""
         b = x.shape[0]
         fires = parameters[GATE] > 0.5
         if not bool(fires.any()):
@@ -160,10 +161,10 @@ class KorniaOperation(WrappedOperation):
         return out
 
     def _in_order(self, x: Tensor, parameters: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-        """ColorJitter and ColorJiggle: each image has an order of its own for the sub-operations.
+        """ColorJitter and ColorJiggle: each image has its own order of the sub-operations.
 
         Step t runs each sub-operation on the images that have it at place t: 16 calls on a quarter of the images each,
-        where one call per order would be 24.
+        instead of 24 calls, one per order.
         """
         out = x.clone()
         orders = parameters["order"].cpu()[rows]
@@ -184,13 +185,13 @@ class KorniaOperation(WrappedOperation):
         try:
             y: Tensor = self.op(x, params=given)
         finally:
-            self.op._params = {}  # Kornia would keep the batch's parameters alive
+            self.op._params = {}  # otherwise Kornia keeps the batch's parameters in memory
         return y
 
 
 def changes_size(x: Tensor, y: Tensor) -> str:
     return (
-        f"makes {_checks.shape(x[:1])} into {_checks.shape(y[:1])} where it fires and leaves the other images as they "
+        f"returns {_checks.shape(y[:1])} for {_checks.shape(x[:1])} where it fires and leaves the other images as they "
         "are; an operation that changes the size needs p=1"
     )
 
@@ -198,11 +199,11 @@ def changes_size(x: Tensor, y: Tensor) -> str:
 def _copied(op: AugmentationBase2D) -> AugmentationBase2D:
     op = copy.deepcopy(op)
     op.set_rng_device_and_dtype(torch.device("cpu"), torch.float32)
-    for part in op.modules():  # Kornia's constants: no checkpoint of a surrounding module holds them
+    for part in op.modules():  # keep Kornia's constants out of the state_dict of a surrounding module
         part._non_persistent_buffers_set.update(part._buffers)
     return op
 
 
 def _rows(parameters: Mapping[str, Any]) -> Parameters:
-    """The parameters that have a row for every image, as tensors of our own."""
+    """Copies of the parameters that hold one value per image."""
     return {k: torch.as_tensor(t).clone() for k, t in parameters.items() if k not in ("forward_input_shape", "order")}

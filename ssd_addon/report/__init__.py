@@ -3,7 +3,8 @@
     python -m ssd_addon report RUN_OR_CHECKPOINT --data DIR --out report.html
     write("report.html", model, images, views=views, factors=factors)                    the same, in Python
 
-`data` reads images and what is known of them, `findings` measures, `verdict` puts it in words, `page` makes HTML of it.
+`data` reads images and what is known of them, `findings` measures, `problems` judges, `verdict` and `advice` put it in
+words, `page` makes HTML of it.
 """
 
 import os
@@ -53,7 +54,7 @@ def write(
         images: [n, C, H, W], uint8 or in [0, 1], not normalized (Normalize of the views' `then` is applied), or `Data`.
             Gray images are repeated to 3 channels where the model does not take one, and color images made gray where
             it does not take three.
-        views: the `StructuredViews` of the training; without them the page has no label-free matrix.
+        views: the `StructuredViews` used in training; without them the page has no label-free matrix.
         factors: name -> a value for each image, as in `metrics.r2_matrix`.
         names: a caption for each image.
         log: entries of the run's JSON-lines log, for the curves.
@@ -75,7 +76,7 @@ def write(
         What the page shows. What could not be measured is in `.reasons`.
 
     Raises:
-        OSError: `out` cannot be written; said before anything is computed.
+        OSError: `out` cannot be written; raised before anything is computed.
         ValueError, TypeError: images that are not [n, C, H, W], names or factors that are not one for each image, bands
             that are not one to three of the channels, names in `own` that are no space or no factor, and what
             `metrics.embed` refuses.

@@ -86,8 +86,8 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
             NAME(samples=...), where it takes that, or NAME() returns `Data`, a data set or a pair (images
             [n, C, H, W], factors). A label is a class (an integer or a word), a number, or a mapping of factors.
         size: edge in pixels that images of a data set are brought to.
-        samples: at most so many.
-        seed: of the choice.
+        samples: largest number of images.
+        seed: seed of the choice of images.
         say: called with a line on the progress.
 
     Raises:
@@ -191,7 +191,7 @@ def _name_of_file(spec: Any, k: int) -> str | None:
 
 
 def _subset(data: Data, samples: int, seed: int) -> Data:
-    """At most so many images, with what is known of them."""
+    """At most `samples` images, with their labels and factors."""
     n = len(data.images)
     if data.images.ndim != 4 or not n:
         raise ValueError(f"data: expected images [n, C, H, W], one or more: got {_checks.shape(data.images)}")

@@ -61,11 +61,12 @@ class Findings:
         summary: dci and the gaps of SAP and MIG where factors are known.
         views: a batch of structured views [V, B, C, H, W] as pictures in [0, 1], or None.
         explored: rows of the images in the explorer; similarity: space -> [m, m] cosines.
-        log: of the training.
+        log: entries of the training log.
         reasons: part -> why it is not there.
         display: how images are shown as RGB.
         tests: spaces x groups, whether a space depends on the parameters of another group; or None.
         exclusive: the same for known factors that are not the space's own, where it is said which are; or None.
+        widths: space -> dimensions.
     """
 
     title: str
@@ -84,6 +85,7 @@ class Findings:
     display: Display | None = None
     tests: Exclusivity | None = None
     exclusive: Exclusivity | None = None
+    widths: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +118,7 @@ def measure(
     Args:
         model: images -> space -> [n, d].
         data: images and what is known of them.
-        views: the `StructuredViews` of the training; None: no label-free matrix and no picture of views.
+        views: the `StructuredViews` used in training; None: no label-free matrix and no picture of views.
         log: entries of a JSON-lines log.
         title, about: for the head of the page.
         on_sphere: True scores L2-normalized embeddings, as the SimCLR family's loss sees them; None asks the model.
@@ -217,6 +219,7 @@ def measure(
         show,
         tests,
         exclusive,
+        {s: z[s].shape[1] for s in spaces},
     )
 
 

@@ -35,7 +35,7 @@
   const fill = (row, found, by) => {
     row.replaceChildren();
     if (!found.length) {
-      row.textContent = shown ? "Move a slider off 0." : "There is no other image.";
+      row.textContent = shown ? "Move a slider away from 0." : "There is no other image.";
       return;
     }
     for (const [score, j] of found) {

@@ -5,14 +5,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ssd_addon.metrics import Exclusivity, ScoreTable
+from ssd_addon.metrics.embed import BACKBONE
+from ssd_addon.report.advice import advice, advice_section
 from ssd_addon.report.curves import finite, panel
 from ssd_addon.report.data import Data
 from ssd_addon.report.document import document
 from ssd_addon.report.findings import Findings
+from ssd_addon.report.legend import legend
 from ssd_addon.report.pictures import explorer_section, views_section
 from ssd_addon.report.table import number, score_table, short_name
 from ssd_addon.report.text import html
-from ssd_addon.report.verdict import ENCODES, TRACE, verdict
+from ssd_addon.report.verdict import verdict
 
 LIMIT = 10_000_000
 """Bytes that a page may have."""
@@ -41,23 +44,11 @@ def _subject(f: Findings) -> str:
 def _verdict(f: Findings, head: str, each: Sequence[str]) -> str:
     facts = "".join(f"<span>{html(k)} <b>{html(v)}</b></span>" for k, v in f.about)
     listed = "".join(f"<li>{html(s)}</li>" for s in each)
-    thing = "a space is" if f.spaces else "the features are"
-    how = (
-        "R² is the fraction of the variance that a probe predicts on held-out images: of how much an augmentation "
-        f"parameter differs between two views of an image, or of a known factor. From {ENCODES} on, {thing} said to "
-        f"encode it; below {TRACE}, not to encode it."
-    )
-    if (tests := f.tests or f.exclusive) is not None:
-        how += (
-            " What is not a space's own leaks where a test of conditional independence, given its own, rejects "
-            f"(p, corrected for the number of tests by Holm's method, of {tests.level:g} or less) and the space "
-            f"predicts at least {tests.smallest:g} of what its own leaves of it (partial R²)."
-        )
     return (
         f"<header>\n<h1>{html(f.title or _subject(f).capitalize())}</h1>\n"
         f'<p class="verdict" id="verdict">{html(head)}</p>\n'
-        + (f'<ul class="each">{listed}</ul>\n<p class="note">{how}</p>\n' if listed else "")
-        + f'<p class="about">{facts}</p>\n</header>'
+        + (f'<ul class="each">{listed}</ul>\n' if listed else "")
+        + f'{advice_section(advice(f))}\n<p class="about">{facts}</p>\n</header>'
     )
 
 
@@ -65,47 +56,58 @@ def _verdict(f: Findings, head: str, each: Sequence[str]) -> str:
 
 
 def _label_free(f: Findings) -> str:
-    whose = "each space" if f.spaces else "the features"
     verb = "does each space" if f.spaces else "do the features"
-    out = ["<section>", f"<h2>Without labels: which augmentations {verb} encode?</h2>"]
+    out = ["<section>", f"<h2>Which augmentations {verb} encode? (no labels needed)</h2>"]
     if f.label_free is None:
         return "\n".join([*out, _na(f.reasons.get("label-free matrix", "")), "</section>"])
     text = (
         "Two views of each image are drawn independently. From their "
-        f"{'embeddings in one space' if f.spaces else 'features'} a probe predicts by how much the parameters of each "
+        f"{'embeddings in one space' if f.spaces else 'features'}, a probe predicts by how much the parameters of each "
         "group of augmentations differ."
     )
     if any(s in f.label_free.factors for s in f.spaces):
         text += " A style space should encode its own group (outlined) and no other"
-        text += ", and content should encode none." if "content" in f.spaces else "."
-    if f.spaces and any(s not in f.spaces for s in f.label_free.spaces):
-        text += " The backbone's score is a reference point."
-    out += [f"<p>{text}</p>", _scores(f.label_free, f, across="group of augmentations", tests=f.tests)]
+        text += "; the content space should encode none." if "content" in f.spaces else "."
+    out += [f"<p>{text}</p>", _beside(f, f.label_free, f.tests, across="group of augmentations")]
     if "exclusivity of augmentations" in f.reasons:
-        out.append(_na(f"test of what leaks: {f.reasons['exclusivity of augmentations']}"))
+        out.append(_na(f"the test for leaks: {f.reasons['exclusivity of augmentations']}"))
     if f.label_free.parts is not None:
-        out += [f"<h3>Which parameters {whose} encode{'s' if f.spaces else ''}</h3>"]
-        out += [_scores(f.label_free.parts, f, across="parameter", tests=f.tests)]
+        out += ["<h3>By parameter</h3>", _scores(f.label_free.parts, f, across="parameter", tests=f.tests)]
     return "\n".join([*out, "</section>"])
 
 
 def _labelled(f: Findings) -> str:
     whose = "each space" if f.spaces else "the features"
-    out = ["<section>", f"<h2>With labels: which factors can be decoded from {whose}?</h2>"]
+    out = ["<section>", f"<h2>Which known factors can be decoded from {whose}?</h2>"]
     if not f.labelled:
         why = [f.reasons[k] for k in f.reasons if k.startswith("known factors")]
         out.append(_na("; ".join(dict.fromkeys(why))))
-    called = {"ridge": "By a linear probe", "kernel": "By a kernel probe, which decodes nonlinear codes too"}
+    called = {"ridge": "By a linear probe", "kernel": "By a kernel probe, which finds nonlinear codes too"}
     for probe, table in f.labelled.items():
-        out += [f"<h3>{called[probe]}</h3>", _scores(table, f, across="factor", tests=f.exclusive)]
+        shown = _scores(table, f, across="factor", tests=f.exclusive)
+        if f.label_free is None and probe == next(iter(f.labelled)):
+            shown = _beside(f, table, f.exclusive, across="factor")
+        out += [f"<h3>{called[probe]}</h3>", shown]
     if "exclusivity of known factors" in f.reasons:
-        out.append(_na(f"test of what leaks: {f.reasons['exclusivity of known factors']}"))
+        out.append(_na(f"the test for leaks: {f.reasons['exclusivity of known factors']}"))
     if f.labelled:
-        out.append(
-            '<p class="note">R² on held-out images. For classes it is the accuracy, rescaled so that always answering '
-            "the most frequent class of the training images is 0 and being always right is 1.</p>"
+        text = (
+            "For classes, the score is not R² but the accuracy on held-out images, rescaled: 0 is always answering the "
+            "most frequent class of the training images, 1 is always being right."
         )
+        if f.spaces and f.exclusive is None and "exclusivity of known factors" not in f.reasons:
+            text += (
+                " Which factors belong into which space is not known here (in Python: report.write(..., own=...)), so "
+                "a factor that several spaces encode is named, and none is tested for a leak."
+            )
+        out.append(f'<p class="note">{text}</p>')
     return "\n".join([*out, "</section>"])
+
+
+def _beside(f: Findings, t: ScoreTable, tests: Exclusivity | None, *, across: str) -> str:
+    """The first matrix of the page, and beside it how it is read."""
+    how = legend(spaces=bool(f.spaces), backbone=BACKBONE in t.spaces, tests=f.tests or f.exclusive)
+    return f'<div class="beside"><div>{_scores(t, f, across=across, tests=tests)}</div>{how}</div>'
 
 
 def _scores(t: ScoreTable, f: Findings, *, across: str, what: str = "Space", tests: Exclusivity | None = None) -> str:
@@ -119,7 +121,7 @@ def _numbers(f: Findings) -> str:
     elif "geometry" in f.reasons:
         out.append("<h3>Geometry of the embeddings</h3>" + _na(f.reasons["geometry"]))
     if f.shared is not None:
-        out.append("<h3>Redundancy</h3><p>How well one space (row) predicts another (column); 0 is best.</p>")
+        out.append("<h3>Redundancy</h3><p>How well one space (row) predicts another (column). 0 is best.</p>")
         out.append(_scores(f.shared, f, what="From space", across="predicted space"))
     elif "redundancy" in f.reasons:
         out.append("<h3>Redundancy</h3>" + _na(f.reasons["redundancy"]))
@@ -136,7 +138,9 @@ def _numbers(f: Findings) -> str:
         items = " &nbsp; ".join(f"{html(k)} <b>{number(v)}</b>" for k, v in cells.items())
         notes = "; ".join([*why, *(f"{k}: {v}" for k, v in (d.notes if d is not None else {}).items())])
         out.append(f"<h3>Summary of the labeled matrix</h3><p>{items}</p>")
-        out.append(f'<p class="note">Over spaces, by linear probes; each factor by itself. {html(notes)}</p>')
+        out.append(
+            f'<p class="note">Each space is one code; linear probes predict one factor at a time. {html(notes)}</p>'
+        )
     elif why:
         out.append("<h3>Summary of the labeled matrix</h3>" + _na("; ".join(why)))
     return "\n".join([*out, "</section>"]) if len(out) > 2 else ""
@@ -188,7 +192,7 @@ def _curves(f: Findings) -> str:
             drawn.append(panel(title, unit, series, marks))
             shown |= series.keys()
     if not drawn:
-        out.append(_na("there is no log.jsonl beside the checkpoint" if not f.log else "the log holds no curve"))
+        out.append(_na("there is no log.jsonl beside the checkpoint" if not f.log else "the log has no values to draw"))
     else:
         legend = "".join(
             f'<li><i style="background:var(--s{k % 6})"></i>{html(f.spaces[k])}</li>' for k in sorted(shown)
@@ -196,7 +200,9 @@ def _curves(f: Findings) -> str:
         out += [f'<ul class="legend">{legend}</ul>' if legend else "", f'<div class="plots">{"".join(drawn)}</div>']
     if alarms:
         said = "".join(f"<li>step {step:g}: {html(text)}</li>" for step, text in alarms)
-        out.append(f'<p class="note">Dashed: what the collapse alarm said.</p><ul class="alarms">{said}</ul>')
+        out.append(
+            f'<p class="note">Dashed lines mark the messages of the collapse alarm.</p><ul class="alarms">{said}</ul>'
+        )
     return "\n".join([*out, "</section>"])
 
 

@@ -34,13 +34,13 @@ def views_section(f: Findings) -> str:
         heads += [(f"{name(s, 60)} key", f"shares {name(s, 60)} with the query") for s in plan.spaces[1:]]
         side = [""] * count
         text = (
-            "Each row is one image. Each key shares with the query what its heading names; everything else is redrawn."
+            "Each row is one image. A key shares with the query what its heading says; everything else is drawn anew."
         )
     else:
         heads, index = [("query", ""), ("key", "")], f.views.space_index
         serves = [i % len(plan.spaces) if index is None else int(index[i]) for i in range(count)]
-        side = [f'<th scope="row">serves {html(plan.spaces[s])}</th>' for s in serves]
-        text = "Each row is one image, with the pair of views that serves the named space: they share that group alone."
+        side = [f'<th scope="row">for {html(plan.spaces[s])}</th>' for s in serves]
+        text = "Each row is one image, with the pair of views for the named space. The two share that group alone."
     rows = []
     for i in range(count):
         cells = "".join(
@@ -82,10 +82,10 @@ def explorer_section(f: Findings, data: Data) -> str:
         [
             "<section>",
             "<h2>Which images are close to each other?</h2>",
-            "<p>Choose an image, with the mouse or with the arrow keys. Each row shows its nearest neighbors among the "
-            f"n = {len(captions)} images here in one space. "
-            + ("In the mix, a negative weight asks for images that differ in that space. " if mix else "")
-            + "The numbers are cosine similarities.</p>"
+            f"<p>Choose an image with the mouse or the arrow keys. Of the n = {len(captions)} images here, each row "
+            "shows the nearest in one space, with the cosine similarity. "
+            + ("In your mix, a negative weight asks for images that differ in that space." if mix else "")
+            + "</p>"
             + shown(f.display)
             + "<noscript><p>The explorer needs JavaScript.</p></noscript>",
             '<div class="explorer" id="explorer">'

@@ -4,8 +4,11 @@ import math
 from collections.abc import Sequence
 
 from ssd_addon.metrics import Exclusivity, ScoreTable
+from ssd_addon.metrics.embed import BACKBONE
+from ssd_addon.report.readings import p_value, short, tested
 from ssd_addon.report.text import html, name
-from ssd_addon.report.verdict import p_value, short, tested
+
+_PROBES = {"ridge": "linear probe", "kernel": "kernel probe"}
 
 
 def score_table(
@@ -17,9 +20,9 @@ def score_table(
         t: what is shown.
         across: what its columns are, "parameter" for those of groups of augmentations.
         corner: what its rows are.
-        spaces: the rows that are spaces of the model; others are set in italics, and the cell of a space and its own
-            group is outlined.
-        tests: what is said below the interval of a cell that was tested: p, and the effect.
+        spaces: the rows that are spaces of the model; others are set in italics. The cell of a space and its own group
+            is outlined, and has the backbone's score below its own.
+        tests: p and the effect, for the cells that were tested.
     """
     heads = []
     for factor in t.factors:
@@ -47,22 +50,27 @@ def score_table(
             v = min(1.0, max(0.0, value))
             interval = t.intervals.get((space, factor))
             small = f"<small>{number(interval[0])} to {number(interval[1])}</small>" if interval else ""
+            if own and BACKBONE in t.spaces and not math.isnan(back := t[BACKBONE, factor]):
+                small += f"<small>backbone {number(back)}</small>"
             if (test := tested(tests, space, factor)) is not None:
-                small += f"<small>{p_value(test.corrected)}, partial R² {number(test.effect)}</small>"
-            classes = "heat own" if own else "heat"
+                leak = tests is not None and tests.is_leak(space, factor)
+                effect = test.effect if leak else math.floor(test.effect * 100 + 1e-9) / 100  # below the limit as shown
+                small += f"<small>{p_value(test.corrected)}, partial R² {number(effect)}</small>"
+                small += "<small><b>leak</b></small>" if leak else ""
+            classes = f"heat{' own' if own else ''}"
             cells.append(f'<td class="{classes}" style="--v:{v:.3f}" title="{html(cell)}">{number(value)}{small}</td>')
         other = "" if space in spaces or not spaces else ' class="other"'
         rows.append(f'<tr{other}><th scope="row">{short_name(space)}</th>{"".join(cells)}</tr>')
-    below = ", below it the 95 % interval" if t.intervals else ""
-    caption = f"{t.probe} probe, fitted on n = {t.n_train} {t.unit}, scored on n = {t.n_test} held out{below}"
-    if tests is not None:
-        below += ", and the test of whether the space depends on it given its own: p, corrected, and partial R²"
+    below = ["the 95 % interval"] if t.intervals else []
+    below += ["the test for a leak: p, and partial R²"] if tests is not None else []
+    caption = f"{_PROBES.get(t.probe, t.probe)}, fitted on n = {t.n_train} {t.unit}, scored on n = {t.n_test} others"
+    caption += f"; below each score {' and '.join(below)}" if below else ""
     notes = dict.fromkeys(f"{factor}: {note}" for (_, factor), note in t.notes.items() if note != "itself")
     head = f'<tr><th scope="col">{html(corner)}<small>by {across}</small></th>{"".join(heads)}</tr>'
     return (
         f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>\n'
         f'<p class="key"><span>0 <i></i> 1</span> <span>{html(caption)}</span></p>'
-        + "".join(f'<p class="note">{html(note)}</p>' for note in notes)
+        + (f'<p class="note">{html("; ".join(notes))}</p>' if notes else "")
     )
 
 

@@ -1,11 +1,11 @@
-"""Runs: what a training leaves in its folder, and opening it again without the script that trained it.
+"""Saves and resumes training runs, and opens trained models without the script that trained them.
 
     model.save("runs/mine/model.pt", card={"backbone": "torchvision:resnet18", "views": {...}, "family": "simclr"})
     opened = load("runs/mine")                            .model, .views, .card, .log
 
-A file of your own is opened too if it holds {"config": model.config(), "state_dict": model.state_dict(), "card": ...};
-a training run's checkpoint (`save_run`, `restore_run`) holds the same as "heads", "model" and "card" beside the rest of
-its state.
+`load` also opens your own files if they hold {"config": model.config(), "state_dict": model.state_dict(), "card": ...}.
+A checkpoint of a run (`save_run`, `restore_run`) holds the same as "heads", "model" and "card", with the rest of its
+state.
 """
 
 from ssd_addon.card import check_card

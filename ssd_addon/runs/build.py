@@ -1,4 +1,4 @@
-"""Backbones and views from plain data, such as a card holds, and from the caller's own code."""
+"""Builds backbones and views from plain data, such as a card, and from the caller's own code."""
 
 import importlib
 import importlib.util
@@ -21,16 +21,17 @@ PRESET_KEYS = ("preset", "size", "normalize", "plan", "cross_image", "constraine
 
 
 def build_backbone(spec: str, *, code: bool = False, pretrained: bool = False) -> nn.Module:
-    """ "torchvision:resnet18", "timm:vit_tiny_patch16_224"; with `code`, "FILE.py:NAME" too.
+    """Build a backbone by name: "torchvision:resnet18", "timm:vit_tiny_patch16_224" or, with `code`, "FILE.py:NAME".
 
     Args:
-        spec: of the backbone.
-        code: whether a file or module may be named, whose code is run: NAME is a module, or makes one.
-        pretrained: with the library's own weights, which it downloads where it does not have them.
+        spec: name of the backbone.
+        code: allow a Python file or module, whose code is run; NAME is an nn.Module or a function that returns one.
+        pretrained: load the library's own weights, which it downloads if necessary.
 
     Raises:
-        ValueError: another form, an unknown model, something that makes no module; pretrained code.
-        OSError: weights that could not be downloaded.
+        ValueError: the name has another form; the model is unknown; the code does not make a module; pretrained is
+            given with code.
+        OSError: the weights could not be downloaded.
         ImportError: torchvision or timm is missing.
     """
     home, _, name = spec.partition(":")
@@ -39,27 +40,31 @@ def build_backbone(spec: str, *, code: bool = False, pretrained: bool = False) -
     if home == "torchvision":
         with needs(f"backbone {spec!r}"):
             models = importlib.import_module("torchvision.models")
-        if name not in models.list_models(module=models):  # classification; the others load weights of their own
-            raise ValueError(f"backbone: torchvision has no classification model {name!r} (see torchvision.models)")
+        if name not in models.list_models(module=models):  # classification models only; others download weights
+            raise ValueError(
+                f"backbone: expected a classification model of torchvision (see torchvision.models): got {name!r}"
+            )
         with _downloading(spec, pretrained):
             model: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None)
         return model
     if home == "timm":
         with needs(f"backbone {spec!r}"):
             timm = importlib.import_module("timm")
-        if ":" in name or "/" in name or not timm.is_model(name):  # names of hubs and folders are no architectures
-            raise ValueError(f"backbone: timm has no model {name!r}")
+        if ":" in name or "/" in name or not timm.is_model(name):  # names of hubs and folders are not architectures
+            raise ValueError(f"backbone: expected a model of timm: got {name!r}")
         try:
-            # With its classifier, which StyleHeads takes off: files of 0.1.0 hold its weights.
+            # With its classifier, which StyleHeads removes, as files of 0.1.0 contain its weights.
             with _downloading(spec, pretrained):
                 made: nn.Module = timm.create_model(name, pretrained=pretrained)
             return made
-        except RuntimeError as error:  # a tag that it does not have
-            raise ValueError(f"backbone: timm has no model {name!r} ({error})") from error
+        except RuntimeError as error:  # unknown pretrained tag
+            raise ValueError(f"backbone: expected a model of timm: got {name!r} ({error})") from error
     if not code:
         raise ValueError(f"backbone: expected torchvision:NAME or timm:NAME: got {spec!r}")
     if pretrained:
-        raise ValueError(f"pretrained: expected with torchvision:NAME or timm:NAME: got {spec!r}; give its weights")
+        raise ValueError(
+            f"pretrained: expected only with torchvision:NAME or timm:NAME: got {spec!r}; give its weights"
+        )
     maker = find(spec, "backbone")
     found = maker() if callable(maker) and not isinstance(maker, nn.Module) else maker
     if not isinstance(found, nn.Module):
@@ -71,28 +76,29 @@ def build_backbone(spec: str, *, code: bool = False, pretrained: bool = False) -
 def _downloading(spec: str, pretrained: bool) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # each library has errors of its own for a network that is not there
+    except Exception as error:  # each library raises its own errors if the network cannot be reached
         if not pretrained or (isinstance(error, RuntimeError) and "Invalid pretrained tag" in str(error)):
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise OSError(
-            f"pretrained: expected weights of {spec!r} that can be had: could not get them ({reason}); give a file of "
-            "them as weights"
+            f"pretrained: expected weights of {spec!r} that can be loaded: could not get them ({reason}); give a file "
+            "with the weights instead"
         ) from error
 
 
 def build_views(spec: Any, *, code: bool = False, seed: int | None = 0) -> StructuredViews:
-    """`StructuredViews` from plain data.
+    """Build `StructuredViews` from plain data.
 
     Args:
-        spec: {"preset": name, "size": pixels}, with "plan", "cross_image" and "constrained_crop" beside it if need be;
-            or {"groups": {"color": [["ColorJitter", {"hue": 0.1}], ...]}, "then": [...], ...} with the arguments of
-            `StructuredViews`, each operation as Kornia's name and its arguments; or a `StructuredViews`. With `code`
-            also a preset's name, a JSON file of such a mapping, or "FILE.py:NAME", where NAME() makes the views.
-        seed: of the draws.
+        spec: {"preset": name, "size": pixels}, optionally with "plan", "cross_image" and "constrained_crop"; or
+            {"groups": {"color": [["ColorJitter", {"hue": 0.1}], ...]}, "then": [...], ...} with the arguments of
+            `StructuredViews`, where each operation is Kornia's name and its arguments; or a `StructuredViews`. With
+            `code` also a preset's name, a JSON file of such a mapping, or "FILE.py:NAME", where NAME() returns views.
+        code: allow these three forms; the code in a Python file is run.
+        seed: seed of the draws.
 
     Raises:
-        ValueError: another form, an unknown operation, arguments that it does not take.
+        ValueError: spec has another form; an operation is unknown or does not accept its arguments.
     """
     if isinstance(spec, StructuredViews):
         return spec
@@ -113,7 +119,7 @@ def build_views(spec: Any, *, code: bool = False, seed: int | None = 0) -> Struc
         raise ValueError(f"views: expected a mapping with either 'preset' or 'groups': got {spec!r}")
     if "preset" in spec:
         if extra := [k for k in spec if k not in PRESET_KEYS]:
-            raise ValueError(f"views: expected {_checks.names(PRESET_KEYS)}: got {_checks.names(extra)} too")
+            raise ValueError(f"views: expected only {_checks.names(PRESET_KEYS)}: got {_checks.names(extra)} too")
         options = {k: spec[k] for k in ("size", "normalize") if k in spec}
         _limits.edge(spec.get("size", 1), "views: expected the preset's size")
         drawn = {k: spec[k] for k in ("plan", "cross_image", "constrained_crop") if k in spec}
@@ -166,25 +172,26 @@ def _operations(specs: Any, where: str) -> list[nn.Module]:
         _limits.crop(arguments.get("size"), f"views: {name}")
         try:
             made.append(kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}))
-        except Exception as error:  # Kornia checks by assertions and type errors alike
+        except Exception as error:  # Kornia raises assertion errors, type errors and others
             raise ValueError(f"views: {name} does not take {dict(arguments)!r} ({error})") from error
     return made
 
 
 def find(spec: str, what: str) -> Any:
-    """The thing called NAME in "FILE.py:NAME" or "MODULE:NAME"; runs that file or module."""
+    """Import "FILE.py:NAME" or "MODULE:NAME" and return the object NAME; runs that file or module."""
     home, _, name = spec.rpartition(":")
-    if not home or not name or home.startswith("."):
+    relative = home.startswith(".") and not home.endswith(".py")  # of a module: relative to nothing
+    if not home or not name or relative:
         raise ValueError(f"{what}: expected FILE.py:NAME or MODULE:NAME: got {spec!r}")
     if home.endswith(".py"):
         file = Path(home).resolve()
         if not file.is_file():
-            raise ValueError(f"{what}: expected a Python file: got {home}, which is no file")
+            raise ValueError(f"{what}: expected a Python file: got {home}, which is not a file")
         loader = importlib.util.spec_from_file_location(f"_ssd_addon_{file.stem}", file)
         assert loader is not None and loader.loader is not None
         module = importlib.util.module_from_spec(loader)
-        sys.modules[loader.name] = module  # dataclasses and pickle look there
-        sys.path.insert(0, str(file.parent))  # what lies beside a script, as when it is run
+        sys.modules[loader.name] = module  # needed by dataclasses and pickle
+        sys.path.insert(0, str(file.parent))  # for imports from the script's folder, as when it is run
         try:
             loader.loader.exec_module(module)
         finally:

@@ -1,4 +1,4 @@
-"""The state of a training run in one file: written whole or not at all, opened by `load` and continued from."""
+"""The state of a run in one file, written completely or not at all; `load` opens it and `restore_run` resumes it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from ssd_addon.stacked import is_stacked
 Part = storage.HasState
 
 RESERVED = ("config", "heads", "model", "card", "state_dict")
-"""Keys by which a file is opened; see `storage.read`."""
+"""Keys that `storage.read` needs in a file."""
 
 
 def save_run(
@@ -29,16 +29,16 @@ def save_run(
     """Write a run's checkpoint.
 
     Args:
-        path: of the file; what was there is replaced once the new one is complete.
-        model: saved as "heads" (configuration) and "model" (weights), where `load` looks for them.
-        parts: name -> optimizer, views, criterion, ...: their state_dict.
+        path: path of the file; an existing file is replaced once the new one is complete.
+        model: saved as "heads" (configuration) and "model" (weights), where `load` finds them.
+        parts: name -> optimizer, views, criterion, ...; their state_dict is saved.
         card: what `load` needs to open the model without the training script.
-        config: settings that a run must have to be continued, plain data; see `restore_run`.
-        state: plain data and tensors beside: step, epoch, generator states.
+        config: settings that must be equal when the run is resumed, as plain data; see `restore_run`.
+        state: further plain data and tensors, such as step, epoch and generator states.
 
     Raises:
-        ValueError: a card that could not be read rightly, a part or a state whose name is taken, or something that is
-            neither plain data nor a tensor (a file that holds it would not open again).
+        ValueError: the card is not valid; the name of a part or state is taken; something is neither plain data nor a
+            tensor (a file that contains it could not be opened again).
         OSError: the file cannot be written.
     """
     check_card(card)
@@ -46,7 +46,7 @@ def save_run(
     taken += [f"the part {name!r}" for name in parts if name in RESERVED or name in state]
     if taken:
         raise ValueError(
-            f"parts and state: expected names of their own beside {_checks.names(RESERVED)}: got {_checks.names(taken)}"
+            f"parts and state: expected distinct names other than {_checks.names(RESERVED)}: got {_checks.names(taken)}"
         )
     own = {"config": dict(config), "heads": model.config(), "model": model.state_dict(), "card": dict(card)}
     storage.write(path, {**own, **state, **{name: part.state_dict() for name, part in parts.items()}})
@@ -55,14 +55,14 @@ def save_run(
 def restore_run(
     path: str | Path, model: StyleHeads, *, parts: Mapping[str, Part], config: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """Continue from a run's checkpoint: load model and parts; returns everything in the file.
+    """Resume from a run's checkpoint: load model and parts; returns everything in the file.
 
-    Where one of them does not fit, all are left as they were.
+    If one of them does not fit, all are left as they were.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no checkpoint of a run, one of other settings, without a part, or of another model or part than
-            these: says which; an optimizer's state from when the heads' weights were stacked.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a checkpoint of a run; its settings differ; a part is missing; the model or a part
+            does not fit (the message says which); the optimizer's state is of an older version with stacked weights.
     """
     storage.check_loadable(dict(config), "config")
     stored = storage.read(path, expected="the checkpoint of a run").content
@@ -79,15 +79,15 @@ def restore_run(
         raise ValueError(f"{path}: expected the state of {_checks.names(missing)}: got none in it")
     if is_stacked(stored["model"]) and (name := _trains(model.projections, parts)):
         raise ValueError(
-            f"{path}: expected the state of {name!r} for the weights of each head: got one from when all heads shared "
-            "stacked weights, which cannot be carried over; the model itself opens, StyleHeads.load(path, backbone) or "
-            f"restore_run without {name!r}, and can be trained on with a new optimizer"
+            f"{path}: expected the state of {name!r} for the weights of each head: got one of an older version, with "
+            "stacked weights, which cannot be converted; open the model by StyleHeads.load(path, backbone) or by "
+            f"restore_run without {name!r}, and continue with a new optimizer"
         )
     with storage.unchanged_on_error(*parts.values()):
         for name, part in parts.items():
             try:
                 part.load_state_dict(_laid_out_as(stored[name], part))
-            except Exception as error:  # whatever a part says of a state that is not its own
+            except Exception as error:  # a part may raise anything for a state that does not fit
                 raise ValueError(f"{path}: expected a state that fits {name!r} ({error})") from error
         try:
             model.restore(stored["heads"], stored["model"])
@@ -97,7 +97,7 @@ def restore_run(
 
 
 def _laid_out_as(state: Any, part: Part) -> Any:
-    """A stored state, sharded where the part is a module that is."""
+    """A stored state, sharded like the part if the part is a sharded module."""
     if not isinstance(part, nn.Module) or not isinstance(state, Mapping):
         return state
     own = part.state_dict()
@@ -107,7 +107,7 @@ def _laid_out_as(state: Any, part: Part) -> Any:
 
 
 def _trains(module: nn.Module, parts: Mapping[str, Part]) -> str | None:
-    """The name of the first optimizer of a module's parameters."""
+    """The name of the first optimizer that trains a module's parameters."""
     own = {id(p) for p in module.parameters()}
     for name, part in parts.items():
         groups = getattr(getattr(part, "optimizer", part), "param_groups", ())
@@ -117,7 +117,7 @@ def _trains(module: nn.Module, parts: Mapping[str, Part]) -> str | None:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two settings are equal, where NaN equals NaN."""
+    """Whether two settings are equal; NaN equals NaN."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and _same(a.tolist(), b.tolist())
     if isinstance(a, Mapping) and isinstance(b, Mapping):

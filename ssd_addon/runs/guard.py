@@ -1,4 +1,4 @@
-"""Steps that are not finite, and signals: what a training loop asks at every step, agreed over ranks at once."""
+"""Handles non-finite steps and signals in a training loop, with one decision for all ranks per step."""
 
 import signal
 from collections.abc import Iterable, Sequence
@@ -15,11 +15,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class TooManySkipped(RuntimeError):
-    """More steps in a row were not finite than a run allows.
+    """Raised when more consecutive steps were not finite than allowed.
 
     Attributes:
-        step: the last of them.
-        spaces: whose embeddings were not finite, where that is known.
+        step: the last of these steps.
+        spaces: the spaces whose embeddings were not finite, if known.
     """
 
     def __init__(self, message: str, step: int, spaces: Sequence[str] = ()) -> None:
@@ -28,7 +28,7 @@ class TooManySkipped(RuntimeError):
 
 
 class Guard:
-    """Decides at every step, together with the other ranks, whether the optimizer may step and whether to stop.
+    """Decides at every step, jointly over ranks, whether the optimizer may step and whether the run should stop.
 
         with Guard([model, probes], max_skipped=3) as guard:
             for step in ...:
@@ -36,20 +36,20 @@ class Guard:
                 try:
                     loss = ...
                     loss.backward()
-                except Diverged as error:                the loss refuses embeddings that are not finite
+                except Diverged as error:                the loss raises for embeddings that are not finite
                     loss = error
                 if guard.fine(step, loss, parameters):
                     optimizer.step()
                 if guard.stopping:                       SIGTERM or SIGINT on any rank
                     save(); sys.exit(guard.exit_code)
 
-    A step that is not fine is skipped on every rank: buffers (statistics of batch norms) are put back to what they were
-    at `begin`, and gradients are set to None. Weights are never touched by it.
+    A step that is not finite is skipped on every rank: buffers (statistics of batch norms) are restored to their values
+    at `begin`, and gradients are set to None. Weights are not touched.
 
     Args:
-        modules: whose buffers are kept.
-        max_skipped: steps in a row that may be skipped; one more raises `TooManySkipped`.
-        signals: that ask for a stop at the next step; a second SIGINT interrupts at once. () for none.
+        modules: modules whose buffers are restored.
+        max_skipped: number of consecutive steps that may be skipped; one more raises `TooManySkipped`.
+        signals: signals that stop the run at the next step; a second SIGINT interrupts at once. () for none.
     """
 
     def __init__(
@@ -89,13 +89,13 @@ class Guard:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal, as shells have it: 143 after SIGTERM, 130 after SIGINT; 0 without one."""
+        """128 + the number of the signal, as in shells: 143 after SIGTERM, 130 after SIGINT; 0 if there was none."""
         return 128 + self.stopping if self.stopping else 0
 
     # ---- steps
 
     def begin(self) -> None:
-        """Keep what a step that fails would leave behind."""
+        """Store the buffers, which a failed step would change."""
         if not self._kept:
             self._kept = [(b, b.detach().clone()) for m in self.modules for b in m.buffers()]
             return
@@ -103,15 +103,15 @@ class Guard:
             value.copy_(buffer.detach())
 
     def fine(self, step: int, loss: Tensor | BaseException, parameters: Iterable[Tensor]) -> bool:
-        """Whether loss and gradients are finite on every rank; every rank has to ask.
+        """Whether loss and gradients are finite on every rank. Collective: call it on every rank.
 
         Args:
-            step: for messages.
-            loss: of this rank, or the error that it raised, which every rank has to have met.
-            parameters: whose gradients are looked at.
+            step: the step, for messages.
+            loss: the loss of this rank, or the error that it raised, which must then be raised on every rank.
+            parameters: parameters whose gradients are checked.
 
         Raises:
-            TooManySkipped: more than `max_skipped` steps in a row were not finite.
+            TooManySkipped: more than `max_skipped` consecutive steps were not finite.
         """
         grads = [_local(p.grad) for p in parameters if p.grad is not None]
         spaces: tuple[str, ...] = ()
@@ -140,8 +140,8 @@ class Guard:
             whose = f" in the space {_checks.names(spaces)}" if spaces else ""
             reason = f": {loss}" if isinstance(loss, BaseException) else ""
             raise TooManySkipped(
-                f"step {step}: expected a finite loss and finite gradients: got {self.skipped} steps in a row without"
-                f"{whose}{reason}",
+                f"step {step}: expected a finite loss and finite gradients: got {self.skipped} consecutive steps that "
+                f"are not finite{whose}{reason}",
                 step,
                 spaces,
             )
@@ -157,18 +157,18 @@ class Guard:
 
 
 def _local(grad: Any) -> Tensor:
-    """The part of a gradient that this rank holds, where it is sharded (FSDP2)."""
+    """The local part of a gradient, if it is sharded (FSDP2)."""
     local: Tensor = grad.to_local() if hasattr(grad, "to_local") else grad
     return local
 
 
 def parameters_of(modules: Iterable[nn.Module]) -> list[Any]:
-    """Every parameter of these modules, once."""
+    """All parameters of these modules, each once."""
     return list({id(p): p for m in modules for p in m.parameters()}.values())
 
 
 def not_finite(state: Any, path: str = "") -> str:
-    """The place of the first floating-point tensor of a state that holds NaN or infinity, "" where all are finite."""
+    """The path of the first floating-point tensor in a state that contains NaN or infinity; "" if all are finite."""
     if isinstance(state, Tensor):
         if state.is_floating_point() and not bool(state.isfinite().all()):
             return path or "it"

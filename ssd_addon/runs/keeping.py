@@ -1,4 +1,4 @@
-"""The checkpoints of a run in its folder: the newest, the ones before it, and who may write there."""
+"""Manages the checkpoints in a run's folder, and locks the folder for one process."""
 
 import os
 import shutil
@@ -14,10 +14,10 @@ NEWEST = "checkpoint.pt"
 
 
 class Checkpoints:
-    """The last checkpoints in a folder: checkpoint.pt is the newest, checkpoint-STEP.pt are the ones before it.
+    """The latest checkpoints in a folder: checkpoint.pt is the newest, checkpoint-STEP.pt are earlier ones.
 
-    A new one is written beside its place, synchronized with the disk and renamed, so that whenever the process or the
-    machine stops, there is a whole one.
+    A new one is written under a temporary name, flushed to disk and renamed, so that a complete checkpoint exists
+    whenever the process or the machine stops.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -28,30 +28,30 @@ class Checkpoints:
     ['checkpoint.pt', 'checkpoint-20.pt']
 
     Args:
-        folder: of the run.
-        keep: how many, with the newest.
+        folder: the run's folder.
+        keep: number of checkpoints to keep, including the newest.
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 3) -> None:
         self.folder, self.keep = Path(folder), _checks.count(keep, "keep", 1)
         self.newest = self.folder / NEWEST
-        self._step: int | None = None  # of the newest, where it is known to be whole
+        self._step: int | None = None  # step of the newest, if it is known to be complete
 
     def there(self) -> list[Path]:
-        """Those that are there, the newest first."""
+        """Paths of the existing checkpoints, newest first."""
         older = [(step, p) for p in self.folder.glob("checkpoint-*.pt") if (step := _step_of(p)) is not None]
         return [*([self.newest] if self.newest.is_file() else []), *(p for _, p in sorted(older, reverse=True))]
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Write the newest one, keep the one before it, and remove what is beyond `keep`.
+        """Write the newest checkpoint, keep the previous ones, and remove those beyond `keep`.
 
         Args:
-            step: of the training.
-            write: writes a file at the path that it is given, such as `runs.save_run`. Where it writes none, as on
-                ranks other than 0, nothing is changed.
+            step: the training step.
+            write: writes a file to the path that it is given, such as with `runs.save_run`. If it writes none, as on
+                ranks other than 0, nothing changes.
 
         Raises:
-            OSError: the disk is full, or the place cannot be written; what was there stays.
+            OSError: the disk is full or the path cannot be written; existing checkpoints are kept.
         """
         step = _checks.count(step, "step")
         before, beside = self._step, self.folder / f".{NEWEST}.{os.getpid()}.new"
@@ -66,25 +66,28 @@ class Checkpoints:
             beside.unlink(missing_ok=True)
         storage.sync_folder(self.folder)
         self._step = step
-        (self.folder / f"checkpoint-{step}.pt").unlink(missing_ok=True)  # of a run that went back to this step
+        (self.folder / f"checkpoint-{step}.pt").unlink(
+            missing_ok=True
+        )  # from before the run was resumed at an earlier step
         for path in [p for p in self.there() if p != self.newest][self.keep - 1 :]:
             path.unlink(missing_ok=True)
 
     def restore(
         self, read: Callable[[Path], Mapping[str, Any]], say: Callable[[str], None] | None = None
     ) -> Mapping[str, Any] | None:
-        """Continue from the newest checkpoint that is whole; None where there is none at all. What a killed process
-        left half written is removed.
+        """Resume from the newest checkpoint that is complete; None if there are no checkpoints.
+
+        Incomplete files of a killed process are removed.
 
         Args:
-            read: loads a file into the training and returns what is in it, with its "step"; such as `runs.restore_run`.
-            say: called with a line on each damaged file that is passed over.
+            read: loads a file into the training and returns its content with "step", such as with `runs.restore_run`.
+            say: called with a message for each damaged file that is skipped.
 
         Raises:
-            storage.Damaged: none of those that are there can be read.
-            ValueError: what `read` refuses for another reason, such as another configuration.
+            storage.Damaged: no existing checkpoint can be read.
+            ValueError: `read` refuses a file for another reason, such as another configuration.
         """
-        for left in self.folder.glob(".*checkpoint*.pt.*"):  # of a process that was killed while it wrote
+        for left in self.folder.glob(".*checkpoint*.pt.*"):  # left by a process that was killed while writing
             left.unlink(missing_ok=True)
         there, reasons = self.there(), []
         for path in there:
@@ -93,7 +96,7 @@ class Checkpoints:
             except storage.Damaged as error:
                 reasons.append(str(error))
                 if say is not None:
-                    say(f"passed over: {error}")
+                    say(f"skipped: {error}")
                 continue
             self._step = int(content["step"]) if path == self.newest else None
             if say is not None:
@@ -110,7 +113,7 @@ def _step_of(path: Path) -> int | None:
 
 
 def _also(path: Path, other: Path) -> None:
-    """The same file under another name too."""
+    """Make a file available under another name too, by a link or a copy."""
     beside = other.with_name(f".{other.name}.{os.getpid()}.tmp")
     try:
         try:
@@ -124,14 +127,14 @@ def _also(path: Path, other: Path) -> None:
 
 
 class Lock:
-    """One process at a time writes to a run's folder; the lock is gone when its process is, however it ends.
+    """Lets only one process write to a run's folder; the lock is released when the process ends, however it ends.
 
     >>> import tempfile
     >>> with Lock(tempfile.mkdtemp()):
     ...     pass
 
     Raises:
-        BlockingIOError: another process has the folder; says which.
+        BlockingIOError: another process holds the lock; the message says which.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -143,7 +146,7 @@ class Lock:
             owner = self._file.read().strip() or "another process"
             self._file.close()
             raise BlockingIOError(
-                f"{self.path.parent}: expected a folder that no other run writes to: got one in use by {owner}; wait "
+                f"{self.path.parent}: expected a folder to which no other run writes: got one in use by {owner}; wait "
                 "for it or end it, or choose another folder"
             )
         self._file.truncate(0)
@@ -151,7 +154,7 @@ class Lock:
         self._file.flush()
 
     def close(self) -> None:
-        """Release it."""
+        """Release the lock."""
         self._file.close()
 
     def __enter__(self) -> "Lock":
@@ -164,7 +167,7 @@ class Lock:
 
 
 def _locked(file: Any) -> bool:
-    """Lock an open file; False where somebody else has it. On systems without such locks nothing is locked."""
+    """Lock an open file; False if another process has locked it. Does nothing on systems without such locks."""
     try:
         import fcntl
     except ImportError:

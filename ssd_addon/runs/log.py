@@ -10,17 +10,18 @@ LOG = "log.jsonl"
 
 
 def cut_log(path: str | Path, step: int, *, unfinished: Sequence[str] = ()) -> None:
-    """Keep the entries of a log up to a step, for a run that goes on from there; what is no JSON object is dropped.
+    """Truncate a log after a step, for a run that resumes there; lines that are not JSON objects are removed.
 
     Args:
-        path: of the log.
-        step: of the checkpoint.
-        unfinished: keys of entries that are written again, such as those of an epoch that had not ended.
+        path: path of the log.
+        step: step of the checkpoint.
+        unfinished: keys; entries that have one of them are removed too, as the resumed run writes them again, such as
+            those of an epoch that had not ended.
 
-    A killed run may leave a line that was cut off, empty lines, or zero bytes after a loss of power. The log is written
-    anew beside the old one and then renamed; a log that is not there is begun.
+    A killed run may leave a truncated line, empty lines, or zero bytes after a loss of power. The new log is written
+    under a temporary name and then renamed; a missing log is created.
     """
-    path = Path(os.path.realpath(path))  # a symbolic link stays one
+    path = Path(os.path.realpath(path))  # keeps a symbolic link
     kept = []
     for line in path.read_text(encoding="utf-8-sig", errors="replace").split("\n") if path.is_file() else []:
         try:
@@ -41,18 +42,19 @@ def cut_log(path: str | Path, step: int, *, unfinished: Sequence[str] = ()) -> N
 
 
 def logged(path: str | Path, step: int, key: str) -> bool:
-    """Whether a log has an entry of this step with this key."""
+    """Whether a log has an entry for this step with this key."""
     if not Path(path).is_file():
         return False
     return any(entry.get("step") == step and key in entry for entry in read_log(path))
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """Entries of a JSON-lines log. A last line that was cut off (the run was stopped) is left out; bytes that are not
-    UTF-8 become U+FFFD.
+    """The entries of a JSON-lines log.
+
+    A truncated last line (of a run that was stopped) is left out; bytes that are not UTF-8 become U+FFFD.
 
     Raises:
-        ValueError: a line that is no JSON object, with its number.
+        ValueError: a line is not a JSON object; the message has its number.
     """
     lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
     while lines and not lines[-1].strip():

@@ -1,4 +1,4 @@
-"""Open a trained model again without the script that trained it: from a run's folder, or from a file."""
+"""Opens a trained model from a run's folder or a file, without the script that trained it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,15 +19,15 @@ FILES = ("model.pt", "checkpoint.pt")
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A model in evaluation mode with what its checkpoint says.
+    """A model in evaluation mode, with the other contents of its checkpoint.
 
     Attributes:
         model: `StyleHeads` on the CPU; its `on_sphere` is that of the card's family.
-        views: the `StructuredViews` that it was trained with, or None where neither card nor caller names them.
-        card: as stored; {} where there is none.
-        log: entries of the run's JSON-lines log, oldest first; [] where there is none.
-        path: of the file that the weights came from.
-        log_problem: why `log` is empty although there is one, "" otherwise.
+        views: the `StructuredViews` with which it was trained, or None if neither card nor caller names them.
+        card: the card; {} if there is none.
+        log: entries of the run's JSON-lines log, oldest first; [] if there is none.
+        path: path of the file with the weights.
+        log_problem: the reason if the log could not be read, else "".
     """
 
     model: StyleHeads
@@ -43,15 +43,15 @@ def load(path: str | Path, *, backbone: str | nn.Module | None = None, views: An
 
     Args:
         path: folder or file.
-        backbone: instead of the card's: a module, "torchvision:NAME", "timm:NAME", or code of yours, "FILE.py:NAME" or
-            "MODULE:NAME", where NAME() makes it.
-        views: instead of the card's: a `StructuredViews`, a mapping as on the card, a preset's name, a JSON file that
-            holds such a mapping, or code, "FILE.py:NAME".
+        backbone: replaces the card's: a module, "torchvision:NAME", "timm:NAME", or your own code, "FILE.py:NAME" or
+            "MODULE:NAME", where NAME() returns a module.
+        views: replaces the card's: a `StructuredViews`, a mapping as on the card, a preset's name, a JSON file with
+            such a mapping, or your own code, "FILE.py:NAME".
 
     Raises:
-        FileNotFoundError: no such folder or file, or a folder without a checkpoint.
-        ValueError: a file that is no checkpoint of `StyleHeads`, is damaged (see `StyleHeads.load`), or says too
-            little: what is missing is named.
+        FileNotFoundError: the folder or file does not exist, or the folder has no checkpoint.
+        ValueError: the file is not a checkpoint of `StyleHeads`, is damaged (see `StyleHeads.load`), or is incomplete;
+            the message names what is missing.
     """
     folder, file = _found(Path(path))
     stored = storage.read(
@@ -83,7 +83,7 @@ def _found(path: Path) -> tuple[Path, Path]:
 
 
 def _log(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """(entries, why there are none although there is a file)."""
+    """The entries, and the reason if there is a file that cannot be read."""
     if not path.is_file():
         return [], ""
     try:
@@ -111,8 +111,8 @@ def _backbone(file: Path, given: str | nn.Module | None, stored: Any) -> nn.Modu
         return build_backbone(given, code=True)
     if stored is None:
         raise ValueError(
-            f"{file}: expected the card to name the backbone: got none; name it yourself, backbone='torchvision:NAME', "
-            "'timm:NAME' or 'FILE.py:NAME'"
+            f"{file}: expected the card to name the backbone: got none; pass backbone='torchvision:NAME', 'timm:NAME' "
+            "or 'FILE.py:NAME'"
         )
     if not isinstance(stored, str):
         raise ValueError(f"{file}: expected the card's backbone as a string: got {type(stored).__name__}")
@@ -122,7 +122,7 @@ def _backbone(file: Path, given: str | nn.Module | None, stored: Any) -> nn.Modu
         )
     if stored.split(":")[0] not in ("torchvision", "timm"):
         raise ValueError(
-            f"{file}: its backbone is {stored!r}, which is code, and a checkpoint may not choose code to run; if it is "
-            f"yours, name it: backbone={stored!r}"
+            f"{file}: expected the card's backbone as torchvision:NAME or timm:NAME, as a checkpoint may not choose "
+            f"code to run: got {stored!r}; if the code is yours, pass backbone={stored!r}"
         )
     return build_backbone(stored)

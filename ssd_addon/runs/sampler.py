@@ -1,4 +1,4 @@
-"""A sampler and a data loader that a run can go on from in mid-epoch."""
+"""Samplers and a data loader that can resume within an epoch."""
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 
 class ResumableSampler(DistributedSampler[Any]):
-    """torch's DistributedSampler, which can begin within an epoch: set `start` to the images already seen by the rank.
+    """A DistributedSampler that can start within an epoch: set `start` to the number of images this rank has seen.
 
     >>> sampler = ResumableSampler(range(6), num_replicas=1, rank=0, shuffle=False)
     >>> sampler.start = 4
@@ -26,12 +26,12 @@ class ResumableSampler(DistributedSampler[Any]):
 
 
 class ShardSampler(ResumableSampler):
-    """The order of samples that lie in shards, read a few shards at a time, which can begin within an epoch.
+    """Shuffles samples that are stored in shards, reading a few shards at a time; can start within an epoch.
 
-    Each epoch puts the shards into a new order and gives each rank a contiguous part of equal length, so that ranks
-    share at most the shards at the borders. A rank mixes the samples of `mixed` shards at a time. Two samples of shards
-    that are far apart in the order are thus never in one batch of a rank: this is as good as a full shuffle only where
-    each shard is a random sample of the whole. The order depends on (seed, epoch, ranks) alone, not on workers.
+    Each epoch permutes the shards and gives each rank a contiguous part of equal length, so that ranks share at most
+    the shards at the boundaries. A rank shuffles the samples of `mixed` shards together. Samples of shards that are far
+    apart in the order are thus never in the same batch of a rank: this equals a full shuffle only if each shard is a
+    random subset of the data. The order depends only on (seed, epoch, ranks), not on workers.
 
     >>> sampler = ShardSampler([0, 0, 1, 1, 2, 2], mixed=1, num_replicas=1, rank=0)
     >>> order = list(sampler)
@@ -42,13 +42,13 @@ class ShardSampler(ResumableSampler):
     True
 
     Args:
-        shards: number of the shard of every sample.
-        mixed: shards whose samples are mixed.
-        num_replicas, rank: processes, and which of them this is (None: as torch.distributed says).
-        seed: of the order; the same on all ranks.
+        shards: index of the shard of every sample.
+        mixed: number of shards whose samples are shuffled together.
+        num_replicas, rank: number of processes and index of this one; None asks torch.distributed.
+        seed: seed of the order; the same on all ranks.
 
     Raises:
-        ValueError: no samples, or fewer than one shard to mix.
+        ValueError: there are no samples, or `mixed` is below 1.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ShardSampler(ResumableSampler):
         place = torch.randperm(int(self.shards.max()) + 1, generator=drawn)[self.shards]
         draws = torch.rand(len(place), generator=drawn, dtype=torch.float64)
         order = place.argsort(stable=True)
-        order = order.repeat(-(-self.total_size // len(order)))  # as many for every rank
+        order = order.repeat(-(-self.total_size // len(order)))  # the same number for every rank
         order = order[self.rank * self.num_samples : (self.rank + 1) * self.num_samples]
         window = place[order].unique_consecutive(return_inverse=True)[1] // self.mixed
         mixed = draws[order].argsort()
@@ -80,15 +80,15 @@ class ShardSampler(ResumableSampler):
 
 
 class _Seeded(torch.Generator):
-    """The generator of a `ResumableLoader`, by which it is known where Lightning makes the loader anew."""
+    """The generator of a `ResumableLoader`; its type identifies the loader's own when Lightning rebuilds the loader."""
 
 
 class ResumableLoader(DataLoader[Any]):
-    """torch's DataLoader, from which a Lightning checkpoint goes on exactly, in mid-epoch too.
+    """A DataLoader from which a Lightning checkpoint resumes exactly, also within an epoch.
 
-    The order of an epoch and the seeds of its workers come from (seed, epoch) alone; the loader's state is the epoch
-    and the number of batches that it has given. Lightning saves that state and gives it back. torch's own loader has
-    none, so a resumed epoch begins with its first batch again. Batches that were given are skipped, not loaded.
+    The order of an epoch and the seeds of its workers depend only on (seed, epoch); the loader's state is the epoch and
+    the number of batches that it has returned. Lightning saves and restores this state. torch's own loader has none, so
+    a resumed epoch would start again from its first batch. Batches that were already used are skipped without loading.
 
     >>> loader = ResumableLoader(range(6), batch_size=2, shuffle=True, seed=1)
     >>> first = [b.tolist() for b in loader]
@@ -98,14 +98,15 @@ class ResumableLoader(DataLoader[Any]):
     True
 
     Args:
-        args, options: of DataLoader.
-        seed: of the order and of the workers.
+        args, options: arguments of DataLoader.
+        seed: seed of the order and of the workers.
 
-    An epoch that `limit_train_batches` cuts short is not over for the loader: a checkpoint of its end goes on with the
-    epoch's next batch.
+    If `limit_train_batches` ends an epoch early, the epoch is not over for the loader: a checkpoint from its end
+    resumes with the epoch's next batch.
 
     Raises:
-        ValueError: a generator or persistent workers, whose draws go on from epoch to epoch; an iterable data set.
+        ValueError: a generator or persistent workers are given, whose draws continue from epoch to epoch; the data set
+            is iterable.
     """
 
     def __init__(self, *args: Any, seed: int = 0, **options: Any) -> None:
@@ -115,9 +116,9 @@ class ResumableLoader(DataLoader[Any]):
         super().__init__(*args, **options, generator=_Seeded())  # type: ignore[misc]
         if self.persistent_workers or isinstance(self.dataset, IterableDataset):
             got = "persistent workers" if self.persistent_workers else "an iterable data set"
-            raise ValueError(f"ResumableLoader: expected samples that are drawn by (seed, epoch) alone: got {got}")
+            raise ValueError(f"ResumableLoader: expected draws that depend only on (seed, epoch): got {got}")
         self.seed, self.epoch, self.batches = seed, -1, 0
-        self._start = 0  # batches of the next epoch that were given before the checkpoint
+        self._start = 0  # batches of the next epoch that were used before the checkpoint
         self._skip = 0
 
     @property
@@ -130,7 +131,7 @@ class ResumableLoader(DataLoader[Any]):
         if not self._skip:
             self.epoch += 1
         self.batches = self._skip
-        # torch seeds its Mersenne twister with the lowest 32 bits alone.
+        # torch seeds its Mersenne Twister with the lowest 32 bits only.
         self.generator.manual_seed(zlib.crc32(f"{self.seed} {self.epoch}".encode()))
         made = super().__iter__()
         self._skip = 0
@@ -139,10 +140,10 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were given."""
+        """The epoch, and the number of its batches that were returned."""
         return {"epoch": self.epoch, "batches": self.batches}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on after these batches."""
+        """Continue after these batches."""
         self.epoch, self.batches = state["epoch"], state["batches"]
         self._start = self.batches if self.batches < len(self) else 0

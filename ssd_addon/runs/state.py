@@ -1,4 +1,4 @@
-"""What a run is made of beside its weights: generators, an optimizer of a sharded model, the log of TensorBoard."""
+"""The state of a run other than weights: random generators, optimizers of sharded models, the TensorBoard log."""
 
 import importlib
 import os
@@ -26,10 +26,10 @@ def random_states(device: torch.device) -> list[State]:
 
 
 def set_random_states(states: Sequence[State], device: torch.device) -> None:
-    """Set this rank's generators to what `random_states` had.
+    """Restore this rank's generators from the result of `random_states`.
 
     Raises:
-        ValueError: the states of another number of ranks.
+        ValueError: the states are of another number of ranks.
     """
     initialized = dist.is_available() and dist.is_initialized()
     world, rank = (dist.get_world_size(), dist.get_rank()) if initialized else (1, 0)
@@ -43,11 +43,11 @@ def set_random_states(states: Sequence[State], device: torch.device) -> None:
 
 
 def init_ranks(backend: str) -> tuple[int, int]:
-    """Join the other processes that torchrun has started; (number of processes, rank), or (1, 0) without torchrun.
+    """Join the processes that torchrun has started; returns (number of processes, rank), or (1, 0) without torchrun.
 
-    Where torchrun starts its processes again (`--max-restarts`), they meet in the same store, in which the addresses of
-    the processes that are gone may still stand: here every attempt has keys of its own. Do not destroy the process
-    group after an error: the others would wait for it.
+    If torchrun restarts its processes (`--max-restarts`), they share a store that may still contain the addresses of
+    the old processes, so every attempt uses its own keys. Do not destroy the process group after an error, as the other
+    processes would wait for it.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
@@ -66,36 +66,35 @@ class WholeOptimizer:
         self.model, self.optimizer = model, optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """Name of the parameter -> its state, whole, on the CPU of rank 0. Collective."""
+        """Name of the parameter -> its gathered state, on the CPU of rank 0. Collective."""
         api = importlib.import_module("torch.distributed.checkpoint.state_dict")
         options = api.StateDictOptions(full_state_dict=True, cpu_offload=True)
         found: dict[str, Any] = api.get_optimizer_state_dict(self.model, self.optimizer, options=options)
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` gave on rank 0; every rank has to give it."""
+        """Load the result of `state_dict` on rank 0; every rank has to pass it."""
         api = importlib.import_module("torch.distributed.checkpoint.state_dict")
         options = api.StateDictOptions(full_state_dict=True)
         api.set_optimizer_state_dict(self.model, self.optimizer, state_dict, options=options)
 
 
 def whole_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> WholeOptimizer:
-    """An optimizer as a part of `save_run` and `restore_run` where FSDP2 has sharded the model."""
+    """Wrap an optimizer as a part for `save_run` and `restore_run` if FSDP2 has sharded the model."""
     return WholeOptimizer(model, optimizer)
 
 
 def checkpoint_activations(module: nn.Module) -> list[str]:
-    """Compute the blocks of a network again in the backward pass, so that their activations need not be kept.
+    """Apply activation checkpointing to the blocks of a network: they are recomputed in the backward pass.
 
-    Blocks are the members of a Sequential or ModuleList that hold several layers with parameters. Batch norms in them
-    update their statistics once: while a block is computed again, they leave them as they are. Keys of the state_dict
-    stay the same.
+    Blocks are the members of a Sequential or ModuleList that contain several layers with parameters. Batch norms update
+    their statistics only once, not during recomputation. Keys of the state_dict stay the same.
 
     Returns:
         The names of the blocks.
 
     Raises:
-        ValueError: a network without such blocks.
+        ValueError: the network has no such blocks.
     """
     wrapping = importlib.import_module("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
     found = {}
@@ -109,7 +108,8 @@ def checkpoint_activations(module: nn.Module) -> list[str]:
     chosen = {n: b for n, b in found.items() if n not in inner}
     if not chosen:
         raise ValueError(
-            f"expected a network of blocks, as ResNets and transformers are: got none in {type(module).__name__}"
+            f"module: expected a network with blocks, such as a ResNet or transformer: got none in "
+            f"{type(module).__name__}"
         )
     for name, block in chosen.items():
         outer, _, key = name.rpartition(".")
@@ -120,13 +120,13 @@ def checkpoint_activations(module: nn.Module) -> list[str]:
 
 
 def _recomputed(block: nn.Module, *arguments: Any, **options: Any) -> Any:
-    if torch.compiler.is_compiling():  # what is computed again has no side effects there, and contexts are refused
+    if torch.compiler.is_compiling():  # recomputation has no side effects there, and contexts are not supported
         return checkpoint(block, *arguments, use_reentrant=False, **options)
     return checkpoint(block, *arguments, use_reentrant=False, context_fn=partial(_contexts, block), **options)
 
 
 class _Contexts:
-    """Batch norms of a block leave their statistics as they are."""
+    """A context in which the batch norms of a block do not update their statistics."""
 
     def __init__(self, block: nn.Module) -> None:
         self.norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -151,7 +151,7 @@ def _contexts(block: nn.Module) -> tuple[Any, Any]:
 
 
 def tensorboard(folder: str | Path, *, after: int) -> Any:
-    """A TensorBoard writer that goes on after a step: what a killed run wrote beyond it is not shown twice.
+    """A TensorBoard writer that continues after a step: what a killed run wrote after it is not shown twice.
 
     Raises:
         ImportError: tensorboard is missing.
@@ -159,5 +159,7 @@ def tensorboard(folder: str | Path, *, after: int) -> Any:
     try:
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
     except ImportError as error:
-        raise ImportError("event files for TensorBoard need it: pip install tensorboard") from error
+        raise ImportError(
+            "tensorboard: expected the package, to write event files: got none; pip install tensorboard"
+        ) from error
     return writer(str(folder), purge_step=after + 1)

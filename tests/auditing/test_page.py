@@ -14,8 +14,10 @@ from torch import nn
 from ssd_addon import auditing
 from ssd_addon.__main__ import main
 from ssd_addon.auditing import Audited, compared, headline, sentences
-from ssd_addon.auditing.verdict import courses
+from ssd_addon.auditing.page import render
+from ssd_addon.auditing.verdict import advice, courses
 from ssd_addon.metrics import ScoreTable, class_accuracy
+from ssd_addon.report import advice as sections
 
 LAYERS = ("layer1", "layer2")
 ROWS = ("pixels", *LAYERS, "backbone", "untrained")
@@ -45,37 +47,59 @@ def test_the_headline_says_what_became_of_each_parameter():
         }
     )
     assert headline(audit) == (
-        "Hue is gone after layer2; saturation can be decoded from the pixels, but not in any layer; contrast "
-        "(R² = 0.30) is only weakly encoded; gamma (R² = 0.90) and brightness (0.71) survive; degrees cannot be "
-        "decoded in any layer, nor from the pixels."
+        "The features encode gamma (R² = 0.90) and brightness (0.71), and weakly contrast (R² = 0.30). Lost on the "
+        "way: hue (after layer2); saturation (after the pixels)."
     )
     assert sentences(audit) == [
-        "Decoded worse than from an untrained copy: hue (0.00 against 0.30).",
-        "Decoded better than from an untrained copy: brightness (0.71 against 0.20).",
+        "Cannot be decoded, not even from the pixels: degrees.",
+        "Harder to decode than from an untrained copy: hue (0.00 against 0.30).",
+        "Easier to decode than from an untrained copy: brightness (0.71 against 0.20).",
+    ]
+    assert advice(audit) == [
+        (
+            "From an earlier layer, hue can still be decoded: style heads that read several layers can use this "
+            "without training the backbone again.",
+            sections.LAYERS,
+        ),
+        (
+            "To keep more of saturation and contrast, train with a style space for the augmentations that change them.",
+            sections.RECIPE,
+        ),
+        (
+            "Before you conclude anything about degrees, take more images or more pairs of views (--draws 4).",
+            sections.MEASURED,
+        ),
     ]
 
 
-def test_verbs_follow_their_names():
-    one = made({"translations": (0.9, 0.9, 0.9, 0.9, 0.9)})
-    assert headline(one) == "Translations (R² = 0.90) survive."
-    assert headline(made({"brightness_factor": (0.9,) * 5})) == "Brightness (R² = 0.90) survives."
-    assert headline(made({"src": (0.0, 0.3, 0.0, 0.0, 0.0)})) == "Op place and size are gone after layer1."
-    assert headline(made({"gamma": (0.0, 0.3, 0.0, 0.2, 0.0)})) == "Gamma (R² = 0.20) is only weakly encoded."
+def test_the_headline_of_features_that_encode_little():
+    assert headline(made({"gamma": (0.0, 0.3, 0.0, 0.2, 0.0)})) == "The features encode only weakly gamma (R² = 0.20)."
+    assert headline(made({"src": (0.0, 0.3, 0.0, 0.0, 0.0)})) == (
+        "The features encode none of these augmentations. Lost on the way: Op place and size (after layer1)."
+    )
+    everything = made({"translations": (0.9, 0.9, 0.9, 0.9, 0.9)})
+    assert headline(everything) == "The features encode translations (R² = 0.90)." and advice(everything) == []
+    assert "augmentations that change them." in advice(made({"translations": (0.9, 0.9, 0.9, 0.3, 0.3)}))[0][0]
+    worse = made({"hue_factor": (0.9, 0.9, 0.9, 0.6, 0.9)})
+    assert [section for _, section in advice(worse)] == [sections.RECIPE]
 
 
 def test_a_score_whose_interval_holds_0_is_none():
     audit = made({"hue_factor": (0.3, 0.3, 0.3, 0.3, 0.3)}, margin=0.4)
-    assert "cannot be decoded in any layer" in headline(audit)
-    assert sentences(audit) == ["No parameter differs from an untrained copy by more than the 95 % intervals allow."]
+    assert headline(audit) == "The features encode none of these augmentations."
+    assert sentences(audit) == [
+        "Cannot be decoded, not even from the pixels: hue.",
+        "Compared with an untrained copy, no parameter is easier or harder to decode: the intervals overlap.",
+    ]
 
 
 def test_without_layers_or_scores():
     assert headline(made({"hue_factor": (0.6, 0.0, 0.3)}, layers=())) == (
-        "Hue can be decoded from the pixels, but not in the features."
+        "The features encode none of these augmentations. Lost on the way: hue (after the pixels)."
     )
-    assert "nothing can be said" in headline(made({"hue_factor": (math.nan,) * 5}))
+    assert "there is nothing to decode" in headline(made({"hue_factor": (math.nan,) * 5}))
     a, b = made({"x": (0.0,) * 5}), made({"x": (0.0,) * 5}, name="other")
-    assert compared(a, b) == ["net and other keep equally much, as far as the 95 % intervals tell."]
+    assert compared(a, b) == ["No parameter is encoded better by net or by other: all 95 % intervals overlap."]
 
 
 def test_parameters_of_one_name_are_told_apart():
@@ -89,7 +113,7 @@ def test_parameters_of_one_name_are_told_apart():
 def test_two_models_are_compared_beyond_their_intervals():
     a = made({"hue_factor": (0.6, 0.7, 0.4, 0.6, 0.3), "gamma": (0.9, 0.9, 0.8, 0.55, 0.9)}, "A")
     b = made({"hue_factor": (0.6, 0.7, 0.4, 0.1, 0.3), "gamma": (0.9, 0.9, 0.8, 0.6, 0.9)}, "B")
-    assert compared(a, b) == ["A keeps more than B of hue (0.60 against 0.10)."]
+    assert compared(a, b) == ["A encodes hue (0.60 against 0.10) better than B."]
 
 
 # ---- the page
@@ -125,6 +149,7 @@ def test_the_page_shows_both_models_and_their_numbers(written):
     assert table["backbone", "color"] == found[0].table["backbone", "color"] > 0.5
     assert kept["models"][0]["verdict"] == [headline(found[0]), *sentences(found[0])]
     assert found[0].accuracy["backbone", "k-NN"] <= 1 and "Class accuracy" in html
+    assert "How to read the numbers" in html and "<b>untrained</b> is the same network" in html
     assert "80 of 200" in html and 'id="compared"' in html and html.count("<svg") == len(courses(found[0]))
     assert said[0] == "auditing light <b>" and "class accuracy" in said and any("views" in line for line in said)
 
@@ -135,6 +160,13 @@ def test_few_images_of_many_classes_have_no_accuracy(tmp_path):
         tmp_path / "a.html", {"net": Light()}, data.images, pages.views(), labels=torch.arange(30), draws=1
     )
     assert found.accuracy is None and "30 images of 30 classes are too few" in found.notes[-1]
+
+
+def test_advice_that_two_models_share_is_given_once():
+    a, b = made({"x": (0.0,) * 5, "y": (0.9, 0.9, 0.9, 0.2, 0.2)}, "A"), made({"x": (0.0,) * 5, "y": (0.9,) * 5}, "B")
+    html = render([a, b], [], None)
+    assert html.count("Before you conclude anything about x, take more images or more pairs of views (--draws 4).") == 1
+    assert "<li>A: To keep more of y, train with a style space" in html
 
 
 @pytest.mark.parametrize("count", [0, 3])
@@ -169,7 +201,7 @@ def test_class_accuracy_is_that_of_a_loop():
 @pytest.mark.parametrize(
     "labels,message",
     [
-        (torch.zeros(40, dtype=torch.long), "two classes or more on both sides of the split: got one class"),
+        (torch.zeros(40, dtype=torch.long), "at least two classes on both sides of the split: got one class"),
         (torch.rand(40), "expected classes, integers"),
         (torch.zeros(30, dtype=torch.long), "a value for each of the 40 samples"),
     ],
@@ -250,4 +282,4 @@ def test_the_command_in_a_process_of_its_own(folder):
         cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "keep equally much" in done.stdout or "keeps more" in done.stdout
+    assert "is encoded better by" in done.stdout or "better than" in done.stdout

@@ -211,7 +211,7 @@ def test_two_backbones_have_names_that_tell_them_apart(tmp_path):
         named_backbones([spec, spec], weights=[tmp_path / "w.pt"])
     with pytest.raises(ValueError, match="model: expected one or two: got 3"):
         named_backbones([spec] * 3)
-    with pytest.raises(ValueError, match="pretrained: expected with torchvision:NAME or timm:NAME"):
+    with pytest.raises(ValueError, match="pretrained: expected only with torchvision:NAME or timm:NAME"):
         named_backbones([spec], pretrained=True)
 
 
@@ -227,6 +227,6 @@ def test_weights_that_cannot_be_downloaded_are_an_error_in_words(monkeypatch):
 
     monkeypatch.setattr(torchvision.models, "get_model", offline)
     with pytest.raises(
-        OSError, match=r"pretrained: expected weights of 'torchvision:resnet18' that can be had.*no route"
+        OSError, match=r"pretrained: expected weights of 'torchvision:resnet18' that can be loaded.*no route"
     ):
         named_backbones(["torchvision:resnet18"], pretrained=True)

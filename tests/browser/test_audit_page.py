@@ -42,7 +42,7 @@ def test_the_audit_loads_in_silence_and_fits(browser, files, name, size, scheme)
     assert complaints == [] and all(url.startswith(("file:", "data:")) for url in requests)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     words = page.locator("body").inner_text()
-    assert "survive" in page.locator("#verdict").inner_text() and "untrained" in words and "k-NN" in words
+    assert "The features encode " in page.locator("#verdict").inner_text() and "untrained" in words and "k-NN" in words
     assert page.locator(".plots svg").count() == 2 and page.locator(".plots circle").count() == 8 * (
         1 + (name == "two")
     )

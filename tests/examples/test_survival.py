@@ -100,7 +100,7 @@ def test_resume_starts_where_there_is_nothing_and_keeps_the_last_ones(data, caps
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     run(data, "run", "--steps", "6", "--resume", "--save-every", "1", "--keep", "2", *ALONE)
     said = capsys.readouterr().out
-    assert "passed over" in said and "continuing from" in said and "step 3" in said
+    assert "skipped" in said and "continuing from" in said and "step 3" in said
     assert same(stored(data, "straight"), stored(data, "run"))
     steps = [s["step"] for s in log_of(data, "run") if "loss" in s]
     assert steps == [1, 2, 3, 4, 5, 6]

@@ -76,7 +76,9 @@ def test_kinds_of_images_mix_and_numbers_of_channels_do_not():
     uint8, array = torch.full((3, 4, 4), 255, dtype=torch.uint8), np.full((4, 4), 0.5)
     images, _, _ = collate([(uint8, 0), (array, 0), (picture("L"), 0)])
     assert images.dtype == torch.float32 and images[:, 0, 0, 0].tolist() == [1, 0.5, torch.tensor(200 / 255).item()]
-    with pytest.raises(ValueError, match=r"expected one number of channels in a batch: got \[3, 12\]"):
+    with pytest.raises(
+        ValueError, match=r"expected the same number of channels in all images of a batch: got \[3, 12\]"
+    ):
         collate([(uint8, 0), (np.zeros((4, 4, 12), np.uint8), 0)])
 
 
@@ -109,9 +111,9 @@ def test_rows_without_labels_are_read_where_that_is_said():
     row = {"image": torch.rand(3, 4, 4), "label": 3}
     images, labels, _ = StructuredCollate(4, label_key=False)([row, {"image": torch.rand(3, 4, 4)}])
     assert len(images) == 2 and labels == [None, None]
-    with pytest.raises(ValueError, match=r"got the keys image; label_key names it; label_key=False goes without"):
+    with pytest.raises(ValueError, match=r"got the keys image; label_key names it; label_key=False reads no labels"):
         StructuredCollate(4)([{"image": torch.rand(3, 4, 4)}])
-    with pytest.raises(TypeError, match="expected samples as mappings"):
+    with pytest.raises(TypeError, match="expected mappings as samples"):
         StructuredCollate(4, label_key=False)([(torch.rand(3, 4, 4), 0)])
 
 
@@ -181,7 +183,7 @@ def test_rows_whose_views_were_made_by_the_dataset_become_a_batch_of_views():
         ({"image": 0, "label": 0}, {"label_key": "y"}, "a key 'y' in every row: got the keys image, label; label_key"),
         ({"image": {"bytes": b"", "path": None}, "label": 0}, {}, r"a PIL image.*: got dict; .*decode=True"),
         ({"image": [[[0, 0, 0]]], "label": 0}, {}, r"a PIL image.*: got list; .*with_format\(\"numpy\"\)"),
-        ((picture(), 0), {"image_key": "img"}, "expected samples as mappings, as image_key or label_key is given"),
+        ((picture(), 0), {"image_key": "img"}, "expected mappings as samples, because image_key or label_key is given"),
     ],
 )
 def test_rows_without_the_keys_are_refused_with_the_keys_that_came(row, options, message):

@@ -51,7 +51,7 @@ def test_a_compiled_backbone_is_taken_out_and_stays_whole(name):
     model = StyleHeads(wrapped, SPACES, hidden=(16,))
     assert model(torch.rand(3, 2, 3, 32, 32))["content"].shape == (3, 2, 8)
     assert fingerprint(net)[0] == before[0] and parameters(net) == sum(p.numel() for p in wrapped.parameters())
-    assert "taken out of OptimizedModule" in model.changes[0]
+    assert "unwrapped from OptimizedModule" in model.changes[0]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_timms_parameters_all_get_a_gradient(name, pool):
     model(x)["content"].sum().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
     assert fingerprint(net)[0] == before[0]
-    assert any("taken off" in change for change in model.changes)
+    assert any("removed" in change for change in model.changes)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
@@ -164,8 +164,8 @@ def test_a_layer_called_fc_that_says_what_comes_out_is_kept(given):
         assert torch.equal(model.features(x), net(x)) and model.changes == ()
     else:  # without a width the last layer of that name is a classifier, and it is said
         assert torch.equal(model.features(x), net.conv(x).mean((2, 3)))
-        assert model.changes == ("'fc' taken off, a classifier (16 to 16), as it comes last",)
-        assert "'fc' taken off" in repr(model)
+        assert model.changes == ("'fc' removed, a classifier (16 to 16), as it comes last",)
+        assert "'fc' removed" in repr(model)
 
 
 def test_a_classifier_at_the_end_goes_where_the_width_is_that_before_it():
@@ -246,7 +246,7 @@ def test_a_trial_run_leaves_nothing_behind():
     before = fingerprint(net)
     model = StyleHeads(net, SPACES, hidden=())
     assert fingerprint(net) == before and net.cache is None and net.count == 0
-    assert model.in_features == 16 and "'fc' taken off" in model.changes[0]
+    assert model.in_features == 16 and "'fc' removed" in model.changes[0]
     assert model(torch.rand(3, 2, 3, 12, 12))["content"].shape == (3, 2, 8)
     assert net(torch.rand(2, 3, 9, 9)).shape == (2, 10)
 
@@ -317,7 +317,7 @@ def test_what_cannot_be_tried_is_not_guessed():
             assert x.shape[-1] == 37
             return super().forward(x)
 
-    with pytest.raises(ValueError, match="whether its part 'fc' is a classifier at its end.*give in_features"):
+    with pytest.raises(ValueError, match="whether 'fc' is a classifier at its end.*give in_features"):
         StyleHeads(Odd(10), SPACES)
     model = StyleHeads(Odd(10), SPACES, in_features=10, hidden=())
     assert model.features(torch.rand(2, 3, 37, 37)).shape == (2, 10)
@@ -402,7 +402,7 @@ def test_a_subclass_of_torchvisions_with_a_forward_of_its_own_is_the_users():
             return self.head(super().forward(x))
 
     model = StyleHeads(Mine(), SPACES, hidden=())
-    assert model.in_features == 1000 and "'head' taken off" in model.changes[0]
+    assert model.in_features == 1000 and "'head' removed" in model.changes[0]
     assert model(torch.rand(3, 2, 3, 32, 32))["content"].shape == (3, 2, 8)
 
 
@@ -498,7 +498,7 @@ def test_weights_are_found_under_the_names_of_wrappers(kind):
 def test_weights_of_two_models_in_one_file_are_not_guessed():
     model = StyleHeads(Small(), SPACES, hidden=())
     both = {f"{who}.{k}": t for who in ("student", "teacher") for k, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"under several prefixes, student\., teacher\.; keep the keys of the one"):
+    with pytest.raises(ValueError, match=r"got several, with prefixes student\., teacher\.; keep the keys of the one"):
         model.restore(model.config(), both)
 
 

@@ -137,7 +137,7 @@ def test_one_space_as_a_module(space):
     assert not encoder.training and model().encoder(space).training
     with pytest.raises(ValueError, match=r"expected a batch with 4 dimensions.*got \[1, 2, 3, 8, 8\]"):
         encoder(x[None])
-    with pytest.raises(KeyError, match="there is no head 'hue'"):
+    with pytest.raises(KeyError, match="got 'hue'"):
         m.encoder("hue")
 
 

@@ -219,7 +219,7 @@ def test_an_optimizer_of_stacked_weights_is_refused(spaces, tmp_path):
     before = copy.deepcopy(fresh)
     own = {"probe_optimizer": parts["probe_optimizer"]}
     for part in (torch.optim.SGD(fresh.parameters(), lr=0.1), runs.whole_optimizer(fresh, optimizer_of(fresh))):
-        with pytest.raises(ValueError, match="'optimizer' for the weights of each head: got one from when all heads"):
+        with pytest.raises(ValueError, match="'optimizer' for the weights of each head: got one of an older version"):
             runs.restore_run(path, fresh, parts=own | {"optimizer": part}, config={})
         assert same(fresh, before)
     runs.restore_run(path, fresh, parts=own, config={})

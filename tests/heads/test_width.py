@@ -83,8 +83,8 @@ def test_a_trial_run_needs_no_memory_and_leaves_the_module_as_it_is():
             {"pool": "flatten"},
             "expected in_features for pool='flatten', as the number of feat",
         ),
-        (lambda y: y.flatten(2)[..., : y.shape[2]], {"pool": "cls"}, "in_features, the width of what it returns"),
-        (lambda y: y.sum(), {}, "in_features, the width of what it returns"),
+        (lambda y: y.flatten(2)[..., : y.shape[2]], {"pool": "cls"}, "in_features, the width of its output"),
+        (lambda y: y.sum(), {}, "in_features, the width of its output"),
     ],
 )
 def test_a_width_that_does_not_show_is_not_guessed(turn, options, message):
@@ -139,7 +139,7 @@ def test_a_part_that_is_no_tensor_is_refused():
         StyleHeads(Turned(RETURNS["named tuple"][0]), SPACES, output="mask")
     with pytest.raises(TypeError, match=r"output: expected a part of .* got 0, but it returned Tensor"):
         StyleHeads(Turned(lambda y: y), SPACES, output=0)
-    with pytest.raises(TypeError, match=r"output: expected a key or a place .* got True"):
+    with pytest.raises(TypeError, match=r"output: expected a key or an index .* got True"):
         StyleHeads(Turned(lambda y: (y, y)), SPACES, output=True)
     with pytest.raises(TypeError, match=r"with keys logits from Turned; wrap it in a module that returns the feat"):
         StyleHeads(Turned(lambda y: {"logits": y.mean((2, 3))}), SPACES)  # a classifier's output is no suggestion

@@ -375,7 +375,7 @@ def test_a_folder_in_the_place_of_the_file_is_no_record(folder):
 
 
 def test_what_could_not_be_read_again_is_not_written(folder):
-    with pytest.raises(ValueError, match="record: expected one that can be read again: got 'auto' has"):
+    with pytest.raises(ValueError, match="record: expected one that can be loaded again: got 'auto' has"):
         cache.save(H100, {**RECORD, "auto": {"float32": {"256": 1}}})
     assert not cache.path(H100).exists()
 

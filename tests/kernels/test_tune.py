@@ -145,7 +145,9 @@ def test_candidates_begin_with_the_tables_own():
 def test_the_command_says_that_there_is_no_gpu(capsys):
     assert main(["tune"]) == 1
     said = capsys.readouterr()
-    assert "error: tune: expected a CUDA device: got none, torch sees no GPU here; backend='auto' takes" in said.err
+    assert (
+        "error: tune: expected a CUDA device: got none, as torch finds no GPU; on a CPU backend='auto' uses" in said.err
+    )
     assert main(["tune", "--seconds", "0"]) == 1
     assert "--seconds: expected a time above 0: got 0" in capsys.readouterr().err
 
@@ -157,7 +159,7 @@ def test_the_command_can_be_rehearsed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tune, "MODES", ("sums", "weights"))
     assert main(["tune", "--rehearse", "--seconds", "600"]) == 0
     said = capsys.readouterr().out
-    assert "a rehearsal, which nothing reads" in said and "sums, D = 8: " in said
+    assert "a rehearsal, which is not used" in said and "sums, D = 8: " in said
     assert [f.suffix for f in (tmp_path / "kernels").iterdir()] == [".json"]
 
 

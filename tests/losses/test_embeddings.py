@@ -95,7 +95,7 @@ def test_a_rebuilt_output_has_the_same_loss_or_is_refused(way, kind, keys):
     if way in KEEP:
         assert other.plan == z.plan and criterion(other).item() == pytest.approx(want, rel=1e-6)
     else:
-        with pytest.raises(ValueError, match=r"Embeddings with a plan: got one .* without.*criterion\(z, batch\)"):
+        with pytest.raises(ValueError, match=r"Embeddings with a plan: got the .* without.*criterion\(z, batch\)"):
             criterion(other)
         assert criterion(other, given).item() == pytest.approx(want, rel=1e-6)
         assert criterion.terms(other, given).loss.item() == pytest.approx(want, rel=1e-6)
@@ -154,7 +154,7 @@ def test_the_batch_of_another_step_is_refused(kind):
     for name in ("image_ids", "space_index"):
         if getattr(second, name) is not None:
             setattr(second, name, getattr(second, name).roll(1, -1))
-    with pytest.raises(ValueError, match=r"expected those of the batch that the embeddings are of"):
+    with pytest.raises(ValueError, match=r"expected those of the batch of the embeddings"):
         JointEntropyLoss()(z, second)
     assert math.isnan(JointEntropyLoss(validate=False)(z, second).item())
 
@@ -238,7 +238,7 @@ def test_a_plan_alone_settles_the_order_by_name():
     assert z.assumed and JointEntropyLoss()(z, ViewPlan.shared_query(("content", "color"))) == JointEntropyLoss()(z)
     inter = batch("interleaved")
     with pytest.raises(
-        ValueError, match="expected the ViewBatch itself: got .* without the space that each row serves"
+        ValueError, match="expected the ViewBatch itself: got .* without the space that each image serves"
     ):
         JointEntropyLoss()(dict(heads(inter)), inter.plan)
 
@@ -252,7 +252,7 @@ def test_with_one_space_the_plan_is_never_in_doubt():
 
 def test_a_plan_stays_as_it_was_made():
     plan = ViewPlan.interleaved(("content", "color"))
-    with pytest.raises(AttributeError, match="expected it to stay as it was made"):
+    with pytest.raises(AttributeError, match="expected no assignment, as plans are immutable"):
         plan.kind = "shared_query"
     again = pickle.loads(pickle.dumps(plan))
     assert again == plan and hash(again) == hash(plan) and plan != ViewPlan.shared_query(("content", "color"))

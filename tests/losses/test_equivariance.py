@@ -246,7 +246,7 @@ def test_it_is_saved_and_moves_with_a_module():
             {"views": torch.rand(4, 2, 3, 8, 8)},
             r"views: expected StructuredViews, or its parameter_sizes\(\): got Tensor",
         ),
-        ({"views": ViewBatch(torch.zeros(4, 2, 1), PLAN)}, "got ViewBatch; it is built from what draws the batches"),
+        ({"views": ViewBatch(torch.zeros(4, 2, 1), PLAN)}, "got ViewBatch; pass the object that draws the batches"),
         ({"views": {"color/0.A/b": 0, "spatial/0.A/b": 1}}, "numbers of 'color/0.A/b': expected a whole number, 1 or"),
     ],
 )
@@ -267,7 +267,7 @@ def test_embeddings_and_batches_that_do_not_fit_are_refused():
             loss(embeddings() | {"color": wrong}, batch)
     with pytest.raises(TypeError, match="batch: expected a ViewBatch"):
         loss(embeddings(), batch.views)
-    with pytest.raises(ValueError, match="batch: expected the parameters of two views.*got 0"):
+    with pytest.raises(ValueError, match="batch: expected the parameters of at least two views.*got 0"):
         loss(embeddings(), ViewBatch(batch.views, batch.plan))
     with pytest.raises(ValueError, match="batch: expected 3 numbers for the change of color/0.ColorJitter/hue_factor"):
         EquivarianceLoss(WIDTHS, {**views().parameter_sizes(), "color/0.ColorJitter/hue_factor": 3})(
@@ -276,7 +276,7 @@ def test_embeddings_and_batches_that_do_not_fit_are_refused():
     other = StructuredViews({"color": [K.ColorJitter(0.4, p=1.0)], "spatial": [K.RandomHorizontalFlip()]}, seed=0)(
         torch.rand(6, 3, 8, 8)
     )
-    with pytest.raises(ValueError, match="batch: expected parameters spatial/0.RandomRotation"):
+    with pytest.raises(ValueError, match="batch: expected the parameters spatial/0.RandomRotation"):
         loss(embeddings(), other)
     z = embeddings()
     del z["spatial"]

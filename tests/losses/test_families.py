@@ -243,9 +243,7 @@ def test_their_entropies_by_loops():
 
 
 def test_names_and_coefficients_are_checked():
-    with pytest.raises(
-        ValueError, match="variance: a family that is given whole holds its own coefficients.*.my vicreg."
-    ):
+    with pytest.raises(ValueError, match="variance: .* as a family object has its own coefficients.*.my vicreg."):
         JointEntropyLoss(TWINS["vicreg"], variance=1.0)
     with pytest.raises(ValueError, match="temperature: the .mmcr. family has no coefficients"):
         JointEntropyLoss("mmcr", temperature=0.1)
@@ -257,7 +255,7 @@ def test_names_and_coefficients_are_checked():
 @pytest.mark.parametrize("backend", ["streaming", "triton"])
 def test_a_backend_that_a_family_does_not_have_is_refused(backend):
     for family in (TWINS["vicreg"], "sigreg"):
-        with pytest.raises(ValueError, match=f"computes its entropy itself, .* got '{backend}'"):
+        with pytest.raises(ValueError, match=f"computes its entropy itself: got '{backend}'"):
             JointEntropyLoss(family, backend=backend)
     assert JointEntropyLoss(TWINS["vicreg"], backend="eager").terms(embeddings()).backend == "eager"
 

@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_refused():
         loss({"content": z["content"]})
     with pytest.raises(ValueError, match=r"'content': expected \[V, B, 3\]"):
         loss(z | {"content": z["content"][..., :2]})
-    with pytest.raises(ValueError, match="two rows or more"):
+    with pytest.raises(ValueError, match="two or more samples"):
         loss({n: t[:1, :1] for n, t in z.items()})
 
 

@@ -337,10 +337,10 @@ def test_no_gradient_and_the_callers_mode_stays():
     ("given", "error", "message"),
     [
         ([], ValueError, "images: expected at least one batch: got none"),
-        (X[:0], ValueError, r"images: expected \[n, C, H, W\] with an image or more: got \[0, 3, 6, 6\]"),
+        (X[:0], ValueError, r"images: expected \[n, C, H, W\] with at least one image: got \[0, 3, 6, 6\]"),
         (torch.rand(3), ValueError, r"images: expected \[n, C, H, W\].*got \[3\]"),
         ([{"image": X}], TypeError, r"images: expected batches \[b, C, H, W\].*got dict"),
-        ([("photo.png", X)], TypeError, "or tuples that begin with one: got str"),
+        ([("photo.png", X)], TypeError, "or tuples that start with one: got str"),
         ("photos", TypeError, "got str"),
     ],
 )
@@ -353,12 +353,16 @@ def test_bad_images(given, error, message):
     ("returned", "error", "message"),
     [
         (lambda x: None, TypeError, r"expected images \[b, C, H, W\] -> space -> \[b, d\], or .*: got NoneType"),
-        (lambda x: x, ValueError, r"features \[b, F\]: got \[7, 3, 6, 6\] for 7 images; pool it to a row per image"),
+        (
+            lambda x: x,
+            ValueError,
+            r"features \[b, F\]: got \[7, 3, 6, 6\] for 7 images; pool it to one vector per image",
+        ),
         (lambda x: x.mean((1, 2, 3)), ValueError, r"features \[b, F\]: got \[7\] for 7 images$"),
         (lambda x: x[:5].mean((2, 3)), ValueError, r"features \[b, F\]: got \[5, 3\] for 7 images$"),
         (lambda x: {"color": x.mean((2, 3))[None]}, ValueError, r"space 'color' as \[7, d\].*got \[1, 7, 3\]"),
         (lambda x: {"color": x.mean((1, 2, 3))}, ValueError, r"space 'color' as \[7, d\].*got \[7\]"),
-        (lambda x: {"color": x[:5].mean((2, 3))}, ValueError, r"a row per image: got \[5, 3\]"),
+        (lambda x: {"color": x[:5].mean((2, 3))}, ValueError, r"one vector per image: got \[5, 3\]"),
         (lambda x: {"content": x.mean((2, 3)), "color": math.pi}, ValueError, "space 'color'.*: got float"),
     ],
 )

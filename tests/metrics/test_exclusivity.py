@@ -240,9 +240,9 @@ def test_what_cannot_be_tested_says_why():
         ({"own": {"shape": ()}}, ValueError, "own: expected spaces among color: got 'shape'"),
         ({"own": {"color": "hue"}}, TypeError, "own: expected a sequence of factors for space 'color'"),
         ({"own": {"color": ("hues",)}}, ValueError, "among hue, light, size: got hues for space 'color'"),
-        ({"independent": True}, ValueError, "drawn independently of each other: got 'light', of which hue predict"),
+        ({"independent": True}, ValueError, "drawn independently of each other: got 'light', which hue predict"),
         ({"independent": 1}, TypeError, "independent: expected True or False: got 1"),
-        ({"level": 0.0}, ValueError, "level: expected a chance above 0: got 0"),
+        ({"level": 0.0}, ValueError, "level: expected a probability above 0: got 0"),
         ({"level": 1}, ValueError, "level: expected a number of at least 0 and below 1: got 1"),
         ({"smallest": -0.1}, ValueError, "smallest: expected a number of at least 0 and below 1: got -0.1"),
         (

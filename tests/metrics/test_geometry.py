@@ -111,14 +111,14 @@ HOLE[7, 2] = math.nan
 ZERO = Z.clone()
 ZERO[:2] = 0
 ROWS = [
-    (Z[0], r"\[n, d\], a row per sample: got \[3\]"),
-    (Z[None], r"got \[1, 8, 3\]; give one view, z\[v\]"),
+    (Z[0], r"\[n, d\], one per sample: got \[3\]"),
+    (Z[None], r"got \[1, 8, 3\]; pass one view, z\[v\]"),
     (Z[:, :0], r"got \[8, 0\]"),
     (HOLE, "finite"),
     (HOLE.nan_to_num(math.inf), "finite"),
     (Z.long(), "floating-point embeddings: got torch.int64"),
     (Z + 0j, "floating-point"),
-    (ZERO, "rows with a direction: got 2 rows of length 0"),
+    (ZERO, "embeddings with a direction: got 2 of length 0"),
 ]
 
 
@@ -181,7 +181,7 @@ def test_alignment_is_2_less_twice_the_mean_cosine_and_sees_no_length_and_no_com
 
 @pytest.mark.parametrize("other", [Z[:7], Z[:1], Z[:, :2], Z[:, :1]])
 def test_alignment_needs_pairs(other):
-    with pytest.raises(ValueError, match=r"a and b of one shape, a row per pair: got \[8, 3\], \["):
+    with pytest.raises(ValueError, match=r"a and b of the same shape: got \[8, 3\], \["):
         alignment(Z, other)
 
 
@@ -230,7 +230,7 @@ def test_a_space_without_a_pair_has_no_alignment():
         ({"color": randn(2, 6, 3)}, "content"),
         ({"content": randn(2, 1, 3)}, "at least 2 samples: got 1"),
         ({"content": randn(2, 4, 3) * math.nan}, "finite"),
-        ({"content": torch.zeros(2, 4, 3)}, "rows of length 0"),
+        ({"content": torch.zeros(2, 4, 3)}, "of length 0"),
     ],
 )
 def test_space_geometry_of_what_does_not_fit(z, message):
@@ -501,7 +501,7 @@ def test_no_measure_depends_on_the_unit(scale):
 def test_a_space_of_zeros_is_named_and_the_others_can_be_measured():
     eye = torch.eye(4).expand(4, 4, 4)
     z = {"content": eye, "color": torch.zeros(4, 4, 2), "place": 2 * eye}
-    with pytest.raises(ValueError, match="space 'color': uniformity: expected rows with a direction: got 4 rows"):
+    with pytest.raises(ValueError, match="space 'color': uniformity: expected embeddings with a direction: got 4 of"):
         space_geometry(z)
     whole = space_geometry(z | {"color": eye})
     assert space_geometry(z, spaces=["place", "content"]) == {s: whole[s] for s in ("place", "content")}

@@ -143,7 +143,7 @@ def test_logits_of_other_spaces_and_bad_sizes():
     model = probes()
     with pytest.raises(ValueError, match="logits: expected the spaces .* missing: keys"):
         model.loss({name: t for name, t in model(Z).items() if name != "keys"}, LABELS)
-    with pytest.raises(ValueError, match="expected 2 images or more in training mode, for BatchNorm: got 1"):
+    with pytest.raises(ValueError, match="expected at least 2 images in training mode, for BatchNorm: got 1"):
         model({name: t[:1] for name, t in Z.items()})
     for widths, classes, message in (({}, 3, "at least one"), ({"a": 0}, 3, "'a'"), ({"a": 2}, 0, "classes")):
         with pytest.raises(ValueError, match=message):

@@ -329,7 +329,7 @@ NAN[24, 2] = math.nan
         ({"a": Z, "b": NAN}, "space 'b': expected finite embeddings"),
         ({"a": Z, "b": NAN.nan_to_num(math.inf)}, "space 'b': expected finite embeddings"),
         ({"a": Z[0]}, r"space 'a': .*\[n, d\].*got \[3\]"),
-        ({"a": Z[None]}, r"space 'a': .*give one view, z\[v\]"),
+        ({"a": Z[None]}, r"space 'a': .*pass one view, z\[v\]"),
         ({"a": Z[:, :0]}, r"space 'a': .*got \[25, 0\]"),
         ({"a": Z[:0]}, "space 'a': expected at least 1 samples: got 0"),
         ({"a": Z.long()}, "space 'a': expected floating-point embeddings: got torch.int64"),
@@ -345,7 +345,7 @@ def test_bad_embeddings(backend, embeddings, message):
 def test_bad_backends():
     with pytest.raises(ValueError, match="backend: expected one of 'exact', 'faiss': got 'annoy'"):
         StyleIndex(spaces(), backend="annoy")
-    with pytest.raises(ValueError, match="factory: only backend='faiss' .*: got 'HNSW32,Flat'"):
+    with pytest.raises(ValueError, match="factory: expected it only with backend='faiss': got 'HNSW32,Flat'"):
         StyleIndex(spaces(), factory="HNSW32,Flat")
     with pytest.raises(TypeError, match="space 'a': expected a tensor .*: got list"):
         StyleIndex({"a": Z.tolist()})
@@ -357,8 +357,8 @@ def test_bad_backends():
     [
         ("style", "weights: expected names of spaces .content, color, crop.: got 'style'"),
         ({"content": 1, "style": 0}, "got 'style'"),
-        ({"content": 0, "color": 0.0}, "a space of weight other than 0: got .'content': 0, 'color': 0.0"),
-        ({}, "a space of weight other than 0"),
+        ({"content": 0, "color": 0.0}, "at least one nonzero weight: got .'content': 0, 'color': 0.0"),
+        ({}, "at least one nonzero weight"),
         ({"content": math.nan}, "finite number for space 'content': got nan"),
         ({"content": math.inf}, "finite number for space 'content': got inf"),
         ({"content": True}, "finite number for space 'content': got True"),
@@ -389,9 +389,9 @@ def test_bad_k_of_embeddings(backend):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (25, "query: expected rows 0 to 24: got 25 to 25"),
-        (-1, "query: expected rows 0 to 24: got -1 to -1"),
-        ([3, 25, 4], "query: expected rows 0 to 24: got 3 to 25"),
+        (25, "query: expected positions 0 to 24: got 25 to 25"),
+        (-1, "query: expected positions 0 to 24: got -1 to -1"),
+        ([3, 25, 4], "query: expected positions 0 to 24: got 3 to 25"),
         (torch.tensor([-2, 7]), "got -2 to 7"),
     ],
 )
@@ -402,15 +402,17 @@ def test_rows_that_the_index_does_not_have(rows, message):
 
 @pytest.mark.parametrize("rows", [1.0, [0.5, 1.0], torch.tensor([1.0]), torch.tensor([True]), True, torch.tensor([1j])])
 def test_rows_are_integers(rows):
-    with pytest.raises(TypeError, match="query: expected rows of the index, integers, or a mapping of embeddings: got"):
+    with pytest.raises(
+        TypeError, match="query: expected integer positions in the index, or a mapping of embeddings: got"
+    ):
         index(spaces()).search(rows, k=1)
 
 
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        ({}, "expected embeddings of every weighted space: missing content, color$"),
-        ({"content": torch.ones(2, 5)}, "every weighted space: missing color$"),
+        ({}, "expected embeddings of every weighted space: got none of content, color$"),
+        ({"content": torch.ones(2, 5)}, "every weighted space: got none of color$"),
         ({"content": torch.ones(2, 5), "color": torch.ones(2, 4)}, r"'color' as \[2, 3\].*: got \[2, 4\]"),
         ({"content": torch.ones(2, 4), "color": torch.ones(2, 3)}, r"'content' as \[2, 5\].*: got \[2, 4\]"),
         ({"content": torch.ones(2, 5), "color": torch.ones(3, 3)}, r"'color' as \[2, 3\].*: got \[3, 3\]"),
@@ -456,8 +458,8 @@ def test_a_query_that_is_no_tensor_is_named():
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        ("Fla", "expected a description that FAISS can parse.*got 'Fla' .could not parse index string Fla."),
-        ("", "expected a description that FAISS can parse"),
+        ("Fla", "expected a string that FAISS can parse.*got 'Fla' .could not parse index string Fla."),
+        ("", "expected a string that FAISS can parse"),
         (None, "expected a FAISS factory string.*got None"),
         ("IVF256,Flat", r"from 120 images of 12 dimensions: got 'IVF256,Flat' \(.*120.* number of clusters \(256\)"),
         ("IVF121,Flat", "number of clusters .121."),
@@ -510,5 +512,5 @@ def test_rows_of_every_integer_type(dtype):
     z = spaces()
     built, query = StyleIndex(z), torch.tensor([3, 7])
     assert torch.equal(built.search(query.to(dtype), k=3)[1], built.search(query, k=3)[1])
-    with pytest.raises(ValueError, match="expected rows 0 to 24: got 3 to 99"):
+    with pytest.raises(ValueError, match="expected positions 0 to 24: got 3 to 99"):
         built.search(torch.tensor([3, 99], dtype=dtype), k=3)

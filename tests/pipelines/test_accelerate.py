@@ -70,7 +70,7 @@ def test_mixed_precision_loses_the_plan_and_the_loss_asks_for_the_batch_instead_
     model = Accelerator(mixed_precision="bf16").prepare(StyleHeads(small(), {"content": 6, "flip": 3}, hidden=()))
     z = model(batch)
     assert z["content"].dtype == torch.float32 and z.plan is None
-    with pytest.raises(ValueError, match=r"give the batch too, criterion\(z, batch\)"):
+    with pytest.raises(ValueError, match=r"pass the batch too, criterion\(z, batch\)"):
         JointEntropyLoss()(z)
     want = JointEntropyLoss()(Embeddings(dict(z), batch.plan, space_index=batch.space_index)).item()
     assert JointEntropyLoss()(z, batch).item() == want

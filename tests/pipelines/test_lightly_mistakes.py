@@ -33,7 +33,7 @@ backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten
 model = StyleHeads(backbone, SPACES, hidden=())
 criterion = JointEntropyLoss()
 views = MultiViewCollate()(SAMPLES)[0]
-TOGETHER = r"criterion\(z0, z1\) is the form of losses of two views: .* criterion\(z, transform.plan\)"
+TOGETHER = r"criterion\(z0, z1\) is the call of two-view losses: .* criterion\(z, transform.plan\)"
 
 
 def four():
@@ -61,12 +61,12 @@ MISTAKES = {
     "no plan": (
         lambda: criterion(heads(FEATURES)),
         ValueError,
-        r"rows of all views \[V\*B, d\], the plan beside them, criterion\(z, transform.plan\)",
+        r"embeddings of all views \[V\*B, d\], pass the plan too, criterion\(z, transform.plan\)",
     ),
     "the transform in the plan's place": (
         lambda: criterion(heads(FEATURES), TRANSFORM),
         TypeError,
-        "got StructuredTransform; give its plan, such as transform.plan",
+        "got StructuredTransform; pass its plan, such as transform.plan",
     ),
     "the labels in the plan's place": (
         lambda: criterion(heads(FEATURES), torch.arange(4)),
@@ -96,22 +96,22 @@ MISTAKES = {
     "a whole batch of MultiViewCollate": (
         lambda: model(MultiViewCollate()(SAMPLES)),
         TypeError,
-        r"got tuple; of a loader's batch \(views, labels, names\) give the views, batch\[0\]",
+        r"got tuple; from a loader's batch \(views, labels, names\) pass the views, batch\[0\]",
     ),
     "a whole batch of the default collate": (
         lambda: model(default_collate(SAMPLES)),
         TypeError,
-        r"got list; of a loader's batch .* batch\[0\]",
+        r"got list; from a loader's batch .* batch\[0\]",
     ),
     "a whole batch of images": (
         lambda: model([torch.rand(4, 3, 8, 8), torch.arange(4)]),
         TypeError,
-        r"got list; of a loader's batch .* batch\[0\]",
+        r"got list; from a loader's batch .* batch\[0\]",
     ),
     "features as a list": (
         lambda: heads(list(FEATURES.chunk(4))),
         TypeError,
-        r"got list; the features of all views are one tensor, backbone\(torch.cat\(views\)\)",
+        r"got list; pass the features of all views as one tensor, backbone\(torch.cat\(views\)\)",
     ),
     "features not flattened": (lambda: heads(FEATURES[..., None, None]), ValueError, r"flatten\(1\) first"),
     "a transform of views before StructuredCollate": (
@@ -138,7 +138,7 @@ MISTAKES = {
     "StructuredViews as a transform": (
         lambda: VIEWS(PHOTO),
         TypeError,
-        "got Image; StructuredTransform takes one sample, as the transform of a data set",
+        "got Image; StructuredViews takes whole batches, StructuredTransform one sample, as a data set's transform",
     ),
     "StructuredTransform of a batch": (
         lambda: TRANSFORM(torch.rand(2, 3, 16, 16)),
@@ -153,7 +153,7 @@ MISTAKES = {
     "a preset's name for groups": (
         lambda: StructuredTransform("color_spatial"),
         TypeError,
-        r'got str; a preset is unpacked, \*\*presets\("color_spatial"\)',
+        r'got str; unpack a preset: \*\*presets\("color_spatial"\)',
     ),
     "a preset that is not unpacked": (
         lambda: StructuredTransform(presets("color_spatial")),
@@ -240,7 +240,7 @@ def test_presets_without_normalize(none):
     [
         ({"mean": [0.5] * 3}, "got the keys mean"),
         ({"mean": [0.5] * 3, "std": [0.0] * 3}, "standard deviation above 0"),
-        ({"mean": [0.5] * 3, "std": [0.5]}, "of each channel"),
+        ({"mean": [0.5] * 3, "std": [0.5]}, "for each channel"),
         ("imagenet", "got 'imagenet'"),
     ],
 )

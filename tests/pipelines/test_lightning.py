@@ -154,7 +154,7 @@ def test_views_of_workers_are_taken_with_their_parameters(labels, parameters):
 
 
 REFUSED = {
-    "views of a transform that is not named": ([torch.rand(2, 3, 12, 12)] * 2, 1, "self.views is their StructuredTr"),
+    "views of a transform that is not named": ([torch.rand(2, 3, 12, 12)] * 2, 1, "self.views to their Structured"),
     "another thing": ("name", 1, "images .*: got tuple of str, int"),
 }
 
@@ -164,7 +164,7 @@ def test_a_batch_without_images_in_their_place_is_refused(what):
     *batch, message = REFUSED[what]
     with pytest.raises(TypeError, match=message):
         module().structured_step(tuple(batch))
-    with pytest.raises(TypeError, match=r"expected self.image_key to name the images among image, label: got None"):
+    with pytest.raises(TypeError, match=r"expected self.image_key to be one of the keys image, label: got None"):
         module().structured_step({"image": 1, "label": 2})
     mine = module()
     del mine.views

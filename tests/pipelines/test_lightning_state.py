@@ -130,7 +130,7 @@ def test_optimizer_states_of_stacked_heads_are_refused_and_the_weights_are_read(
     kept = {k: t for k, t in old["state_dict"].items() if not k.startswith("model.")}
     old["state_dict"] = kept | stacked(made.model, "model.")
     torch.save(old, tmp_path / "old.ckpt")
-    with pytest.raises(ValueError, match="optimizer states for the weights of each head: got a checkpoint from when"):
+    with pytest.raises(ValueError, match="optimizer states for the weights of each head: got a checkpoint of an older"):
         fit(Alone(), ckpt_path=tmp_path / "old.ckpt", max_epochs=2)
     fit(Alone(), ckpt_path=tmp_path / "new.ckpt", max_epochs=2)
     fresh = Alone()

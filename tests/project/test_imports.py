@@ -129,7 +129,7 @@ INDEX = "import torch\nfrom ssd_addon.metrics import StyleIndex\nStyleIndex({'a'
          f"backbone 'torchvision:a' needs torchvision, {MISSING} torchvision"),
         ("faiss", INDEX, "backend='faiss' needs FAISS (pip install faiss-cpu); 'exact' needs nothing"),
         ("tensorboard", "from ssd_addon import Monitor\nMonitor(None, tensorboard='here')",
-         "a folder for TensorBoard needs it: pip install tensorboard"),
+         "tensorboard: expected the package, to write to a folder: got none; pip install tensorboard"),
     ],
 )  # fmt: skip
 def test_a_missing_package_is_named_by_what_needs_it(package, code, message):

@@ -141,7 +141,7 @@ def smaller(text, **changes):
 @pytest.mark.slow
 def test_the_start_page_as_it_is_written_down(photographs, capsys):
     (install, audit_command, report_command), (train, search) = blocks_of("start.md"), blocks_of("start.md", "python")
-    assert install.startswith("pip install ssd-addon")
+    assert install.startswith("pip install . torchvision")
     names = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a collapse alarm has nothing to judge in two steps

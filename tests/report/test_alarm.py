@@ -81,7 +81,8 @@ def test_one_direction_with_pairs_that_agree_is_a_collapse():
         (
             {},
             "color",
-            "lower its weight, or change nothing where its group changes one number only, which needs no more",
+            "lower its weight, or leave it as it is if its group changes one number only, for which one direction is "
+            "enough",
         ),
     ],
 )

@@ -392,7 +392,7 @@ def test_without_matplotlib_the_numbers_are_written(monkeypatch):
 
 def test_a_folder_needs_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match="a folder for TensorBoard needs it: pip install tensorboard"):
+    with pytest.raises(ImportError, match="tensorboard: expected the package, to write to a folder: got none"):
         Monitor(None, tensorboard=tmp_path)
 
 
@@ -419,8 +419,8 @@ def test_ranks_other_than_0_write_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"views": pages.views()}, ValueError, "views and factors need images to be measured on: got no images"),
-        ({"factors": FACTORS}, ValueError, "views and factors need images to be measured on: got no images"),
+        ({"views": pages.views()}, ValueError, "expected images, on which views and factors are measured: got none"),
+        ({"factors": FACTORS}, ValueError, "expected images, on which views and factors are measured: got none"),
         ({"every": 0}, ValueError, "every: expected a whole number, 1 or more: got 0"),
         ({"every": 1.5}, ValueError, "every: expected a whole number, 1 or more: got 1.5"),
         ({"log_every": -1}, ValueError, "log_every: expected a whole number, 1 or more: got -1"),

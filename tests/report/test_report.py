@@ -1,6 +1,5 @@
-"""The report: what it says of matrices made by hand, what it says where it cannot, and that one page holds it all."""
+"""The report: that one page holds it all, what it says where something cannot be measured, and the command."""
 
-import dataclasses
 import io
 import json
 import math
@@ -12,241 +11,18 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from score_tables import GROUPS, by_hand, changed, table
 from torchvision.models import resnet18
 
 from ssd_addon import StyleHeads, report
 from ssd_addon.__main__ import main
-from ssd_addon.metrics import Dependence, Exclusivity, ScoreTable, label_free
+from ssd_addon.metrics import Exclusivity, ScoreTable, label_free
 from ssd_addon.report import curves, pictures
 from ssd_addon.report import findings as measured
 from ssd_addon.report import page as rendering
-from ssd_addon.report.findings import Findings
-from ssd_addon.report.table import number
-from ssd_addon.report.verdict import p_value, short
-
-
-def table(scores, factors, low=0.9, parts=None, probe="kernel"):
-    """A table of rows {space: [scores]}; intervals reach from `low` times the score to the score."""
-    cells = {(s, f): v for s, row in scores.items() for f, v in zip(factors, row, strict=True)}
-    intervals = {c: (low * v, v) for c, v in cells.items() if not math.isnan(v)}
-    return ScoreTable(tuple(scores), tuple(factors), cells, intervals, {}, probe, (), 50, 50, "pairs of views", parts)
-
-
-def groups(content, color, spatial, **options):
-    """The label-free findings with these rows, scores of the groups color and spatial."""
-    return findings(table({"content": content, "color": color, "spatial": spatial}, GROUPS, **options))
-
-
-def findings(label_free=None, labelled=None, spaces=("content", "color", "spatial")):
-    tiles = {s: torch.eye(3) for s in spaces}
-    rows = torch.arange(3)
-    return Findings("t", [], spaces, labelled or {}, label_free, None, {}, None, None, rows, tiles, [], {})
-
-
-GROUPS = ("color", "spatial")
-
-
-def exclusivity_by_hand(cells, factors=GROUPS, own=None):
-    """Tests with (effect, corrected p) in some cells, none in the others."""
-    spaces = ("content", "color", "spatial")
-    found = {(s, f): Dependence(*(math.nan,) * 4) for s in spaces for f in factors}
-    found |= {cell: Dependence(3.0, effect, p, p) for cell, (effect, p) in cells.items()}
-    return Exclusivity(spaces, tuple(factors), own or {s: (s,) for s in GROUPS}, found, {}, 100, "permutations")
-
-
-def test_verdict_of_disentangled_spaces():
-    head, each = report.verdict(groups([0.0, 0.05], [0.9, 0.0], [0.0, 0.6]))
-    assert head == "Disentangled: each style space encodes its own augmentation group and no other."
-    assert each == [
-        "content encodes no augmentation group.",
-        "color encodes color (R² = 0.90), and no parameter of another group.",
-        "spatial encodes spatial (R² = 0.60), and no parameter of another group.",
-    ]
-
-
-def test_verdict_names_every_leak():
-    head, each = report.verdict(groups([0.0, 0.21], [0.93, 0.3], [0.0, 0.7]))
-    assert head == "Not disentangled: color also encodes spatial (R² = 0.30); content encodes spatial (R² = 0.21)."
-    assert each[0] == "content encodes spatial (R² = 0.21)."
-    assert each[1] == "color encodes color (R² = 0.93), but also spatial (R² = 0.30)."
-
-
-@pytest.mark.parametrize(
-    ("score", "reason"),
-    [
-        (0.02, "spatial does not encode its own group (R² = 0.02 on average)"),
-        (0.23, "spatial encodes its own group only in part (R² = 0.23 on average)"),
-    ],
-)
-def test_a_style_that_learnt_little_is_not_called_disentangled(score, reason):
-    head, each = report.verdict(groups([0.0, 0.0], [0.9, 0.0], [0.0, score]))
-    assert head == f"No augmentation group leaks, but {reason}."
-    assert each[2] == (
-        "spatial does not encode its own group, nor any other."
-        if score < 0.1
-        else "spatial weakly encodes spatial (R² = 0.23), and no parameter of another group."
-    )
-
-
-def test_what_is_not_above_chance_is_no_leak():
-    scores = ([0.0, 0.2], [0.9, 0.0], [0.0, 0.6])
-    assert report.verdict(groups(*scores, low=-1.0))[0].startswith("No augmentation group leaks")
-    assert report.verdict(groups(*scores, low=0.1))[0].startswith("Not disentangled")
-
-
-def test_a_group_leaks_through_any_of_its_parameters():
-    names = ("color/0.ColorJitter/brightness_factor", "color/0.ColorJitter/hue_factor", "spatial/0.RandomAffine/angle")
-    parts = table({"content": [0.0, 0.5, 0.0], "color": [0.9, 0.3, 0.0], "spatial": [0.0, 0.0, 0.8]}, names)
-    whole = table({"content": [0.09, 0.0], "color": [0.6, 0.0], "spatial": [0.0, 0.8]}, GROUPS, parts=parts)
-    head, each = report.verdict(findings(whole))
-    assert head == "Not disentangled: content encodes color's hue (R² = 0.50)."
-    assert each[1] == (
-        "color encodes brightness (R² = 0.90), weakly hue (R² = 0.30), and no parameter of another group."
-    )
-
-
-def test_a_group_of_which_one_parameter_is_encoded_is_encoded_in_part():
-    names = ("color/0.ColorJitter/brightness_factor", "color/0.ColorJitter/hue_factor", "spatial/0.RandomAffine/angle")
-    parts = table({"content": [0.0, 0.0, 0.0], "color": [0.6, 0.0, 0.0], "spatial": [0.0, 0.0, 0.8]}, names)
-    whole = table({"content": [0.0, 0.0], "color": [0.3, 0.0], "spatial": [0.0, 0.8]}, GROUPS, parts=parts)
-    head, _ = report.verdict(findings(whole))
-    assert head == "No augmentation group leaks, but color encodes its own group only in part (R² = 0.30 on average)."
-
-
-APART = {"content": [0.0, 0.0], "color": [0.9, 0.0], "spatial": [0.0, 0.6]}
-
-
-def test_verdict_names_the_known_factors_too():
-    labelled = {
-        "ridge": table({"content": [0.95, 0.0], "color": [0.0, 0.8], "spatial": [0.04, math.nan]}, ("shape", "hue"))
-    }
-    head, each = report.verdict(findings(table(APART, GROUPS), labelled))
-    assert head.startswith("Disentangled: ")
-    assert each[0] == (
-        "content encodes no augmentation group; of the known factors, shape (R² = 0.95) can be decoded from it."
-    )
-    assert each[2].endswith("no parameter of another group.")
-
-
-def test_a_known_factor_in_two_spaces_is_no_disentanglement():
-    labelled = {"ridge": table({"content": [0.95], "color": [0.46], "spatial": [0.0]}, ("shape",))}
-    head, _ = report.verdict(findings(table(APART, GROUPS), labelled))
-    assert head == (
-        "No augmentation group leaks, but shape can be decoded from content (R² = 0.95) and from color (0.46)."
-    )
-    fine = [({"content": [0.95], "color": [0.46], "spatial": [0.0]}, -1.0)]  # not above chance
-    fine.append(({"content": [0.3], "color": [0.9], "spatial": [0.0]}, 0.9))  # in content, of which nothing is claimed
-    for scores, low in fine:
-        labelled = {"ridge": table(scores, ("shape",), low=low)}
-        assert report.verdict(findings(table(APART, GROUPS), labelled))[0].startswith("Disentangled: ")
-
-
-@pytest.mark.parametrize(
-    ("scores", "factors", "spaces", "reason"),
-    [
-        (APART, GROUPS, ("content", "color"), "no space is named after spatial, so whether it is kept is not known"),
-        ({"content": [0.0, 0.0]}, GROUPS, ("content",), "named after color and spatial, so whether they are kept"),
-        (APART, GROUPS, ("content", "color", "spatial", "extra"), "extra has no augmentation group"),
-        ({s: [r[0], math.nan] for s, r in APART.items()}, GROUPS, tuple(APART), "spatial could not be scored"),
-    ],
-)
-def test_a_headline_claims_no_more_than_was_measured(scores, factors, spaces, reason):
-    head, _ = report.verdict(findings(table({s: scores.get(s, [0.0, 0.0]) for s in spaces}, factors), spaces=spaces))
-    assert head.startswith("No augmentation group leaks, but ") and reason in head
-
-
-def test_no_verdict_without_a_matrix():
-    assert report.verdict(findings()) == ("What the spaces encode could not be measured.", [])
-
-
-@pytest.mark.parametrize(
-    ("effect", "p", "head"),
-    [
-        (0.03, 0.004, "Not disentangled: color also encodes spatial (partial R² = 0.03, p = 0.004)."),
-        (0.03, 0.0002, "Not disentangled: color also encodes spatial (partial R² = 0.03, p ≤ 0.001)."),
-        (0.01, 0.001, "Disentangled: each style space encodes its own augmentation group and no other."),
-        (0.3, 0.06, "Disentangled: each style space encodes its own augmentation group and no other."),
-    ],
-)
-def test_a_leak_is_what_the_test_rejects_with_an_effect_that_matters(effect, p, head):
-    """The score of 0.3 alone, which would be a leak without the test, does not decide."""
-    found = groups([0.0, 0.0], [0.9, 0.3], [0.0, 0.6])
-    tested = dataclasses.replace(found, tests=exclusivity_by_hand({("color", "spatial"): (effect, p)}))
-    said, each = report.verdict(tested)
-    assert said == head
-    assert ("but also spatial (partial" in each[1]) == head.startswith("Not")
-
-
-def test_a_cell_without_a_test_is_decided_by_its_score():
-    found = groups([0.0, 0.2], [0.9, 0.3], [0.0, 0.6])
-    tested = dataclasses.replace(found, tests=exclusivity_by_hand({("color", "spatial"): (0.0, 1.0)}))
-    assert report.verdict(tested)[0] == "Not disentangled: content encodes spatial (R² = 0.20)."
-
-
-def test_a_group_leaks_through_the_parameter_that_the_test_names():
-    names = ("color/0.ColorJitter/brightness_factor", "color/0.ColorJitter/hue_factor", "spatial/0.RandomAffine/angle")
-    parts = table({"content": [0.0, 0.0, 0.0], "color": [0.9, 0.9, 0.0], "spatial": [0.0, 0.0, 0.8]}, names)
-    whole = table({"content": [0.0, 0.0], "color": [0.9, 0.0], "spatial": [0.0, 0.8]}, GROUPS, parts=parts)
-    finer = exclusivity_by_hand({("content", names[0]): (0.2, 0.5), ("content", names[1]): (0.05, 0.01)}, names)
-    tests = dataclasses.replace(exclusivity_by_hand({("content", "color"): (0.05, 0.01)}), parts=finer)
-    head, _ = report.verdict(dataclasses.replace(findings(whole), tests=tests))
-    assert head == "Not disentangled: content encodes color's hue (partial R² = 0.05, p = 0.01)."
-
-
-def test_known_factors_leak_where_their_test_says_so():
-    labelled = {"ridge": table({"content": [0.95, 0.4], "color": [0.46, 0.9], "spatial": [0.0, 0.0]}, ("shape", "hue"))}
-    cells = {("content", "hue"): (0.4, 0.001), ("color", "shape"): (0.45, 0.03), ("spatial", "hue"): (0.0, 1.0)}
-    own = {"content": ("shape",), "color": ("hue",), "spatial": ()}
-    exclusive = exclusivity_by_hand(cells, ("shape", "hue"), own)
-    leaks = "color {}encodes shape (partial R² = 0.45, p = 0.03); content encodes hue (partial R² = 0.40, p ≤ 0.001)."
-    both = dataclasses.replace(findings(table(APART, GROUPS), labelled), exclusive=exclusive)
-    assert report.verdict(both)[0] == "Not disentangled: " + leaks.format("also ")
-    alone = dataclasses.replace(findings(None, labelled), exclusive=exclusive)
-    assert report.verdict(alone)[0] == "Not disentangled: " + leaks.format("")
-    nothing = dataclasses.replace(alone, exclusive=exclusivity_by_hand({}, ("shape", "hue"), own))
-    assert report.verdict(nothing)[0] == "No known factor leaks; which augmentations are encoded is not known."
-    nothing = dataclasses.replace(both, exclusive=nothing.exclusive)  # shape in two spaces is no doubt: it was tested
-    assert report.verdict(nothing)[0].startswith("Disentangled: ")
-
-
-@pytest.mark.parametrize(
-    ("p", "said"),
-    [(1.0, "p = 1"), (0.4321, "p = 0.44"), (0.05, "p = 0.05"), (0.0321, "p = 0.033"), (0.001, "p ≤ 0.001")],
-)
-def test_a_p_value_is_rounded_up(p, said):
-    assert p_value(p) == said
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("color/0.ColorJitter/hue_factor", "hue"),
-        ("spatial/1.RandomHorizontalFlip/batch_prob", "HorizontalFlip on or off"),
-        ("spatial/0.RandomResizedCrop/src", "ResizedCrop place and size"),
-        ("shape", "shape"),
-    ],
-)
-def test_parameters_have_names_for_people(name, expected):
-    assert short(name) == expected
-
-
-def test_spaces_that_are_named_after_no_group_are_not_called_disentangled():
-    only = findings(table({"content": [0.0, 0.0]}, GROUPS), spaces=("content",))
-    assert report.verdict(only)[0] == (
-        "No augmentation group leaks, but no space is named after color and spatial, so whether they are kept is not "
-        "known."
-    )
-    other = findings(table({"content": [0.0], "tint": [0.9]}, ("color",)), spaces=("content", "tint"))
-    assert report.verdict(other)[0] == "Not disentangled: tint encodes color (R² = 0.90)."
-
-
-def test_known_factors_alone_make_a_verdict():
-    labelled = {"ridge": table({"content": [0.95, 0.0], "color": [0.0, 0.8]}, ("shape", "hue"))}
-    head, each = report.verdict(findings(None, labelled, ("content", "color")))
-    assert "was not measured" in head and each == [
-        "shape (R² = 0.95) can be decoded from content.",
-        "hue (R² = 0.80) can be decoded from color.",
-    ]
+from ssd_addon.report.legend import legend
+from ssd_addon.report.readings import p_value
+from ssd_addon.report.table import number, score_table
 
 
 def test_images_out_of_range_are_refused(tmp_path):
@@ -301,9 +77,45 @@ def test_a_cell_that_was_tested_says_p_and_effect(written):
             cell = re.search(rf'title="{re.escape(f"{space}, {factor}")}">(.*?)</td>', html)[1]
             said = f"<small>{p_value(test.corrected)}, partial R² {number(test.effect)}</small>" if test.p > 0 else ""
             assert said in cell and ("partial" in cell) == bool(said)
-    assert "test of conditional independence, given its own" in html and "at least 0.02" in html
+    assert "a test rejects independence (p of 0.05 or less" in html and "partial R² is at least 0.02" in html
     kept = json.loads(re.search(r'id="findings">(.*?)</script>', html)[1])["exclusivity"]
     assert Exclusivity.from_json(kept["label_free"]).leaks == found.tests.leaks == () and kept["labelled"] is None
+
+
+def test_a_cell_that_leaks_says_so_and_a_smaller_effect_is_not_rounded_up_to_the_limit():
+    rows = {"content": [0.3, 0.0], "color": [0.9, 0.0]}
+    effects = {("content", "color"): (0.3, 0.01), ("color", "spatial"): (0.0196, 0.01)}
+    html = score_table(table(rows, GROUPS), across="group of augmentations", corner="Space", tests=by_hand(effects))
+    assert "<small>p = 0.01, partial R² 0.30</small><small><b>leak</b></small>" in html
+    assert "<small>p = 0.01, partial R² 0.01</small></td>" in html and html.count("<b>leak</b>") == 1
+
+
+def test_a_style_and_its_own_group_stand_beside_the_backbone():
+    rows = {"color": [0.9, 0.1], "backbone": [0.84, math.nan]}
+    html = score_table(table(rows, GROUPS), across="group of augmentations", corner="Space", spaces=("color",))
+    assert html.count("<small>backbone 0.84</small>") == 1 == html.count("heat own")
+    factors = score_table(table(rows, GROUPS), across="factor", corner="Space", spaces=("color",))
+    assert "<small>backbone" not in factors
+
+
+def test_the_first_matrix_has_a_legend_beside_it(written, tmp_path):
+    html, _, _ = written
+    beside = re.search(r'<div class="beside">(.*?)</section>', html, re.DOTALL)[1]
+    assert 'title="content, color"' in beside and html.count('class="how"') == 1
+    for said in ("1 is perfect, 0 is no better than", "95 % interval", "A linear probe", "A leak"):
+        assert said in beside
+    assert "reference point" not in beside  # this model has no row for the backbone
+    report.write(tmp_path / "r.html", pages.model, pages.squares(40))  # without views: beside the known factors
+    assert (tmp_path / "r.html").read_text().count('class="how"') == 1
+    assert "reference point and not a bound" in legend(spaces=True, backbone=True, tests=None)
+    assert "leak" not in legend(spaces=True, backbone=True, tests=None)
+
+
+def test_advice_is_on_the_page_where_there_is_a_problem(written):
+    html, found, _ = written
+    assert 'id="advice"' not in html and report.verdict(found)[0].startswith("Disentangled: ")
+    page = rendering.render(changed(content=[0.31, 0.0, 0.0]), report.Data(torch.rand(3, 3, 4, 4)))
+    assert "To get brightness out of the content space" in page and 'id="advice"' in page
 
 
 def test_known_factors_are_tested_where_it_is_said_whose_they_are(tmp_path):
@@ -311,10 +123,10 @@ def test_known_factors_are_tested_where_it_is_said_whose_they_are(tmp_path):
     found = report.write(tmp_path / "r.html", pages.model, pages.squares(60), own=own)
     assert found.exclusive.own == own and not math.isnan(found.exclusive["color", "x"].p) and found.tests is None
     html = (tmp_path / "r.html").read_text()
-    assert p_value(found.exclusive["color", "x"].corrected) in html and "test of conditional independence" in html
+    assert p_value(found.exclusive["color", "x"].corrected) in html and "<b>A leak</b> is" in html
     few = report.write(tmp_path / "r.html", pages.model, pages.squares(30), own=own)
     assert few.exclusive is None and "at least 50 samples: got 30" in few.reasons["exclusivity of known factors"]
-    assert "test of what leaks: exclusivity: expected at least 50 samples" in (tmp_path / "r.html").read_text()
+    assert "the test for leaks: exclusivity: expected at least 50 samples" in (tmp_path / "r.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -337,7 +149,7 @@ def test_parameters_that_are_not_drawn_independently_are_not_tested(tmp_path, mo
     monkeypatch.setattr(measured, "exclusivity_of", refuse)
     found = report.write(tmp_path / "r.html", pages.model, pages.squares(20), views=pages.views())
     assert found.tests is None and found.label_free is not None
-    assert "test of what leaks: independent: expected factors" in (tmp_path / "r.html").read_text()
+    assert "the test for leaks: independent: expected factors" in (tmp_path / "r.html").read_text()
 
 
 def test_names_cannot_break_the_page(tmp_path):
@@ -422,7 +234,7 @@ def test_a_space_of_zeros_does_not_cost_the_geometry_of_the_others(tmp_path, vie
     found = report.write(tmp_path / "r.html", model, pages.squares(24), views=pages.views() if views else None)
     space = "color" if views else "backbone"
     assert found.geometry[space]["effective_rank"] == 0 and math.isnan(found.geometry[space]["uniformity"])
-    assert "rows of length 0" in found.reasons[f"geometry of {space}"]
+    assert "of length 0" in found.reasons[f"geometry of {space}"]
     assert f"n/a for {space}: " in (tmp_path / "r.html").read_text()
     if views:
         assert all(not math.isnan(v) for s in ("content", "spatial") for v in found.geometry[s].values())
@@ -569,7 +381,10 @@ def test_the_command_takes_a_file_and_fewer_images(run, tmp_path, capsys):
         ({"run": "nothing"}, "expected a run's folder or a checkpoint"),
         ({"data": "nothing"}, "expected a folder of images"),
         ({"out": "model.pt/x/r.html"}, "can be written"),
-        ({"more": ["--backbone", "torchvision:nonsense"]}, "no classification model 'nonsense'"),
+        (
+            {"more": ["--backbone", "torchvision:nonsense"]},
+            "expected a classification model of torchvision (see torchvision.models): got 'nonsense'",
+        ),
         ({"more": ["--views", "nonsense"]}, "preset: expected one of"),
         ({"more": ["--device", "foo"]}, "--device: expected one that this machine has, such as cpu: got foo"),
         ({"more": ["--device", "cuda:99"]}, "--device: expected one that this machine has, such as cpu: got cuda:99"),
@@ -587,7 +402,7 @@ def test_the_command_takes_a_file_and_fewer_images(run, tmp_path, capsys):
         ({"data": "bad.py:two"}, "to have 3 channels, but got 2 channels instead)\n"),
         ({"data": "bad.py:raises"}, "bad.py:raises raised ZeroDivisionError: division by zero"),
         ({"data": "bad.py:last"}, "expected [n, C, H, W]: got [20, 32, 32, 4], which looks like [n, H, W, C]"),
-        ({"run": "channels1.pt"}, "name it yourself, --backbone 'torchvision:NAME', 'timm:NAME' or 'FILE.py:NAME'"),
+        ({"run": "channels1.pt"}, "pass --backbone 'torchvision:NAME', 'timm:NAME' or 'FILE.py:NAME'"),
         (
             {"run": "channels4.pt", "more": ["--backbone", "bad.py:four"]},
             "to have 4 channels, but got 3 channels instead)\n",

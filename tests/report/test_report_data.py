@@ -339,7 +339,7 @@ def test_code_may_be_in_a_module(code, tmp_path, monkeypatch):
         ("HERE/made.py", FileNotFoundError, "expected a folder of images, or FILE.py:NAME: got .*made.py"),
         ("HERE/empty", FileNotFoundError, r"expected images \(.jpg, .*got none"),
         ("HERE/made.py:other", ValueError, "data: .*made.py has no 'other'"),
-        ("HERE/none.py:ready", ValueError, "data: expected a Python file: got .*none.py, which is no file"),
+        ("HERE/none.py:ready", ValueError, "data: expected a Python file: got .*none.py, which is not a file"),
         ("no_such_module:ready", ValueError, "data: expected a module that can be imported: 'no_such_module'"),
         ("HERE/made.py:broken", TypeError, r"a data set with len\(\) and items .*got int"),
         ("HERE/made.py:math", TypeError, "module"),

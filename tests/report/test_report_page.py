@@ -324,5 +324,5 @@ def test_a_rare_label_is_not_decoded_from_noise(tmp_path):
     data = report.Data(torch.rand(200, 3, 4, 4, generator=g), {"defect": (torch.arange(200) % 50 == 0).long()})
     found = report.write(tmp_path / "r.html", lambda x: {"content": x.mean((2, 3)), "color": x[:, :, 0, 0]}, data)
     _, each = report.verdict(found)
-    assert each == ["None can be decoded from content.", "None can be decoded from color."]
+    assert each == [f"The {space} space encodes none of the known factors." for space in ("content", "color")]
     assert found.summary.sap == 0 and found.summary.mig < 0.05

@@ -270,7 +270,7 @@ def test_the_caller_may_name_other_views(tmp_path):
         ({"preset": "colours"}, "preset: expected one of 'color_spatial'.*got 'colours'"),
         (
             {"preset": "color_spatial", "then": [], "seed": 1},
-            "expected preset, size, normalize, plan, cross_image, constrained_crop: got then, seed too",
+            "expected only preset, size, normalize, plan, cross_image, constrained_crop: got then, seed too",
         ),
         ({"preset": "color_spatial", "size": 8, "plan": "both"}, "plan: expected one of 'shared_query'.*got 'both'"),
         ({"groups": {}, "sede": 1}, "views: expected constrained_crop, cross_image, .*groups.*: got sede"),
@@ -346,7 +346,9 @@ def trap(tmp_path):
 def test_a_card_may_not_choose_code(tmp_path, trap, backbone):
     backbone = backbone.replace("TRAP", str(trap))
     plain().save(tmp_path / "m.pt", card={"backbone": backbone})
-    with pytest.raises(ValueError, match="a checkpoint may not choose code to run; if it is yours, name it: backbone="):
+    with pytest.raises(
+        ValueError, match="as a checkpoint may not choose code to run: .*; if the code is yours, pass backbone="
+    ):
         load(tmp_path / "m.pt")
 
 
@@ -439,17 +441,17 @@ LIGHTNING = {"epoch": 3, "global_step": 10, "pytorch-lightning_version": "2.6", 
     [
         (torch.ones(3), "with its configuration and its weights: got Tensor"),
         ([1, 2], "got list"),
-        (STATE, r"no heads' configuration in it \(keys: backbone\.weight, .*weights alone do not say"),
-        ({}, r"no heads' configuration in it \(keys: nothing\)"),
-        (LIGHTNING, r"no heads' configuration in it \(keys: epoch, .*'config': model\.config\(\)"),
-        ({"config": {"lr": 0.1}, "state_dict": STATE}, "no heads' configuration"),
-        ({"config": {"spaces": SPACES, "hidden": {}}, "state_dict": STATE}, "no heads' configuration"),
-        ({"config": 3, "state_dict": STATE}, "no heads' configuration"),
+        (STATE, r"no configuration of the heads \(keys: backbone\.weight, .*weights alone do not define"),
+        ({}, r"no configuration of the heads \(keys: nothing\)"),
+        (LIGHTNING, r"no configuration of the heads \(keys: epoch, .*'config': model\.config\(\)"),
+        ({"config": {"lr": 0.1}, "state_dict": STATE}, "no configuration of the heads"),
+        ({"config": {"spaces": SPACES, "hidden": {}}, "state_dict": STATE}, "no configuration of the heads"),
+        ({"config": 3, "state_dict": STATE}, "no configuration of the heads"),
         ({"config": CONFIG}, r"got no 'state_dict' in it \(keys: config\)"),
         ({"config": CONFIG, "state_dict": 3}, "got no 'state_dict'"),
         ({"config": CONFIG, "state_dict": STATE, "card": [1]}, "expected the card as a mapping: got list"),
-        ({"config": CONFIG | {"depth": 3}, "state_dict": STATE}, "does not make a StyleHeads .*depth"),
-        ({"config": CONFIG | {"spaces": [1]}, "state_dict": STATE}, "does not make a StyleHeads .*spaces"),
+        ({"config": CONFIG | {"depth": 3}, "state_dict": STATE}, "is not valid for StyleHeads .*depth"),
+        ({"config": CONFIG | {"spaces": [1]}, "state_dict": STATE}, "is not valid for StyleHeads .*spaces"),
         ({"config": CONFIG | {"in_features": 5}, "state_dict": STATE}, "another backbone than Conv2d: .*size mismatch"),
     ],
 )
@@ -462,7 +464,7 @@ def test_a_file_that_says_too_little(tmp_path, stored, message):
 @pytest.mark.parametrize("card", [None, {}, {"views": {"preset": "color_spatial"}}])
 def test_a_card_that_names_no_backbone(tmp_path, card):
     plain().save(tmp_path / "m.pt", card=card)
-    with pytest.raises(ValueError, match=r"m\.pt: expected the card to name the backbone: got none; name it yourself"):
+    with pytest.raises(ValueError, match=r"m\.pt: expected the card to name the backbone: got none; pass backbone="):
         load(tmp_path / "m.pt")
     opened = load(tmp_path / "m.pt", backbone=nn.Conv2d(3, 4, 3), views=by_hand())
     assert opened.card == (card or {})
@@ -472,12 +474,12 @@ def test_a_card_that_names_no_backbone(tmp_path, card):
     ("card", "message"),
     [
         ([1], "expected the card as a mapping: got list"),
-        ({"family": "simcrl"}, "family to be one of simclr, vicreg, barlow, .*scored L2-normalized: got 'simcrl'"),
+        ({"family": "simcrl"}, "family to be one of simclr, vicreg, barlow, .*L2-normalized for scores: got 'simcrl'"),
         ({"family": ["simclr"]}, "family to be one of"),
         ({"size": "32"}, "size in whole pixels, 1 or more: got '32'"),
         ({"size": True}, "size in whole pixels"),
         ({"size": 0}, "size in whole pixels"),
-        ({"view": {"preset": "color_spatial"}}, "expected the card's key 'views': got 'view', which nothing reads"),
+        ({"view": {"preset": "color_spatial"}}, "expected the card's key 'views': got 'view', which is not used"),
         ({"back_bone": TINY}, "expected the card's key 'backbone': got 'back_bone'"),
         ({"FAMILY": "vicreg"}, "expected the card's key 'family': got 'FAMILY'"),
         ({"sizes": 32}, "expected the card's key 'size': got 'sizes'"),
@@ -525,9 +527,9 @@ def test_weights_of_another_backbone(tmp_path):
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        ("torchvision:resnet19", "backbone: torchvision has no classification model 'resnet19'"),
-        ("timm:resnet19x", "backbone: timm has no model 'resnet19x'"),
-        ("timm:test_resnet.no_such_weights", "timm has no model 'test_resnet.no_such_weights'"),
+        ("torchvision:resnet19", "backbone: expected a classification model of torchvision .*: got 'resnet19'"),
+        ("timm:resnet19x", "backbone: expected a model of timm: got 'resnet19x'"),
+        ("timm:test_resnet.no_such_weights", "expected a model of timm: got 'test_resnet.no_such_weights'"),
         ("torchvision:", "expected torchvision:NAME, timm:NAME or FILE.py:NAME: got 'torchvision:'"),
     ],
 )
@@ -543,7 +545,7 @@ def test_unknown_models(tmp_path, backbone, message):
     ("spec", "message"),
     [
         ("resnet18", "backbone: expected torchvision:NAME, timm:NAME or FILE.py:NAME: got 'resnet18'"),
-        ("HERE/none.py:Net", "backbone: expected a Python file: got .*none.py, which is no file"),
+        ("HERE/none.py:Net", "backbone: expected a Python file: got .*none.py, which is not a file"),
         ("HERE/net.py:", "got '.*net.py:'"),
         ("HERE/net.py:Other", "backbone: .*net.py has no 'Other'"),
         ("HERE/net.py:make", "backbone: expected .*net.py:make to make an nn.Module: got int"),
@@ -558,6 +560,18 @@ def test_bad_code(tmp_path, spec, message):
     write(tmp_path / "net.py", "def make():\n    return 3\n")
     with pytest.raises(ValueError, match=message):
         build_backbone(spec.replace("HERE", str(tmp_path)), code=True)
+
+
+@pytest.mark.parametrize("spec", ["net.py:make", "./net.py:make", "../here/net.py:make", ".hidden/net.py:make"])
+def test_code_lies_anywhere_below_or_above_the_folder_that_one_is_in(tmp_path, monkeypatch, spec):
+    (tmp_path / "here" / ".hidden").mkdir(parents=True)
+    text = "from torch import nn\n\ndef make():\n    return nn.Linear(3, 2)\n"
+    for folder in ("here", "here/.hidden"):
+        write(tmp_path / folder / "net.py", text)
+    monkeypatch.chdir(tmp_path / "here")
+    assert isinstance(build_backbone(spec, code=True), nn.Linear)
+    with pytest.raises(ValueError, match=r"expected FILE.py:NAME or MODULE:NAME: got '\.here:make'"):
+        build_backbone(".here:make", code=True)
 
 
 def test_code_has_to_be_allowed(trap):

@@ -56,7 +56,7 @@ def test_a_run_goes_on_from_the_newest_that_is_whole(tmp_path):
     (tmp_path / "checkpoint-20.pt").write_bytes(b"")
     again = runs.Checkpoints(tmp_path)
     assert again.restore(read, said.append)["step"] == 10
-    assert [line.split(":")[0] for line in said[:2]] == ["passed over"] * 2 and said[2].endswith("step 10")
+    assert [line.split(":")[0] for line in said[:2]] == ["skipped"] * 2 and said[2].endswith("step 10")
     again.save(15, write(15))  # the damaged newest does not take the place of a whole one
     assert read(again.newest)["step"] == 15 and read(tmp_path / "checkpoint-10.pt")["step"] == 10
     for path in again.there():

@@ -51,7 +51,7 @@ def load(path, **options):
         ({"config": {"lr": np.float32(0.1)}}, "got float32 in 'lr' of 'config'"),
         ({"numpy": np.random.default_rng(0).bit_generator.state["state"] | {"a": np.ones(2)}}, "ndarray in 'a' of 'nu"),
         ({"rng": [frozenset({1})]}, "got frozenset in 'rng'"),
-        ({"heads": {"x": 1}}, "expected names of their own beside config, .*: got the state 'heads'"),
+        ({"heads": {"x": 1}}, "expected distinct names other than config, .*: got the state 'heads'"),
         ({"state_dict": {}}, "got the state 'state_dict'"),
         ({"parts": {"state_dict": nn.Linear(1, 1)}}, "got the part 'state_dict'"),
         ({"parts": {"step": nn.Linear(1, 1)}, "step": 3}, "got the part 'step'"),
@@ -184,9 +184,9 @@ def test_views_of_a_failed_restore_draw_what_they_would_have(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "it is the pointer .*Git LFS"),
         (b"\n<!DOCTYPE html><html>", "it is an HTML page"),
         (b"\x10\x00\x00\x00\x00\x00\x00\x00" + b'{"a":{"dtype":"F32"}}', "it is a safetensors file"),
-        (b"step,loss\n1,2\n", "it is no file of torch.save: it begins with b'step,loss"),
-        (b"", "it is no file of torch.save: it is empty"),
-        (pickle.dumps({"a": 1}), "it is no file of torch.save"),
+        (b"step,loss\n1,2\n", "it is not a file of torch.save: it starts with b'step,loss"),
+        (b"", "it is not a file of torch.save: it is empty"),
+        (pickle.dumps({"a": 1}), "it is not a file of torch.save"),
     ],
 )
 def test_files_of_another_kind_are_not_called_dangerous(tmp_path, content, message):
@@ -271,7 +271,7 @@ def test_large_weights_are_read_once(tmp_path, monkeypatch):
         return File()
 
     monkeypatch.setattr(storage._archive, "open", counted, raising=False)
-    with pytest.raises(ValueError, match="no heads' configuration"):
+    with pytest.raises(ValueError, match="no configuration of the heads"):
         load(tmp_path / "m.pt")
     assert 4 * 10**6 in read and sum(read) < 4 * 10**6 + 20_000 and max(counts) == 4 * 10**6
 

@@ -284,7 +284,7 @@ def test_what_is_refused(change, message):
 
 
 def test_a_presets_name_is_no_mapping_of_groups():
-    with pytest.raises(TypeError, match=r'give presets\("color_spatial"\)\["groups"\]'):
+    with pytest.raises(TypeError, match=r'pass presets\("color_spatial"\)\["groups"\]'):
         overwrites("color_spatial", gray())
 
 
@@ -310,9 +310,9 @@ def test_a_recipe_asks_the_images_which_groups_overwrite():
     ("arguments", "message"),
     [
         ({"sets": "auto"}, 'sets="auto": expected images='),
-        ({"sets": ("level",), "images": gray()}, 'images: expected with sets="auto" alone'),
-        ({"images": gray()}, 'images: expected with sets="auto" alone'),
-        ({"groups": "content_only", "sets": "auto", "images": gray()}, "expected groups to ask about"),
+        ({"sets": ("level",), "images": gray()}, 'images: expected only with sets="auto"'),
+        ({"images": gray()}, 'images: expected only with sets="auto"'),
+        ({"groups": "content_only", "sets": "auto", "images": gray()}, "expected groups to test"),
     ],
 )
 def test_a_recipe_refuses_auto_without_images_and_images_without_auto(arguments, message):

@@ -292,13 +292,13 @@ def test_a_batch_is_moved_pickled_and_described():
     ],
 )
 def test_views_that_begin_with_anything_else_are_refused(groups, then):
-    with pytest.raises(ValueError, match="begin with kornia's RandomResizedCrop"):
+    with pytest.raises(ValueError, match="start with Kornia's RandomResizedCrop"):
         NativeCrops(StructuredViews(groups, then=then, seed=0))
 
 
 def test_keys_of_another_size_are_refused():
     views = StructuredViews({"s": [crop(16)]}, key_groups={"s": [crop(12)]}, seed=0)
-    with pytest.raises(ValueError, match="of one size"):
+    with pytest.raises(ValueError, match="the same crop size"):
         NativeCrops(views)
 
 
@@ -316,7 +316,7 @@ def test_other_arguments_and_samples_are_refused():
     collate = NativeCrops(made())
     with pytest.raises(ValueError, match="at least one sample"):
         collate([])
-    with pytest.raises(ValueError, match="one number of channels"):
+    with pytest.raises(ValueError, match="the same number of channels"):
         collate([(torch.rand(1, 20, 20), 0), (torch.rand(3, 20, 20), 0)])
-    with pytest.raises(ValueError, match="single image"):
+    with pytest.raises(ValueError, match="expected two or more images"):
         NativeCrops(made(cross_image=["color"]))(samples()[:1])

@@ -191,7 +191,7 @@ def test_any_operation_and_any_shape():
     assert StructuredTransform({"gain": ops})(pictures()[0])[0].shape == (3, 20, 24)
     series = StructuredTransform({"gain": ops[:1]}, sample_ndim=2, value_range=None)
     assert [v.shape for v in series(np.random.default_rng(0).normal(size=(4, 50)))] == [(4, 50)] * 3
-    with pytest.raises(ValueError, match="one sample does not know which space its row serves: got 'interleaved'"):
+    with pytest.raises(ValueError, match="an interleaved plan needs whole batches: got 'interleaved'"):
         StructuredTransform({"gain": ops}, plan="interleaved")
 
 
@@ -229,7 +229,7 @@ def test_samples_of_any_shape_and_range():
         ranged(torch.full((3, 4, 30), 1.1))
     with pytest.raises(TypeError, match=r"samples: expected floating point: got torch.uint8"):
         ranged(torch.zeros(3, 4, 30, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"expects values in \[-1, 1\] and cuts off"):
+    with pytest.raises(ValueError, match=r"expects values in \[-1, 1\] and clamps values outside"):
 
         class Clipped(Gain):
             def apply(self, x, parameters):

@@ -124,15 +124,18 @@ def test_what_lies_in_one_random_apply_fires_together():
         (v2.RandAugment(), "RandAugment, which draws while it is applied.*operations.seeded"),
         (v2.AugMix(), "AugMix, which draws while it is applied"),
         (v2.RandomChoice([v2.RandomInvert()]), "RandomChoice, which draws while it is applied"),
-        (v2.Compose([v2.RandomInvert()]), "transforms of Compose one by one"),
-        (v2.RandomApply([torch.nn.Identity()]), "v2 transforms of torchvision inside: got Identity"),
+        (v2.Compose([v2.RandomInvert()]), "transforms of Compose listed one by one"),
+        (v2.RandomApply([torch.nn.Identity()]), "expected it to contain torchvision v2 transforms: got Identity"),
         (v1.ColorJitter(0.4), r"got ColorJitter$"),
         (K.RandomMixUpV2(), "no mixing of images.*got RandomMixUpV2"),
         (v2.ColorJitter, r"got the class ColorJitter; make one: ColorJitter\(...\)"),
         (K.ColorJitter, "got the class ColorJitter"),
         (lambda x: x, "operations.seeded"),
         (7, "got int"),
-        (v2.RandomErasing(0.7, value="random"), r"0\.RandomErasing draws v of another kind every time.*seeded"),
+        (
+            v2.RandomErasing(0.7, value="random"),
+            r"0\.RandomErasing draws v with another type or shape every time.*seeded",
+        ),
     ],
 )
 def test_what_cannot_be_shared_by_its_parameters_is_refused_by_name(op, message):
@@ -215,7 +218,11 @@ def test_names_and_generators_of_ones_own():
     "fn,error,message",
     [
         (lambda x: None, ValueError, "expected the function to return a tensor.*got NoneType"),
-        (lambda x: x[:, : int(torch.randint(3, 9, ()))], ValueError, "expected samples of one shape from the function"),
+        (
+            lambda x: x[:, : int(torch.randint(3, 9, ()))],
+            ValueError,
+            "expected the function to return samples of one shape",
+        ),
         (lambda x: x.mul_(torch.rand(1)), None, None),  # works in place on a copy of its own
     ],
 )

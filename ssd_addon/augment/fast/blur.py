@@ -1,4 +1,4 @@
-"""Gaussian blurs of a width that differs from image to image, as one weighted sum along each axis.
+"""Gaussian blurs with a width per image, as one weighted sum along each axis.
 
 Legend: n images, C channels, [H, W] size.
 """
@@ -10,13 +10,13 @@ from torch import Tensor
 from ssd_addon.kernels.colors import put
 
 TAIL = 2e-4
-"""Share of a kernel that may be cut off at its ends, of which it is divided among the others."""
+"""Largest share of a kernel's weight that may be cut off at its ends; the rest is renormalized."""
 TOGETHER = 2**17
-"""Numbers of images that are blurred at once by each thread, about what a core's own cache holds."""
+"""Pixel values that each thread blurs at once, about as many as fit in a core's own cache."""
 
 
 def kernels(sigma: Tensor, size: int) -> Tensor:
-    """[n, size] weights of a Gaussian at whole pixels around the middle one; sigma [n], 0 is no blur."""
+    """[n, size] weights of Gaussians of width sigma [n] at the pixels around the middle one; sigma 0 is no blur."""
     at = torch.arange(size, dtype=torch.float64) - size // 2
     weight = torch.exp(-at.square() / (2 * sigma.double().square()[:, None]).clamp(min=1e-30))
     outer = 2 * weight.cumsum(1)[:, : size // 2] < TAIL * weight.sum(dim=1, keepdim=True)  # from one end inwards
@@ -29,7 +29,7 @@ def blur(x: Tensor, rows: Tensor, sigma: Tensor, size: tuple[int, int], border: 
     """Blur some of the images [N, C, H, W], in place.
 
     Args:
-        rows: [n] which.
+        rows: [n] indices of the images to blur.
         sigma: [n] widths in pixels.
         size: (height, width) of the window in pixels, both odd.
         border: "reflect" or "replicate".
@@ -39,14 +39,14 @@ def blur(x: Tensor, rows: Tensor, sigma: Tensor, size: tuple[int, int], border: 
         at = rows.to(x.device)
         x[at] = _convolved(x[at], vertical, horizontal, border)
         return
-    order = sigma.argsort()  # images of about one width lie together, as their kernels are cut to the widest
+    order = sigma.argsort()  # group images of similar width: kernels of a group are cut to the widest
     for some in order.split(max(1, TOGETHER * torch.get_num_threads() // x[0].numel())):
         y = _along_rows(x.index_select(0, rows[some]), _cut(vertical[some]), border)
         put(x, rows[some], _along_columns(y, _cut(horizontal[some]), border))
 
 
 def _cut(weight: Tensor) -> Tensor:
-    """The same kernels without the ends at which all of them are 0."""
+    """The kernels without the ends where all of them are 0."""
     middle = weight.shape[1] // 2
     ends = int((weight[:, :middle] == 0).all(dim=0).sum())
     return weight[:, ends : weight.shape[1] - ends]
@@ -68,12 +68,12 @@ def _along_columns(x: Tensor, weight: Tensor, border: str) -> Tensor:
         return x
     padded = F.pad(x, (r, r, 0, 0), mode=border).view(n, 1, -1)
     out = torch.empty_like(padded)
-    _sum(padded, weight, out[:, :, : padded.shape[2] - 2 * r], 1)  # sums that cross an edge are cut off here:
+    _sum(padded, weight, out[:, :, : padded.shape[2] - 2 * r], 1)  # sums across an edge are cut off below
     return out.view(n, c, h, w + 2 * r)[..., :w]
 
 
 def _sum(padded: Tensor, weight: Tensor, out: Tensor, step: int) -> Tensor:
-    """sum_k weight_k * padded[..., k * step : k * step + length]: long contiguous runs."""
+    """sum_k weight_k * padded[..., k * step : k * step + length], as sums of long contiguous slices."""
     taps, length = weight[:, :, None, None].unbind(1), out.shape[2]
     torch.mul(padded[:, :, :length], taps[0], out=out)
     for k, tap in enumerate(taps[1:], 1):
@@ -82,7 +82,7 @@ def _sum(padded: Tensor, weight: Tensor, out: Tensor, step: int) -> Tensor:
 
 
 def _convolved(x: Tensor, vertical: Tensor, horizontal: Tensor, border: str) -> Tensor:
-    """One grouped convolution along each axis, all images at once."""
+    """Blur all images at once, with one grouped convolution along each axis."""
     n, c, h, w = x.shape
     flat = x.reshape(1, n * c, h, w)
     for weight, down in ((vertical, True), (horizontal, False)):

@@ -1,8 +1,8 @@
 """Crops, resizes and flips as one resampling of each image.
 
-A `Placement` says which part of its source image a view shows, at which size and mirrored how; steps only change
-those numbers. Pixels are made once, with antialiasing, as torchvision's `resized_crop(antialias=True)` and PIL do.
-Legend: S source images, N rows (views of them), C channels, [H, W] size of a view, [h, w] size of a source image.
+A `Placement` describes which part of its source image a view shows, at which size, and how it is mirrored; each step
+updates these numbers only. Pixels are computed once, with antialiasing, as torchvision's `resized_crop(antialias=True)`
+and PIL do. Legend: S source images, N views of them, C channels, [H, W] size of a view, [h, w] size of a source image.
 """
 
 from dataclasses import dataclass, replace
@@ -21,13 +21,13 @@ _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 
 @dataclass(frozen=True)
 class Placement:
-    """What each row shows of its source image.
+    """The part of its source image that each view shows.
 
     Attributes:
-        box: [N, 4] int64: top, left, height, width in the source.
-        mirrored: [N, 2] bool: upside down; left to right.
+        box: [N, 4] int64: top, left, height, width in the source image, in pixels.
+        mirrored: [N, 2] bool: flipped vertically; flipped horizontally.
         size: (H, W) of the views.
-        filter: how boxes of another size are resampled; None: no box has another size.
+        filter: interpolation for boxes of another size; None if no box has another size.
     """
 
     box: Tensor
@@ -37,12 +37,12 @@ class Placement:
 
     @classmethod
     def whole(cls, n: int, size: tuple[int, int]) -> "Placement":
-        """All rows show their image as it is."""
+        """N views that show their whole image unchanged."""
         box = torch.tensor([0, 0, *size]).repeat(n, 1)
         return cls(box, torch.zeros(n, 2, dtype=torch.bool), size)
 
     def shows_all_of(self, source: Tensor) -> bool:
-        """Does every row show its whole image, pixel by pixel?"""
+        """Does every view show its whole image, pixel by pixel?"""
         size = tuple(source.shape[-2:])
         return self.size == size and bool((self.box == torch.tensor([0, 0, *size])).all())
 
@@ -50,7 +50,7 @@ class Placement:
         return replace(self, box=self.box[rows], mirrored=self.mirrored[rows])
 
     def flipped(self, fires: Tensor, axis: int) -> "Placement":
-        """Mirrored where it fires; axis 0: upside down, 1: left to right."""
+        """Flipped where `fires` [N] is true; axis 0 flips vertically, axis 1 horizontally."""
         mirrored = self.mirrored.clone()
         mirrored[:, axis] ^= fires
         return replace(self, mirrored=mirrored)
@@ -58,7 +58,7 @@ class Placement:
     def cropped(
         self, top: Tensor, left: Tensor, height: Tensor, width: Tensor, size: tuple[int, int], how: Filter | None
     ) -> "Placement":
-        """A box [N] of the view, which must not have been resampled yet, brought to another size."""
+        """Cropped to a box per view and resized; the view must not have been resampled before."""
         mine = self.box
         top = torch.where(self.mirrored[:, 0], mine[:, 2] - top - height, top) + mine[:, 0]
         left = torch.where(self.mirrored[:, 1], mine[:, 3] - left - width, left) + mine[:, 1]
@@ -69,9 +69,9 @@ def pixels(place: Placement, source: Tensor, index: Tensor) -> Tensor:
     """[N, C, H, W] float32 in [0, 1], contiguous.
 
     Args:
-        place: of N rows.
+        place: placement of N views.
         source: [S, C, h, w] uint8, or float32 in [0, 1]; channels-last uint8 is fastest on the CPU.
-        index: [N], the source image of each row.
+        index: [N], the source image of each view.
     """
     if source.device.type != "cpu":
         return _by_matrices(place, source, index)
@@ -84,7 +84,7 @@ def pixels(place: Placement, source: Tensor, index: Tensor) -> Tensor:
 
 
 def cut(place: Placement, source: Tensor, index: Tensor) -> Tensor:
-    """The rows in the type and the memory order of the source."""
+    """The views, in the dtype and memory format of the source."""
     n, channels, size = len(index), source.shape[1], place.size
     if place.shows_all_of(source) and not bool(place.mirrored.any()):
         return source.index_select(0, index)
@@ -104,15 +104,15 @@ def cut(place: Placement, source: Tensor, index: Tensor) -> Tensor:
     return out
 
 
-# ---- other devices: all rows at once
+# ---- other devices: all views at once
 
 
 def matrices(start: Tensor, length: Tensor, extent: int, size: int, how: Filter | None) -> Tensor:
-    """[N, size, extent] weights that make `size` samples of the `length` from `start` on.
+    """[N, size, extent] weights that resample the `length` pixels from `start` on to `size` pixels.
 
-    The filter is wider by length / size where that exceeds 1 (antialiasing). Source: Pillow's resampling.
+    The filter is widened by length / size where that exceeds 1 (antialiasing). Source: Pillow's resampling.
     """
-    kind = torch.float32 if start.device.type == "mps" else torch.float64  # which has no float64
+    kind = torch.float32 if start.device.type == "mps" else torch.float64  # MPS has no float64
     start, length = start.to(kind), length.to(kind)
     scale = length[:, None] / size
     center = (torch.arange(size, dtype=kind, device=start.device) + 0.5) * scale

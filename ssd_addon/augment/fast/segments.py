@@ -1,6 +1,6 @@
-"""Segments: which steps the fast path knows, and what it makes of neighbors that belong together.
+"""Segments: which operations the fast path supports, and how it combines neighboring ones.
 
-Legend: N rows, C channels.
+Legend: N samples, C channels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +22,11 @@ Columns = list[tuple[Tensor, Tensor]]
 
 
 class Segment(Protocol):
-    """Several steps at once.
+    """Several steps that run together.
 
     Attributes:
-        steps: their number in the lane.
-        fast: False for a step that runs as it is.
+        steps: indices of the steps in the lane.
+        fast: False for a step that runs by itself, through its operation.
     """
 
     steps: list[int]
@@ -35,7 +35,7 @@ class Segment(Protocol):
 
 @dataclass
 class Geometry:
-    """Crops and flips: one resampling. The only segment that reads the source images."""
+    """Crops and flips, as one resampling. The only segment that reads the source images."""
 
     steps: list[int]
     moves: list[Callable[[Placement, Parameters], Placement]]
@@ -44,13 +44,13 @@ class Geometry:
 
 @dataclass
 class Colors:
-    """A table of instructions, and last constants by channel (Normalize), where there are some.
+    """Color operations, as a table of instructions, optionally followed by a Normalize.
 
     Attributes:
-        columns: of each step, but for a Normalize.
-        ends: its mean and deviation.
-        clamps: all steps force what they are given into [0, 1].
-        clamped: pixels may lie outside, and are clamped first where a step fires.
+        columns: functions that return the instructions of each step other than Normalize.
+        ends: mean and standard deviation of the Normalize, or None.
+        clamps: all steps clamp their input to [0, 1].
+        clamped: the input may lie outside [0, 1] and is clamped first where a step fires.
     """
 
     steps: list[int]
@@ -71,14 +71,14 @@ class Blur:
 
 @dataclass
 class Plain:
-    """An operation that the fast path does not know."""
+    """An operation that the fast path does not support."""
 
     steps: list[int]
     fast: bool = False
 
 
 def segments(steps: Sequence[Step], channels: int) -> list[Segment]:
-    """The segments of a lane, for images of so many channels."""
+    """The segments of a lane, for images with this many channels."""
     out: list[Any] = []
     within = True  # are all pixels in [0, 1]?
     for i, step in enumerate(steps):
@@ -111,7 +111,7 @@ def _resamples(step: Step) -> bool:
     return isinstance(step.module, K.RandomResizedCrop | K.RandomCrop)
 
 
-# ---- what is known
+# ---- supported operations
 
 
 def _known(step: Step, channels: int) -> Any:
@@ -135,7 +135,7 @@ def _flip(axis: int) -> Callable[[Any, int], Any]:
 
 
 def _crop(op: Any, channels: int) -> Any:
-    """RandomResizedCrop and RandomCrop: the box "src" [N, 4, 2] holds corners (x, y), inclusive."""
+    """RandomResizedCrop and RandomCrop; the parameter "src" [N, 4, 2] holds corners (x, y), inclusive."""
     resized = isinstance(op, K.RandomResizedCrop)
     filters: dict[Any, Filter] = {Resample.BILINEAR: "bilinear", Resample.BICUBIC: "bicubic"}
     how = filters.get(op.flags["resample"]) if resized else None
@@ -151,7 +151,7 @@ def _crop(op: Any, channels: int) -> Any:
         if not bool(gate.all()):
             if place.size != (height, width):
                 raise ValueError(
-                    f"it makes {height} x {width} pixels where it fires and leaves the other images as they are, "
+                    f"it returns {height} x {width} pixels where it fires and leaves the other images as they are, "
                     f"{place.size[0]} x {place.size[1]}; an operation that changes the size needs p=1"
                 )
             top, left = (torch.where(gate, t, 0) for t in (top, left))
@@ -160,7 +160,7 @@ def _crop(op: Any, channels: int) -> Any:
         if not bool(inside.all()):
             raise ValueError(
                 f"expected boxes inside the images, {place.size[0]} x {place.size[1]} pixels: got one that reaches "
-                f"outside, of {int(h.max())} x {int(w.max())}; give the images that it was drawn for, or larger ones"
+                f"outside, of {int(h.max())} x {int(w.max())}; give the images it was drawn for, or larger ones"
             )
         return place.cropped(top, left, h, w, (height, width), how)
 
@@ -168,7 +168,7 @@ def _crop(op: Any, channels: int) -> Any:
 
 
 def _jitter(op: Any, channels: int) -> Any:
-    """ColorJitter, as torchvision's: brightness multiplies, contrast and saturation blend with grey."""
+    """ColorJitter, as torchvision's: brightness multiplies, contrast and saturation blend with gray."""
     if channels != 3:
         return None
 
@@ -183,7 +183,7 @@ def _jitter(op: Any, channels: int) -> Any:
 
 
 def _jiggle(op: Any, channels: int) -> Any:
-    """ColorJiggle: brightness adds, contrast multiplies, saturation is that of HSV."""
+    """ColorJiggle: brightness adds, contrast multiplies, saturation scales the S of HSV."""
     if channels != 3:
         return None
 
@@ -202,7 +202,7 @@ def _factors(p: Parameters) -> Tensor:
 
 
 def _in_order(p: Parameters, codes: tuple[int, ...], factors: Tensor, numbers: list[Tensor]) -> Columns:
-    """A column for each place t of the order: sub-operation order[:, t]. One that changes no image is left out."""
+    """A column for each place t of the order, with sub-operation order[:, t]; skips one that changes no image."""
     sixths = torch.zeros(len(factors), 4)
     sixths[:, 0] = 6 * factors[:, 3]
     used = (factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).any(dim=0)
@@ -212,7 +212,7 @@ def _in_order(p: Parameters, codes: tuple[int, ...], factors: Tensor, numbers: l
 
 
 def _blend(name: str, numbers: Callable[[Tensor], tuple[Tensor | float, ...]]) -> Callable[[Any, int], Any]:
-    """RandomBrightness, RandomContrast: a, b, c, d of a blend from one parameter."""
+    """RandomBrightness and RandomContrast: the coefficients a, b, c, d of a blend, from one parameter."""
 
     def known(op: Any, channels: int) -> Any:
         if not op.clip_output:
@@ -253,7 +253,7 @@ def _solarize(op: Any, channels: int) -> Any:
 def _normalize(op: Any, channels: int) -> Any:
     mean, std = (torch.as_tensor(op.flags[k], dtype=torch.float32).flatten() for k in ("mean", "std"))
     if not {len(mean), len(std)} <= {1, channels}:
-        return None  # its own error says what it expects
+        return None  # the operation itself raises an error
     return Colors([], [], ends=(mean.view(-1, 1, 1), std.view(-1, 1, 1)))
 
 

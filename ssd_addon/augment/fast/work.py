@@ -1,9 +1,9 @@
-"""All views of a batch on the fast path.
+"""Computes all views of a batch on the fast path.
 
-Rows with the same steps form a lane: all views, or, where keys have operations of their own, those that run the query's
-and those that run the key's. A lane is a list of segments, each of which takes pixels through several steps at once;
-what no segment knows runs as it is. Rows go through the segments in parts that stay in the cache.
-Legend: V views, B images, N rows of a lane.
+Samples with the same steps form a lane: one lane for all views, or two if keys have their own operations, one for the
+query's operations and one for the keys'. A lane is a list of segments, each of which runs several steps at once;
+unsupported operations run by themselves. Samples go through the segments in parts small enough for the cache.
+Legend: V views, B images, N samples of a lane.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,15 +23,15 @@ from ssd_addon.kernels.colors import Chain
 from ssd_addon.operations.draws import Parameters, pick
 
 PART = 2**20
-"""Numbers in a part of the rows, for each thread that torch uses inside an operation."""
+"""Pixel values in a part, for each thread that torch uses inside an operation."""
 
 
 class Lane:
-    """Rows with the same steps.
+    """Samples with the same steps.
 
     Args:
-        stages: name -> its steps for these rows, in order.
-        channels: of the images.
+        stages: name -> steps for these samples, in order.
+        channels: number of channels of the images.
     """
 
     def __init__(self, stages: Mapping[str, Sequence[Step]], channels: int) -> None:
@@ -54,15 +54,15 @@ class Lane:
         rows: Tensor,
         views: list[int],
     ) -> None:
-        """Make the rows of the views.
+        """Compute the samples of this lane.
 
         Args:
             source: [S, C, H, W] uint8, or float32 in [0, 1].
-            index: [N] source image of each row.
-            parameters: of each step, N rows.
-            out: where they go.
-            rows: [N] their places there.
-            views: how many of the rows belong to the first view, to the second, ...
+            index: [N] source image of each sample.
+            parameters: parameters of each step, for N samples.
+            out: receives the pixels.
+            rows: [N] positions of the samples in `out`.
+            views: number of samples that belong to the first view, to the second, ...
         """
         n, begins = len(index), self.segments
         place, moved = Placement.whole(n, (source.shape[-2], source.shape[-1])), 0
@@ -86,7 +86,7 @@ class Lane:
             order = torch.arange(n) if not tables else next(iter(tables.values())).alike()
             for part in order.split(most):
                 make(part)
-        else:  # somebody else's operation: always the rows of one view, so that a replay is equal to the last bit
+        else:  # unsupported operations always get the samples of one view, so that a replay is bitwise equal
             for part in torch.arange(n).split(views):
                 make(part)
 
@@ -122,7 +122,7 @@ class Lane:
             if len(rows):
                 least = (segment.size[0] // 2, segment.size[1] // 2)
                 if segment.border == "reflect" and not (x.shape[-2] > least[0] and x.shape[-1] > least[1]):
-                    return step.apply(x, p)  # whose error says what it expects
+                    return step.apply(x, p)  # which raises the operation's own error
                 blur.blur(x, rows, p["sigma"][rows], segment.size, segment.border)
             return x
         return step.apply(x, p).contiguous()
@@ -145,13 +145,13 @@ class Views:
             self.pixels = x.new_empty((self.rows, *x.shape[1:]))
         if self.pixels.shape[1:] != x.shape[1:]:
             raise ValueError(
-                f"all views must have one size: got {_checks.shape(self.pixels[0])} and {_checks.shape(x[0])}"
+                f"views: expected all of one size: got {_checks.shape(self.pixels[0])} and {_checks.shape(x[0])}"
             )
         chain.put(self.pixels, rows, x)
 
 
 class Fast:
-    """The fast path of some stages."""
+    """The fast path for a set of stages."""
 
     def __init__(self, stages: Mapping[str, Stage]) -> None:
         self.stages = stages
@@ -161,14 +161,14 @@ class Fast:
         return self.__dict__ | {"lanes": {}}
 
     def lane(self, from_key: tuple[bool, ...], channels: int) -> Lane:
-        """The lane of rows that run the key's operations in these stages."""
+        """The lane of samples that run the key's operations in the stages where `from_key` is true."""
         if (from_key, channels) not in self.lanes:
             steps = {s.name: s.steps(k) for s, k in zip(self.stages.values(), from_key, strict=True)}
             self.lanes[from_key, channels] = Lane(steps, channels)
         return self.lanes[from_key, channels]
 
     def plan(self, channels: int) -> list[str]:
-        """A line for each lane: what is done at once, and what as it is."""
+        """One line per lane: which operations are combined, and which run by themselves."""
         none = (False,) * len(self.stages)
         keyed = tuple(s.key is not None for s in self.stages.values())
         lines = [f"query: {self.lane(none, channels)}"]
@@ -178,8 +178,8 @@ class Fast:
         """All views [V, B, C, H, W] of images [S, C, H, W], uint8 or float32 in [0, 1].
 
         Args:
-            sources: of each view the image of each row [B], None for its own.
-            parameters: of each view.
+            sources: for each view the source image of each sample [B], or None if each is its own.
+            parameters: parameters of each view.
         """
         v, b = len(parameters), len(images if sources[0] is None else sources[0])
         if images.device.type == "cpu" and images.dtype == torch.uint8:
@@ -197,7 +197,7 @@ class Fast:
         return out.pixels.view(v, b, *out.pixels.shape[1:])
 
     def _rows(self, parameters: Sequence[ViewParameters], b: int) -> dict[tuple[bool, ...], list[Tensor]]:
-        """By the stages in which they run the key's operations: the rows of each view."""
+        """The samples of each view, grouped by the stages in which they run the key's operations."""
         out: dict[tuple[bool, ...], list[Tensor]] = {}
         for v, p in enumerate(parameters):
             flags = torch.zeros(b, len(self.stages), dtype=torch.bool)
@@ -212,6 +212,6 @@ class Fast:
 
 
 def _joined(values: Sequence[tuple[Parameters, Tensor]], b: int) -> Parameters:
-    """Those rows of each view's parameters, one below the other."""
+    """The parameters of the selected samples of each view, concatenated."""
     first = values[0][0]
     return {k: torch.cat([p[k] if len(r) == b else p[k][r] for p, r in values]) for k in first}
