@@ -99,15 +99,15 @@ def renamed_argument(old: str, new: str, *, removal: str) -> Callable[[Callable[
         old, new: names of the argument.
         removal: first version that refuses the old name, "0.4".
 
-    >>> @renamed_argument("colour", "color", removal="99.0")
+    >>> @renamed_argument("tint", "color", removal="99.0")
     ... def paint(*, color):
     ...     return color
     >>> with warnings.catch_warnings(record=True) as caught:
     ...     warnings.simplefilter("always")
-    ...     paint(colour="red")
+    ...     paint(tint="red")
     'red'
     >>> print(caught[0].message)
-    paint: argument colour is deprecated and will be removed in ssd_addon 99.0: use color
+    paint: argument tint is deprecated and will be removed in ssd_addon 99.0: use color
 
     Raises:
         TypeError: when it is called, both names are given.
