@@ -191,11 +191,12 @@ def sums_kernel(
             part = s
             if RATIO > 1:
                 part = tl.where((o_n // b_M == t)[None, :], s, float("-inf") if MAXIMUM else 0.0)
-            written = t - origin < slots
+            place = t + tl.zeros_like(o_m)  # as a block: Triton 3.9's interpreter takes no scalar in a mask of a block
+            written = m_m & (place - origin < slots)
             if SYMMETRIC:
-                written = written & (t >= i)
+                written = written & (place >= i)
             o_out = (level * slots + t - origin) * strip + (o_m - first * b_M)
-            _reduce(part, shift, p_near, p_near_max, o_out, m_m & written, 1, MAXIMUM)
+            _reduce(part, shift, p_near, p_near_max, o_out, written, 1, MAXIMUM)
         if SYMMETRIC:
             o_t = o_n // b_M
             inside = m_n & (o_t > i) & (o_t < first + tiles_m)
