@@ -3,13 +3,16 @@
 import functools
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightly.data import LightlyDataset
 from lightly.loss import BarlowTwinsLoss, DCLLoss, VICRegLoss
 from lightly.models.modules.heads import BarlowTwinsProjectionHead, SimCLRProjectionHead, VICRegProjectionHead
 from lightly.models.utils import get_weight_decay_parameters
@@ -18,7 +21,7 @@ from PIL import Image
 from scripts import script
 from torch import nn
 
-from ssd_addon import DualAscent, JointEntropyLoss, StructuredTransform, StyleHeads, presets
+from ssd_addon import DualAscent, JointEntropyLoss, StructuredTransform, StyleHeads, presets, recipe
 
 pytestmark = [
     pytest.mark.slow,
@@ -121,6 +124,20 @@ def test_images_of_a_folder_are_read_by_lightlys_dataset(name, workers, folder, 
     options = ["--size", "16", "--data", str(folder), "--workers", workers]
     assert moved(module.main([*TINY, *options]), made)
     assert np.isfinite(float(capsys.readouterr().out.split()[-1]))
+
+
+def test_the_recommended_settings_as_they_are_written_down(folder):
+    page = ROOT / "docs" / "pipelines" / "lightly.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    backbone = Small(512)
+    before = backbone.conv[0].weight.detach().clone()
+    names = {"torch": torch, "backbone": backbone, "device": "cpu", "loading": {"batch_size": 4}}
+    names |= {"LightlyDataset": LightlyDataset, "DataLoader": torch.utils.data.DataLoader}
+    names |= {"args": SimpleNamespace(size=16, data=str(folder), epochs=1)}
+    exec(compile(block, str(page), "exec"), names)
+    assert torch.isfinite(names["loss"]) and (backbone.conv[0].weight != before).any()
+    defaults = recipe("color_spatial", size=16)
+    assert str(names["criterion"]) == str(JointEntropyLoss(**defaults.loss))
 
 
 # ---------------------------------------------------------------------------------------------------- two processes

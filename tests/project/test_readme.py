@@ -159,11 +159,17 @@ def test_the_start_page_as_it_is_written_down(photographs, capsys):
         pairs=("--samples 300", "--draws 1"),
     )
     for command in (audit_command, report_command):
-        words = shlex.split(command)
+        words = shlex.split(command.replace("\\\n", " "))
         assert words[:3] == ["python", "-m", "ssd_addon"]
         assert main(words[3:]) == 0, capsys.readouterr().err
     assert (photographs / "audit.html").is_file() and (photographs / "report.html").is_file()
     assert "training" in (photographs / "report.html").read_text().lower()
+
+
+def test_the_start_page_refuses_fewer_images_than_a_batch(photographs):
+    train, _ = blocks_of("start.md", "python")
+    with pytest.raises(ValueError, match="photographs: expected a full batch of images: got 60"):
+        exec(compile(train, "start.md", "exec"), {})
 
 
 @pytest.mark.slow
