@@ -321,9 +321,9 @@ def table(report: dict[str, Any]) -> str:
     ]
     for label, found in report["sizes"].items():
         lines += [f"**{label}**, {found['images']} images, one thread", ""]
-        lines += ["| pipeline | views a second | ours (shared query) over it |", "| --- | --: | --: |"]
+        lines += ["| pipeline | views a second | speed of ours (shared query) relative to it, 2 = twice as fast |", "| --- | --: | --: |"]
         lines += [f"| {n} | {r['views_per_s']:,.0f} | {r['ours_over_it']:.2f} |" for n, r in found["batch"].items()]
-        lines += ["", "| one PIL image at a time | views a second | ours over it |", "| --- | --: | --: |"]
+        lines += ["", "| one PIL image at a time | views a second | speed of ours relative to it |", "| --- | --: | --: |"]
         lines += [f"| {n} | {r['views_per_s']:,.0f} | {r['ours_over_it']:.2f} |" for n, r in found["sample"].items()]
         shown = ", ".join(f"{what} {ms:.2f}" for what, ms in found["stages"].items())
         peaks = ", ".join(f"{p.replace('_', ' ')} {x:.2f}" for p, x in found["memory"].items())
@@ -334,7 +334,7 @@ def table(report: dict[str, Any]) -> str:
         ]
     if "step" in report:
         step = report["step"]
-        lines += ["| step of resnet18 | seconds | over plain SimCLR |", "| --- | --: | --: |"]
+        lines += ["| step of resnet18 | seconds | time relative to plain SimCLR |", "| --- | --: | --: |"]
         lines += [f"| {n} | {s:.2f} | {step['over_plain'][n]:.2f} |" for n, s in step["seconds"].items()]
     if report.get("threads"):
         lines += ["", "| size, threads | times as fast as one thread (wall clock) |", "| --- | --: |"]

@@ -42,8 +42,8 @@ class Benchmark(pl.LightningModule):
         features = self.forward(torch.cat(views)).flatten(start_dim=1)
         loss = self.criterion(self.projection_head(features), TRANSFORM.plan)
         self.log("train_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(targets))
-        labelled = features.detach(), targets.repeat(len(views))
-        cls_loss, cls_log = self.online_classifier.training_step(labelled, batch_idx)
+        labeled = features.detach(), targets.repeat(len(views))
+        cls_loss, cls_log = self.online_classifier.training_step(labeled, batch_idx)
         self.log_dict(cls_log, sync_dist=True, batch_size=len(targets))
         return loss + cls_loss
 

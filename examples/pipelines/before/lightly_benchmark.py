@@ -53,8 +53,8 @@ class Benchmark(pl.LightningModule):
         z0, z1 = self.projection_head(features).chunk(len(views))
         loss = self.criterion(z0, z1)
         self.log("train_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(targets))
-        labelled = features.detach(), targets.repeat(len(views))
-        cls_loss, cls_log = self.online_classifier.training_step(labelled, batch_idx)
+        labeled = features.detach(), targets.repeat(len(views))
+        cls_loss, cls_log = self.online_classifier.training_step(labeled, batch_idx)
         self.log_dict(cls_log, sync_dist=True, batch_size=len(targets))
         return loss + cls_loss
 
