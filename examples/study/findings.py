@@ -23,7 +23,7 @@ def without_cost(lines: list[Line], folder: Path) -> None:
     kinds = {"linear": "linear probe", "neighbours": "20 neighbors"}
     parameters = told(found[RECIPE][0]["tables"]["label-free, each"]["backbone"])
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=[2, 5])
-    for i, (name, label) in enumerate({"content-only": "content-only SSL", RECIPE: "the recipe"}.items()):
+    for i, (name, label) in enumerate({"content-only": "ordinary SSL", RECIPE: "the recipe"}.items()):
         its = found[name]
         classes = [[line["accuracy"]["backbone"][k] for line in its] for k in kinds]
         changes = [[score(line, "label-free, each", "backbone", p) for line in its] for p in parameters]

@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 from study import grid
-from study.report import SPRITE_FACTORS, Line, latent_numbers, mean, rows_of, score, told
+from study.report import SHORT, SPRITE_FACTORS, Line, latent_numbers, mean, rows_of, score, told
 
 from ssd_addon import plots
 from ssd_addon.report.verdict import short
@@ -155,7 +155,9 @@ def _methods(
     last = [n for n in names if n in found][-1:]
     for axis, name in zip(axes, names, strict=True):
         seeds = len(found.get(name, []))
-        title = name.removeprefix("kinds, ") + (f" ({seeds} seed{'s' if seeds > 1 else ''})" if seeds else "")
+        title = SHORT.get(name, name).removeprefix("kinds, ") + (
+            f" ({seeds} seed{'s' if seeds > 1 else ''})" if seeds else ""
+        )
         matrix = means(found.get(name), kind, spaces[name], list(factors.values()))
         heat(axis, title, matrix, spaces[name], list(factors) if [name] == last else [""] * len(factors))
     figure.supxlabel(what, fontsize=11)

@@ -50,7 +50,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-SHORT = {"all keys, content entropy, equivariance 0.5, 64 and 32": "the recipe"}
+SHORT = {
+    "all keys, content entropy, equivariance 0.5, 64 and 32": "the recipe",
+    "content-only": "ordinary SSL",
+    "content-only, 256 wide": "ordinary SSL, 256 wide",
+}
 
 
 def named(name: str, found: list[Line], seeds: int) -> str:
@@ -193,16 +197,14 @@ def accuracy(*experiments: str) -> Callable[[list[Line]], str]:
     return make
 
 
-def tasks(half: str, *experiments: str) -> Callable[[list[Line]], str]:
-    """Rows tasks, columns (method, space): accuracies on one half of the held-out images."""
+def tasks(half: str, experiment: str, columns_of: Mapping[str, tuple[str, ...]]) -> Callable[[list[Line]], str]:
+    """Rows tasks, columns (method, space) of name -> spaces: accuracies on one half of the held-out images."""
 
     def make(lines: list[Line]) -> str:
         columns: dict[tuple[str, str], list[Line]] = {}
-        for e in experiments:
-            for name, found in rows_of(lines, e).items():
-                found = [x for x in found if "tasks" in x]
-                for space in found[0]["tasks"]["own color"] if found else ():
-                    columns[name, space] = found
+        for name, its in rows_of(lines, experiment).items():
+            if found := [x for x in its if "tasks" in x]:
+                columns |= {(name, space): found for space in columns_of.get(name, ())}
         if not columns:
             return table([], [])
         rows = [
@@ -235,6 +237,12 @@ def trials(*experiments: str) -> Callable[[list[Line]], str]:
     return make
 
 
+TASKS = {
+    "content-only": ("backbone", "content"),
+    "all keys, content entropy, equivariance 0.5, 64 and 32": ("backbone", "content", "spatial", "color"),
+}
+
+
 def reach(_: list[Line]) -> str:
     """Rows spaces, columns factors: what the two views of the space's pair share."""
     rows = [
@@ -263,19 +271,13 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
     "sprites: ablations, label-free": label_free("sprites/ablations", "sprites/cross"),
     "recipe: sprites, linear": sprites("linear", "sprites/finals"),
     "recipe: sprites, kernel": sprites("kernel", "sprites/finals"),
-    "recipe: objects, linear": sprites("linear", "objects/finals", factors=OBJECT_FACTORS),
-    "recipe: objects, kernel": sprites("kernel", "objects/finals", factors=OBJECT_FACTORS),
-    "recipe: imagenet": label_free("imagenet/recipe"),
-    "families: sprites, three seeds": sprites("linear", "sprites/each"),
+    "families: sprites, linear": sprites("linear", "sprites/each"),
     "families: sprites, kernel": sprites("kernel", "sprites/each"),
-    "families: cifar, accuracy": accuracy("cifar/each"),
-    "families: cifar, label-free": label_free("cifar/each"),
-    "content: accuracy": accuracy("cifar/content"),
-    "content: label-free": label_free("cifar/content"),
-    "baselines: trials": trials("cifar/looc", "cifar/augself"),
+    "content: accuracy": accuracy("cifar/tuned", "cifar/content"),
+    "content: label-free": label_free("cifar/tuned", "cifar/content"),
     "recipe: cifar, accuracy": accuracy("cifar/finals"),
     "recipe: cifar, label-free": label_free("cifar/finals"),
-    "recipe: cifar, tasks": tasks("report", "cifar/finals"),
+    "recipe: cifar, tasks": tasks("report", "cifar/finals", TASKS),
     "scan: sprites, linear": sprites("linear", "sprites/scan"),
     "scan: sprites, kernel": sprites("kernel", "sprites/scan"),
     "scan: cifar, accuracy": accuracy("cifar/scan"),

@@ -95,6 +95,13 @@ def test_the_recipe_as_it_is_written_down():
     names = {"backbone": small_backbone(), "images": images, "torch": torch}
     exec(compile(block, str(page), "exec"), names)
     assert torch.isfinite(names["loss"]) and names["views"].cross_image == ("blur",)
+    for name in ("choose-your-groups.md", "results/recipe.md"):  # content's own SSL loss
+        (added,) = [
+            b for b in re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), flags=re.DOTALL) if "alone" in b
+        ]
+        before = float(names["loss"])
+        exec(compile(added, name, "exec"), names)
+        assert float(names["loss"]) != before and torch.isfinite(names["loss"])
 
 
 def test_extending_it_as_it_is_written_down():
