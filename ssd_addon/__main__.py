@@ -108,9 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         "--views",
         help="the augmentations used in training: a preset, a JSON file or FILE.py:NAME (default: those on the card)",
     )
-    r.add_argument(
-        "--size", type=int, help="height and width of the images in pixels (default: the card's size, else 224)"
-    )
+    r.add_argument("--size", type=int, help="height and width of the images in pixels (default: the card's size)")
     r.add_argument("--samples", type=int, default=1000, help="measure on at most this many images (default 1000)")
     r.add_argument("--explore", type=int, default=300, help="show at most this many in the explorer (default 300)")
     r.add_argument(
@@ -292,9 +290,14 @@ def report(args: argparse.Namespace) -> None:
 
     page.writable(args.out)
     device = _device(args.device)
-    opened = runs.load(args.checkpoint, backbone=args.backbone, views=args.views)
+    opened = runs.load(args.checkpoint, backbone=args.backbone, views=args.views, size=args.size)
     card, model = opened.card, opened.model.to(device)
-    size = args.size or card.get("size") or 224
+    size = args.size or card.get("size")
+    if opened.views is None:
+        _print(
+            "the views of the training are not known, so which augmentations the spaces encode will not be measured: "
+            "name them with --views (a preset, a JSON file or FILE.py:NAME)"
+        )
     family = card.get("family")
     on_sphere = {"unit": True, "raw": False, "auto": model.on_sphere}[args.rows]
     data = page.read(args.data, size=size, samples=args.samples, seed=args.seed, say=_print)

@@ -238,13 +238,20 @@ def read(path: str | Path, *, expected: str, with_parts: str | None = None, map_
     state = content.get("state_dict", content.get("model"))
     if not isinstance(config, Mapping) or not {"spaces", "hidden", "in_features"} <= config.keys():
         raise ValueError(
-            f"{what}: got no configuration of the heads (keys: {_checks.names(content)}); weights alone do not define "
-            "the model. Write the file with StyleHeads.save(path, card=...), or put 'config': model.config() and "
+            f"{what}: got no configuration of the heads (keys: {_few(content)}); weights alone do not define "
+            "the model. Write the file with model.save(path, card={'backbone': 'torchvision:resnet18', 'views': "
+            "'color_spatial', 'size': 224}), or put 'config': model.config() and "
             "'state_dict': model.state_dict() into it"
         )
     if not isinstance(state, Mapping) or not all(isinstance(k, str) for k in state):
-        raise ValueError(f"{what}: got no 'state_dict' in it (keys: {_checks.names(content)})")
+        raise ValueError(f"{what}: got no 'state_dict' in it (keys: {_few(content)})")
     return Stored(config, state, content.get("card") or {}, content)
+
+
+def _few(content: Mapping[Any, Any], most: int = 5) -> str:
+    """The first keys by name, and how many more there are."""
+    names = list(map(str, content))
+    return _checks.names(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def matched(state: Mapping[str, Any], wanted: Iterable[str], dropped: tuple[str, ...] = ()) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from ssd_addon.metrics import ScoreTable
 from ssd_addon.report.advice import LAYERS, MEASURED, RECIPE, Section
 from ssd_addon.report.readings import ENCODES, TRACE, parameters_of, plural, short, sure
 
-NOWHERE, AT_ONCE = "nowhere", "after the pixels"
+NOWHERE, AT_ONCE, UNCLEAR = "nowhere", "after the pixels", "unclear"
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Course:
         untrained: of an untrained copy's.
         by_layer: "pixels" and layer -> score.
         lost: whether the interval of the features lies below that of the untrained copy; gained: above.
+        fell: whether the interval of the features lies below that of a row before them.
     """
 
     name: str
@@ -32,10 +33,14 @@ class Course:
     by_layer: dict[str, float]
     lost: bool
     gained: bool
+    fell: bool = True
 
     @property
     def state(self) -> str:
-        """ "encoded", "weak", "after LAYER" (the last that encodes it), AT_ONCE (the pixels alone do) or NOWHERE."""
+        """ "encoded", "weak", "after LAYER" (the last that encodes it), AT_ONCE (the pixels alone do) or NOWHERE.
+
+        UNCLEAR: a row before the features encodes it, but their intervals overlap.
+        """
         if self.features >= ENCODES:
             return "encoded"
         if self.features >= TRACE:
@@ -43,6 +48,8 @@ class Course:
         held = [layer for layer, score in self.by_layer.items() if score >= TRACE]
         if not held:
             return NOWHERE
+        if not self.fell:
+            return UNCLEAR
         return AT_ONCE if held == ["pixels"] else f"after {held[-1]}"
 
 
@@ -58,14 +65,16 @@ def courses(a: Audited) -> list[Course]:
             low, high = table.intervals.get(("backbone", p), (math.nan, math.nan))
             other_low, other_high = table.intervals.get(("untrained", p), (math.nan, math.nan))
             by_layer = {row: sure(table, row, p) for row in ("pixels", *a.layers)}
+            before = [table.intervals.get((row, p), (math.nan, math.nan))[0] for row in by_layer]
+            fell = any(not x <= high for x in before)  # without intervals the scores decide
             features, fresh = sure(table, "backbone", p), sure(table, "untrained", p)
-            out.append(Course(name, p, features, fresh, by_layer, high < other_low, low > other_high))
+            out.append(Course(name, p, features, fresh, by_layer, high < other_low, low > other_high, fell))
     twice = {c.name for c in out if sum(d.name == c.name for d in out) > 1}
     return [Course(f"{c.key.split('/')[0]}'s {c.name}", *_rest(c)) if c.name in twice else c for c in out]
 
 
-def _rest(c: Course) -> tuple[str, float, float, dict[str, float], bool, bool]:
-    return c.key, c.features, c.untrained, c.by_layer, c.lost, c.gained
+def _rest(c: Course) -> tuple[str, float, float, dict[str, float], bool, bool, bool]:
+    return c.key, c.features, c.untrained, c.by_layer, c.lost, c.gained, c.fell
 
 
 def headline(a: Audited) -> str:
@@ -99,7 +108,7 @@ def advice(a: Audited) -> list[tuple[str, Section]]:
         them = "them" if plural(wanted) else "it"
         text = f"To keep more of {listed(wanted)}, train with a style space for the augmentations that change {them}."
         out.append((text, RECIPE))
-    if nowhere := [c.name for c in each if c.state == NOWHERE]:
+    if nowhere := [c.name for c in each if c.state in (NOWHERE, UNCLEAR)]:
         about = f"Before you conclude anything about {listed(nowhere)}"
         out.append((f"{about}, take more images or more pairs of views (--draws 4).", MEASURED))
     return out
@@ -116,6 +125,10 @@ def sentences(a: Audited) -> list[str]:
 
     if nowhere := [c.name for c in each if c.state == NOWHERE]:
         out.append(f"Cannot be decoded, not even from the pixels: {listed(nowhere)}.")
+    if unclear := [c.name for c in each if c.state == UNCLEAR]:
+        out.append(
+            f"Hardly decoded from the features, but not shown to be lost, as intervals overlap: {listed(unclear)}."
+        )
     if lost:
         out.append(f"Harder to decode than from an untrained copy: {listed([beside(c) for c in lost])}.")
     if gained:

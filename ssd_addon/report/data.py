@@ -74,7 +74,7 @@ class Data:
                     )
 
 
-def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say: Say | None = None) -> Data:
+def read(spec: str | Path | Any, *, size: int | None, samples: int, seed: int = 0, say: Say | None = None) -> Data:
     """Up to `samples` images, drawn at random (in the order of the data set) where there are more.
 
     A broken file of a folder (or of an `ImageFiles`) is left out and counted, and another takes its place while there
@@ -85,7 +85,7 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
             taken), a data set (len and items (image, label[, name])), or "FILE.py:NAME" / "MODULE:NAME", where
             NAME(samples=...), where it takes that, or NAME() returns `Data`, a data set or a pair (images
             [n, C, H, W], factors). A label is a class (an integer or a word), a number, or a mapping of factors.
-        size: edge in pixels that images of a data set are brought to.
+        size: edge in pixels that images of a folder or a data set are brought to; None only for tensors of images.
         samples: largest number of images.
         seed: seed of the choice of images.
         say: called with a line on the progress.
@@ -127,6 +127,11 @@ def read(spec: str | Path | Any, *, size: int, samples: int, seed: int = 0, say:
         raise TypeError(
             "data: expected a folder, a data set with len() and items (image, label), or a pair (images, factors): "
             f"got {type(spec).__name__}"
+        )
+    if size is None:
+        raise ValueError(
+            "size: expected the edge in pixels of the images that the model was trained on, as embeddings depend on "
+            "it: got none; give size (on the command line --size), or name it on the checkpoint's card"
         )
     total = len(spec)
     if not total:

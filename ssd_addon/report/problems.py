@@ -221,8 +221,14 @@ def _factors(f: Findings) -> Iterator[Problem]:
 
 
 def _shared(f: Findings) -> Iterator[Problem]:
-    """Known factors that several spaces encode, where no test says which of them may."""
+    """Known factors that several spaces encode, where no test says which of them may.
+
+    Not the class of a folder of images: colors and places go with classes (the sky with airplanes), so a style space
+    may encode it without a leak.
+    """
     for factor in dict.fromkeys(factor for t in f.labelled.values() for factor in t.factors):
+        if factor == "class":
+            continue
         found = []
         for probe, table in f.labelled.items():
             scores = [Reading(sure(table, s, factor), s) for s in f.spaces if (s, factor) in table.scores]

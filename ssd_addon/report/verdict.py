@@ -40,9 +40,11 @@ def verdict(f: Findings) -> tuple[str, list[str]]:
         return _headline(f), [_sentences(s, f) for s in f.spaces]
     if not f.labelled and f.exclusive is None:
         return "What the spaces encode could not be measured.", []
-    found = clauses(problems(f), ("factor", "shared"))
-    if found:
-        head = f"Not disentangled: {'; '.join(found)}."
+    found = problems(f)
+    if leaks := clauses(found, ("factor",)):
+        head = f"Not disentangled: {'; '.join(leaks)}."
+    elif shared := clauses(found, ("shared",)):
+        head = f"Undecided: which augmentations the spaces encode was not measured, but {'; '.join(shared)}."
     elif f.exclusive is not None:
         head = "No known factor leaks. Which augmentations the spaces encode was not measured."
     else:

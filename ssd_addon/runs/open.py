@@ -38,7 +38,9 @@ class Opened:
     log_problem: str = ""
 
 
-def load(path: str | Path, *, backbone: str | nn.Module | None = None, views: Any = None) -> Opened:
+def load(
+    path: str | Path, *, backbone: str | nn.Module | None = None, views: Any = None, size: int | None = None
+) -> Opened:
     """Open a run's folder (model.pt or checkpoint.pt, log.jsonl) or a file of weights.
 
     Args:
@@ -47,6 +49,7 @@ def load(path: str | Path, *, backbone: str | nn.Module | None = None, views: An
             "MODULE:NAME", where NAME() returns a module.
         views: replaces the card's: a `StructuredViews`, a mapping as on the card, a preset's name, a JSON file with
             such a mapping, or your own code, "FILE.py:NAME".
+        size: edge in pixels of the views of a preset that names none; replaces the card's. None: the card's, else 224.
 
     Raises:
         FileNotFoundError: the folder or file does not exist, or the folder has no checkpoint.
@@ -67,7 +70,7 @@ def load(path: str | Path, *, backbone: str | nn.Module | None = None, views: An
         raise ValueError(f"{file}: {reason if len(reason) < 600 else reason[:600] + ' ...'}") from error
     model.on_sphere = compares_on_sphere(card)
     log, problem = _log(folder / LOG)
-    return Opened(model.eval(), _views(views, card), card, log, file, problem)
+    return Opened(model.eval(), _views(views, card, size), card, log, file, problem)
 
 
 def _found(path: Path) -> tuple[Path, Path]:
@@ -92,7 +95,7 @@ def _log(path: Path) -> tuple[list[dict[str, Any]], str]:
         return [], str(error)
 
 
-def _views(given: Any, card: Mapping[str, Any]) -> StructuredViews | None:
+def _views(given: Any, card: Mapping[str, Any], size: int | None = None) -> StructuredViews | None:
     chosen = given if given is not None else card.get("views")
     code = given is not None
     if isinstance(given, str) and given.endswith(".json"):
@@ -100,7 +103,7 @@ def _views(given: Any, card: Mapping[str, Any]) -> StructuredViews | None:
     if isinstance(chosen, str) and ":" not in chosen and not chosen.endswith(".json"):
         chosen = {"preset": chosen}
     if isinstance(chosen, Mapping) and "preset" in chosen:
-        chosen = {"size": card.get("size") or 224} | dict(chosen)
+        chosen = {"size": size or card.get("size") or 224} | dict(chosen)
     return None if chosen is None else build_views(chosen, code=code)
 
 

@@ -93,6 +93,16 @@ def test_a_score_whose_interval_holds_0_is_none():
     ]
 
 
+def test_nothing_is_called_lost_while_the_intervals_overlap():
+    scores = {"hue_factor": (0.12, 0.03, 0.03, 0.03, 0.0), "contrast_factor": (0.5, 0.5, 0.4, 0.05, 0.0)}
+    audit = made(scores, margin=0.02)
+    assert headline(audit).endswith("Lost on the way: hue (after the pixels); contrast (after layer2).")
+    audit = made(scores, margin=0.06)
+    assert headline(audit).endswith(" none of these augmentations. Lost on the way: contrast (after layer2).")
+    assert "but not shown to be lost, as intervals overlap: hue." in sentences(audit)[0]
+    assert any("Before you conclude anything about hue" in text for text, _ in advice(audit))
+
+
 def test_without_layers_or_scores():
     assert headline(made({"hue_factor": (0.6, 0.0, 0.3)}, layers=())) == (
         "The features encode none of these augmentations. Lost on the way: hue (after the pixels)."

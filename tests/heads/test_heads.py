@@ -101,6 +101,9 @@ def test_save_and_load(tmp_path):
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"expected a file of StyleHeads\.save"):
         StyleHeads.load(tmp_path / "other.pt", nn.Linear(6, 9))
+    torch.save({f"layer{k}.weight": torch.zeros(1) for k in range(150)}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"layer4\.weight and 145 more\); .* model\.save\(path, card=\{'backbone'"):
+        StyleHeads.load(tmp_path / "weights.pt", nn.Linear(6, 9))
     for content in (b"hello", b"", (tmp_path / "m.pt").read_bytes()[:300]):
         (tmp_path / "broken.pt").write_bytes(content)
         with pytest.raises(ValueError, match=r"broken\.pt: expected a file of StyleHeads\.save: could not be read"):
@@ -142,7 +145,7 @@ def test_bad_backbones(backbone, kwargs, error, message):
     "spaces,message",
     [
         ({"content": 0}, "width of space 'content'.*got 0"),
-        ({"color": 3}, "missing"),
+        ({"color": 3}, "expected the space .content.*got color"),
         ({"color": 3, "content": 3}, "first"),
     ],
 )

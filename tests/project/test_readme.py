@@ -99,9 +99,9 @@ def test_the_recipe_as_it_is_written_down():
         (added,) = [
             b for b in re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), flags=re.DOTALL) if "alone" in b
         ]
-        before = float(names["loss"])
+        before = names["loss"].item()
         exec(compile(added, name, "exec"), names)
-        assert float(names["loss"]) != before and torch.isfinite(names["loss"])
+        assert names["loss"].item() != before and torch.isfinite(names["loss"])
 
 
 def test_extending_it_as_it_is_written_down():

@@ -14,7 +14,7 @@ from PIL import Image
 from score_tables import GROUPS, by_hand, changed, table
 from torchvision.models import resnet18
 
-from ssd_addon import StyleHeads, report
+from ssd_addon import StyleHeads, report, runs
 from ssd_addon.__main__ import main
 from ssd_addon.metrics import Exclusivity, ScoreTable, label_free
 from ssd_addon.report import curves, pictures
@@ -354,6 +354,39 @@ def run(tmp_path_factory):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{k}.png")
     return root
+
+
+def test_a_size_is_never_guessed(run, tmp_path, capsys):
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())
+    (tmp_path / "net.py").write_text("import torch\ndef net(): return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))\n")
+    spaces = {"content": 4, "spatial": 4, "color": 4}
+    StyleHeads(net[:1], spaces, in_features=4, hidden=()).save(tmp_path / "model.pt", card={"views": "color_spatial"})
+    command = [
+        "report",
+        str(tmp_path / "model.pt"),
+        "--backbone",
+        f"{tmp_path}/net.py:net",
+        "--data",
+        str(run / "data"),
+    ]
+    command += ["--out", str(tmp_path / "r.html")]
+    assert main(command) == 1
+    assert "size: expected the edge in pixels of the images that the model was trained on" in capsys.readouterr().err
+    assert main([*command, "--size", "12"]) == 0
+    html = (tmp_path / "r.html").read_text()
+    assert "size <b>12 x 12</b>" in html and "views of the training are not known" not in capsys.readouterr().out
+    opened = runs.load(tmp_path / "model.pt", backbone=net[:1], size=12)
+    assert opened.views(torch.rand(2, 3, 20, 20)).views.shape[-2:] == (12, 12)
+
+
+def test_that_the_views_are_not_known_is_said_before_anything_is_measured(run, tmp_path, capsys):
+    (tmp_path / "net.py").write_text("import torch\ndef net(): return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))\n")
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))
+    StyleHeads(net, {"content": 4, "color": 4}, in_features=4, hidden=()).save(tmp_path / "m.pt", card={"size": 12})
+    command = ["report", str(tmp_path / "m.pt"), "--backbone", f"{tmp_path}/net.py:net", "--data", str(run / "data")]
+    assert main([*command, "--out", str(tmp_path / "r.html")]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("the views of the training are not known") and "--views" in said.splitlines()[0]
 
 
 def test_the_command_writes_a_page(run, tmp_path, capsys):

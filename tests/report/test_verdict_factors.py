@@ -116,3 +116,16 @@ def test_a_p_value_is_rounded_up(p, said):
 )
 def test_parameters_have_names_for_people(name, expected):
     assert short(name) == expected
+
+
+def test_the_class_of_a_folder_may_be_in_several_spaces():
+    labelled = known([[0.95, 0.4], [0.46, 0.2], [0.0, 0.0]], factors=("class", "hue"))
+    head = headline(changed(labelled=labelled))
+    assert "both content and color encode the known factor hue" in head and "class" not in head
+
+
+def test_without_the_views_a_factor_in_two_spaces_decides_nothing():
+    head = headline(findings(None, known([[0.95, 0.4], [0.46, 0.0], [0.0, 0.0]])))
+    assert head.startswith(
+        "Undecided: which augmentations the spaces encode was not measured, but both content and color"
+    )
