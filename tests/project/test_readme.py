@@ -16,7 +16,7 @@ from sprites import draw_factors, render
 from torch import nn
 
 import ssd_addon
-from ssd_addon import JointEntropyLoss, StructuredTransform, StructuredViews, StyleHeads, presets, recipe
+from ssd_addon import JointEntropyLoss, StructuredTransform, StructuredViews, StyleHeads, presets, recipe, runs
 from ssd_addon.__main__ import main
 from ssd_addon.collate import ImageFiles
 
@@ -30,14 +30,18 @@ def small_backbone() -> nn.Module:
     return backbone
 
 
-def test_quick_start():
+def test_quick_start(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert len(blocks) == 1
     backbone = small_backbone()
     images = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
-    names = {"backbone": backbone, "images": images}
+    names = {"backbone": backbone, "loader": [images]}
+    monkeypatch.chdir(tmp_path)
     exec(compile(blocks[0], str(README), "exec"), names)
     assert torch.isfinite(names["loss"])
+    assert all(p.grad is not None for p in names["equivariance"].parameters())
+    saved = runs.load(tmp_path / "model.pt", backbone=small_backbone())
+    assert saved.views is not None and saved.card["size"] == 224
     assert backbone[0].weight.grad.abs().sum() > 0
     assert {n: tuple(t.shape) for n, t in names["z"].items()} == {
         "content": (4, 4, 64), "spatial": (4, 4, 32), "color": (4, 4, 32),
