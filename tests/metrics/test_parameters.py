@@ -898,7 +898,7 @@ def test_wrong_models_and_batches_say_so(given, error, message):
 def test_a_space_may_not_hide_the_backbone():
     backbone = nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = StyleHeads(backbone, {"content": 4, "backbone": 3}, in_features=5, hidden=())
-    with pytest.raises(ValueError, match="collide"):
+    with pytest.raises(ValueError, match="expected no space named 'backbone'"):
         embed(model, images())
     assert list(embed(model, images(), backbone=False)) == ["content", "backbone"]
 
