@@ -110,7 +110,7 @@ def spaces_of(model: Model, x: Tensor, *, backbone: bool, on_sphere: bool) -> di
         features = inner.features(x)
         z = inner.project(features)
         if BACKBONE in z:
-            raise ValueError(f"model: expected no space named {BACKBONE!r}, as the features have it: got one")
+            raise ValueError(f"model: expected no space named {BACKBONE!r}, which is the name of the features: got one")
         return _rows({**z, BACKBONE: features}, len(x), on_sphere)
     over_ranks = any(isinstance(each, DistributedDataParallel) for each in outer)
     out = inner(x) if over_ranks else model(x)  # avoids communication between ranks
