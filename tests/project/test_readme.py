@@ -196,6 +196,7 @@ def test_the_answers_of_the_faq_as_they_are_written_down(photographs):
     draws = StructuredViews({"color": [jitter]}, seed=0)
     model = StyleHeads(small_backbone(), {"content": 4, "color": 3}, hidden=(8,), norm="layer")
     names |= {"images": images, "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
+    names["equivariance"] = ssd_addon.EquivarianceLoss(model.spaces, draws, temperature=0.15)
     found = blocks_of("faq.md", "python")
     assert len(found) == (DOCS / "faq.md").read_text().count("\n### ")
     for block in found:
