@@ -30,7 +30,7 @@ def without_cost(lines: list[Line], folder: Path) -> None:
         for axis, values in zip(axes, (classes, changes), strict=True):
             where = [x + 0.4 * (i - 0.5) for x in range(len(values))]
             middle, spread = [statistics.mean(v) for v in values], [statistics.stdev(v) for v in values]
-            color = plots.PALETTE[1 - i]
+            color = plots.PALETTE[i]
             axis.bar(where, middle, 0.38, yerr=spread, color=color, label=f"{label} ({len(its)} seeds)", capsize=2)
     axes[0].set_xticks(range(len(kinds)), list(kinds.values()))
     axes[0].set_title("accuracy of the backbone on ten classes", fontsize=11)
