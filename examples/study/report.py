@@ -271,6 +271,7 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
     "sprites: ablations, label-free": label_free("sprites/ablations", "sprites/cross"),
     "recipe: sprites, linear": sprites("linear", "sprites/finals"),
     "recipe: sprites, kernel": sprites("kernel", "sprites/finals"),
+    "recipe: imagenet": label_free("imagenet/recipe"),
     "families: sprites, linear": sprites("linear", "sprites/each"),
     "families: sprites, kernel": sprites("kernel", "sprites/each"),
     "content: accuracy": accuracy("cifar/tuned", "cifar/content"),
