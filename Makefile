@@ -1,5 +1,5 @@
 # make demo           environment, install, the sprites example, a report to open
-# make test           environment, install with what the tests need, lint, types, tests: about seven minutes on two cores
+# make test           environment, install with what the tests need, lint, types, tests: about thirteen minutes on two cores
 #                     beside the install
 # make test-fast      the tests that need milliseconds: neither slow nor distributed, about three minutes
 # make docs           the documentation into site/, strictly: open site/index.html, no server is needed

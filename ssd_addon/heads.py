@@ -209,8 +209,6 @@ class StyleHeads(ReadsStacked):
             z: dict[str, Tensor] = self.projections(features)
             return z
 
-    # ------------------------------------------------------------------------------------ parts
-
     def head(self, name: str) -> nn.Sequential:
         """A copy of one head as plain layers, [N, F] -> [N, d]; `encoder(name)` includes the backbone."""
         return self.projections.head(name)
@@ -275,8 +273,6 @@ class StyleHeads(ReadsStacked):
         if self.frozen:
             self.backbone.eval()
         return self
-
-    # ------------------------------------------------------------------------------------ saving and loading
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments other than the backbone, as plain numbers and strings."""
@@ -365,8 +361,6 @@ class StyleHeads(ReadsStacked):
             raise ValueError(
                 f"the checkpoint belongs to another backbone than {self.backbone_name}: {error}"
             ) from error
-
-    # ------------------------------------------------------------------------------------ inside
 
     def _features(self, views: Tensor | Sequence[Tensor]) -> Tensor:
         """Pooled features [V, B, F] of all views, with one backbone pass per image size."""

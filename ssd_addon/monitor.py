@@ -144,8 +144,6 @@ class Monitor:
             if self.alarm is not None:
                 self.alarm.replay(entries(self.path))
 
-    # ------------------------------------------------------------------------------------------------ plain loops
-
     def step(self, step: int, terms: Any, **more: float) -> dict[str, Any]:
         """Write a line of terms on step 0 and then every `log_every` steps.
 
@@ -236,8 +234,6 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    # ------------------------------------------------------------------------------------------------ Lightning
 
     def lightning(self, base: type | None = None, *, model: Any = None) -> Any:
         """This monitor as a Lightning callback: `Trainer(callbacks=[monitor.lightning()])`.

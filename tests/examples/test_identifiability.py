@@ -221,11 +221,11 @@ class TestRows:
         assert seen[0].tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7]]
 
     def test_the_truth_tells_style_only_as_far_as_it_depends_on_content(self):
-        def tells(**options) -> float:
+        def explained(**options) -> float:
             config = {"world": "pair", "method": "truth", "samples": 400, "fit": 200, "rows": 20, **options}
             return runner.train(config, 0)["scores"]["theirs"]["content"]["style"]
 
-        assert tells(causal=True) > 0.4 and abs(tells()) < 0.1
+        assert explained(causal=True) > 0.4 and abs(explained()) < 0.1
 
 
 class TestProbes:
