@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ssd_addon.auditing.measure import Audited, Normalize, OneGroup, Say, audit, audited, views_of
+from ssd_addon.auditing.measure import Audited, Normalize, OneGroup, Say, audit, audited, enlarged, views_of
 from ssd_addon.auditing.page import Strip, about_of, render
 from ssd_addon.auditing.verdict import compared, headline, sentences
 from ssd_addon.auditing.weights import load_weights, named_backbones
@@ -22,7 +22,7 @@ from ssd_addon.augment import StructuredViews
 from ssd_addon.metrics.images import scaled
 from ssd_addon.pooling import Pool
 from ssd_addon.report import writable
-from ssd_addon.report.data import Data
+from ssd_addon.report.data import Data, facts
 from ssd_addon.report.findings import unnormalized
 from ssd_addon.runs.build import build_views
 
@@ -109,8 +109,10 @@ def write(
                 say=say,
             )
         )
-    extra = [("broken files", f"{data.broken}, which are left out")] if data.broken else []
-    about = about_of(data.images, data.total, views.plan.spaces[1:], extra)
+    if small := enlarged(data.images, groups, size):
+        for each in found:
+            each.notes.append(small)
+    about = about_of(data.images, data.total, views.plan.spaces[1:], facts(data))
     path.write_text(render(found, about, _strip(views, scaled(data.images[:SHOWN]), seed)), encoding="utf-8")
     return found
 

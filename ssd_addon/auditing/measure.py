@@ -1,5 +1,6 @@
 """`audit`: what a backbone that was trained elsewhere keeps of each augmentation, layer by layer, without labels."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -101,6 +102,9 @@ def audit(
         in a grid of 8 x 8), the layers by name, "backbone" (its features), "untrained" (those of a copy with weights
         drawn anew).
 
+    Warns:
+        UserWarning: the images are smaller than a preset's views, so that they are enlarged.
+
     Raises:
         ValueError, TypeError: layers that do not exist or do not run; a backbone that does not take the images; and
             what `StyleHeads` and `metrics.parameter_matrix` refuse.
@@ -111,6 +115,8 @@ def audit(
     views = views_of(groups, size)
     at_least("bootstrap", bootstrap, 0)
     model, each, _ = prepared_for(backbone, images, views, layers, normalize, pool, output, batch_size, seed)
+    if small := enlarged(each[0], groups, size):
+        warnings.warn(small, stacklevel=2)
     return _table(model, views, each, draws, bootstrap, seed, say)
 
 
@@ -169,6 +175,17 @@ def views_of(groups: str | Mapping[str, Sequence[Any]] | StructuredViews, size: 
             f"groups: expected a preset's name or a mapping name -> operations: got {type(groups).__name__}"
         )
     return StructuredViews(groups, seed=0)
+
+
+def enlarged(images: Tensor, groups: object, size: int) -> str | None:
+    """A sentence where a preset's views are larger than the images [n, C, H, W]."""
+    h, w = images.shape[-2:]
+    if not isinstance(groups, str) or min(h, w) >= size:
+        return None
+    return (
+        f"The images ({h} x {w} pixels) are smaller than the views ({size} x {size}) and are enlarged. Give the size "
+        f"on which the backbone was trained: size={min(h, w)} keeps the images' own."
+    )
 
 
 def prepared_for(

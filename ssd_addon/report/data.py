@@ -28,6 +28,7 @@ class Data:
         classes: factor -> the names of its classes, where they have names.
         total: images that these were drawn from.
         broken: files among them that could not be decoded and were left out.
+        enlarged: [n] booleans, whether an image was smaller than the size that it was brought to; None if none was.
     """
 
     images: Tensor
@@ -36,6 +37,7 @@ class Data:
     classes: Mapping[str, list[str]] = field(default_factory=dict)
     total: int = 0
     broken: int = 0
+    enlarged: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = len(self.images)
@@ -136,7 +138,7 @@ def read(spec: str | Path | Any, *, size: int | None, samples: int, seed: int = 
     total = len(spec)
     if not total:
         raise ValueError("data: expected at least one image: got an empty data set")
-    images, labels, names, broken = _samples(spec, _shuffled(total, seed), samples, size, say)
+    images, labels, names, broken, enlarged = _samples(spec, _shuffled(total, seed), samples, size, say)
     kinds = {i.dtype for i in images}
     if len(kinds) > 1:
         images = [i.float() / 255 if i.dtype == torch.uint8 else i.float() for i in images]
@@ -147,7 +149,15 @@ def read(spec: str | Path | Any, *, size: int | None, samples: int, seed: int = 
     if isinstance(spec, ImageFiles) and len(spec.classes) < 2:
         factors = {}
     classes |= words
-    return Data(torch.cat(images), factors, names, classes, total, broken)
+    return Data(torch.cat(images), factors, names, classes, total, broken, enlarged if enlarged.any() else None)
+
+
+def facts(data: Data) -> list[tuple[str, str]]:
+    """What the head of a page says of files that were left out and images that were enlarged."""
+    out = [("broken files", f"{data.broken}, which are left out")] if data.broken else []
+    if data.enlarged is not None and (count := int(data.enlarged.sum())):
+        out.append(("enlarged images", f"{count} of {len(data.enlarged)}, which were smaller"))
+    return out
 
 
 def _shuffled(total: int, seed: int) -> Tensor:
@@ -156,14 +166,16 @@ def _shuffled(total: int, seed: int) -> Tensor:
 
 def _samples(
     spec: Any, order: Tensor, samples: int, size: int, say: Say | None
-) -> tuple[list[Tensor], list[Any], list[str], int]:
-    """Images, labels and names of the first samples in this order that are not broken, and how many are.
+) -> tuple[list[Tensor], list[Any], list[str], int, Tensor]:
+    """The first samples in this order that are not broken: images, labels, names, how many broken ones were left out,
+    and whether each image is smaller than the size.
 
     The image that `ImageFiles` gives in the place of a broken one is not taken: it would lie on both sides of a split.
     """
     collate = StructuredCollate(size)
     found: dict[int, tuple[Tensor, Any, str]] = {}
     broken, wanted = 0, min(samples, len(order))
+    smaller: dict[int, bool] = {}
     _limits.fits(wanted * 3 * size**2, "size", f"{wanted} images of {size} x {size} pixels")
     while len(found) < wanted and len(order):
         missing = wanted - len(found)
@@ -180,12 +192,24 @@ def _samples(
             batch, _, name = collate([(sample[0], 0, *sample[2:3])])
             assert isinstance(batch, Tensor)
             found[k] = batch, sample[1], name[0]
+            smaller[k] = _shorter_edge(sample[0]) < size
             if say is not None and (len(found) % 250 == 0 or len(found) == wanted):
                 say(f"read {len(found)}/{wanted} images")
     if broken and say is not None:
         say(f"left out {broken} broken files, {len(found)} images are read")
+    enlarged = torch.tensor([smaller[k] for k in sorted(found)])
+    if enlarged.any() and say is not None:
+        say(f"{int(enlarged.sum())} of {len(found)} images are smaller than {size} pixels and are enlarged")
     images, labels, names = (list(column) for column in zip(*(found[k] for k in sorted(found)), strict=True))
-    return images, labels, names, broken
+    return images, labels, names, broken, enlarged
+
+
+def _shorter_edge(image: Any) -> int:
+    """Of a PIL image, a tensor [C, H, W] or an array [H, W] or [H, W, C], in pixels."""
+    if isinstance(image, Tensor):
+        return min(image.shape[-2:])
+    height, width = image.shape[:2] if hasattr(image, "shape") else image.size
+    return int(min(height, width))
 
 
 def _name_of_file(spec: Any, k: int) -> str | None:
@@ -219,7 +243,8 @@ def _subset(data: Data, samples: int, seed: int) -> Data:
         else:
             kept[name] = values[rows]
     names = [data.names[i] for i in rows.tolist()]
-    return Data(data.images[rows], kept, names, data.classes, max(data.total, n), data.broken)
+    enlarged = None if data.enlarged is None else data.enlarged[rows]
+    return Data(data.images[rows], kept, names, data.classes, max(data.total, n), data.broken, enlarged)
 
 
 def _factors(labels: list[Any]) -> tuple[dict[str, Factor], dict[str, list[str]]]:

@@ -36,7 +36,7 @@ from ssd_addon.metrics.images import for_model, scaled
 from ssd_addon.metrics.label_free import drawn_pairs, exclusivity_of, matrix_of
 from ssd_addon.metrics.labelled import check_factors
 from ssd_addon.metrics.spaces import MIN_ROWS, check_finite
-from ssd_addon.report.data import Data, Say
+from ssd_addon.report.data import Data, Say, facts
 from ssd_addon.report.text import first_line
 
 T = TypeVar("T")
@@ -139,8 +139,7 @@ def measure(
     n, about = len(images), list(about)
     if changed:
         about.append(("note", changed))
-    if data.broken:
-        about.append(("broken files", f"{data.broken}, which are left out"))
+    about += facts(data)
     sphere = is_on_sphere(model) if on_sphere is None else on_sphere
     ready = views.plain(images) if views is not None else scaled(images)
     tell(f"embedding {n} images")

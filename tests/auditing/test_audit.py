@@ -1,6 +1,7 @@
 """The audit: what is known to be in a network is found there, layer by layer, and nothing else is touched."""
 
 import copy
+import re
 
 import kornia.augmentation as K
 import pages
@@ -95,6 +96,17 @@ def test_the_preset_and_the_public_name(images):
     table = ssd_addon.audit(nn.Conv2d(3, 4, 3), images[:40], size=16, draws=2)
     assert table.factors == ("spatial", "color") and table["backbone", "color/0.ColorJitter/hue_factor"] <= 1
     assert table.spaces[0] == "pixels" and table.spaces[-2:] == ("backbone", "untrained")
+
+
+def test_views_larger_than_the_images_are_not_silent(images, tmp_path):
+    net, sentence = nn.Conv2d(3, 4, 3), r"images \(16 x 16 pixels\) are smaller than the views \(24 x 24\)"
+    with pytest.warns(UserWarning, match=sentence):
+        audit(net, images[:20], size=24, draws=1, bootstrap=0)
+    (found,) = auditing.write(tmp_path / "a.html", {"net": net}, images[:20], size=24, layers=(), draws=1)
+    assert re.search(sentence, found.notes[-1]) and "smaller than the views" in (tmp_path / "a.html").read_text()
+    (found,) = auditing.write(tmp_path / "a.html", {"net": net}, images[:20], size=16, layers=(), draws=1)
+    assert not found.notes  # a smaller size, and groups of one's own, are no surprise
+    audit(net, images[:20], GROUPS, size=24, draws=1, bootstrap=0)
 
 
 class Sees(nn.Module):

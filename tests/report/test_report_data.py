@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 from ssd_addon.collate import ImageFiles
 from ssd_addon.metrics import Circular
 from ssd_addon.report import Data
-from ssd_addon.report.data import read
+from ssd_addon.report.data import facts, read
 
 
 def picture(path, value=0, size=(10, 8), mode="RGB"):
@@ -110,6 +110,24 @@ def test_no_image_stands_in_for_a_broken_one(tmp_path, wrap):
     fewer = get(spec, samples=12)  # others take the place of the broken ones
     assert len(set(fewer.names)) == 12 and fewer.broken > 0 and set(fewer.names) <= set(data.names)
     assert get(fewer, samples=5).broken == fewer.broken
+
+
+def test_images_that_are_enlarged_are_counted(tmp_path):
+    for k, size in enumerate(((30, 50), (50, 30), (32, 32), (200, 33))):
+        Image.new("RGB", size, (60 * k, 0, 0)).save(tmp_path / f"{k}.png")
+    said = []
+    data = read(tmp_path, size=32, samples=9, say=said.append)
+    assert data.enlarged.tolist() == [True, True, False, False]
+    assert said[1:] == ["2 of 4 images are smaller than 32 pixels and are enlarged"]
+    assert facts(data) == [("enlarged images", "2 of 4, which were smaller")]
+    arrays = [np.zeros((20, 40, 3), np.uint8), np.zeros((40, 33), np.uint8)]
+    kinds = [torch.rand(3, 40, 20), *arrays, torch.rand(3, 32, 32)]
+    some = read([(image, 0) for image in kinds], size=32, samples=9)
+    assert some.enlarged.tolist() == [True, True, False, False]
+    one = read(data, size=32, samples=1)
+    assert len(one.images) == 1 and one.enlarged.tolist() == [one.names[0] in ("0.png", "1.png")]
+    assert read(tmp_path, size=30, samples=9).enlarged is None
+    assert facts(Data(torch.rand(2, 3, 5, 5))) == []
 
 
 def test_broken_files_alone(tmp_path):
