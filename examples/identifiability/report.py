@@ -4,17 +4,19 @@
 Cells are means over seeds with the standard deviation.
 """
 
+import functools
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import result_lines
 from identifiability import grid
 from identifiability.generators import VIEWS
+from result_lines import Line, Table, cell, mean
 
-Line = dict[str, Any]
+table = functools.partial(result_lines.table, names=2)
 PROBES = {"theirs": "kernel ridge", "theirs, linear": "linear", "linear": "linear", "kernel": "kernel"}
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "identifiability.md"
 
@@ -25,27 +27,6 @@ def found(lines: Iterable[Line], experiment: str, config: grid.Config) -> list[L
     rows = [x for x in lines if x["experiment"] == experiment and x.get("config") == wanted]
     by_seed = {x["seed"]: x for x in rows if x["seed"] < grid.seeds_of(experiment)}
     return [by_seed[seed] for seed in sorted(by_seed)]
-
-
-def mean(values: Iterable[float]) -> float:
-    known = [v for v in values if not math.isnan(v)]
-    return statistics.mean(known) if known else math.nan
-
-
-def cell(values: list[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    known = [v for v in values if not math.isnan(v)]
-    if not known:
-        return ""
-    text = f"{statistics.mean(known):.2f}"
-    if len(known) > 1:
-        text += f" ± {statistics.stdev(known):.2f}"
-    return re.sub(r"-(0\.00)(?!\d)", r"\1", text)
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", "---", *["--:"] * (len(head) - 2)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else "*Not run yet.*"
 
 
 def named(name: str, rows: list[Line]) -> str:
@@ -74,7 +55,7 @@ def of(kind: str, space: str, factor: str) -> Measure:
     return lambda scores: float(scores[kind].get(space, {}).get(factor, math.nan))
 
 
-def pair(prefix: str, *kinds: str) -> Callable[[list[Line]], str]:
+def pair(prefix: str, *kinds: str) -> Table:
     """What each space encodes of content and style, by each kind of score."""
     cells = [("content", "content"), ("content", "style"), ("style", "style"), ("style", "content")]
     columns = {
@@ -110,7 +91,7 @@ def over(kind: str, size: int, which: int) -> Measure:
     return measure
 
 
-def partial(kind: str) -> Callable[[list[Line]], str]:
+def partial(kind: str) -> Table:
     sizes = {4: "all four views", 3: "three views", 2: "two views"}
     columns = {
         f"{what}, {name}": over(kind, size, which)
@@ -180,7 +161,7 @@ def agreement(lines: list[Line]) -> str:
     return table(["experiment", "compared", "value"], rows)
 
 
-TABLES: dict[str, Callable[[list[Line]], str]] = {
+TABLES: dict[str, Table] = {
     "budgets": budgets,
     "agreement": agreement,
     "pair: their protocol": pair("pair/", "theirs"),
@@ -194,19 +175,7 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
 }
 
 
-def filled(text: str, lines: list[Line]) -> str:
-    """The page with every block rewritten."""
-
-    def made(match: re.Match[str]) -> str:
-        name = match[1]
-        if name not in TABLES:
-            raise ValueError(f"identifiability.md: expected a block of {', '.join(TABLES)}: got {name!r}")
-        return f"<!-- {name} -->\n{TABLES[name](lines)}\n<!-- end -->"
-
-    return re.sub(r"<!-- ([^\n]+?) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
-
-
 def write(lines: list[Line], page: Path = PAGE) -> None:
     """Fill the blocks of the page."""
-    page.write_text(filled(page.read_text(), lines))
+    page.write_text(result_lines.filled(page.read_text(), TABLES, lines))
     print(f"written: {page}")

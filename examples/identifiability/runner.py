@@ -16,7 +16,6 @@ thread.
 import argparse
 import json
 import math
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from identifiability import agreement, grid, report
 from identifiability.generators import ContentStyle, PartialViews
 from identifiability.methods import METHODS
 from identifiability.scores import of_pair, of_views
+from result_lines import ROOT, append, commit, key, read
 
-ROOT = Path(__file__).parents[2]
 LINES = ROOT / "docs" / "results" / "identifiability.jsonl"
 HELD_OUT = 10_000  # seed of the samples for the scores
 
@@ -103,30 +102,6 @@ def score(c: dict[str, Any], world: Any, method: Any) -> dict[str, Any]:
     return of_views(codes, z, common, c["fit"], c["rows"])
 
 
-def key(run: dict[str, Any]) -> str:
-    return json.dumps([run["experiment"], run["config"], run["seed"]], sort_keys=True)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """The finished runs, without a last line that was cut off."""
-    text = path.read_text().splitlines() if path.exists() else []
-    if text and not text[-1].endswith("}"):
-        text.pop()
-    return [json.loads(line) for line in text]
-
-
-def commit() -> str | None:
-    """The commit of the code that runs; the lines that it writes do not count as a change."""
-    asked = ["git", "-C", str(ROOT), "describe", "--always", "--exclude", "*"]
-    try:
-        name = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-        status = ["git", "-C", str(ROOT), "status", "--porcelain", "--", "examples/identifiability", "ssd_addon"]
-        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return name + ("-dirty" if changed else "")
-
-
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("command", choices=("run", "list", "tables", "agree"))
@@ -140,16 +115,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.steps and args.out == LINES:
         p.error(f"--steps: expected --out beside it, as runs of other lengths are no results: got none, so {LINES}")
     if args.command == "tables":
-        report.write(lines(args.out))
+        report.write(read(args.out))
         return 0
     if args.command == "agree":
         if not (args.pair and args.partial):
             p.error("agree: expected --pair DIR and --partial DIR, the checkouts of the authors' code: got one or none")
         found = {"experiment": "agreement", "commit": commit(), **agreement.compare(args.pair, args.partial)}
-        _append(args.out, found)
+        append(args.out, found)
         print(json.dumps(found, indent=1))
         return 0
-    runs, done = grid.runs(args.experiments), {key(x) for x in lines(args.out) if "config" in x}
+    runs, done = grid.runs(args.experiments), {key(x) for x in read(args.out) if "config" in x}
     for count, run in enumerate(runs, 1):
         if args.steps:
             run = run | {"config": run["config"] | {"steps": args.steps}}
@@ -157,12 +132,6 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "list":
             print("done" if key(run) in done else "-   ", name)
         elif key(run) not in done:
-            _append(args.out, run | {"commit": commit()} | train(run["config"], run["seed"], args.device))
+            append(args.out, run | {"commit": commit()} | train(run["config"], run["seed"], args.device))
             print(f"{count} of {len(runs)}  {name}", flush=True)
     return 0
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")

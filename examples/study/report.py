@@ -4,20 +4,20 @@
 Cells are means over seeds with the standard deviation; a row of one seed has a † and no spread.
 """
 
+import functools
 import math
-import re
-import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
+import result_lines
+from result_lines import Line, Table, mean, table
 from study import grid
 from study.reach import shared
 
 from ssd_addon.report.verdict import short
 
-Line = dict[str, Any]
 DOCS = Path(__file__).parent.parent.parent / "docs"
+cell = functools.partial(result_lines.cell, unknown="n/a")
 
 
 def rows_of(lines: Iterable[Line], experiment: str) -> dict[str, list[Line]]:
@@ -30,24 +30,6 @@ def rows_of(lines: Iterable[Line], experiment: str) -> dict[str, list[Line]]:
         if found:
             out[name] = [by_seed[seed] for seed in sorted(by_seed)]
     return out
-
-
-def cell(values: list[float]) -> str:
-    """Mean and standard deviation over seeds, to two digits."""
-    known = [v for v in values if not math.isnan(v)]
-    if not known:
-        return "n/a"
-    text = f"{statistics.mean(known):.2f}"
-    if len(known) > 1:
-        text += f" ± {statistics.stdev(known):.2f}"
-    return text.replace("-0.00", "0.00")
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    if not rows:
-        return "*Not run yet.*"
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 SHORT = {
@@ -68,11 +50,6 @@ def score(line: Line, kind: str, space: str, factor: str) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------- latents
-
-
-def mean(values: Iterable[float]) -> float:
-    known = [v for v in values if not math.isnan(v)]
-    return statistics.mean(known) if known else math.nan
 
 
 def latent_numbers(line: Line) -> dict[str, float]:
@@ -98,7 +75,7 @@ def latent_numbers(line: Line) -> dict[str, float]:
     }
 
 
-def latents(*experiments: str) -> Callable[[list[Line]], str]:
+def latents(*experiments: str) -> Table:
     def make(lines: list[Line]) -> str:
         rows, head = [], [""]
         for e in experiments:
@@ -129,9 +106,7 @@ OBJECT_FACTORS = {"shape": ("shape",), "ground": ("ground",), "texture": ("textu
 }
 
 
-def sprites(
-    kind: str, *experiments: str, factors: Mapping[str, tuple[str, ...]] = SPRITE_FACTORS
-) -> Callable[[list[Line]], str]:
+def sprites(kind: str, *experiments: str, factors: Mapping[str, tuple[str, ...]] = SPRITE_FACTORS) -> Table:
     """Rows (method, space), columns factors, for one probe."""
 
     def make(lines: list[Line]) -> str:
@@ -154,7 +129,7 @@ def told(parameters: Iterable[str]) -> tuple[str, ...]:
     return tuple(p for p in parameters if not p.endswith("batch_prob") or "Grayscale" in p)
 
 
-def label_free(*experiments: str) -> Callable[[list[Line]], str]:
+def label_free(*experiments: str) -> Table:
     """Rows (method, space), columns the parameters of the augmentations; a table for each set of parameters."""
 
     def make(lines: list[Line]) -> str:
@@ -173,7 +148,7 @@ def label_free(*experiments: str) -> Callable[[list[Line]], str]:
     return make
 
 
-def accuracy(*experiments: str) -> Callable[[list[Line]], str]:
+def accuracy(*experiments: str) -> Table:
     """Rows methods, columns backbone, content and the mean over style spaces, by both classifiers."""
 
     def make(lines: list[Line]) -> str:
@@ -197,14 +172,15 @@ def accuracy(*experiments: str) -> Callable[[list[Line]], str]:
     return make
 
 
-def tasks(half: str, experiment: str, columns_of: Mapping[str, tuple[str, ...]]) -> Callable[[list[Line]], str]:
+def tasks(half: str, columns_of: Mapping[str, tuple[str, ...]], *experiments: str) -> Table:
     """Rows tasks, columns (method, space) of name -> spaces: accuracies on one half of the held-out images."""
 
     def make(lines: list[Line]) -> str:
         columns: dict[tuple[str, str], list[Line]] = {}
-        for name, its in rows_of(lines, experiment).items():
-            if found := [x for x in its if "tasks" in x]:
-                columns |= {(name, space): found for space in columns_of.get(name, ())}
+        for e in experiments:
+            for name, its in rows_of(lines, e).items():
+                if found := [x for x in its if "tasks" in x]:
+                    columns |= {(name, space): found for space in columns_of.get(name, ())}
         if not columns:
             return table([], [])
         rows = [
@@ -217,7 +193,7 @@ def tasks(half: str, experiment: str, columns_of: Mapping[str, tuple[str, ...]])
     return make
 
 
-def trials(*experiments: str) -> Callable[[list[Line]], str]:
+def trials(*experiments: str) -> Table:
     """Rows trials, columns what the choice among them is made by: the backbone's tasks on the half for choosing."""
 
     def make(lines: list[Line]) -> str:
@@ -252,7 +228,7 @@ def reach(_: list[Line]) -> str:
     return table(["R² of one view's factor from the other view", *SPRITE_FACTORS], rows)
 
 
-TABLES: dict[str, Callable[[list[Line]], str]] = {
+TABLES: dict[str, Table] = {
     "reach: sprites": reach,
     "latents: families": latents("latents/families"),
     "latents: cures": latents("latents/cures"),
@@ -278,7 +254,7 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
     "content: label-free": label_free("cifar/tuned", "cifar/content"),
     "recipe: cifar, accuracy": accuracy("cifar/finals"),
     "recipe: cifar, label-free": label_free("cifar/finals"),
-    "recipe: cifar, tasks": tasks("report", "cifar/finals", TASKS),
+    "recipe: cifar, tasks": tasks("report", TASKS, "cifar/finals"),
     "scan: sprites, linear": sprites("linear", "sprites/scan"),
     "scan: sprites, kernel": sprites("kernel", "sprites/scan"),
     "scan: cifar, accuracy": accuracy("cifar/scan"),
@@ -298,17 +274,5 @@ def write(lines: list[Line], docs: Path = DOCS) -> None:
     """Fill the blocks of the pages of results."""
     for name in PAGES:
         page = docs / name
-        page.write_text(filled(page.read_text(), lines))
+        page.write_text(result_lines.filled(page.read_text(), TABLES, lines))
         print(f"written: {page}")
-
-
-def filled(text: str, lines: list[Line]) -> str:
-    """The page with every block rewritten."""
-
-    def made(match: re.Match[str]) -> str:
-        name = match[1]
-        if name not in TABLES:
-            raise ValueError(f"the pages of results: expected a block of {', '.join(TABLES)}: got {name!r}")
-        return f"<!-- {name} -->\n{TABLES[name](lines)}\n<!-- end -->"
-
-    return re.sub(r"<!-- ([^\n]+?) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)

@@ -13,11 +13,9 @@ workers on two cores do not disturb each other. Its length is given in steps, ne
 
 import argparse
 import concurrent.futures
-import json
 import multiprocessing
 import os
 import re
-import subprocess
 import threading
 import time
 import traceback
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_lines import append, commit, key, read
 from study import findings, grid, pictures, report
 from study.methods import METHODS, build_model
 from study.worlds import WORLDS
@@ -119,27 +118,6 @@ def train(config: dict[str, Any], seed: int, device: str = "cpu", keep: str = ""
     return line
 
 
-def key(run: dict[str, Any]) -> str:
-    return json.dumps([run["experiment"], run["config"], run["seed"]], sort_keys=True)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """The finished runs, without a last line that was cut off."""
-    text = path.read_text().splitlines() if path.exists() else []
-    if text and not text[-1].endswith("}"):
-        text.pop()
-    return [json.loads(line) for line in text]
-
-
-def commit() -> str | None:
-    """The commit of the code that runs."""
-    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def attempt(run: dict[str, Any], places: dict[str, str], device: str = "cpu", keep: str = "") -> dict[str, Any]:
     config = dict(run["config"])
     if config.get("data"):
@@ -176,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     if args.steps and args.out == LINES:
         p.error(f"--steps: expected --out beside it, as runs of other lengths are no results: got none, so {LINES}")
-    done = {key(line) for line in lines(args.out)}
+    done = {key(line) for line in read(args.out)}
     try:
         chosen = re.compile(args.rows)
     except re.error as error:
@@ -186,8 +164,8 @@ def main(argv: list[str] | None = None) -> int:
         p.error(f"--rows: expected a part of a row's name: got {args.rows!r}, which is in none of the chosen")
     runs = [r for r in runs if args.command != "run" or key(r) not in done]
     if args.command == "tables":
-        report.write(lines(args.out))
-        found, folder = lines(args.out), report.DOCS / "results"
+        report.write(read(args.out))
+        found, folder = read(args.out), report.DOCS / "results"
         for draw in (pictures.draw, findings.without_cost, findings.of_sprites, findings.of_keys):
             draw(found, folder)
         return 0
@@ -200,7 +178,6 @@ def main(argv: list[str] | None = None) -> int:
         p.error(f"expected the folder of --{' and --'.join(sorted(lacking))}: got none")
     if args.steps:
         runs = [r | {"config": r["config"] | {"steps": args.steps}} for r in runs]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     runs = [r | {"commit": commit()} for r in runs]
     failed, start = 0, time.monotonic()
     context = multiprocessing.get_context("spawn")
@@ -213,8 +190,7 @@ def main(argv: list[str] | None = None) -> int:
             for count, future in enumerate(concurrent.futures.as_completed(waiting, timeout=limit), 1):
                 run = waiting[future]
                 try:
-                    with open(args.out, "a") as file:
-                        file.write(json.dumps(future.result()) + "\n")
+                    append(args.out, future.result())
                 except Exception:
                     failed += 1
                     traceback.print_exc()

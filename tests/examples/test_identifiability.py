@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import result_lines
 import torch
 from identifiability import grid, report, runner
 from identifiability.generators import VIEWS, ContentStyle, Mixing, PartialViews
@@ -265,11 +266,11 @@ class TestLines:
         assert runner.main(["list", "--out", str(out)]) == 0
         assert capsys.readouterr().out.count("done") == 2
         page.write_text("text\n<!-- pair: their protocol -->\nold\n<!-- end -->\n<!-- agreement -->\n<!-- end -->\n")
-        report.write(runner.lines(out), page)
+        report.write(result_lines.read(out), page)
         text = page.read_text()
         assert "old" not in text and "| try | theirs † |" in text and "*Not run yet.*" in text
         with pytest.raises(ValueError, match="expected a block of"):
-            report.filled("<!-- pairs -->\n<!-- end -->", [])
+            result_lines.filled("<!-- pairs -->\n<!-- end -->", report.TABLES, [])
 
     def test_wrong_commands_are_refused(self, tmp_path, capsys):
         with pytest.raises(SystemExit):
@@ -285,4 +286,4 @@ class TestLines:
 
     def test_every_block_of_the_page_has_a_table_and_every_number_a_line(self):
         text = report.PAGE.read_text()
-        assert report.filled(text, runner.lines(runner.LINES)) == text
+        assert result_lines.filled(text, report.TABLES, result_lines.read(runner.LINES)) == text

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import result_lines
 import torch
 import torch.nn.functional as F
 from latents import CausalLatents
@@ -146,7 +147,9 @@ class TestLatents:
 def test_the_tables_on_the_pages_of_results_are_made_from_the_lines(name):
     """`python examples/study tables` makes them; nobody writes a number of a table by hand."""
     text = (report.DOCS / name).read_text()
-    assert report.filled(text, runner.lines(runner.LINES)) == text, "run `python examples/study tables`"
+    assert result_lines.filled(text, report.TABLES, result_lines.read(runner.LINES)) == text, (
+        "run `python examples/study tables`"
+    )
 
 
 def test_every_table_stands_on_one_page():
@@ -154,7 +157,7 @@ def test_every_table_stands_on_one_page():
     blocks = [b for b in re.findall(r"<!-- (.+?) -->", text) if b != "end"]
     assert sorted(blocks) == sorted(report.TABLES)
     with pytest.raises(ValueError, match="expected a block of .*got 'nonsense'"):
-        report.filled("<!-- nonsense -->\n<!-- end -->", [])
+        result_lines.filled("<!-- nonsense -->\n<!-- end -->", report.TABLES, [])
 
 
 class TestCells:
@@ -209,7 +212,7 @@ class TestCells:
 def test_pictures_of_what_there_is(tmp_path):
     pictures.draw([], tmp_path)  # nothing has been run
     empty = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    pictures.draw(runner.lines(runner.LINES), tmp_path)
+    pictures.draw(result_lines.read(runner.LINES), tmp_path)
     full = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert {p.name for p in (report.DOCS / "results").glob("*.png")} >= full.keys() >= empty.keys()
     assert all(full[name] != picture for name, picture in empty.items())
@@ -227,8 +230,13 @@ def test_a_run_whose_loss_is_not_finite_ends_at_once(monkeypatch):
 
 
 def test_a_line_that_was_cut_off_is_no_run(tmp_path):
-    (tmp_path / "l.jsonl").write_text('{"seed": 0}\n{"seed": 1, "tab')
-    assert runner.lines(tmp_path / "l.jsonl") == [{"seed": 0}]
+    (tmp_path / "l.jsonl").write_text('{"seed": 0}\n{"seed": 1, "tables": {}')
+    assert result_lines.read(tmp_path / "l.jsonl") == [{"seed": 0}]
+    for seed in (2, 3):
+        result_lines.append(tmp_path / "l.jsonl", {"seed": seed})
+    assert result_lines.read(tmp_path / "l.jsonl") == [{"seed": 0}, {"seed": 2}, {"seed": 3}]
+    result_lines.append(tmp_path / "new" / "l.jsonl", {"seed": 4})
+    assert result_lines.read(tmp_path / "new" / "l.jsonl") == [{"seed": 4}] and result_lines.read(tmp_path / "no") == []
 
 
 @pytest.mark.parametrize("method", ["separate entropies", "equivariance", "augself", "looc", "unstructured pairs"])
