@@ -1,7 +1,7 @@
 """Score a representation on tasks: classes, from all labels and from few, under shifted colors, and tasks of style.
 
 Everything is measured on the even and on the odd held-out images: settings are chosen on the first half ("choose"),
-and results are reported on the second ("report"), which no choice has used.
+and results are reported on the second ("report"). Images that no choice has used at all are scored as one ("all").
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 Embeds = Callable[[Tensor], dict[str, Tensor]]  # images [n, 3, H, W] -> space -> [n, d]
 Labelled = tuple[Tensor, Tensor]
 FEW = 10  # labels of a class, in the tasks with few
-HALVES = {"choose": slice(0, None, 2), "report": slice(1, None, 2)}
+HALVES = {"choose": slice(0, None, 2), "report": slice(1, None, 2), "all": slice(None)}
 
 
 def fitted(x: Tensor, y: Tensor, decay: float = 1e-3, steps: int = 200) -> Callable[[Tensor], Tensor]:
@@ -122,7 +122,7 @@ def right(predicted: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def of_spaces(z: Embeds, plain: Callable[[Tensor], Tensor], train: Labelled, held_out: Labelled) -> dict[str, Any]:
-    """task -> space -> {"choose": accuracy, "report": accuracy}.
+    """task -> space -> {"choose": accuracy, "report": accuracy, "all": accuracy}.
 
     Args:
         z: images, as the model takes them -> space -> embeddings.

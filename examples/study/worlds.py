@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ssd_addon import StructuredViews, ViewBatch, ViewPlan, presets
 from ssd_addon.collate import ImageFiles, StructuredCollate
-from ssd_addon.metrics import parameter_matrix, r2_matrix
+from ssd_addon.metrics import Exclusivity, exclusivity, parameter_exclusivity, parameter_matrix, r2_matrix
 from ssd_addon.runs import build_views
 
 Config = dict[str, Any]
@@ -53,6 +53,15 @@ def tables(matrices: dict[str, Any]) -> dict[str, Table]:
     for name, m in matrices.items():
         rows = {s: {f: round(float(m[s, f]), 3) for f in m.factors} for s in m.spaces}
         out[name] = {s: {f: v for f, v in row.items() if not math.isnan(v)} for s, row in rows.items()}
+    return out
+
+
+def leaks(tested: Exclusivity) -> dict[str, dict[str, list[float]]]:
+    """Space -> factor that is not its own -> [corrected p, effect], of `exclusivity`."""
+    out: dict[str, dict[str, list[float]]] = {}
+    for (space, factor), test in (tested.parts or tested).tests.items():
+        if not math.isnan(test.corrected):
+            out.setdefault(space, {})[factor] = [round(test.corrected, 4), round(test.effect, 3)]
     return out
 
 
@@ -120,6 +129,11 @@ class ImageWorld:
     def backbone(self) -> nn.Module:
         return ConvNet()
 
+    def views_of_groups(self) -> StructuredViews:
+        """Views that differ by groups, whatever the method trains on."""
+        groups, size = self.groups, self.config["size"]
+        return build_views({"preset": groups, "size": size} if isinstance(groups, str) else {"groups": groups}, seed=0)
+
     def structured(self, images: Tensor) -> ViewBatch:
         if (
             self.config["method"] == "unstructured pairs"
@@ -132,9 +146,7 @@ class ImageWorld:
         return self.views(images)
 
     def label_free(self, model: Any, images: Tensor, unit: bool) -> dict[str, Any]:
-        groups, size = self.groups, self.config["size"]
-        recipe = {"preset": groups, "size": size} if isinstance(groups, str) else {"groups": groups}
-        made = parameter_matrix(model, build_views(recipe, seed=0), images, on_sphere=unit, bootstrap=0)
+        made = parameter_matrix(model, self.views_of_groups(), images, on_sphere=unit, bootstrap=0)
         parts = {} if made.parts is None else {"label-free, each": made.parts}
         return {"label-free": made, **parts}
 
@@ -148,6 +160,11 @@ class DrawnWorld(ImageWorld):
     """Images with known factors, new ones for every batch or a fixed set: (n, generator) -> images, scored factors."""
 
     groups_of_all: ClassVar[dict[str, Any]] = GROUPS
+    own: ClassVar[dict[str, tuple[str, ...]]] = {
+        "content": ("shape",),
+        "color": ("hue", "brightness"),
+        "spatial": ("x", "y", "scale", "rotation"),
+    }
 
     def __init__(self, c: Config, seed: int) -> None:
         widths = {"color": style_width(c, "color", 32), "spatial": style_width(c, "spatial", 128)}
@@ -170,7 +187,11 @@ class DrawnWorld(ImageWorld):
             name: r2_matrix(e, known, probe=p, bootstrap=0) for name, p in (("linear", "ridge"), ("kernel", "kernel"))
         }
         made = self.label_free(model, x[: self.config["scored"]], unit) if self.config["scored"] else {}
-        return {"tables": tables(out | made)}
+        scores: dict[str, Any] = {"tables": tables(out | made)}
+        if self.config.get("leaks"):
+            own = {s: tuple(f for f in names if f in known) for s, names in self.own.items() if s in e}
+            scores["leaks"] = leaks(exclusivity(e, known, own, independent=True))
+        return scores
 
     def quick(self, z: Any) -> dict[str, Table]:
         """Only the linear table, of 1,500 images, for curves during training."""
@@ -192,6 +213,7 @@ class ObjectWorld(DrawnWorld):
         **GROUPS,
         "spatial": [["RandomAffine", {**GROUPS["spatial"][0][1], "padding_mode": "reflection"}]],  # type: ignore[dict-item]
     }
+    own: ClassVar[dict[str, tuple[str, ...]]] = DrawnWorld.own | {"content": ("shape", "texture", "ground")}
 
     def drawn(self, n: int, g: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         factors = draw_objects(n, g)
@@ -204,7 +226,11 @@ class ObjectWorld(DrawnWorld):
 
 
 class PhotographWorld(ImageWorld):
-    """A folder of photographs in memory. DIR/train/CLASS/*.jpg and, for labels, DIR/val/CLASS/*.jpg."""
+    """A folder of photographs in memory. DIR/train/CLASS/*.jpg and, for labels, DIR/val/CLASS/*.jpg.
+
+    With "split" 1, as many of the training images as val has are held out instead, and val is trained on: settings that
+    were chosen on val are then scored on images that no choice has seen.
+    """
 
     def __init__(self, c: Config, seed: int) -> None:
         groups = photograph_groups(c["groups"], c["size"])
@@ -213,6 +239,13 @@ class PhotographWorld(ImageWorld):
         root = Path(c["data"])
         self.images, self.labels = self.read(root / "train")
         self.held_out = self.read(root / "val") if (root / "val").is_dir() else None
+        if self.held_out is not None and c.get("split"):
+            order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(c["split"]))
+            out, kept = (rows.to(self.device) for rows in order.tensor_split([len(self.held_out[0])]))
+            images, labels = self.images, self.labels
+            self.images = torch.cat([images[kept], self.held_out[0]])
+            self.labels = torch.cat([labels[kept.cpu()], self.held_out[1]])
+            self.held_out = images[out], labels[out.cpu()]
         if self.held_out is None:  # every second photograph is only for the probes
             self.scored = self.images[1::2]
             self.images, self.labels = self.images[::2], self.labels[::2]
@@ -242,6 +275,8 @@ class PhotographWorld(ImageWorld):
             }
             if self.config.get("tasks"):
                 out["tasks"] = tasks.of_spaces(z, self.plain, (self.images, self.labels), self.held_out)
+        if self.config.get("leaks") and self.config["method"] not in ONE_SPACE:
+            out["leaks"] = leaks(parameter_exclusivity(model, self.views_of_groups(), self.scored, on_sphere=unit))
         return out
 
     def plain(self, images: Tensor) -> Tensor:

@@ -62,7 +62,9 @@ class Regression:
     def __init__(self, maps: Sequence[Tensor]) -> None:
         self.fits: list[list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]] = []
         for x in maps:
-            fold = torch.arange(len(x), device=x.device) % FOLDS
+            # Drawn, as rows may repeat with a period: a fold that holds all rows of a class could not be predicted.
+            order = torch.randperm(len(x), generator=torch.Generator("cpu").manual_seed(0))
+            fold = order.to(x.device) % FOLDS
             each = []
             for f in range(FOLDS):
                 out, kept = (fold == f).nonzero().flatten(), (fold != f).nonzero().flatten()
