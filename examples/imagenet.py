@@ -253,8 +253,6 @@ def train(args, world: int, rank: int, device: torch.device) -> dict[str, float]
                     record = {"step": step, **terms.scalars(), "loss": mean_loss, "lr": lr, "images_per_s": rate}
                     if respond:
                         record["equivariance"] = summed(torch.stack(responses).mean()).item() / world
-                    if args.dual_ascent is not None:
-                        record |= {f"lambda/{n}": float(w) for n, w in criterion.lambdas(views.plan).items()}
                     monitor.write(record)
                     left = datetime.timedelta(seconds=round((stop - step) / speed))
                     where = f"epoch {epoch + 1}/{args.epochs}  step {step}/{stop}"

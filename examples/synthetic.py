@@ -271,8 +271,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             progress = step / args.steps if args.steps else elapsed / (60 * args.minutes)
             if logging and terms is not None:
                 log.append({"step": step, "seconds": round(elapsed, 2), **terms.scalars()})
-                if args.dual_ascent is not None:
-                    log[-1] |= {f"lambda/{n}": float(w) for n, w in criterion.lambdas(data.plan).items()}
                 log[-1] = alarm.watch(log[-1])
                 file.write(json.dumps(log[-1]) + "\n")
                 file.flush()

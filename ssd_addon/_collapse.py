@@ -78,11 +78,21 @@ WHOLE = ("loss", "entropy", "content_entropy", "equivariance")
 BY_SPACE = ("constraint", "invariance", "effective_rank", "agreement", "spread", "overlap", "lambda")
 
 
-def number(value: Any) -> float | None:
-    """A finite number; None for one that is not, or is no number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def number(name: str, value: Any) -> float | None:
+    """A finite number; None for one that is not finite, and for None itself, as in a log.
+
+    Raises:
+        TypeError: the value is no number, nor a tensor or an array of one.
+    """
+    if value is None:
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        if isinstance(value, bool | str | bytes):
+            raise TypeError
+        found = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected a number, or None for one that is not finite: got {value!r}") from error
+    return found if math.isfinite(found) else None
 
 
 def mostly(lines: Sequence[Line], test: Callable[[Line], bool]) -> bool:

@@ -24,6 +24,8 @@ WARMUP = 0.05
 """Share of the run in which nothing is said but that terms are not finite."""
 LATE, WINDOWS_UNTIL_LATE = 0.5, 5
 """From when on pairs are expected to agree: half of the run, or five windows where its length is not known."""
+OF_OTHER_STAGES = ("val", "test", "eval", "sanity")
+"""How names begin that are not of training."""
 LINES, KEPT = 5, 60
 """Lines that a window needs at least, and about how many of a window are kept."""
 
@@ -67,7 +69,7 @@ class CollapseAlarm:
 
     Lines hold the names of `Terms.scalars` ("constraint/content", "effective_rank/content", "agreement/content",
     "spread/content", "overlap/content/color") and, where weights adapt, "lambda/content"; of any family. What a line
-    does not have is not judged. Nothing is read from the device.
+    does not have is not judged. Names may have one prefix, such as "train/", and numbers may be of NumPy or tensors.
 
     Args:
         total_steps: of the run, where it is known: windows are then at least 2 % of it, nothing is said in its first
@@ -145,15 +147,19 @@ class CollapseAlarm:
 
     def _read(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
         """The numbers that are judged; None where the record is no line of terms."""
-        step = record.get("step")
-        if isinstance(step, bool) or not isinstance(step, int | float) or not math.isfinite(step):
+        step = number("step", record.get("step"))
+        if step is None:
             return None
         line: dict[str, Any] = {"step": int(step)}
-        for name, value in record.items():
+        prefix = _prefix(record)
+        for full, value in record.items():
+            if not full.startswith(prefix):
+                continue
+            name = full.removeprefix(prefix)
             kind, _, space = name.partition("/")
             watched = self.spaces is None or set(space.split("/")) <= self.spaces
             if (space and kind in BY_SPACE and watched) or name in WHOLE:
-                line[name] = number(value)
+                line[name] = number(full, value)
         return line if any(name.startswith("constraint/") for name in line) else None
 
     def _take(self, line: dict[str, Any]) -> bool:
@@ -260,3 +266,10 @@ class CollapseAlarm:
         """Read the log of a run that goes on; what it says was said then."""
         for record in records:
             self(record)
+
+
+def _prefix(record: Mapping[str, Any]) -> str:
+    """What stands before the names of terms, such as "train/"; "" where some stand alone, or where it is not clear."""
+    found = {name.partition("constraint/")[0] for name in record if "constraint/" in name}
+    found = {p for p in found if not p.startswith(OF_OTHER_STAGES)}
+    return found.pop() if len(found) == 1 else ""

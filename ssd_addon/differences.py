@@ -79,7 +79,9 @@ def group_differences(
     return {path: _difference(x, PERIODS.get(name), exact) for path, name, x in each}
 
 
-def group_values(group: str, drawn: Sequence[View], skipped: list[str]) -> dict[str, Tensor]:
+def group_values(
+    group: str, drawn: Sequence[View], skipped: list[str], like: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """ "group/operation/parameter" -> theta [P, k], for every parameter that one group draws, float64 on the CPU.
 
     As in `group_differences` with exact=True: an angle that spans more than half of its circle becomes (cos, sin), and
@@ -90,18 +92,25 @@ def group_values(group: str, drawn: Sequence[View], skipped: list[str]) -> dict[
         group: name of the group.
         drawn: parameters of the P views, batch after batch.
         skipped: list to which the parameters that are left out are appended, with the reason.
+        like: other values of this group, whose angles decide which ones become (cos, sin); None: `drawn` decides.
     """
     out: dict[str, Tensor] = {}
     for path, name, (x,) in _drawn(group, (drawn,), skipped, True):
         period = PERIODS.get(name)
         if name == BOX:
             out[f"{path} center"], out[f"{path} size"] = x[:, :2], x[:, 2:]
-        elif period is not None and float(x.max() - x.min()) > period / 2:
+        elif period is not None and _on_circle(path, x, period, like):
             phase = 2 * math.pi / period * x
             out[path] = torch.cat([phase.cos(), phase.sin()], 1)
         else:
             out[path] = x
     return out
+
+
+def _on_circle(path: str, x: Tensor, period: float, like: Mapping[str, Tensor] | None) -> bool:
+    if like is not None and path in like:
+        return like[path].shape[1] == 2 * x.shape[1]
+    return float(x.max() - x.min()) > period / 2
 
 
 def _drawn(

@@ -225,7 +225,7 @@ def _parts(
     once = split.weights[:, :held_out].double()
     # beside: many draws for few images
     few = x[:REPEATED]
-    again, repeated = _drawn(name, views, few, draws, (seed, 1), [])
+    again, repeated = _drawn(name, views, few, draws, (seed, 1), [], like=theta)
     z = standardized(torch.cat([s - s.mean(0) for s in again.values()], 1), torch.arange(len(few) * draws))
     z = z.nan_to_num().view(draws, len(few), -1).transpose(0, 1)
     resamples = torch.randint(len(few), (bootstrap, len(few)), generator=generator)
@@ -247,12 +247,18 @@ def _parts(
             verdict = OVERWRITES
         elif _interval(lower)[1] < 0 and other[0] > VISIBLE:
             verdict = CHANGES
-        out.append(Part(name, path.split("/", 1)[1], verdict, alone, beside, interval, other))
+        out.append(Part(name, path.removeprefix(f"{name}/"), verdict, alone, beside, interval, other))
     return out
 
 
 def _drawn(
-    name: str, views: StructuredViews, x: Tensor, draws: int, seed: tuple[int, ...], skipped: list[str]
+    name: str,
+    views: StructuredViews,
+    x: Tensor,
+    draws: int,
+    seed: tuple[int, ...],
+    skipped: list[str],
+    like: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Statistics and parameters of views of images [n, ...]: [draws * n, d], draw after draw, on the CPU."""
     statistics: list[dict[str, Tensor]] = []
@@ -271,7 +277,7 @@ def _drawn(
     joined = {kind: torch.cat([s[kind] for s in statistics]) for kind in statistics[0]}
     if not all(bool(s.isfinite().all()) for s in joined.values()):
         raise ValueError(f"group {name!r}: expected views of finite values: got NaN or inf from its operations")
-    return joined, group_values(name, drawn, skipped)
+    return joined, group_values(name, drawn, skipped, like)
 
 
 def _varies(values: Tensor) -> Tensor:

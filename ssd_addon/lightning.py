@@ -144,9 +144,6 @@ class StructuredTraining(_Base):  # type: ignore[misc]
     def _log(self, stage: str, terms: Terms, own: Mapping[str, Tensor], images: int) -> None:
         """Log terms, which are equal on every rank, and losses, whose mean over ranks is the global loss."""
         numbers = {k: t for k, t in terms.tensors().items() if k != "loss"}
-        if self._adapts():
-            weights = self.criterion.weights.lambdas(tuple(terms.invariance))
-            numbers |= {f"lambda/{n}": torch.as_tensor(w, device=terms.loss.device) for n, w in weights.items()}
         for values, reduced in ((numbers, False), (own, True)):
             # As 32-bit tensors, because under bf16-true Lightning converts numbers to 16-bit tensors.
             as_floats = {stage + k: t.detach().float().clone() for k, t in values.items()}

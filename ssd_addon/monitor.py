@@ -299,7 +299,8 @@ class Monitor:
                 step = trainer.global_step - 1  # already counted; -1 while gradients are accumulated for the first
                 if step >= 0 and step % monitor.log_every == 0 and trainer.global_step != getattr(self, "_written", -1):
                     self._written = trainer.global_step
-                    numbers = {k: float(v) for k, v in trainer.callback_metrics.items()}
+                    logged = trainer.callback_metrics
+                    numbers = {k: float(v) for k, v in logged.items() if not _forked(k, logged)}
                     if (
                         isinstance(outputs, Mapping) and "loss" in outputs
                     ):  # Lightning divides it under gradient accumulation
@@ -388,6 +389,12 @@ def _chosen(module: Any, model: Any) -> Any:
         except AttributeError as error:
             raise ValueError(f"model: expected the name of a module in {name}: got {model!r}") from error
     return model if isinstance(model, nn.Module) else model(module)
+
+
+def _forked(name: str, logged: Mapping[str, Any]) -> bool:
+    """Whether Lightning made this name of another: "loss_step" and "loss_epoch" of "loss"."""
+    base, _, kind = name.rpartition("_")
+    return kind in ("step", "epoch") and base in logged
 
 
 def _heads(module: Any) -> StyleHeads | None:

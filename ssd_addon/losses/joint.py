@@ -10,6 +10,7 @@ gradient.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -143,7 +144,11 @@ class JointEntropyLoss(nn.Module):
 
     def terms(self, z: Mapping[str, Tensor], batch: ViewBatch | ViewPlan | None = None) -> Terms:
         """The loss and its terms, for logging and for `DualAscent`. Collective: call it on every rank."""
-        return terms_of(*self._evaluated(z, batch), self.on_sphere)
+        terms = terms_of(*self._evaluated(z, batch), self.on_sphere)
+        if isinstance(self.weights, FixedWeights):
+            return terms
+        now = self.weights.lambdas(tuple(terms.invariance))
+        return replace(terms, weights={n: torch.as_tensor(w).to(terms.loss.device).clone() for n, w in now.items()})
 
     def lambdas(self, plan: ViewPlan, order: Sequence[str] | None = None) -> Mapping[str, float | Tensor]:
         """The weight of every space of a plan, resolved."""

@@ -1,7 +1,7 @@
 """`Terms`: the parts of the loss, for logging and for dual ascent."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,7 @@ class Terms:
         overlap: "content/color" -> linear CKA of two spaces' queries (first 256 samples of a rank, mean over ranks). 1
             means that one repeats the other.
         backend: the backend that computed the entropy.
+        weights: space -> lambda_s of this loss, where weights adapt (`DualAscent`); {} for fixed weights.
     """
 
     loss: Tensor
@@ -51,6 +52,7 @@ class Terms:
     agreement: dict[str, Tensor]
     overlap: dict[str, Tensor]
     backend: str
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
     def scalars(self) -> dict[str, float]:
         """Flat name -> float, for a logger: "loss", "entropy", "invariance/content", "effective_rank/content" ..."""
@@ -70,6 +72,7 @@ class Terms:
             "spread": self.spread,
             "agreement": self.agreement,
             "overlap": self.overlap,
+            "lambda": self.weights,
         }
         for key, values in by_space.items():
             out |= {f"{key}/{name}": value for name, value in values.items()}
@@ -106,6 +109,7 @@ class Terms:
             agreement=by_space("agreement"),
             overlap={k: over([p.overlap[k] for p in parts], total) for k in parts[0].overlap},
             backend=parts[-1].backend,
+            weights=parts[-1].weights,
         )
 
 

@@ -131,9 +131,14 @@ def parameter_exclusivity(
 
     Raises:
         ValueError, TypeError: as in `parameter_matrix` and `exclusivity`; also if the parameters of groups are not
-            drawn independently of each other.
+            drawn independently of each other, and for a model without spaces.
     """
     drawn = drawn_pairs(model, views, images, draws=draws, batch_size=batch_size, on_sphere=on_sphere, seed=seed)
+    if set(drawn.inputs) <= {BACKBONE}:
+        raise ValueError(
+            "model: expected spaces to test, images -> name -> [n, d] as StyleHeads returns them: got features alone, "
+            "of which no augmentation is expected to be absent; parameter_matrix scores them"
+        )
     return exclusivity_of(drawn, level=level, smallest=smallest, resamples=resamples, seed=seed)
 
 

@@ -86,8 +86,8 @@ def retrieval(
     Args:
         embeddings: space -> [n, d] floating point, such as from `embed`; L2-normalized or not.
         attributes: name -> [n] floating point (values), [n] integers or bool (classes), or `Circular` with one fold k
-            for all images, or 0 for images without an angle, which are then neither queries nor results.
-            `image_attributes` computes some attributes from the images.
+            for all images, or 0 for images without an angle. Images without an angle, or whose value is NaN, are
+            neither queries nor results of this attribute. `image_attributes` computes some attributes from the images.
         k: number of neighbors.
         queries: largest number of queries, chosen at random; None uses every image.
         bootstrap: number of resamples of the queries for the 95 % intervals; 0 for no intervals.
@@ -95,7 +95,7 @@ def retrieval(
 
     Returns:
         `RetrievalTable`, spaces x attributes; `.distances` has the distances from which each score is computed. NaN and
-        a note if an attribute does not vary, contains NaN, or is defined for fewer than k + 2 images.
+        a note if an attribute does not vary, is infinite, or is defined for fewer than k + 2 images.
 
     Raises:
         ValueError, TypeError: embeddings are not [n, d]; attributes are not [n]; folds vary; k is out of range.
@@ -123,11 +123,13 @@ def retrieval(
     most = (0, 0)
     for name, attribute in attributes.items():
         values, valid = _attribute(name, attribute, n)
+        if values.is_floating_point():  # NaN: the image does not have the attribute, as a gray one has no hue
+            valid = valid & ~values.isnan()
         rows = torch.nonzero(valid).flatten()
         places = torch.nonzero(asked[rows]).flatten()
         why = "" if len(rows) >= k + 2 and len(places) else f"defined for {len(rows)} images, {len(places)} queries"
         if not why and values.is_floating_point() and not values[rows].isfinite().all():
-            why = f"{int((~values[rows].isfinite()).sum())} of {len(rows)} values are NaN or inf"
+            why = f"{int((~values[rows].isfinite()).sum())} of {len(rows)} values are infinite"
         if not why and bool((values[rows] == values[rows][0]).all()):
             why = "constant"
         if not why:

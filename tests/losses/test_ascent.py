@@ -218,3 +218,14 @@ def test_fixed_weights_are_stepped_without_effect():
     terms = criterion.terms(embeddings())
     assert criterion.weights.step(terms) == {"content": 2.0, "color": 1.0, "spatial": 0.5}
     assert criterion(embeddings()) == terms.loss and isinstance(criterion.weights, FixedWeights)
+
+
+def test_terms_hold_the_weights_that_adapt():
+    z = {n: torch.randn(3, 16, 4) for n in ("content", "color")}
+    criterion = JointEntropyLoss(weights=DualAscent(("content", "color"), tolerance=0.0, step_size=1.0, start=2.0))
+    first = criterion.terms(z)
+    criterion.weights.step(first)
+    second = criterion.terms(z)
+    assert first.scalars()["lambda/content"] == 2.0 < second.scalars()["lambda/content"]
+    assert type(first).mean([first, second]).scalars()["lambda/color"] == second.scalars()["lambda/color"]
+    assert not any(name.startswith("lambda/") for name in JointEntropyLoss().terms(z).scalars())

@@ -282,6 +282,24 @@ def test_a_table_survives_json():
         table["color", "shape"]
 
 
+@pytest.mark.parametrize("period", [5, 10, 25])
+def test_rows_that_repeat_with_a_period_are_like_any_others(period):
+    """With folds of every fifth row, all rows of a class would be in one fold, which nothing else predicts."""
+    g = generator()
+    c = torch.arange(500) % period
+    z = torch.randn(period, 6, generator=g)[c] + 0.1 * torch.randn(500, 6, generator=g)
+    other = torch.randn(period, generator=g)[c] + torch.randn(500, generator=g)
+    test = exclusivity({"z": z}, {"class": c, "other": other}, {"z": ("class",)}, resamples=199)["z", "other"]
+    assert test.p > 0.05 and test.effect < 0.02
+
+
+def test_a_factor_that_varies_by_rounding_is_constant():
+    z, _, g = world()
+    rounded = 0.1 + 1e-8 * torch.rand(300, generator=g)
+    table = exclusivity({"z": z}, {"rounded": rounded, "hue": world()[1]["hue"]}, {"z": ("hue",)}, resamples=199)
+    assert table.notes["z", "rounded"] == "constant" and math.isnan(table["z", "rounded"].p)
+
+
 # ---- augmentations
 
 
@@ -317,6 +335,12 @@ def test_of_a_group_the_parameter_counts_that_leaks_most():
     assert table.leaks == (("content", "color"),) and not table.parts.is_leak("content", "none")
     assert table.notes["content", "color"].startswith("left out: color/1.Noise/field")
     assert table.notes["content", "same"] == "no parameter of this group varies between views"
+
+
+def test_a_model_without_spaces_has_nothing_to_test():
+    for model in (lambda x: x.mean((2, 3)), lambda x: {"backbone": x.mean((2, 3))}):
+        with pytest.raises(ValueError, match="model: expected spaces to test.*got features alone"):
+            parameter_exclusivity(model, pages.views(), pages.squares(60).images)
 
 
 def test_views_without_groups_cannot_be_tested():

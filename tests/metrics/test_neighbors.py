@@ -120,7 +120,8 @@ def test_the_table_survives_json():
     ("attribute", "note"),
     [
         (torch.ones(30), "constant"),
-        (torch.full((30,), math.nan), "30 of 30 values are NaN or inf"),
+        (torch.full((30,), math.nan), "defined for 0 images"),
+        (torch.full((30,), math.inf), "30 of 30 values are infinite"),
         (Circular(torch.rand(30), torch.where(torch.arange(30) < 4, 1, 0)), "defined for 4 images"),
         (torch.arange(30), "the 3 nearest in it are no closer than any"),
     ],
@@ -151,3 +152,18 @@ def test_what_is_refused(change, error, message):
     given = {"embeddings": {"a": torch.rand(30, 2)}, "attributes": {"x": torch.rand(30)}} | change
     with pytest.raises(error, match=message):
         retrieval(given.pop("embeddings"), given.pop("attributes"), **given)
+
+
+def test_images_without_a_value_are_left_out_of_that_attribute():
+    g = torch.Generator().manual_seed(0)
+    value, z = torch.rand(40, generator=g), torch.randn(40, 3, generator=g)
+    z[:, 0] += 5 * value
+    part = value.clone()
+    part[[3, 17]] = math.nan
+    table = retrieval({"a": z}, {"whole": value, "part": part}, k=5)
+    rest = [i for i in range(40) if i not in (3, 17)]
+    alone = retrieval({"a": z[rest]}, {"part": value[rest]}, k=5)
+    assert table["a", "part"] == pytest.approx(alone["a", "part"], abs=1e-9)
+    assert table.notes["a", "part"] == "defined for 38 of 40 images" and ("a", "whole") not in table.notes
+    part[0] = math.inf
+    assert retrieval({"a": z}, {"part": part}, k=5).notes["a", "part"] == "1 of 38 values are infinite"

@@ -5,6 +5,7 @@ import math
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -160,6 +161,37 @@ def test_what_is_no_term_is_not_judged():
             alarm({"loss": 1.0}) == alarm({"step": None, **FINE}) == alarm({"step": step, "val/constraint/a": 0}) == []
         )
     assert said(alarm, lambda step: {"lr": math.nan, "constraint/content": 0.1}) == []
+
+
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor, lambda x: torch.tensor(x, dtype=torch.bfloat16), int, str])
+def test_numbers_of_any_kind_and_nothing_else(kind):
+    def lines(alarm, change):
+        out = []
+        for step in range(0, 1000, 20):
+            line = {k: kind(v) for k, v in {**FINE, **change(step)}.items()}
+            out += alarm({**line, "step": np.int64(step)})
+        return out
+
+    if kind is str:
+        with pytest.raises(TypeError, match="loss: expected a number, or None for one that is not finite: got '1.0'"):
+            lines(CollapseAlarm(), lambda step: {})
+        with pytest.raises(TypeError, match="step: expected a number"):
+            CollapseAlarm()({**FINE, "step": "3"})
+    elif kind is not int:
+        assert lines(CollapseAlarm(), lambda step: {}) == []
+        assert short(lines(CollapseAlarm(), one_direction)) == [(300, "content", "one direction", False)]
+
+
+@pytest.mark.parametrize("prefix", ["train/", "train_", "loss/ssl/", ""])
+def test_names_may_have_one_prefix(prefix):
+    def renamed(step, other="val/"):
+        bad = {**FINE, **one_direction(step)}
+        return {**{prefix + k: v for k, v in bad.items()}, **{other + k: v for k, v in FINE.items()}}
+
+    assert short(said(CollapseAlarm(), renamed, base={})) == [(300, "content", "one direction", False)]
+    assert said(CollapseAlarm(), lambda step: {f"val/{k}": v for k, v in renamed(step).items()}, base={}) == []
+    if prefix:  # two sets of terms: which one is meant is not clear
+        assert said(CollapseAlarm(), lambda step: renamed(step, "teacher/"), base={}) == []
 
 
 # ---- patience
@@ -379,8 +411,7 @@ def test_an_ascent_to_a_tolerance_out_of_reach_is_reported():
     for step in range(60):
         terms = criterion.terms(z)
         criterion.weights.step(terms)
-        lambdas = {f"lambda/{n}": float(w) for n, w in ascent.lambdas(("content", "color")).items()}
-        kinds += [(e.space, e.kind) for e in alarm({"step": step, **terms.scalars(), **lambdas})]
+        kinds += [(e.space, e.kind) for e in alarm({"step": step, **terms.scalars()})]
     assert kinds == [("content", "weight"), ("color", "weight")]
 
 
@@ -461,7 +492,9 @@ def test_lightning_is_told_the_run_and_keeps_the_state(tmp_path):
             self.heads = StyleHeads(nn.Identity(), {"content": 4, "color": 2}, in_features=3, sample_ndim=1)
 
         def training_step(self, batch, index):
-            self.log_dict({**FINE, **one_direction(0)})
+            self.log_dict(
+                {f"train/{k}": v for k, v in {**FINE, **one_direction(0)}.items()}, on_step=True, on_epoch=True
+            )
             return self.heads(batch[0])["content"].square().mean()
 
         def configure_optimizers(self):
@@ -478,6 +511,7 @@ def test_lightning_is_told_the_run_and_keeps_the_state(tmp_path):
 
     monitor, trainer = fit(1)
     assert monitor.alarm.total_steps == 8 and monitor.alarm.widths == {"content": 4, "color": 2}
+    assert not any(name.endswith(("_step", "_epoch")) for name in monitor.alarm.state_dict()["lines"][-1])
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     with pytest.warns(CollapseWarning, match="effective rank 1.1 of 4 for 10 steps"):
         monitor, _ = fit(2, tmp_path / "one.ckpt")

@@ -4,6 +4,7 @@ T = |n^-1/2 sum_i r_i (x) psi_i|^2, the Hilbert-Schmidt norm of a sum of outer p
 arXiv 2101.07108). Nothing here imports the package that it is the reference for.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -28,13 +29,16 @@ def statistic(r: Tensor, psi: Tensor, metric: Tensor) -> float:
 
 
 def left_out_residuals(x: Tensor, y: Tensor, penalty: float, folds: int) -> Tensor:
-    """y [n, q] less the ridge prediction from features x [n, k], row i by the rows of other remainders of i / folds.
+    """y [n, q] less the ridge prediction from features x [n, k], row i by the rows of other folds.
+
+    The fold of row i is the remainder of the i-th number of the permutation that seed 0 draws.
 
     The penalty is times the rows that are fitted on; the intercept has none.
     """
     out = y.clone()
+    place = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).tolist()
     for i in range(len(y)):
-        kept = [j for j in range(len(y)) if j % folds != i % folds]
+        kept = [j for j in range(len(y)) if place[j] % folds != place[i] % folds]
         mean_x, mean_y = x[kept].mean(0), y[kept].mean(0)
         a, b = x[kept] - mean_x, y[kept] - mean_y
         shifted = a.T @ a

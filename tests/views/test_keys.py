@@ -161,6 +161,19 @@ def test_a_wide_angle_is_scored_as_a_direction_and_a_narrow_one_as_a_number():
     assert narrow[:, 0].tolist() == [-30.0, 30.0]
 
 
+@pytest.mark.parametrize("degrees", [91.0, 92.0, 95.0])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_an_angle_of_about_half_a_circle_is_of_one_form_in_all_draws(degrees, seed):
+    """Whether few draws span half of the circle is chance."""
+    found = overwrites({"g": [K.RandomRotation(degrees, p=1.0)]}, colored(40), draws=8, bootstrap=20, seed=seed)
+    assert found.groups["g"] in (keys.OVERWRITES, keys.CHANGES, keys.UNKNOWN)
+
+
+def test_a_group_may_have_any_name():
+    (part,) = overwrites({"a/b": [gain()]}, gray(), **QUICK).parts
+    assert (part.group, part.parameter) == ("a/b", "0.Drawn/gain")
+
+
 @pytest.mark.parametrize("form", ["uint8", "loader", "list"])
 def test_images_of_any_form(form):
     x = gray(60)
