@@ -31,19 +31,19 @@ LINES, KEPT = 5, 60
 
 
 class CollapseWarning(UserWarning):
-    """A space collapses, or has recovered."""
+    """A space collapses or has recovered."""
 
 
 @dataclass(frozen=True)
 class CollapseEvent:
-    """What the alarm says at a step.
+    """A report of the alarm.
 
     Attributes:
-        step: of the line with which it was clear.
-        space: which space; "content/color" for two that repeat each other, "loss" for the loss as a whole.
+        step: step of the line that completed the window.
+        space: name of the space; "content/color" for two that repeat each other, "loss" for the loss as a whole.
         kind: "not finite", "one embedding", "one direction", "pairs apart", "weight" or "repeats".
         text: one sentence.
-        over: it has recovered.
+        over: True if the space has recovered.
     """
 
     step: int
@@ -58,7 +58,7 @@ class CollapseEvent:
 
 
 class CollapseAlarm:
-    """Reads the lines of a training log and says which space collapses.
+    """Reads the lines of a training log and reports which space collapses, by which number, and what to change.
 
     >>> alarm, said = CollapseAlarm(), []
     >>> for step in range(0, 1000, 20):
@@ -72,18 +72,18 @@ class CollapseAlarm:
     does not have is not judged. Names may have one prefix, such as "train/", and numbers may be of NumPy or tensors.
 
     Args:
-        total_steps: of the run, where it is known: windows are then at least 2 % of it, nothing is said in its first
-            5 %, and pairs are expected to agree from its half on (else after five windows).
-        widths: space -> dimensions (`StyleHeads.spaces`); a space of one or two is not held to a rank.
+        total_steps: length of the run, if known. Windows are then at least 2 % of it, nothing is reported in the first
+            5 %, and pairs are expected to agree from the middle of the run on (otherwise after five windows).
+        widths: space -> dimensions (`StyleHeads.spaces`). A low rank is not reported for spaces of one or two.
         window: steps for which a number must stay bad; None: 300, or 2 % of the run where that is more.
-        spaces: those to watch; None: all. Leave out a style whose group changes one number, where one direction is
-            all that there is to encode.
+        spaces: names of the spaces to watch; None: all. Leave out a style whose group changes one number only, as one
+            direction is enough for it.
 
     Attributes:
-        active: (kind, space) -> the event, of what was reported and has not recovered.
+        active: (kind, space) -> event, for every report from which the space has not recovered.
 
-    A line whose step is not above the one before it is a run that was taken up again at an earlier step: what was seen
-    from there on is forgotten. State (`state_dict`) is JSON.
+    If a line's step is not larger than the previous one, the run was resumed from an earlier step, and the later lines
+    are forgotten. The state (`state_dict`) is JSON.
 
     Raises:
         ValueError: counts below 1. TypeError: counts that are no whole numbers, spaces in one string.
@@ -113,11 +113,11 @@ class CollapseAlarm:
         return self._window or max(WINDOW, math.ceil((self.total_steps or 0) * SHARE_OF_RUN))
 
     def __call__(self, record: Mapping[str, Any]) -> list[CollapseEvent]:
-        """What is to be said at this line; [] nearly always.
+        """The events that this line completes; nearly always none.
 
         Args:
             record: name -> number, with "step"; None, as in a log, is a number that is not finite. A record without
-                terms (no "constraint/...") is not looked at.
+                a step or without terms ("constraint/...") is ignored.
         """
         line = self._read(record)
         if line is None or not self._take(line):
@@ -128,15 +128,15 @@ class CollapseAlarm:
                 if event := self._judged(rule, space, line):
                     said.append(event)
                 if (rule.kind, space) in self.active:
-                    break  # the first thing to be said of a space
+                    break  # one report for each space at a time
         return said
 
     def watch(self, record: Mapping[str, Any], *, stacklevel: int = 2) -> dict[str, Any]:
-        """The record, with what is to be said of it under "alarm"; and a `CollapseWarning` of each sentence.
+        """The record with its events under "alarm"; emits a `CollapseWarning` for each.
 
         Args:
             record: name -> number, with "step".
-            stacklevel: whose line the warning names, as in `warnings.warn`.
+            stacklevel: as in `warnings.warn`.
         """
         events = self(record)
         for event in events:
@@ -236,7 +236,7 @@ class CollapseAlarm:
     # ------------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen, as JSON has it."""
+        """The lines, first weights and active events, as JSON types."""
         return {
             "lines": [dict(line) for line in self._lines],
             "first": dict(self._first),
@@ -244,10 +244,10 @@ class CollapseAlarm:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`.
+        """Continue from a `state_dict`.
 
         Raises:
-            ValueError: the state of something else.
+            ValueError: the state does not belong to a `CollapseAlarm`.
         """
         if missing := [k for k in ("lines", "first", "active") if k not in state]:
             raise ValueError(f"CollapseAlarm: expected a state with lines, first and active: got none of {missing}")
@@ -257,13 +257,13 @@ class CollapseAlarm:
         self.active = {(event.kind, event.space): event for event in events}
 
     def told(self, total_steps: float, widths: Mapping[str, int]) -> None:
-        """The length of the run (infinite or negative: unknown) and the widths, where they were not given."""
+        """Set the length of the run (infinite or negative: unknown) and the widths, unless they were given before."""
         if self.total_steps is None and 0 < total_steps < math.inf:
             self.total_steps = int(total_steps)
         self.widths = {**widths, **self.widths}
 
     def replay(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Read the log of a run that goes on; what it says was said then."""
+        """Read the log of a run that is being resumed; its events were reported then."""
         for record in records:
             self(record)
 

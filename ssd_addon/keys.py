@@ -90,7 +90,7 @@ class Overwrites:
         def score(value: float, interval: tuple[float, float]) -> str:
             return "{:.2f} ({:.2f} to {:.2f})".format(*(v + 0.0 for v in (value, *interval)))
 
-        rows = [("group", "parameter", "view alone", "beside the original", "it")]
+        rows = [("group", "parameter", "view alone", "beside the original", "result")]
         for group, verdict in self.groups.items():
             own = [part for part in self.parts if part.group == group]
             if len(own) != 1:

@@ -150,7 +150,8 @@ class Monitor:
         Args:
             step: the training step.
             terms: `criterion.terms(z)`, or a mapping name -> number. They are not read on steps that are not written.
-            more: further numbers, such as lr. None is written as null.
+            more: further numbers, such as lr, or equivariance=, which the alarm's advice takes into account. None is
+                written as null.
 
         Returns:
             The line that was written, with "alarm" if the alarm reports something; {} on other steps.

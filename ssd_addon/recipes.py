@@ -183,7 +183,8 @@ def recipe(
         family: "simclr", "vicreg" or "barlow".
         sets: names of the groups that overwrite their attribute (such as a blur of sharp photographs) instead of
             changing it relative to the image; their keys are made from another image. "auto" tests your images with
-            `overwrites` and takes the groups for which the result is certain; the result is in `.tested`.
+            `overwrites` and takes the groups for which the result is certain; the result is in `.tested`. For SimCLR,
+            such keys and the equivariance term have been measured each by itself and not together.
         images: for sets="auto", [n, C, H, W] or batches of them, as for `overwrites`.
         size, normalize: arguments of a preset (default 224, True); custom groups include them in their operations.
         content, style: widths of the spaces.

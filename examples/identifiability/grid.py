@@ -1,4 +1,4 @@
-"""The runs: experiment -> rows (a name and its differences from the defaults), three seeds each; longer runs have one.
+"""The runs: experiment -> rows (a name and its differences from the defaults), three seeds each.
 
 Budgets are encoder passes: a step of any method costs the same number of observations through an encoder of the same
 size. They are a fraction of the papers' budgets (100,001 steps of 3 x 6,144 or 8 x 4,096 passes, and encoders 50 times
@@ -58,10 +58,6 @@ EXPERIMENTS: dict[str, tuple[str, list[Row]]] = {
 SEEDS = 3
 
 
-def seeds_of(experiment: str) -> int:
-    return 1 if experiment.startswith("longer/") else SEEDS
-
-
 def runs(prefixes: list[str] | None = None) -> list[dict[str, Any]]:
     """Every (configuration, seed) of the experiments that begin with one of the prefixes; first seeds come first."""
     wanted = [e for e in EXPERIMENTS if not prefixes or any(e.startswith(p) for p in prefixes)]
@@ -73,5 +69,4 @@ def runs(prefixes: list[str] | None = None) -> list[dict[str, Any]]:
         for seed in range(SEEDS)
         for e in wanted
         for name, config in EXPERIMENTS[e][1]
-        if seed < seeds_of(e)
     ]

@@ -25,7 +25,7 @@ def found(lines: Iterable[Line], experiment: str, config: grid.Config) -> list[L
     """The lines of one row, by seed; the last one if a seed has several."""
     wanted = {"world": grid.EXPERIMENTS[experiment][0], **config}
     rows = [x for x in lines if x["experiment"] == experiment and x.get("config") == wanted]
-    by_seed = {x["seed"]: x for x in rows if x["seed"] < grid.seeds_of(experiment)}
+    by_seed = {x["seed"]: x for x in rows if x["seed"] < grid.SEEDS}
     return [by_seed[seed] for seed in sorted(by_seed)]
 
 
@@ -33,8 +33,7 @@ def named(name: str, rows: list[Line]) -> str:
     """The name of a row, with a dagger for a single seed and a note if seeds are missing."""
     if len(rows) == 1:
         return f"{name} †"
-    wanted = grid.seeds_of(rows[0]["experiment"])
-    return name + ("" if len(rows) == wanted else f" ({len(rows)} of {wanted} seeds)")
+    return name + ("" if len(rows) == grid.SEEDS else f" ({len(rows)} of {grid.SEEDS} seeds)")
 
 
 Measure = Callable[[dict[str, Any]], float]
@@ -81,11 +80,16 @@ def latents_of(subset: str) -> tuple[set[str], set[str]]:
     return {str(j) for j in shared}, {str(j) for j in range(6)} - {str(j) for j in shared}
 
 
+def by_latent(row: dict[str, float]) -> dict[str, float]:
+    """A row of scores by latent; in this library's tables, the latents 0 and 1 are one factor."""
+    return {**row, "0": row["content"], "1": row["content"]} if "content" in row else row
+
+
 def over(kind: str, size: int, which: int) -> Measure:
     """Mean over the subsets of this many views, and over the latents that they share (0) or do not (1)."""
 
     def measure(scores: dict[str, Any]) -> float:
-        tables = {s: row for s, row in scores[kind].items() if len(s) == size}
+        tables = {s: by_latent(row) for s, row in scores[kind].items() if len(s) == size}
         return mean(float(row[j]) for s, row in tables.items() for j in sorted(latents_of(s)[which]) if j in row)
 
     return measure
@@ -171,6 +175,8 @@ TABLES: dict[str, Table] = {
     "pair: longer": pair("longer/", "theirs", "theirs, linear"),
     "partial: their protocol": partial("theirs"),
     "partial: their linear probe": partial("theirs, linear"),
+    "partial: our protocol, linear": partial("linear"),
+    "partial: our protocol, kernel": partial("kernel"),
     "partial: finer": finer,
 }
 

@@ -346,6 +346,9 @@ BASELINES: dict[str, list[Row]] = {
             "content 256 wide, SSL on content, 1": RECIPE | {"content_width": 256, "contrast": 1.0},
             "content-only": {"method": "content-only", "steps": 2400},
             "content-only, 256 wide": {"method": "content-only", "steps": 2400, "content_width": 256},
+            "LooC, tau 0.05, spaces 128 and 128": {
+                "method": "looc", "temperature": 0.05, "content_width": 128, "style_width": 128,
+            },
         }.items()
     ],
     "cifar/looc": [
