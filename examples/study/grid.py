@@ -277,6 +277,7 @@ FINALS: dict[str, list[Row]] = {
             (n, PLAIN | TRIED | {"steps": 1600, "scored": 0, "leaks": True} | FINALISTS[n], 3)
             for n in ("all keys, content entropy, equivariance 0.5, 64 and 32", "independence 3")
         ),
+        ("first key", PLAIN | TRIED | {"steps": 1600, "scored": 0, "leaks": True} | WIDE | ENTROPY | HALF, 1),
         ("content-only", PLAIN | TRIED | ORDINARY | {"steps": 3200, "scored": 0, "leaks": True}, 3),
     ],
     "cifar/finals": [
@@ -295,10 +296,11 @@ IMAGENETS: dict[str, list[Row]] = {
     ],
 }
 OTHERS = ("vicreg", "barlow", "sigreg", "frossl", "mmcr")
-OWN = PLAIN | WIDE | TRIED  # what recipe(family=...) returns for the other families
+NARROW = {"content_width": 8, "style_width": 32}
 FAMILIES: dict[str, list[Row]] = {
     "sprites/each": [
-        *((family, OWN | {"spatial_width": None, "family": family}, 3) for family in OTHERS),
+        *((f, PLAIN | TRIED | NARROW | {"spatial_width": None, "family": f}, 3) for f in OTHERS),
+        *((f"{f}, 64 wide", PLAIN | WIDE | TRIED | {"spatial_width": None, "family": f}, 1) for f in OTHERS),
         *(
             (f"{family}, {name}", PLAIN | {"spatial_width": None} | TRIED | {"steps": 800, "family": family} | c, 1)
             for name, c in (
@@ -309,11 +311,9 @@ FAMILIES: dict[str, list[Row]] = {
             for family in OTHERS
         ),
     ],
-    "cifar/each": [
-        (family, CIFAR | PLAIN | WIDE | {"steps": 1200, "scored": 500, "family": family}, 3) for family in OTHERS
-    ],
+    "cifar/each": [(f, CIFAR | PLAIN | NARROW | {"steps": 1200, "scored": 500, "family": f}, 3) for f in OTHERS],
 }
-"""The other families by their own recipe, and SimCLR's recipe in them."""
+"""The other families with a narrow content space, with the widths of SimCLR's recipe, and by SimCLR's recipe."""
 
 CHOSEN = CIFAR | PLAIN | {"scored": 500, "tasks": True, "content_width": 64, "style_width": 32}
 FRESH = CHOSEN | {"split": 1, "leaks": True, "scored": 1000, "steps": 1200}

@@ -193,6 +193,34 @@ def tasks(half: str, columns_of: Mapping[str, tuple[str, ...]], *experiments: st
     return make
 
 
+LEVEL, SMALLEST = 0.05, 0.02
+"""A leak: its corrected p is at most the first, and its effect (partial R^2) at least the second."""
+
+
+def tested(experiment: str) -> Table:
+    """Rows (method, space), columns factors that are not its own: the effect, and in how many seeds it is a leak."""
+
+    def make(lines: list[Line]) -> str:
+        rows, columns = [], {}
+        seeds = {name: n for name, _, n in grid.EXPERIMENTS[experiment]}
+        for name, its in rows_of(lines, experiment).items():
+            if not (found := [x["leaks"] for x in its if "leaks" in x]):
+                continue
+            factors = told(dict.fromkeys(f for of_space in found[0].values() for f in of_space))
+            columns |= {f: short(f) if "/" in f else f for f in factors}
+            for space in found[0]:
+                cells = {}
+                for f in factors:
+                    tests = [x[space][f] for x in found if f in x.get(space, {})]
+                    count = sum(p <= LEVEL and effect >= SMALLEST for p, effect in tests)
+                    cells[f] = f"{cell([effect for _, effect in tests])}, {count} of {len(tests)}" if tests else ""
+                rows.append((named(name, its, seeds[name]), space, cells))
+        made = [[name, space, *(cells.get(f, "") for f in columns)] for name, space, cells in rows]
+        return table(["", "space", *columns.values()], made)
+
+    return make
+
+
 def trials(*experiments: str) -> Table:
     """Rows trials, columns what the choice among them is made by: the backbone's tasks on the half for choosing."""
 
@@ -213,9 +241,10 @@ def trials(*experiments: str) -> Table:
     return make
 
 
-TASKS = {
+UNSEEN = {
     "content-only": ("backbone", "content"),
-    "all keys, content entropy, equivariance 0.5, 64 and 32": ("backbone", "content", "spatial", "color"),
+    "the recipe": ("backbone", "content", "spatial", "color"),
+    "LooC, tau 0.05, spaces 128 and 128": ("backbone",),
 }
 
 
@@ -248,13 +277,22 @@ TABLES: dict[str, Table] = {
     "recipe: sprites, linear": sprites("linear", "sprites/finals"),
     "recipe: sprites, kernel": sprites("kernel", "sprites/finals"),
     "recipe: imagenet": label_free("imagenet/recipe"),
+    "recipe: objects, linear": sprites("linear", "objects/finals", factors=OBJECT_FACTORS),
+    "recipe: objects, kernel": sprites("kernel", "objects/finals", factors=OBJECT_FACTORS),
+    "recipe: objects, leaks": tested("objects/finals"),
+    "unseen: accuracy": accuracy("cifar/fresh"),
+    "unseen: label-free": label_free("cifar/fresh"),
+    "unseen: leaks": tested("cifar/fresh"),
+    "unseen: tasks": tasks("all", UNSEEN, "cifar/fresh"),
+    "unseen: trials": trials("cifar/looc", "cifar/augself"),
+    "families: cifar, accuracy": accuracy("cifar/each"),
+    "families: cifar, label-free": label_free("cifar/each"),
     "families: sprites, linear": sprites("linear", "sprites/each"),
     "families: sprites, kernel": sprites("kernel", "sprites/each"),
     "content: accuracy": accuracy("cifar/tuned", "cifar/content"),
     "content: label-free": label_free("cifar/tuned", "cifar/content"),
     "recipe: cifar, accuracy": accuracy("cifar/finals"),
     "recipe: cifar, label-free": label_free("cifar/finals"),
-    "recipe: cifar, tasks": tasks("report", TASKS, "cifar/finals"),
     "scan: sprites, linear": sprites("linear", "sprites/scan"),
     "scan: sprites, kernel": sprites("kernel", "sprites/scan"),
     "scan: cifar, accuracy": accuracy("cifar/scan"),
@@ -267,7 +305,10 @@ TABLES: dict[str, Table] = {
 }
 
 
-PAGES = ("results.md", *(f"results/{name}.md" for name in ("recipe", "latents", "sprites", "photographs")))
+PAGES = (
+    "results.md",
+    *(f"results/{name}.md" for name in ("recipe", "unseen", "families", "latents", "sprites", "photographs")),
+)
 
 
 def write(lines: list[Line], docs: Path = DOCS) -> None:
