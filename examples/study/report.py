@@ -221,6 +221,24 @@ def tested(experiment: str) -> Table:
     return make
 
 
+def searches(experiment: str) -> Table:
+    """Rows (method, space), columns what the images show: how similar the nearest neighbors in the space are in it."""
+
+    def make(lines: list[Line]) -> str:
+        rows: list[list[str]] = []
+        names: list[str] = []
+        seeds = {name: n for name, _, n in grid.EXPERIMENTS[experiment]}
+        for name, its in rows_of(lines, experiment).items():
+            if found := [x["retrieval"] for x in its if "retrieval" in x]:
+                names = list(found[0]["backbone"])
+                for space in found[0]:
+                    cells = [cell([x[space].get(a, math.nan) for x in found]) for a in names]
+                    rows.append([named(name, its, seeds[name]), space, *cells])
+        return table(["", "space", *names], rows)
+
+    return make
+
+
 def trials(*experiments: str) -> Table:
     """Rows trials, columns what the choice among them is made by: the backbone's tasks on the half for choosing."""
 
@@ -284,6 +302,7 @@ TABLES: dict[str, Table] = {
     "unseen: label-free": label_free("cifar/fresh"),
     "unseen: leaks": tested("cifar/fresh"),
     "unseen: tasks": tasks("all", UNSEEN, "cifar/fresh"),
+    "unseen: retrieval": searches("cifar/fresh"),
     "unseen: trials": trials("cifar/looc", "cifar/augself"),
     "families: cifar, accuracy": accuracy("cifar/each"),
     "families: cifar, label-free": label_free("cifar/each"),

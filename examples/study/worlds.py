@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from ssd_addon import StructuredViews, ViewBatch, ViewPlan, presets
 from ssd_addon.collate import ImageFiles, StructuredCollate
-from ssd_addon.metrics import Exclusivity, exclusivity, parameter_exclusivity, parameter_matrix, r2_matrix
+from ssd_addon.metrics import (
+    Exclusivity,
+    exclusivity,
+    image_attributes,
+    parameter_exclusivity,
+    parameter_matrix,
+    r2_matrix,
+    retrieval,
+)
 from ssd_addon.runs import build_views
 
 Config = dict[str, Any]
@@ -273,6 +281,10 @@ class PhotographWorld(ImageWorld):
                 }
                 for name in known
             }
+            if self.config.get("split"):  # searches, judged by what the images show
+                found = image_attributes(images.cpu()) | {"class": labels}
+                made = retrieval({s: t.cpu() for s, t in known.items()}, found, bootstrap=0)
+                out["retrieval"] = tables({"": made})[""]
             if self.config.get("tasks"):
                 out["tasks"] = tasks.of_spaces(z, self.plain, (self.images, self.labels), self.held_out)
         if self.config.get("leaks") and self.config["method"] not in ONE_SPACE:
