@@ -270,8 +270,12 @@ FINALISTS: dict[str, Config] = {
 }
 """The best settings of the scan and their neighbors."""
 TRIED = {"steps": 1200, "samples": 2000, "scored": 500}
+NARROW = {"content_width": 8, "style_width": 32}
 FINALS: dict[str, list[Row]] = {
-    "sprites/finals": [(n, PLAIN | {"spatial_width": None} | TRIED | c, 3) for n, c in FINALISTS.items()],
+    "sprites/finals": [
+        (n, PLAIN | {"spatial_width": None} | TRIED | c, 3)
+        for n, c in (FINALISTS | {"content 8 wide": EVERY | ENTROPY | HALF | NARROW}).items()
+    ],
     "objects/finals": [
         *(
             (n, PLAIN | TRIED | {"steps": 1600, "scored": 0, "leaks": True} | FINALISTS[n], 3)
@@ -296,7 +300,6 @@ IMAGENETS: dict[str, list[Row]] = {
     ],
 }
 OTHERS = ("vicreg", "barlow", "sigreg", "frossl", "mmcr")
-NARROW = {"content_width": 8, "style_width": 32}
 FAMILIES: dict[str, list[Row]] = {
     "sprites/each": [
         *((f, PLAIN | TRIED | NARROW | {"spatial_width": None, "family": f}, 3) for f in OTHERS),
@@ -349,6 +352,7 @@ BASELINES: dict[str, list[Row]] = {
             "LooC, tau 0.05, spaces 128 and 128": {
                 "method": "looc", "temperature": 0.05, "content_width": 128, "style_width": 128,
             },
+            "AugSelf, weight 1, tau 0.15": {"method": "augself", "augself": 1.0, "steps": 2400},
         }.items()
     ],
     "cifar/looc": [
