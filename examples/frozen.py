@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    seen, new = (in_memory(args.data / split, args.size) for split in ("train", "val"))
+    seen, new = in_memory(args.data, args.size)
     views = StructuredViews(**recipe("color_spatial", size=args.size).views, seed=0)
     fresh, kept = build_backbone(args.backbone, code=True), args.out.with_suffix(f".seed{args.seed}.pt")
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from arguments import count, share, whole
-from shard_files import image_files
+from shard_files import image_files, same_classes
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -101,16 +101,19 @@ def main(argv: list[str] | None = None) -> dict:
     opened = runs.load(args.run)
     size = args.size or opened.card.get("size") or 224
     embedded, kept = {}, []
-    for split in ("train", "val"):
-        files = image_files(args.data / split, short_side=size)
+    splits = {split: image_files(args.data / split, short_side=size) for split in ("train", "val")}
+    same_classes(args.data, *(files.classes for files in splits.values()))
+    drawn = torch.randperm(len(splits["val"]), generator=torch.Generator().manual_seed(args.seed))[: args.measure]
+    measured = set(drawn.tolist())  # files are in the order of their classes
+    for split, files in splits.items():
         loader = DataLoader(files, args.batch_size, collate_fn=StructuredCollate(size), num_workers=args.workers)
         parts: list[dict[str, Tensor]] = []
         for images, _, _ in loader:
             ready = opened.views.plain(images) if opened.views is not None else scaled(images)
             parts.append(embed(opened.model, ready, batch_size=args.batch_size))
-            if split == "val" and sum(map(len, kept)) < args.measure:
-                kept.append(images)
             done = sum(len(next(iter(z.values()))) for z in parts)
+            if split == "val":
+                kept.append(images[[k for k in range(len(images)) if done - len(images) + k in measured]])
             if len(parts) % 20 == 0 or done == len(files):
                 print(f"embedded {done}/{len(files)} images of {split}", flush=True)
         embedded[split] = {s: torch.cat([z[s] for z in parts]) for s in parts[0]}, torch.tensor(files.targets)
@@ -127,11 +130,11 @@ def main(argv: list[str] | None = None) -> dict:
             found[space][f"linear, {part:.0%} of labels"] = accuracy
         print(space, "  ".join(f"{name} {value:.3f}" for name, value in found[space].items()), flush=True)
     out: dict = {"probes": found, "images": {"train": len(y), "val": len(y_new)}}
-    measured = torch.cat(kept)[: args.measure] if kept else torch.zeros(0)
-    if opened.views is not None and len(measured) >= 10:
+    shown = torch.cat(kept) if kept else torch.zeros(0)
+    if opened.views is not None and len(shown) >= 10:
         alone = len(opened.views.plan.spaces) == 1  # content-only: what does it encode of the same groups?
         views = StructuredViews(**presets("color_spatial", size=size), seed=args.seed) if alone else opened.views
-        table = parameter_matrix(opened.model, views, measured, backbone=True)
+        table = parameter_matrix(opened.model, views, shown, backbone=True)
         print(table, flush=True)
         out["parameters"] = table.to_json()
     if args.out:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from shard_files import ShardFiles, image_files
+from shard_files import ShardFiles, image_files, same_classes
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
@@ -139,8 +139,7 @@ class Loaders:
             self.unscored = f"no probes: {why}, so no class has a second image to be recognized by"
         elif (args.data / "val").is_dir():
             self.held_out = Photographs(args.data / "val", args, args.size, scored=True)
-            if self.held_out.files.classes != self.data.files.classes:
-                raise ValueError(f"{args.data}: expected the same class folders in train and val")
+            same_classes(args.data, self.data.files.classes, self.held_out.files.classes)
             mine = Subset(self.held_out, range(rank, len(self.held_out), world))
             self.val = DataLoader(mine, args.batch_size, collate_fn=StructuredCollate(args.size), **common)
 
@@ -198,11 +197,16 @@ class Probing:
         return counted
 
 
-def in_memory(folder: Path, size: int) -> tuple[Tensor, Tensor]:
-    """All images of class folders or shards, [n, 3, size, size] uint8, and their classes [n]."""
-    files, collate = image_files(folder), StructuredCollate(size)
-    images, labels, _ = collate([files[i] for i in range(len(files))])
-    return images, torch.as_tensor(labels)
+def in_memory(root: Path, size: int) -> list[tuple[Tensor, Tensor]]:
+    """All images of root/train and root/val, [n, 3, size, size] uint8, and their classes [n].
+
+    Raises:
+        ValueError: train and val have other classes.
+    """
+    splits, collate = [image_files(root / split) for split in ("train", "val")], StructuredCollate(size)
+    same_classes(root, *(files.classes for files in splits))
+    found = [collate([files[i] for i in range(len(files))]) for files in splits]
+    return [(images, torch.as_tensor(labels)) for images, labels, _ in found]
 
 
 def summed(each: Tensor) -> Tensor:

@@ -26,6 +26,19 @@ def image_files(root: Path, **options: Any) -> ImageFiles:
     return ShardFiles(root, **options) if root.is_dir() and kind_of(root) else ImageFiles(root, **options)
 
 
+def same_classes(folder: Path, train: list[str], val: list[str]) -> None:
+    """Refuse class folders that differ: classes are numbered in the order of their own folders.
+
+    Raises:
+        ValueError: names the classes of one that the other lacks.
+    """
+    if train != val:
+        raise ValueError(
+            f"{folder}: expected the same class folders in train and val, as classes are numbered by them: got "
+            f"{sorted(set(train) - set(val))} in train alone and {sorted(set(val) - set(train))} in val alone"
+        )
+
+
 def kind_of(folder: Path) -> Literal["litdata", "webdataset"] | None:
     """The kind of shards in a folder.
 

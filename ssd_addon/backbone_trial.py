@@ -77,10 +77,13 @@ def trials(
                 yield found
 
 
-def tried_width(net: nn.Module, sample_ndim: int, pool: str, pick: Callable[[Any], Tensor]) -> int | None:
-    """The number of features that a module returns, from runs on inputs of two sizes; None if they do not determine it.
+def tried_width(
+    net: nn.Module, sample_ndim: int, pool: str, pick: Callable[[Any], Tensor]
+) -> tuple[int, int | None] | None:
+    """The number of features that a module returns and their dimension, from runs on inputs of two sizes.
 
-    The channel dimension is the one that does not change with the image size: for maps where both the first and the
+    None if the runs do not determine the number. The dimension (1: channels first, -1: last) is None where both would
+    do. The channel dimension is the one that does not change with the image size: for maps where both the first and the
     last stay the same (maps of 1 x 1) the first, for tokens the last.
 
     Args:
@@ -95,15 +98,18 @@ def tried_width(net: nn.Module, sample_ndim: int, pool: str, pick: Callable[[Any
         return None
     first, other = shapes[0], shapes[-1]
     if pool == "flatten":
-        return math.prod(first[1:]) if first == other else None
+        return (math.prod(first[1:]), None) if first == other else None
     if len(first) == 2:
-        return first[1]
+        return first[1], None
     one, end = first[1] == other[1], first[-1] == other[-1]
+    sure = len(shapes) == 2 and one != end
     if len(shapes) == 1 and len(first) == 4:  # it accepts only one size: the two equal dimensions are positions
         one = not (first[1] == first[2] != first[3])
     if len(first) == 4:
-        return first[1] if one else first[-1] if end else None
-    return first[-1] if end else first[1] if one and pool != "cls" else None
+        axis = 1 if one else -1 if end else 0
+    else:
+        axis = -1 if end else 1 if one and pool != "cls" else 0
+    return (first[axis], axis if sure else None) if axis else None
 
 
 def patched(net: nn.Module) -> bool:

@@ -42,6 +42,7 @@ class Prepared:
         dropped: names of the removed parts.
         class_token: whether an output [N, F] is the class token.
         output: key or index of the features in the module's output.
+        axis: dimension of the features in maps, tokens or series, 1 or -1; None if it is not known.
     """
 
     module: nn.Module
@@ -51,10 +52,11 @@ class Prepared:
     changes: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     class_token: bool = False
+    axis: int | None = None
 
     def pooling(self, pool: Pool) -> Pooling:
         """The pooling for its features."""
-        return Pooling(self.in_features, pool, self.output, self.class_token, self.name)
+        return Pooling(self.in_features, pool, self.output, self.class_token, self.name, self.axis)
 
     def drop(self, path: str, new: nn.Module, why: str) -> None:
         """Replace a part by a module without parameters, on a copy."""
@@ -105,7 +107,8 @@ def _width(made: Prepared, sample_ndim: int, pool: str) -> int:
     """The width of a module's output, from a trial run."""
     found = tried_width(made.module, sample_ndim, pool, lambda y: picked(y, made.output, made.name))
     if found is not None:
-        return found
+        made.axis = found[1]
+        return found[0]
     if pool == "flatten":
         raise ValueError(
             f"backbone {made.name}: expected in_features for pool='flatten', as the number of features depends on the "

@@ -18,6 +18,10 @@ Rows = Tensor | slice | Sequence[int]
 _Map = Callable[[Tensor], Tensor]
 
 
+FROM_KEY = "<from_key>"
+"""Where a dictionary of parameters, as a transform returns it for one sample, holds `ViewParameters.from_key`."""
+
+
 class ViewParameters(dict[str, dict[str, dict[str, Tensor]]]):
     """The augmentation parameters of one view: group -> "0.ColorJitter" -> parameter -> [B, ...].
 
@@ -29,7 +33,8 @@ class ViewParameters(dict[str, dict[str, dict[str, Tensor]]]):
         self, items: Mapping[str, dict[str, dict[str, Tensor]]] | None = None, *, from_key: Mapping[str, Tensor] = {}
     ) -> None:
         super().__init__(items or {})
-        self.from_key: dict[str, Tensor] = dict(from_key)
+        there = self.pop(FROM_KEY, {}).get("", {})
+        self.from_key: dict[str, Tensor] = {**there, **from_key}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_view_parameters, (dict(self), self.from_key))

@@ -76,7 +76,7 @@ class NativeCrops:
 
     def set_epoch(self, epoch: int) -> None:
         """Make draws depend on this number and the images from now on; call it before each epoch, as for a sampler."""
-        self._turns.epoch = _checks.count(epoch, "epoch")
+        self._turns.begin(_checks.count(epoch, "epoch"))
 
     def __call__(self, samples: Sequence[Any]) -> tuple[Cropped, Any, list[str]]:
         check_samples(samples)

@@ -35,6 +35,8 @@ from ssd_addon.stacked import ReadsStacked
 
 ADDED: dict[str, Any] = {"norm": "batch", "output": None}
 """Settings that older files do not contain, with the values that they had then."""
+FLAGS = ("on_sphere", "frozen")
+"""Attributes that a file holds where they are True."""
 
 
 class StyleHeads(ReadsStacked):
@@ -119,6 +121,7 @@ class StyleHeads(ReadsStacked):
         self._dropped = tuple(f"backbone.{path}." for path in made.dropped)
         self._pooling = made.pooling(pool)
         self.on_sphere = self.frozen = False
+        self._still: set[str] = set()  # parameters of the backbone that got no gradient before `freeze`
         self.projections = Projections(self.in_features, self.spaces, self.hidden, self.norm)
 
     @staticmethod
@@ -221,13 +224,15 @@ class StyleHeads(ReadsStacked):
 
         Returns:
             A module that shares the backbone and has a copy of the head, in the present training or evaluation mode
-            of this model (call `.eval()` first for inference).
+            of this model (call `.eval()` first for inference). Its own `train()` and `eval()` set the shared backbone.
 
         Raises:
             KeyError: no such space.
         """
         head = nn.Identity() if space == FEATURES and space not in self.spaces else self.head(space)
-        return Encoder(self.backbone, self._pooling, head, self.sample_ndim).train(self.training)
+        made = Encoder(self.backbone, self._pooling, head.train(self.training), self.sample_ndim)
+        made.training = self.training  # the backbone stays as it is
+        return made
 
     def export_backbone(self) -> dict[str, Tensor]:
         """The backbone's weights under the keys of the library that it came from.
@@ -255,15 +260,18 @@ class StyleHeads(ReadsStacked):
         not change and dropout is off; only the heads are trained. Its parameters are shared with the module that was
         given to the constructor, so they are frozen there too.
         """
+        if not self.frozen:
+            self._still = {n for n, p in self.backbone.named_parameters() if not p.requires_grad}
         self.frozen = True
         self.backbone.requires_grad_(False)
         self.backbone.eval()
         return self
 
     def unfreeze(self) -> "StyleHeads":
-        """Undo `freeze`: train the backbone again. Returns the model."""
+        """Undo `freeze`: train again what was trained before. Returns the model."""
         self.frozen = False
-        self.backbone.requires_grad_(True)
+        for name, p in self.backbone.named_parameters():
+            p.requires_grad_(name not in self._still)
         self.backbone.train(self.training)
         return self
 
@@ -287,7 +295,7 @@ class StyleHeads(ReadsStacked):
         }
 
     def save(self, path: str | Path, *, card: Mapping[str, Any] | None = None) -> None:
-        """Save the weights of backbone and heads, with the configuration.
+        """Save the weights of backbone and heads, with the configuration, `on_sphere`, and whether it is frozen.
 
         A model that FSDP2 has sharded is gathered: call this on every rank; rank 0 writes.
 
@@ -300,7 +308,8 @@ class StyleHeads(ReadsStacked):
             ValueError: the card is not valid, or the state contains more than tensors and plain data.
             OSError: the file cannot be written.
         """
-        content: dict[str, Any] = {"config": self.config(), "state_dict": self.state_dict()}
+        flags = {n: True for n in FLAGS if getattr(self, n)}
+        content: dict[str, Any] = {"config": self.config() | flags, "state_dict": self.state_dict()}
         if card is not None:
             check_card(card)
             content["card"] = dict(card)
@@ -333,13 +342,15 @@ class StyleHeads(ReadsStacked):
             ValueError: the configuration is not valid for `StyleHeads`, or the weights are of another backbone.
         """
         config = dict(stored.config)
+        flags = {n: config.pop(n, False) for n in FLAGS}
         try:
             check_stored(config, stored.state_dict)
             model = cls(backbone, config.pop("spaces"), **config)
         except (TypeError, ValueError) as error:
             raise ValueError(f"its configuration is not valid for StyleHeads ({error})") from error
         model.restore(stored.config, stored.state_dict)
-        return model
+        model.on_sphere = flags["on_sphere"] is True
+        return model.freeze() if flags["frozen"] is True else model
 
     def restore(self, config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
         """Load weights; raises for those of another configuration or backbone, and then leaves the model unchanged.

@@ -84,6 +84,7 @@ def two_pass(model: nn.Module, batch: ViewBatch, criterion: Callable[[Embeddings
             if not isinstance(z, Embeddings):
                 raise TypeError(f"model: expected Embeddings of views: got {type(z).__name__}")
             found.append(z)
+    torch.clear_autocast_cache()  # its casts of the weights were made without a graph
     whole = {n: torch.cat([z[n] for z in found], dim=1).requires_grad_() for n in found[0]}
     with torch.enable_grad():
         loss = criterion(of_batch(whole, batch))

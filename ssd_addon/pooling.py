@@ -22,6 +22,8 @@ class Pooling:
         output: key or index of the features in the backbone's output; None if it returns a tensor.
         class_token: whether an output [N, F] is the class token.
         name: name of the backbone, for messages.
+        axis: dimension of the features in maps, tokens or series, 1 or -1. None reads it off each output: the one of
+            F entries; where both have F, tokens [N, T, F] and maps [N, F, H, W].
     """
 
     in_features: int
@@ -29,6 +31,7 @@ class Pooling:
     output: str | int | None
     class_token: bool
     name: str
+    axis: int | None = None
 
     def __call__(self, returned: Any, images: int) -> Tensor:
         """Pool the backbone's output for N images to features [N, F]."""
@@ -38,21 +41,31 @@ class Pooling:
                 f"pool: expected a backbone that returns tokens [N, T, F] for 'cls': got {_checks.shape(y)} from "
                 f"{self.name}; use 'auto'"
             )
-        last = y.shape[-1] == f and (y.ndim < 3 or y.shape[1] != f)  # channels last
+        axis = self._axis(y)
         if self.pool == "flatten":
             y = y.flatten(1)
         elif y.ndim == 4:
-            y = y.mean(dim=(1, 2) if last else (2, 3))
+            y = y.mean(dim=(2, 3) if axis == 1 else (1, 2))
         elif y.ndim == 3 and self.pool == "cls":
             y = y[:, 0]
         elif y.ndim == 3:  # tokens [N, T, F], or series [N, F, T]
-            y = y.mean(dim=2 if y.shape[1] == f and y.shape[2] != f else 1)
+            y = y.mean(dim=2 if axis == 1 else 1)
         if y.ndim != 2 or y.shape[1] != f or y.shape[0] != images:
             raise ValueError(
                 f"backbone: expected {f} features per image (in_features), [N, F], maps [N, F, H, W] or tokens "
                 f"[N, T, F]: got {_checks.shape(y)} from {self.name} after pool={self.pool!r}"
             )
         return y
+
+    def _axis(self, y: Tensor) -> int:
+        """The dimension of the features, 1 or -1."""
+        f = self.in_features
+        if y.ndim < 3 or (self.axis is not None and y.shape[self.axis] == f):
+            return self.axis or 1
+        first, end = y.shape[1] == f, y.shape[-1] == f
+        if y.ndim == 4:
+            return -1 if end and not first else 1
+        return 1 if first and not end else -1
 
 
 def picked(returned: Any, output: str | int | None, name: str) -> Tensor:

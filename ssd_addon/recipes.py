@@ -162,7 +162,7 @@ def recipe(
     images: Images | None = None,
     size: int | None = None,
     normalize: bool | Mapping[str, Sequence[float]] | None = None,
-    content: int = 64,
+    content: int | None = None,
     style: int = 32,
     tolerance: float | None = None,
     warmup_steps: int = 400,
@@ -180,14 +180,18 @@ def recipe(
 
     Args:
         groups: name of a preset (see `presets`), or name -> Kornia operations.
-        family: "simclr", "vicreg" or "barlow".
+        family: of the loss, see `JointEntropyLoss`. "simclr" was measured most and is the one to start with. Of the
+            others, "mmcr" keeps styles out of content best; with "sigreg" and "frossl" content hardly encodes anything
+            (docs/results/families.md).
         sets: names of the groups that overwrite their attribute (such as a blur of sharp photographs) instead of
             changing it relative to the image; their keys are made from another image. "auto" tests your images with
             `overwrites` and takes the groups for which the result is certain; the result is in `.tested`. For SimCLR,
             such keys and the equivariance term have been measured each by itself and not together.
         images: for sets="auto", [n, C, H, W] or batches of them, as for `overwrites`.
         size, normalize: arguments of a preset (default 224, True); custom groups include them in their operations.
-        content, style: widths of the spaces.
+        content: width of the content space. None: 64, and with style groups 8 for families other than "simclr", whose
+            wider content spaces encode the styles.
+        style: width of each style space.
         tolerance: tolerance of a dual ascent on the weights (simclr only): the allowed misalignment of content and
             style pairs, 1 - mean cosine. The weight of content then starts at 2, and the equivariance term is left
             out. Meant for images whose content is visible in every view (sprites: 0.01), not for photographs under
@@ -244,6 +248,8 @@ def recipe(
         raise ValueError(f"sets: expected names of groups ({_checks.names(names)}): got {_checks.names(unknown)}")
     if crossed:
         views["cross_image"] = crossed
+    if content is None:
+        content = 64 if family == "simclr" or not names else 8
     spaces = {"content": _checks.width(content, "content"), **dict.fromkeys(names, _checks.width(style, "style"))}
     _checks.count(warmup_steps, "warmup_steps")
     if tolerance is not None:

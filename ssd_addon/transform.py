@@ -21,7 +21,7 @@ from ssd_addon.augment.samples import Samples, checked, floats
 from ssd_addon.augment.stages import Stage
 from ssd_addon.augment.turns import Turns
 from ssd_addon.augment.views import StructuredViews
-from ssd_addon.batch import ViewBatch, ViewParameters
+from ssd_addon.batch import FROM_KEY, ViewBatch, ViewParameters
 from ssd_addon.plan import PlanKind, ViewPlan
 
 
@@ -130,7 +130,10 @@ class StructuredTransform:
     def _batch(self, sample: Any) -> Tensor:
         """The sample as a batch of one, uint8 or float32."""
         samples: Samples = self.views.samples
-        if isinstance(sample, Image.Image) or (isinstance(sample, np.ndarray) and samples.ndim == 3):
+        values = isinstance(sample, np.ndarray) and samples.value_range != (0.0, 1.0) and sample.dtype != np.uint8
+        if values and samples.ndim == 3 and sample.ndim in (2, 3):  # an array [H, W, C] that is no picture
+            sample = torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.atleast_3d(sample), 2, 0)))
+        elif isinstance(sample, Image.Image) or (isinstance(sample, np.ndarray) and samples.ndim == 3):
             sample = pictures.tensor(sample)
         elif isinstance(sample, np.ndarray):
             sample = torch.from_numpy(sample)
@@ -142,7 +145,7 @@ class StructuredTransform:
                 f"{_checks.shape(sample)}; StructuredViews takes whole batches"
             )
         x = checked(sample[None], samples)
-        return x if self.views.fast else floats(x)
+        return x if self.views.fast and x.dtype == torch.uint8 else floats(x)
 
     def __repr__(self) -> str:
         groups = {n: [s.key for s in stage.query] for n, stage in self.stages.items()}
@@ -150,4 +153,6 @@ class StructuredTransform:
 
 
 def _first(p: ViewParameters) -> dict[str, Any]:
-    return {stage: {op: {k: t[0] for k, t in each.items()} for op, each in ops.items()} for stage, ops in p.items()}
+    """The parameters of the only sample, as a plain dictionary that every collate function takes."""
+    found = {stage: {op: {k: t[0] for k, t in each.items()} for op, each in ops.items()} for stage, ops in p.items()}
+    return found | ({FROM_KEY: {"": {k: t[0] for k, t in p.from_key.items()}}} if p.from_key else {})

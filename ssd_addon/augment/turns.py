@@ -27,6 +27,10 @@ class Turns:
         self._epoch: int | None = None
         self._met: Counter[int] = Counter()
 
+    def begin(self, epoch: int) -> None:
+        """Use this number from now on, as if no sample had been met."""
+        self.epoch, self._epoch = epoch, None
+
     def __call__(self, samples: Sequence[Tensor]) -> tuple[int, ...]:
         epoch = self.epoch
         if epoch is None:

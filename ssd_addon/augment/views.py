@@ -113,6 +113,7 @@ class StructuredViews(nn.Module):
                 raise ValueError("constrained_crop: expected a RandomResizedCrop in some group: got none to constrain")
         self.seed = int(torch.randint(2**62, ())) if seed is None else _checked_seed(seed)
         self.call, self._rank = 0, rank
+        self._copied_from: int | None = None  # the rank of the process that copied this module, by pickle or deepcopy
         self.drawing = Drawing(self.plan, self.stages, self.cross_image, constrained_crop)
         self.fast = bool(fast) and self.samples == Samples()
         self._fast = Fast(self.stages)
@@ -153,9 +154,10 @@ class StructuredViews(nn.Module):
             images: [B, C, H, W], the view's source images (for a cross-image key, images[batch.image_ids[v]]).
             parameters: one entry of `ViewBatch.parameters`.
         """
-        _checks.same_names(parameters, tuple(self.stages), "parameters", "views")
         if not isinstance(parameters, ViewParameters):
             parameters = ViewParameters(parameters)
+        _checks.same_names(parameters, tuple(self.stages), "parameters", "views")
+        parameters = parameters.map(Tensor.cpu)  # where they were drawn
         return self._made(self._taken(images), [None], [parameters])[0]
 
     @torch.no_grad()
@@ -214,6 +216,8 @@ class StructuredViews(nn.Module):
             return self._rank
         if dist.is_available() and dist.is_initialized():
             return dist.get_rank()
+        if self._copied_from is not None and (get_worker_info() is not None or "RANK" not in os.environ):
+            return self._copied_from
         return int(os.environ.get("RANK", 0))
 
     def plan_of_work(self, channels: int = 3) -> str:
@@ -311,7 +315,7 @@ class StructuredViews(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_rank"] = self.rank  # a spawned data-loader worker has no process group
+        state["_copied_from"] = self.rank  # a spawned data-loader worker has no process group
         return state
 
     def extra_repr(self) -> str:

@@ -93,7 +93,7 @@ class DualAscent(KeepsType, Weights):
         self.steps += 1
         tolerance = torch.tensor(self.tolerance, dtype=self.values.dtype, device=self.values.device)
         moved = (self.values + self.step_size * (c - tolerance)).relu()
-        moves = served & (self.steps > self.warmup_steps)
+        moves = served & (self.steps > self.warmup_steps) & moved.isfinite()  # NaN: a step that is skipped elsewhere
         self.values.copy_(
             torch.where(moves, moved, self.values)
         )  # in place, as a loss in a CUDA graph reads this buffer

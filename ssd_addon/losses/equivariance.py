@@ -119,8 +119,8 @@ class EquivarianceLoss(KeepsType):
             edges = [width + numbers, *_checks.widths(hidden, "every style")]
             for a, b in itertools.pairwise(edges):
                 layers += [nn.Linear(a, b), nn.ReLU()]
-            self.scales[f"_{name}"] = nn.BatchNorm1d(numbers, affine=False, eps=SCALE_EPS)
-            self.networks[f"_{name}"] = nn.Sequential(*layers, nn.Linear(edges[-1], width))
+            self.scales[_key(name)] = nn.BatchNorm1d(numbers, affine=False, eps=SCALE_EPS)
+            self.networks[_key(name)] = nn.Sequential(*layers, nn.Linear(edges[-1], width))
 
     if TYPE_CHECKING:
 
@@ -150,7 +150,7 @@ class EquivarianceLoss(KeepsType):
                 expected = f"[V, {b}, {self.widths[name]}], two views or more of the batch's images"
                 raise ValueError(f"embeddings, {name!r}: expected {expected}: got {_checks.shape(t)}")
             _check_drawn(sizes, changes)
-            network = self.networks[f"_{name}"]
+            network = self.networks[_key(name)]
             dtype = next(network.parameters()).dtype
             change = torch.cat([changes[path] for path in sizes], dim=1).to(t.device, dtype, non_blocking=True)
             rows = _redrawn_rows(name, batch, t.device)
@@ -166,14 +166,14 @@ class EquivarianceLoss(KeepsType):
         """Misalignment of h(a, change) and b, both [B, d], over the samples in the mask."""
         if self.objective.on_sphere:
             a = nn.functional.normalize(a, dim=1)
-        scale: Any = self.scales[f"_{name}"]
+        scale: Any = self.scales[_key(name)]
         change = _dist.gather(change, shards)  # a few numbers per sample, with statistics over all ranks
         if len(change) > 1 or not self.training:
             change = scale(change)
         else:  # a single sample has no statistics
             change = nn.functional.batch_norm(change, scale.running_mean, scale.running_var, eps=scale.eps)
         own = change[shards.offset : shards.offset + shards.size]
-        guess = self.networks[f"_{name}"](torch.cat([a, own], dim=1))
+        guess = self.networks[_key(name)](torch.cat([a, own], dim=1))
         return self.objective.misalignment(guess, b, rows, shards)
 
     def extra_repr(self) -> str:
@@ -223,6 +223,11 @@ def _changes(batch: ViewBatch) -> dict[str, Tensor]:
             f"{len(batch.parameters)}; views from other sources have none"
         )
     return parameter_differences(batch.parameters[0], batch.parameters[1])
+
+
+def _key(name: str) -> str:
+    """A valid name for a submodule, without dots."""
+    return "_" + name.replace("%", "%25").replace(".", "%2E")
 
 
 def _group(path: str) -> str:

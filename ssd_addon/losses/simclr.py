@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssd_addon._dist import Shards
 from ssd_addon._shapes import Ids, Joint, Matrix, Scalar, Vector
@@ -35,7 +35,8 @@ class SimCLR(Objective):
     """The SimCLR family. In `Terms`, invariance is -cosine / tau and the constraint 1 - cosine.
 
     Args:
-        temperature: tau; a number, or a tensor or nn.Parameter of one element to learn it.
+        temperature: tau; a number, or one element to learn: an nn.Parameter, which moves and is saved with the loss,
+            or a tensor that requires a gradient, which stays the caller's.
         temperature_floor: lower bound of a learned temperature, as in `kernels.negative_lse`.
     """
 
@@ -47,7 +48,7 @@ class SimCLR(Objective):
         check_temperature(temperature)
         check_floor(temperature, temperature_floor)
         self.temperature_floor = temperature_floor
-        if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
+        if isinstance(temperature, Tensor) and not temperature.requires_grad:
             self.register_buffer("temperature", temperature, persistent=False)
         else:
             self.temperature = temperature

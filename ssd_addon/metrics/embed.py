@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssd_addon import _checks
 from ssd_addon._types import as_weights
+from ssd_addon.backbones import WRAPPERS
 from ssd_addon.metrics.evaluation import evaluation
 from ssd_addon.metrics.spaces import unit_rows
 
@@ -21,7 +22,7 @@ RETURNS = "model: expected images [b, C, H, W] -> space -> [b, d], or features [
 
 @runtime_checkable
 class Heads(Protocol):
-    """A model that also gives its backbone's features, such as `StyleHeads`."""
+    """A model that also gives its backbone's features, such as `StyleHeads`; `spaces` is a mapping name -> width."""
 
     def features(self, x: Tensor) -> Tensor: ...
     def project(self, features: Tensor) -> dict[str, Tensor]: ...
@@ -106,7 +107,7 @@ def spaces_of(model: Model, x: Tensor, *, backbone: bool, on_sphere: bool) -> di
     x = (
         moved.clone() if moved is x else moved
     )  # so that a model that works in place does not change the caller's images
-    if backbone and isinstance(inner, Heads):
+    if backbone and isinstance(inner, Heads) and isinstance(getattr(inner, "spaces", None), Mapping):
         features = inner.features(x)
         z = inner.project(features)
         if BACKBONE in z:
@@ -141,10 +142,11 @@ def unwrapped(model: Model) -> list[Model]:
     """The model, followed by the modules inside it if it is compiled or wrapped (DistributedDataParallel)."""
     out = [model]
     while isinstance(out[-1], nn.Module):
-        inner = dict(out[-1].named_children())
-        if list(inner) not in (["module"], ["_orig_mod"]):
+        kind = next((c.__name__ for c in type(out[-1]).__mro__ if c.__name__ in WRAPPERS), "")
+        inner = out[-1]._modules.get(WRAPPERS[kind]) if kind else None
+        if inner is None:
             break
-        out += inner.values()
+        out.append(inner)
     return out
 
 

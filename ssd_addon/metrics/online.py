@@ -4,6 +4,7 @@ Legend: n images, d the width of a space, C classes, S spaces.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from ssd_addon import _checks
 from ssd_addon._shapes import Matrix, Scalar, Vector
+from ssd_addon._types import KeepsType
 from ssd_addon.kernels.dispatch import checks_are_on
 
 
-class OnlineProbes(nn.Module):
+class OnlineProbes(KeepsType):
     """Linear classifiers on the features of every space; no gradient flows back to the model.
 
     logits_s = W_s BatchNorm(z_s) + b_s, where BatchNorm has no affine parameters; in float32, outside autocast. Under
@@ -58,8 +60,12 @@ class OnlineProbes(nn.Module):
         self.widths = {name: _checks.width(width, f"width of {name!r}") for name, width in widths.items()}
         self.classes = _checks.width(classes, "classes")
         self.names = tuple(self.widths)
-        layers = (nn.Sequential(nn.BatchNorm1d(d, affine=False), nn.Linear(d, classes)) for d in self.widths.values())
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.BatchNorm1d(d, affine=False, dtype=torch.float32), nn.Linear(d, classes, dtype=torch.float32)
+            )
+            for d in self.widths.values()
+        )
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Map features name -> [n, d] to logits name -> [n, C].
@@ -81,9 +87,10 @@ class OnlineProbes(nn.Module):
         if self.training:
             rows = self._bounded(rows)
         out: dict[str, Tensor] = {}
+        layer: Any
         for (name, x), layer in zip(rows.items(), self.layers, strict=True):
             with torch.autocast(x.device.type, enabled=False):
-                out[name] = layer(x)
+                out[name] = layer(x.to(layer[1].weight.dtype))
         return out
 
     def _bounded(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:

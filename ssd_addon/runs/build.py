@@ -177,6 +177,10 @@ def _operations(specs: Any, where: str) -> list[nn.Module]:
     return made
 
 
+HELPERS: dict[str, Path] = {}
+"""Modules that scripts imported from their own folder: name -> folder."""
+
+
 def find(spec: str, what: str) -> Any:
     """Import "FILE.py:NAME" or "MODULE:NAME" and return the object NAME; runs that file or module."""
     home, _, name = spec.rpartition(":")
@@ -192,10 +196,20 @@ def find(spec: str, what: str) -> Any:
         module = importlib.util.module_from_spec(loader)
         sys.modules[loader.name] = module  # needed by dataclasses and pickle
         sys.path.insert(0, str(file.parent))  # for imports from the script's folder, as when it is run
+        for helper in [n for n, folder in HELPERS.items() if folder != file.parent]:
+            if (file.parent / f"{helper}.py").is_file() or (file.parent / helper).is_dir():
+                for part in [m for m in sys.modules if m == helper or m.startswith(f"{helper}.")]:
+                    del sys.modules[part]  # another script's module of the same name
+                del HELPERS[helper]
+        before = set(sys.modules)
         try:
             loader.loader.exec_module(module)
         finally:
             sys.path.remove(str(file.parent))
+        for new in set(sys.modules) - before:
+            place = getattr(sys.modules[new], "__file__", None)
+            if "." not in new and place and file.parent in (Path(place).parent, Path(place).parent.parent):
+                HELPERS[new] = file.parent
     else:
         try:
             module = importlib.import_module(home)

@@ -1,5 +1,6 @@
 """Handles non-finite steps and signals in a training loop, with one decision for all ranks per step."""
 
+import math
 import signal
 from collections.abc import Iterable, Sequence
 from types import FrameType, TracebackType
@@ -44,7 +45,10 @@ class Guard:
                     save(); sys.exit(guard.exit_code)
 
     A step that is not finite is skipped on every rank: buffers (statistics of batch norms) are restored to their values
-    at `begin`, and gradients are set to None. Weights are not touched.
+    at `begin`, and the gradients of the modules and of `parameters` are set to None. Weights are not touched.
+
+    With a GradScaler (float16), give no parameters, `guard.fine(step, loss, ())`: the scaler itself skips steps whose
+    gradients overflow, and lowers its scale in `update()`.
 
     Args:
         modules: modules whose buffers are restored.
@@ -66,7 +70,7 @@ class Guard:
         self.stopping = 0
         self._received = 0
         self._signals, self._before = tuple(signals), {}  # type: ignore[var-annotated]
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
     # ---- signals
 
@@ -96,11 +100,18 @@ class Guard:
 
     def begin(self) -> None:
         """Store the buffers, which a failed step would change."""
-        if not self._kept:
-            self._kept = [(b, b.detach().clone()) for m in self.modules for b in m.buffers()]
-            return
-        for buffer, value in self._kept:
-            value.copy_(buffer.detach())
+        places = {(id(m), n): (m, n) for module in self.modules for m in module.modules() for n in m._buffers}
+        before = {(id(m), n): value for m, n, _, value in self._kept}
+        self._kept = []
+        for place, (m, n) in places.items():
+            if (buffer := m._buffers[n]) is None:
+                continue
+            value = before.get(place)
+            if value is not None and value.shape == buffer.shape and value.dtype == buffer.dtype:
+                value.copy_(buffer.detach())
+            else:
+                value = buffer.detach().clone()
+            self._kept.append((m, n, buffer, value))
 
     def fine(self, step: int, loss: Tensor | BaseException, parameters: Iterable[Tensor]) -> bool:
         """Whether loss and gradients are finite on every rank. Collective: call it on every rank.
@@ -113,14 +124,17 @@ class Guard:
         Raises:
             TooManySkipped: more than `max_skipped` consecutive steps were not finite.
         """
-        grads = [_local(p.grad) for p in parameters if p.grad is not None]
+        checked = list(parameters)
+        grads = [g for p in checked if p.grad is not None and (g := _local(p.grad)).numel()]
         spaces: tuple[str, ...] = ()
         if isinstance(loss, BaseException):
             spaces = tuple(getattr(loss, "spaces", ()))
             device = grads[0].device if grads else self._device()
             bad = torch.ones((), device=device)
         else:
-            norms = torch.stack([n.float().to(loss.device) for n in torch._foreach_norm(grads)]) if grads else None
+            # The largest entry of each: sums of squares of finite gradients may overflow.
+            tops = torch._foreach_norm(grads, math.inf) if grads else ()
+            norms = torch.stack([n.float().to(loss.device) for n in tops]) if grads else None
             total = loss.detach().float() if norms is None else loss.detach().float() + 0 * norms.sum()
             bad = 1 - total.isfinite().float()
         state = torch.stack([bad.float(), torch.full_like(bad, float(self._received))])
@@ -132,7 +146,7 @@ class Guard:
             self.skipped = 0
             return True
         self._put_back()
-        for p in parameters_of(self.modules):
+        for p in (*parameters_of(self.modules), *checked):
             p.grad = None
         self.skipped += 1
         self.total += 1
@@ -149,8 +163,9 @@ class Guard:
 
     def _put_back(self) -> None:
         with torch.no_grad():
-            for buffer, value in self._kept:
+            for m, name, buffer, value in self._kept:
                 buffer.copy_(value)
+                m._buffers[name] = buffer  # a forward pass may have assigned another tensor
 
     def _device(self) -> torch.device:
         return next((p.device for p in parameters_of(self.modules)), torch.device("cpu"))

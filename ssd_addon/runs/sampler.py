@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 class ResumableSampler(DistributedSampler[Any]):
     """A DistributedSampler that can start within an epoch: set `start` to the number of images this rank has seen.
 
+    It holds for the next pass; after that, `start` is 0 again. `len` is that of a whole epoch.
+
     >>> sampler = ResumableSampler(range(6), num_replicas=1, rank=0, shuffle=False)
     >>> sampler.start = 4
     >>> list(sampler)
@@ -22,7 +24,11 @@ class ResumableSampler(DistributedSampler[Any]):
     start = 0
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(list(super().__iter__())[self.start :])
+        return iter(self._rest(list(super().__iter__())))
+
+    def _rest(self, order: list[Any]) -> list[Any]:
+        begin, self.start = self.start, 0
+        return order[begin:]
 
 
 class ShardSampler(ResumableSampler):
@@ -76,7 +82,7 @@ class ShardSampler(ResumableSampler):
         order = order[self.rank * self.num_samples : (self.rank + 1) * self.num_samples]
         window = place[order].unique_consecutive(return_inverse=True)[1] // self.mixed
         mixed = draws[order].argsort()
-        return iter(order[mixed[window[mixed].argsort(stable=True)]].tolist()[self.start :])
+        return iter(self._rest(order[mixed[window[mixed].argsort(stable=True)]].tolist()))
 
 
 class _Seeded(torch.Generator):
@@ -105,8 +111,11 @@ class ResumableLoader(DataLoader[Any]):
     resumes with the epoch's next batch.
 
     Raises:
-        ValueError: a generator or persistent workers are given, whose draws continue from epoch to epoch; the data set
-            is iterable.
+        ValueError: a generator, a sampler with a generator, or persistent workers are given, whose draws continue from
+            epoch to epoch; the data set is iterable.
+
+    A sampler of your own that draws from torch's global generator (`WeightedRandomSampler`) gets the loader's. One that
+    draws in another way has to depend only on the epoch.
     """
 
     def __init__(self, *args: Any, seed: int = 0, **options: Any) -> None:
@@ -117,6 +126,12 @@ class ResumableLoader(DataLoader[Any]):
         if self.persistent_workers or isinstance(self.dataset, IterableDataset):
             got = "persistent workers" if self.persistent_workers else "an iterable data set"
             raise ValueError(f"ResumableLoader: expected draws that depend only on (seed, epoch): got {got}")
+        samplers: list[Any] = [self.sampler, self.batch_sampler, getattr(self.batch_sampler, "sampler", None)]
+        for sampler in (s for s in samplers if hasattr(s, "generator")):
+            if sampler.generator is not None and not isinstance(sampler.generator, _Seeded):
+                got = f"a {type(sampler).__name__} with a generator of its own"
+                raise ValueError(f"ResumableLoader: expected a sampler that draws by the loader's seed: got {got}")
+            sampler.generator = self.generator
         self.seed, self.epoch, self.batches = seed, -1, 0
         self._start = 0  # batches of the next epoch that were used before the checkpoint
         self._skip = 0

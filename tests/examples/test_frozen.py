@@ -62,7 +62,7 @@ def test_weights_of_a_file_are_the_checkpoint(data, tmp_path):
     (line,) = frozen.main(arguments)
     assert line["config"]["weights"].startswith("w.pt ")
     views = StructuredViews(**recipe("color_spatial", size=32).views, seed=0)
-    images, _ = in_memory(data / "val", 32)
+    _, (images, _) = in_memory(data, 32)
     made = parameter_matrix(Layers(net, line["config"]["layers"], 2), views, images, draws=1, on_sphere=True)
     expected = {f: round(made["backbone", f], 3) for f in made.factors}
     assert line["tables"]["groups"]["backbone"] == expected

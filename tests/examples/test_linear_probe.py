@@ -1,11 +1,13 @@
 """examples/linear_probe.py: probes find what is there and nothing else, and a run is opened and scored."""
 
 import json
+import shutil
 
 import linear_probe
 import pytest
 import torch
 from imagenet_runs import run
+from shard_files import same_classes
 
 
 def blobs(n, noise=0.3, seed=0):
@@ -52,3 +54,19 @@ def test_a_run_is_opened_and_scored(data):
     assert list(found["probes"]) == ["content", "spatial", "color", "backbone"]
     assert {"linear", "20-NN", "200-NN", "linear, 1% of labels"} <= found["probes"]["content"].keys()
     assert found["images"] == {"train": 12, "val": 6} and "parameters" not in found  # 6 images are too few
+
+
+def test_classes_of_train_and_val_have_to_be_the_same(tmp_path):
+    with pytest.raises(ValueError, match=r"same class folders.*got \['b'\] in train alone and \['d'\] in val alone"):
+        same_classes(tmp_path, ["a", "b", "c"], ["a", "c", "d"])
+    same_classes(tmp_path, ["a"], ["a"])
+
+
+@pytest.mark.slow
+def test_a_folder_of_another_class_is_refused(data):
+    run(data, "run", "--steps", "1", "--measure", "0")
+    other = data.parent / "other"
+    shutil.copytree(data, other)
+    shutil.rmtree(sorted((other / "val").iterdir())[0])
+    with pytest.raises(ValueError, match="same class folders in train and val"):
+        linear_probe.main([str(data.parent / "run"), "--data", str(other)])

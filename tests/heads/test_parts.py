@@ -244,3 +244,34 @@ def test_the_weights_go_back_under_their_own_keys(name):
         torch.equal(t, own[k] if k in own else own[k.replace("layer1.", "layer1._orig_mod.")])
         for k, t in weights.items()
     )
+
+
+def test_an_encoder_leaves_the_modes_of_the_model_alone():
+    m = model().freeze().train()
+    before = [x.training for x in m.modules()]
+    made = m.encoder("content")
+    assert [x.training for x in m.modules()] == before and made.training and made.head.training
+    assert not made.backbone.training and not model().eval().encoder("color").head.training
+
+
+def test_what_was_not_trained_before_a_freeze_is_not_trained_after_it():
+    net = Small()
+    net.conv.bias.requires_grad_(False)
+    m = StyleHeads(net, SPACES)
+    before = {n: p.requires_grad for n, p in m.named_parameters()}
+    m.freeze().freeze()
+    assert not any(p.requires_grad for p in m.backbone.parameters())
+    m.unfreeze()
+    assert {n: p.requires_grad for n, p in m.named_parameters()} == before and not m.frozen
+
+
+@pytest.mark.parametrize("flags", [(), ("on_sphere",), ("frozen",), ("on_sphere", "frozen")])
+def test_a_file_holds_how_embeddings_are_compared_and_whether_the_backbone_is_frozen(tmp_path, flags):
+    m = model()
+    m.on_sphere = "on_sphere" in flags
+    if "frozen" in flags:
+        m.freeze()
+    m.save(tmp_path / "m.pt")
+    found = StyleHeads.load(tmp_path / "m.pt", Small())
+    assert (found.on_sphere, found.frozen) == ("on_sphere" in flags, "frozen" in flags)
+    assert any(p.requires_grad for p in found.backbone.parameters()) == ("frozen" not in flags)

@@ -128,3 +128,12 @@ def test_bad_arguments():
             two_pass(net, given, JointEntropyLoss(), chunk=chunk)
     with pytest.raises(TypeError, match="expected Embeddings of views: got Tensor"):
         two_pass(Plain(), given, JointEntropyLoss(), chunk=4)
+
+
+def test_the_cache_of_autocast_is_cleared_between_the_passes(monkeypatch):
+    """Casts of weights that the pass without a graph left there would take the gradients of the second."""
+    seen = []
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: seen.append(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        two_pass(model(), batch("shared query"), JointEntropyLoss(), chunk=4)
+        assert seen == [1]

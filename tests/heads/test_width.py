@@ -143,3 +143,36 @@ def test_a_part_that_is_no_tensor_is_refused():
         StyleHeads(Turned(lambda y: (y, y)), SPACES, output=True)
     with pytest.raises(TypeError, match=r"with keys logits from Turned; wrap it in a module that returns the feat"):
         StyleHeads(Turned(lambda y: {"logits": y.mean((2, 3))}), SPACES)  # a classifier's output is no suggestion
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("size", [15, 16, 17])
+def test_the_dimension_of_the_features_does_not_depend_on_the_length(first, size):
+    """At a length of 16 both dimensions of [N, 16, 16] are as long as the features are many."""
+
+    class Series(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(2, 16, 1)
+
+        def forward(self, x):
+            return self.conv(x) if first else self.conv(x).transpose(1, 2)
+
+    net = Series()
+    model, x = StyleHeads(net, {"content": 4}, sample_ndim=2), torch.randn(3, 2, size)
+    torch.testing.assert_close(model.features(x), net.conv(x).mean(2))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_dimension_of_the_features_of_maps_does_not_depend_on_their_height(first):
+    class Maps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+
+        def forward(self, x):
+            return self.conv(x) if first else self.conv(x).permute(0, 2, 3, 1)
+
+    net = Maps()
+    model, x = StyleHeads(net, {"content": 4}), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model.features(x), net.conv(x).mean((2, 3)))

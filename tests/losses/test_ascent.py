@@ -229,3 +229,15 @@ def test_terms_hold_the_weights_that_adapt():
     assert first.scalars()["lambda/content"] == 2.0 < second.scalars()["lambda/content"]
     assert type(first).mean([first, second]).scalars()["lambda/color"] == second.scalars()["lambda/color"]
     assert not any(name.startswith("lambda/") for name in JointEntropyLoss().terms(z).scalars())
+
+
+def test_a_step_that_is_not_finite_moves_no_weight():
+    ascent = DualAscent(("content", "color"), tolerance=0.0, step_size=1.0, start=2.0)
+    z = {n: torch.randn(3, 16, 4) for n in ("content", "color")}
+    criterion = JointEntropyLoss(weights=ascent, validate=False)
+    broken = criterion.terms({**z, "color": torch.full((3, 16, 4), torch.nan)})
+    ascent.step(broken)
+    values = ascent.lambdas(("content", "color"))
+    assert all(w.isfinite() for w in values.values())
+    ascent.step(criterion.terms(z))
+    assert all(w > 2.0 for w in ascent.lambdas(("content", "color")).values())

@@ -295,3 +295,12 @@ def test_its_numbers_keep_their_type_in_a_module_that_is_cast(cast):
         assert t.dtype == before[k].dtype and torch.equal(t, before[k])
     parent.double()
     assert next(parent["term"].networks.parameters()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["v1.color", "a%2Eb", "type", "100%"])
+def test_a_style_may_have_any_name(name):
+    made = StructuredViews({name: [K.ColorJitter(0.4, p=1.0)]}, seed=0)
+    term = EquivarianceLoss({"content": 3, name: 2}, made)
+    batch = made(torch.rand(6, 3, 8, 8))
+    z = {"content": torch.randn(3, 6, 3), name: torch.randn(3, 6, 2)}
+    assert term(Embeddings(z, batch.plan), batch).isfinite() and len({k.split(".")[1] for k in term.state_dict()}) == 1

@@ -374,3 +374,17 @@ def test_embeddings_pickle_whole():
     again = pickle.loads(pickle.dumps(z))
     assert again.plan == plan and torch.equal(again.image_ids, ids) and torch.equal(again.space_index, index)
     assert torch.equal(again["color"], z["color"])
+
+
+def test_a_tensor_that_is_learned_stays_the_callers():
+    """A copy in the criterion would no longer follow the optimizer's steps."""
+    tau = torch.tensor(0.5, requires_grad=True)
+    criterion = JointEntropyLoss(temperature=tau).double()
+    z = {n: torch.randn(3, 8, 4, dtype=torch.float64) for n in ("content", "color")}
+    optimizer = torch.optim.SGD([tau], lr=0.01)
+    before = criterion(z)
+    before.backward()
+    optimizer.step()
+    assert criterion.objective.temperature is tau and tau.item() != 0.5
+    assert criterion(z).item() != before.item()
+    assert "objective.temperature" in JointEntropyLoss(temperature=nn.Parameter(torch.tensor(0.5))).state_dict()

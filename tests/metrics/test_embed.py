@@ -55,6 +55,9 @@ class Wrapper(nn.Module):
         return self.module(x)
 
 
+Wrapper.__name__ = "ModelEma"  # wrappers are known by the names of their classes
+
+
 class Fails(nn.Module):
     def forward(self, x):
         raise RuntimeError("out of memory")
@@ -369,3 +372,37 @@ def test_bad_images(given, error, message):
 def test_bad_models(returned, error, message):
     with pytest.raises(error, match=message):
         embed(returned, X)
+
+
+def test_a_module_with_one_part_is_no_wrapper():
+    """Only known wrappers are looked into: another module's forward may do more than call its part."""
+    torch.manual_seed(0)
+    heads = StyleHeads(nn.Flatten(), {"content": 3}, in_features=12)
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = heads
+
+        def forward(self, x):
+            return self.module((x - 0.5) / 0.2)
+
+    x = torch.rand(10, 3, 2, 2)
+    with torch.no_grad():
+        expected = heads.eval()((x - 0.5) / 0.2)["content"]
+    found = embed(Scaled(), x)
+    assert list(found) == ["content"]
+    torch.testing.assert_close(found["content"], expected)
+
+
+def test_a_model_whose_project_returns_a_tensor_is_called_as_it_is():
+    class SimCLR(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features, self.project = nn.Flatten(), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.project(self.features(x))
+
+    net, x = SimCLR(), torch.rand(4, 3, 2, 2)
+    torch.testing.assert_close(embed(net, x)["backbone"], net(x).detach())

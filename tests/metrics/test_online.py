@@ -193,3 +193,25 @@ def test_labels_of_every_integer_type(dtype):
     assert torch.equal(model.hits(logits, LABELS.to(dtype)), model.hits(logits, LABELS))
     with pytest.raises(ValueError, match="labels: expected classes 0 to 3: got 0 to 9"):
         model.hits(logits, torch.tensor([0] * 11 + [9]).to(dtype))
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
+def test_probes_keep_their_precision_in_a_module_that_is_cast(cast):
+    z, labels = data()
+    expected = probes()(z)
+    module = nn.ModuleDict({"probes": probes()})
+    logits = getattr(module, cast)()["probes"]({n: t.bfloat16() for n, t in z.items()})
+    for name, t in logits.items():
+        assert t.dtype == (torch.float64 if cast == "double" else torch.float32)
+        torch.testing.assert_close(t.float(), expected[name], rtol=0.05, atol=0.05)
+    module["probes"].loss(logits, labels).backward()
+
+
+def test_probes_are_of_32_bits_whatever_the_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        made = probes()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    z, _ = data()
+    assert all(t.dtype == torch.float32 for t in made(z).values())

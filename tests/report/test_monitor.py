@@ -310,6 +310,9 @@ class Wrapper(nn.Module):
         raise AssertionError("the other ranks would be waited for")
 
 
+Wrapper.__name__ = "DistributedDataParallel"  # wrappers are known by the names of their classes
+
+
 def test_a_wrapped_model_gives_the_same():
     model = heads()
     monitor = Monitor(None, views=pages.views(), images=DATA.images, factors=FACTORS)

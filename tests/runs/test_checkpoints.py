@@ -733,3 +733,18 @@ def test_a_log_of_another_system_is_read(tmp_path):
     text = '\ufeff{"step": 0, "note": "a\u2028b"}\r\n{"step": 1}\r\n'
     (tmp_path / "log.jsonl").write_bytes(text.encode())
     assert [e["step"] for e in read_log(tmp_path / "log.jsonl")] == [0, 1]
+
+
+def test_two_scripts_have_helpers_of_the_same_name(tmp_path):
+    for k, folder in enumerate(("a", "b"), 1):
+        (tmp_path / folder / "parts").mkdir(parents=True)
+        (tmp_path / folder / "blocks.py").write_text(f"W = {k}\n")
+        (tmp_path / folder / "parts" / "__init__.py").write_text("")
+        (tmp_path / folder / "parts" / "deep.py").write_text(f"V = {10 * k}\n")
+        (tmp_path / folder / "net.py").write_text(
+            "from blocks import W\nfrom parts.deep import V\nfrom torch import nn\n"
+            "class Net(nn.Linear):\n    def __init__(self):\n        super().__init__(W, V)\n"
+        )
+    for k, folder in ((1, "a"), (2, "b"), (1, "a")):
+        net = build_backbone(f"{tmp_path / folder / 'net.py'}:Net", code=True)
+        assert (net.in_features, net.out_features) == (k, 10 * k)

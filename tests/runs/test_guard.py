@@ -89,3 +89,50 @@ def test_a_state_that_is_not_finite_is_found_by_its_place():
     bad = {"model": {"w": torch.ones(2)}, "optimizer": {"state": {0: {"momentum": torch.tensor([1.0, float("inf")])}}}}
     assert runs.not_finite(bad) == "optimizer.state.0.momentum"
     assert runs.not_finite([torch.tensor(float("nan"))]) == "0"
+
+
+def test_a_buffer_that_the_module_assigns_anew_is_put_back():
+    class Centered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.register_buffer("center", torch.zeros(2))
+
+        def forward(self, x):
+            y = self.layer(x)
+            self.center = 0.9 * self.center + 0.1 * y.detach().mean(0)
+            return y - self.center
+
+    net, guard = Centered(), None
+    guard = runs.Guard([net])
+    assert step(net, guard, 0, torch.rand(4, 3))
+    before = net.center.clone()
+    net.zero_grad()
+    assert not step(net, guard, 1, torch.full((4, 3), float("nan"))) and torch.equal(net.center, before)
+    assert step(net, guard, 2, torch.rand(4, 3)) and not torch.equal(net.center, before)
+    assert "center" in dict(net.named_buffers())
+
+
+def test_gradients_outside_the_modules_are_cleared_too():
+    net, scale = network(), nn.Parameter(torch.ones(()))
+    guard, done = runs.Guard([net]), []
+    for number, value in enumerate((1.0, float("nan"), 1.0, 1.0)):
+        guard.begin()
+        loss = scale * value * net(torch.rand(8, 3)).square().mean()
+        loss.backward()
+        done.append(guard.fine(number, loss, [*net.parameters(), scale]))
+        if done[-1]:
+            net.zero_grad()
+            scale.grad = None
+    assert done == [True, False, True, True]
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 1000.0), (torch.float32, 1e30)])
+def test_large_finite_gradients_are_finite(dtype, value):
+    p = nn.Parameter(torch.zeros(10_000, dtype=dtype))
+    p.grad = torch.full_like(p, value)
+    empty = nn.Parameter(torch.zeros(0))
+    empty.grad = torch.zeros(0)
+    assert runs.Guard([]).fine(0, torch.zeros(()), [p, empty])
+    p.grad[3] = float("inf")
+    assert not runs.Guard([]).fine(1, torch.zeros(()), [p])

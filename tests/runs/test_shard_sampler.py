@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.utils.data import BatchSampler, RandomSampler, WeightedRandomSampler
 
-from ssd_addon.runs import ShardSampler
+from ssd_addon.runs import ResumableLoader, ResumableSampler, ShardSampler
 
 SHARDS = torch.arange(10).repeat_interleave(7)  # 10 shards of 7
 
@@ -62,3 +63,28 @@ def test_fewer_samples_than_ranks_are_repeated():
 def test_no_samples_and_no_shards_to_mix_are_refused(shards, mixed, got):
     with pytest.raises(ValueError, match=f"ShardSampler: expected samples, and at least one shard to mix: got {got}"):
         ShardSampler(shards, mixed=mixed, num_replicas=1, rank=0)
+
+
+@pytest.mark.parametrize("make", [lambda: ResumableSampler(range(6), 1, 0, shuffle=False), lambda: ShardSampler(
+    SHARDS[:6], mixed=1, num_replicas=1, rank=0)])  # fmt: skip
+def test_a_start_holds_for_one_pass(make):
+    sampler = make()
+    whole = list(sampler)
+    sampler.start = 4
+    assert list(sampler) == whole[4:] and list(sampler) == whole and len(sampler) == 6
+
+
+def test_a_sampler_of_ones_own_draws_by_the_loaders_seed():
+    def loader():
+        sampler = WeightedRandomSampler([1.0] * 8, 8, replacement=False)
+        return ResumableLoader(range(8), batch_size=2, sampler=sampler, seed=1)
+
+    whole, again = [b.tolist() for b in loader()], loader()
+    again.load_state_dict({"epoch": 0, "batches": 2})
+    assert [b.tolist() for b in again] == whole[2:]
+    assert [b.tolist() for b in loader()] == whole
+    own = RandomSampler(range(8), generator=torch.Generator())
+    with pytest.raises(ValueError, match="by the loader's seed: got a RandomSampler with a generator of its own"):
+        ResumableLoader(range(8), sampler=own)
+    with pytest.raises(ValueError, match="got a RandomSampler with a generator of its own"):
+        ResumableLoader(range(8), batch_sampler=BatchSampler(own, 2, drop_last=False))

@@ -271,6 +271,16 @@ def test_the_number_of_an_epoch_makes_its_draws_with_workers_or_without():
         NativeCrops(made()).set_epoch(0.5)
 
 
+def test_the_same_number_again_makes_the_same_draws():
+    collate = NativeCrops(made("interleaved"))
+    found = []
+    for number in (0, 0, 1, 0):
+        collate.set_epoch(number)
+        found.append(collate(samples(SIZES))[0].pixels)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[3])
+    assert not torch.equal(found[0], found[2]) and not torch.equal(collate(samples(SIZES))[0].pixels, found[0])
+
+
 def test_a_batch_is_moved_pickled_and_described():
     cropped, _, _ = NativeCrops(made())(samples())
     again = pickle.loads(pickle.dumps(cropped.to("cpu", non_blocking=True)))

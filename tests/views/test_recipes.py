@@ -64,8 +64,11 @@ def test_what_photographs_were_measured_with():
         and r.ascent is None
     )
     assert recipe("content_only").loss == {"family": "simclr", "temperature": 0.15}
-    for family in ("vicreg", "barlow"):
-        assert recipe("color_spatial", family=family).loss == {"family": family}
+    for family in ("vicreg", "barlow", "mmcr"):
+        r = recipe("color_spatial", family=family)
+        assert r.loss == {"family": family} and r.spaces == {"content": 8, "spatial": 32, "color": 32}
+        assert recipe("content_only", family=family).spaces == {"content": 64}
+        assert recipe("color_spatial", family=family, content=20).spaces["content"] == 20
 
 
 def test_strengths_of_the_presets():

@@ -1,5 +1,6 @@
 """Seed, call and rank of the views are state: nested, saved in any format, restored, moved and pickled."""
 
+import copy
 import io
 import pickle
 import warnings
@@ -139,3 +140,20 @@ def test_copies_of_data_parallel_which_would_draw_the_same_views_at_every_call_a
     with pytest.raises(TypeError, match="got nn.DataParallel, whose copies would draw the same views"):
         for part in module.modules():
             part._replicate_for_data_parallel()
+
+
+def test_a_copy_knows_its_own_rank_where_it_has_one(monkeypatch):
+    """Views that were made before the processes are, as for torch.multiprocessing.spawn."""
+    views = make()
+    copies = [pickle.loads(pickle.dumps(views)), copy.deepcopy(views)]
+    for made in copies:
+        monkeypatch.setenv("RANK", "2")
+        assert made.rank == 2
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 5)
+        assert made.rank == 5
+        monkeypatch.undo()
+        assert made.rank == 0
+    chosen = pickle.loads(pickle.dumps(make(rank=7)))
+    monkeypatch.setenv("RANK", "2")
+    assert chosen.rank == 7

@@ -8,10 +8,11 @@ import pytest
 import torch
 from lightly.data import LightlyDataset
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 from ssd_addon import JointEntropyLoss, StructuredCollate, StructuredTransform, StructuredViews, StyleHeads, operations
+from ssd_addon.lightning import _of_workers
 from ssd_addon.metrics import parameter_matrix
 from ssd_addon.runs import ResumableSampler
 
@@ -241,3 +242,42 @@ def test_samples_of_any_shape_and_range():
             StructuredViews({"gain": [Gain()]}, value_range=bad)
     with pytest.raises(ValueError, match=r"0\.ColorJitter could not be"):
         StructuredViews({"color": [K.ColorJitter(0.4)]}, sample_ndim=2, seed=0)(torch.rand(3, 4, 30))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_floats_of_any_width_become_views_of_32_bits(transform, dtype):
+    x = torch.rand(3, 16, 16).to(dtype)
+    torch.manual_seed(0)
+    views = transform(x)
+    torch.manual_seed(0)
+    for a, b in zip(views, transform(x.float()), strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
+def test_parameters_say_which_operations_made_a_view():
+    """The query and the keys have operations of their own for the same stage."""
+    ops = [K.RandomGaussianBlur((3, 3), (0.1, 0.2), p=1.0)], [K.RandomGaussianBlur((9, 9), (2.0, 3.0), p=1.0)]
+    groups = {"color": [K.ColorJitter(hue=0.2, p=1.0)]}
+    made = StructuredTransform(groups, then=ops[0], key_then=ops[1], seed=0, parameters=True)
+    images = [torch.rand(3, 16, 16) for _ in range(4)]
+    torch.manual_seed(0)
+    each = [made(x) for x in images]
+    views = made.views
+    for batch in (made.collated(each), _of_workers(default_collate(each), made)):
+        for v in range(3):
+            again = views.replay(torch.stack(images), batch.parameters[v])
+            torch.testing.assert_close(again, batch.views[v], rtol=0, atol=1e-6)
+    parameters = each[1][1][1]
+    one = {s: {o: {k: t[None] for k, t in p.items()} for o, p in each.items()} for s, each in parameters.items()}
+    torch.testing.assert_close(views.replay(images[1][None], one)[0], each[1][0][1], rtol=0, atol=1e-6)
+
+
+def test_arrays_of_any_values_where_any_are_allowed():
+    gain = operations.seeded(lambda x: x * torch.rand(1))
+    made = StructuredTransform({"gain": [gain]}, seed=0, value_range=None)
+    array = np.random.default_rng(0).normal(size=(6, 5, 2)) * 100
+    torch.manual_seed(0)
+    views = made(array)
+    torch.manual_seed(0)
+    for a, b in zip(views, made(torch.from_numpy(array).permute(2, 0, 1)), strict=True):
+        assert a.shape == (2, 6, 5) and torch.equal(a, b)
