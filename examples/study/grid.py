@@ -291,7 +291,6 @@ FINALS: dict[str, list[Row]] = {
 }
 
 RECIPE = WIDE | EVERY | ENTROPY | HALF
-GENTLE = RECIPE | {"equivariance": 0.1}
 JOINT_ALONE = WIDE | EVERY | {"equivariance": 0.1}
 IMAGENETS: dict[str, list[Row]] = {
     "imagenet/recipe": [
@@ -308,7 +307,6 @@ FAMILIES: dict[str, list[Row]] = {
             (f"{family}, {name}", PLAIN | {"spatial_width": None} | TRIED | {"steps": 800, "family": family} | c, 1)
             for name, c in (
                 ("the recipe", RECIPE),
-                ("the recipe, equivariance 0.1", GENTLE),
                 ("equivariance 0.1 without content entropy", JOINT_ALONE),
             )
             for family in OTHERS
@@ -347,6 +345,7 @@ BASELINES: dict[str, list[Row]] = {
         for n, c in {
             "the recipe": RECIPE,
             "content 256 wide, SSL on content, 1": RECIPE | {"content_width": 256, "contrast": 1.0},
+            "content 8 wide": RECIPE | NARROW,
             "content-only": {"method": "content-only", "steps": 2400},
             "content-only, 256 wide": {"method": "content-only", "steps": 2400, "content_width": 256},
             "LooC, tau 0.05, spaces 128 and 128": {
