@@ -15,34 +15,45 @@ RECIPE = "all keys, content entropy, equivariance 0.5, 64 and 32"
 """The finalist that `recipe` returns."""
 
 
+COMPARED = {
+    "content-only": "ordinary SSL",
+    "the recipe": "the recipe",
+    "LooC, tau 0.05, spaces 128 and 128": "LooC, tuned",
+    "AugSelf, weight 1, tau 0.15": "AugSelf, tuned",
+}
+
+
 def without_cost(lines: list[Line], folder: Path) -> None:
-    """Photographs: classes and changes of color, decoded from two backbones."""
-    found = rows_of(lines, "cifar/finals")
-    if not {RECIPE, "content-only"} <= set(found):
+    """Unseen photographs: accuracy, and changes decoded from the backbone and from the content space."""
+    found = {name: its for name, its in rows_of(lines, "cifar/fresh").items() if name in COMPARED}
+    if not {"the recipe", "content-only"} <= set(found):
         return
     kinds = {"linear": "linear probe", "neighbours": "20 neighbors"}
-    parameters = told(found[RECIPE][0]["tables"]["label-free, each"]["backbone"])
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=[2, 5])
-    for i, (name, label) in enumerate({"content-only": "ordinary SSL", RECIPE: "the recipe"}.items()):
+    parameters = told(found["the recipe"][0]["tables"]["label-free, each"]["backbone"])
+    spaces = {"backbone": "from the backbone", "content": "from the content space"}
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained", width_ratios=[2, 5, 5])
+    wide = 0.8 / len(found)
+    for i, (name, label) in enumerate((n, w) for n, w in COMPARED.items() if n in found):
         its = found[name]
-        classes = [[line["accuracy"]["backbone"][k] for line in its] for k in kinds]
-        changes = [[score(line, "label-free, each", "backbone", p) for line in its] for p in parameters]
-        for axis, values in zip(axes, (classes, changes), strict=True):
-            where = [x + 0.4 * (i - 0.5) for x in range(len(values))]
-            middle, spread = [statistics.mean(v) for v in values], [statistics.stdev(v) for v in values]
-            color = plots.PALETTE[i]
-            axis.bar(where, middle, 0.38, yerr=spread, color=color, label=f"{label} ({len(its)} seeds)", capsize=2)
+        groups = [[[line["accuracy"]["backbone"][k] for line in its] for k in kinds]]
+        groups += [[[score(line, "label-free, each", s, p) for line in its] for p in parameters] for s in spaces]
+        for axis, values in zip(axes, groups, strict=True):
+            where = [x + wide * (i - (len(found) - 1) / 2) for x in range(len(values))]
+            middle = [statistics.mean(v) for v in values]
+            spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+            legend = f"{label} ({len(its)} seeds)"
+            axis.bar(where, middle, wide, yerr=spread, color=plots.PALETTE[i], label=legend, capsize=2)
     axes[0].set_xticks(range(len(kinds)), list(kinds.values()))
-    axes[0].set_title("accuracy of the backbone on ten classes", fontsize=11)
-    axes[1].set_xticks(
-        range(len(parameters)), [textwrap.fill(short(p).replace("ResizedCrop ", "crop, "), 11) for p in parameters]
-    )
-    axes[1].set_title("R² of the change of each parameter, from the backbone", fontsize=11)
+    axes[0].set_title("accuracy of the backbone", fontsize=11)
+    words = [textwrap.fill(short(p).replace("ResizedCrop ", "crop, "), 11) for p in parameters]
+    for axis, text in zip(axes[1:], spaces.values(), strict=True):
+        axis.set_xticks(range(len(words)), words, fontsize=9)
+        axis.set_title(f"R² of the change of each parameter, {text}", fontsize=11)
     for axis in axes:
         axis.set_ylim(0, 1)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(0.42, 1.0))
-    figure.savefig(folder / "recipe-cost.png", dpi=110)
+    axes[2].legend(frameon=False, loc="upper left", fontsize=9)
+    figure.savefig(folder / "recipe-cost.png", dpi=100)
     plt.close(figure)
 
 
