@@ -312,7 +312,13 @@ FAMILIES: dict[str, list[Row]] = {
             for family in OTHERS
         ),
     ],
-    "cifar/each": [(f, CIFAR | PLAIN | NARROW | {"steps": 1200, "scored": 500, "family": f}, 3) for f in OTHERS],
+    "cifar/each": [
+        *((f, CIFAR | PLAIN | NARROW | {"steps": 1200, "scored": 500, "family": f}, 3) for f in OTHERS),
+        *(
+            (f"{f}, 64 wide", CIFAR | PLAIN | WIDE | {"steps": 1200, "scored": 500, "family": f}, 1)
+            for f in ("vicreg", "mmcr")
+        ),
+    ],
 }
 """The other families with a narrow content space, with the widths of SimCLR's recipe, and by SimCLR's recipe."""
 
