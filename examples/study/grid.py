@@ -277,11 +277,7 @@ FINALS: dict[str, list[Row]] = {
         for n, c in (FINALISTS | {"content 8 wide": EVERY | ENTROPY | HALF | NARROW}).items()
     ],
     "objects/finals": [
-        *(
-            (n, PLAIN | TRIED | {"steps": 1600, "scored": 0, "leaks": True} | FINALISTS[n], 3)
-            for n in ("all keys, content entropy, equivariance 0.5, 64 and 32", "independence 3")
-        ),
-        ("first key", PLAIN | TRIED | {"steps": 1600, "scored": 0, "leaks": True} | WIDE | ENTROPY | HALF, 1),
+        ("the recipe", PLAIN | TRIED | {"steps": 1600, "scored": 0, "leaks": True} | WIDE | EVERY | ENTROPY | HALF, 3),
         ("content-only", PLAIN | TRIED | ORDINARY | {"steps": 3200, "scored": 0, "leaks": True}, 3),
     ],
     "cifar/finals": [
