@@ -30,7 +30,7 @@ DEFAULTS: Config = {
     "curve": 0,  # sprites and objects: the linear table every so many steps, for the weights and for their average
     "augself": 1.0,
     "leaks": False,  # images: tests whether a space depends on what is not its own (metrics.exclusivity)
-    "split": 0,  # photographs: 1 holds out images that no choice has seen
+    "split": 0,  # photographs: 1 holds out images that were not used to choose a setting
     "contrast": 0.0,  # photographs: weight of ordinary SSL on content alone, beside the joint loss
     "amp": False,
     "history": 0,  # log content's terms every so many steps
@@ -370,7 +370,7 @@ BASELINES: dict[str, list[Row]] = {
     ],
 }  # fmt: skip
 """Settings that may raise the content space's accuracy, and settings of the baselines: as many trials as ours had, half
-as long, one seed. "cifar/fresh": the settings so chosen, scored on images that no choice has seen."""
+as long, one seed. "cifar/fresh": the settings so chosen, scored on images that were not used to choose them."""
 
 EXPERIMENTS: dict[str, list[Row]] = {
     **LATENTS, **SPRITES, **PHOTOGRAPHS, **SCANS, **FINALS, **IMAGENETS, **FAMILIES, **BASELINES,

@@ -1,7 +1,7 @@
 """Score a representation on tasks: classes, from all labels and from few, under shifted colors, and tasks of style.
 
 Everything is measured on the even and on the odd held-out images: settings are chosen on the first half ("choose"),
-and results are reported on the second ("report"). Images that no choice has used at all are scored as one ("all").
+and results are reported on the second ("report"). Images that were used in no choice are scored as one ("all").
 """
 
 from collections.abc import Callable

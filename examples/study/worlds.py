@@ -237,7 +237,7 @@ class PhotographWorld(ImageWorld):
     """A folder of photographs in memory. DIR/train/CLASS/*.jpg and, for labels, DIR/val/CLASS/*.jpg.
 
     With "split" 1, as many of the training images as val has are held out instead, and val is trained on: settings that
-    were chosen on val are then scored on images that no choice has seen.
+    were chosen on val are then scored on images that were not used to choose them.
     """
 
     def __init__(self, c: Config, seed: int) -> None:
