@@ -263,6 +263,7 @@ UNSEEN = {
     "content-only": ("backbone", "content"),
     "the recipe": ("backbone", "content", "spatial", "color"),
     "LooC, tau 0.05, spaces 128 and 128": ("backbone",),
+    "AugSelf, weight 1, tau 0.15": ("backbone",),
 }
 
 
