@@ -203,7 +203,7 @@ PHOTOGRAPHS: dict[str, list[Row]] = {
     "cifar/weights": [
         ("content entropy", CIFAR | {"content_entropy": True}, 1),
         (
-            "the recipe: content entropy, equivariance 0.5",
+            "content entropy, equivariance 0.5, first key",
             CIFAR | {"content_entropy": True, "method": "equivariance", "equivariance": 0.5},
             3,
         ),
@@ -231,7 +231,7 @@ PLAIN: Config = {
 HALF, APART = {"equivariance": 0.5}, {"independence": 3.0}
 WIDE, EVERY, ENTROPY = {"content_width": 64, "style_width": 32}, {"content_keys": "all"}, {"content_entropy": True}
 CANDIDATES: dict[str, Config] = {
-    "recipe of 0.1": WIDE | HALF | ENTROPY,
+    "recipe of release 0.1, first key": WIDE | HALF | ENTROPY,
     "plain": {},
     "equivariance 0.5": HALF,
     "independence 3": APART,
