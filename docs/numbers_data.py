@@ -169,10 +169,10 @@ def pairs(experiment: str, name: str, kind: str) -> list[Seeds]:
     return [identified(experiment, name, kind, *cell) for cell in cells]
 
 
-def partial(name: str, kind: str, size: int, what: str) -> Seeds:
+def partial(name: str, kind: str, size: int, what: str, experiment: str = "partial/independent") -> Seeds:
     """Identifiability, partial views: what sets of `size` views "share", or do not ("not")."""
     measure = identifiability_report.over(kind, size, ("share", "not").index(what))
-    return Seeds(measure(line["scores"]) for line in _identifiability("partial/independent", name))
+    return Seeds(measure(line["scores"]) for line in _identifiability(experiment, name))
 
 
 def _identifiability(experiment: str, name: str) -> list[dict[str, Any]]:
