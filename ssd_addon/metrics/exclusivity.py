@@ -99,7 +99,7 @@ def exclusivity(
     >>> print(exclusivity(z, {"shape": shape, "hue": hue}, {"color": ("hue",), "content": ("shape",)}))
              shape    hue
     color     0.00    own
-    content    own   0.99*
+    content    own   1.00*
     partial R^2 given the own factors, n = 300 samples
     * leak: Holm-corrected p <= 0.05 and partial R^2 >= 0.02
 

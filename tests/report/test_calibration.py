@@ -54,8 +54,9 @@ def test_the_sentences_below_the_tables(case):
     if case == "all":
         signs = [x for x in SHOWN if not x["share"] and x["null"] == "signs"]
         count, n = sum(x["rejected"] for x in signs), sum(x["repetitions"] for x in signs)
-        assert len(signs) == 8 and f"the test rejected {count} times of {n:,}, {wilson(count, n)}" in text
+        assert len(signs) == 9 and f"the test rejected {count} times of {n:,}, {wilson(count, n)}" in text
     else:
-        (wide,) = (x for x in LINES if (x["n"], x["d"]) == (1000, 128))
+        case, size = "number of an own number", (1000, 128)
+        (wide,) = (x for x in LINES if (x["n"], x["d"]) == size and x["case"] == case and not x["share"])
         count, n = wide["rejected"], wide["repetitions"]
         assert f"for a {wide['case']}, it rejected {count} times of {n}, {wilson(count, n)}" in text
