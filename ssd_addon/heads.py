@@ -268,11 +268,12 @@ class StyleHeads(ReadsStacked):
         return self
 
     def unfreeze(self) -> "StyleHeads":
-        """Undo `freeze`: train again what was trained before. Returns the model."""
-        self.frozen = False
-        for name, p in self.backbone.named_parameters():
-            p.requires_grad_(name not in self._still)
-        self.backbone.train(self.training)
+        """Undo `freeze`: train again what was trained before; nothing changes where it was not called."""
+        if self.frozen:
+            self.frozen = False
+            for name, p in self.backbone.named_parameters():
+                p.requires_grad_(name not in self._still)
+            self.backbone.train(self.training)
         return self
 
     def train(self, mode: bool = True) -> "StyleHeads":

@@ -259,6 +259,8 @@ def test_what_was_not_trained_before_a_freeze_is_not_trained_after_it():
     net.conv.bias.requires_grad_(False)
     m = StyleHeads(net, SPACES)
     before = {n: p.requires_grad for n, p in m.named_parameters()}
+    m.unfreeze()
+    assert {n: p.requires_grad for n, p in m.named_parameters()} == before
     m.freeze().freeze()
     assert not any(p.requires_grad for p in m.backbone.parameters())
     m.unfreeze()
