@@ -184,7 +184,10 @@ def _audit_parser(commands: Any) -> None:
     a.add_argument("--output", help="where a backbone returns several tensors, the one to use, such as pooler_output")
     a.add_argument("--device", default="auto", help="cpu, cuda, ...; auto, the default, takes a GPU where there is one")
     a.add_argument(
-        "--seed", type=int, default=0, help="of the views, the split, the intervals and the untrained copy (default 0)"
+        "--seed",
+        type=int,
+        default=0,
+        help="of the views, the split, the intervals and the untrained copies (default 0)",
     )
 
 

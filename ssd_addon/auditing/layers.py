@@ -6,6 +6,7 @@ Legend: B images, C channels, [H, W] map, T tokens, d numbers per image.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ssd_addon import _checks
 from ssd_addon.backbones import TimmFeatures
+from ssd_addon.metrics import ScoreTable
 from ssd_addon.pooling import Pooling
 
 STAGES = 4
@@ -22,20 +24,20 @@ GRID = 2
 """A map of features is averaged in a grid of GRID x GRID cells, so that something of where things are is kept."""
 PIXELS = 8
 """Edge in pixels of the images that the row "pixels" is made of."""
+UNTRAINED = "untrained"
 PREFIX = 8
 """Tokens at most that stand before those of the image: class and register tokens."""
 
 
 class Layers(nn.Module):
-    """Images [B, C, H, W] in [0, 1] to name -> [B, d]: "pixels", the layers, "backbone" and, where there is one,
-    "untrained".
+    """Images [B, C, H, W] in [0, 1] to name -> [B, d]: "pixels", the layers, "backbone" and "untrained 0", ...
 
     Args:
         backbone: returns features.
         pooling: of its features.
         layers: name -> the module inside the backbone whose output is a row.
         mean, std: of the images' channels; subtracted and divided by before the backbone. None: the images as they are.
-        untrained: another backbone of the same form.
+        untrained: other backbones of the same form.
     """
 
     def __init__(
@@ -44,10 +46,10 @@ class Layers(nn.Module):
         pooling: Pooling,
         layers: Mapping[str, nn.Module],
         normalize: tuple[Sequence[float], Sequence[float]] | None,
-        untrained: nn.Module | None = None,
+        untrained: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
-        self.backbone, self.pooling, self.untrained = backbone, pooling, untrained
+        self.backbone, self.pooling, self.untrained = backbone, pooling, nn.ModuleList(untrained)
         self._layers = dict(layers)  # parts of the backbone: not registered again
         self.normalize = normalize
 
@@ -61,8 +63,8 @@ class Layers(nn.Module):
                 f"layers: expected modules that run when the backbone does: got {_checks.names(silent)}, which do not"
             )
         out = {"pixels": pixels(x), **{name: met[name] for name in self._layers}, "backbone": features}
-        if self.untrained is not None:
-            out["untrained"] = self.pooling(self.untrained(images), len(x))
+        for k, twin in enumerate(self.untrained):
+            out[f"{UNTRAINED} {k}"] = self.pooling(twin(images), len(x))
         return out
 
     def normalized(self, x: Tensor) -> Tensor:
@@ -73,6 +75,25 @@ class Layers(nn.Module):
         if len(mean) not in (1, x.shape[1]):
             mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
         return (x - mean) / std
+
+
+def over_copies(table: ScoreTable) -> ScoreTable:
+    """The table with one row "untrained": the mean over the copies, and intervals that span those of all copies."""
+    copies = [s for s in table.spaces if s.startswith(f"{UNTRAINED} ") and s.removeprefix(f"{UNTRAINED} ").isdigit()]
+    scores, intervals, notes = (
+        {cell: v for cell, v in each.items() if cell[0] not in copies}
+        for each in (table.scores, table.intervals, table.notes)
+    )
+    for f in table.factors if copies else ():
+        scores[UNTRAINED, f] = sum(table.scores[c, f] for c in copies) / len(copies)
+        found = [table.intervals[c, f] for c in copies if (c, f) in table.intervals]
+        if len(found) == len(copies):
+            intervals[UNTRAINED, f] = min(low for low, _ in found), max(high for _, high in found)
+        if note := next((table.notes[c, f] for c in copies if (c, f) in table.notes), None):
+            notes[UNTRAINED, f] = note
+    rows = (*(s for s in table.spaces if s not in copies), *((UNTRAINED,) if copies else ()))
+    parts = None if table.parts is None else over_copies(table.parts)
+    return replace(table, spaces=rows, scores=scores, intervals=intervals, notes=notes, parts=parts)
 
 
 def pixels(x: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ssd_addon import _checks
-from ssd_addon.auditing.layers import Layers, named_layers, stages
-from ssd_addon.auditing.untrained import untrained
+from ssd_addon.auditing.layers import Layers, named_layers, over_copies, stages
+from ssd_addon.auditing.untrained import CALIBRATION, untrained_copies
 from ssd_addon.augment import StructuredViews
 from ssd_addon.backbones import TimmFeatures, prepared
 from ssd_addon.batch import ViewBatch, ViewParameters
@@ -94,13 +94,13 @@ def audit(
         draws: pairs per image and group; None makes about 1,000 pairs a group.
         batch_size: images at a time.
         bootstrap: resamples of the held-out images for the 95 % intervals.
-        seed: of the views, the split, the resamples and the untrained copy.
+        seed: of the views, the split, the resamples and the untrained copies.
         say: called with a line on the progress.
 
     Returns:
         `ScoreTable` of R^2, rows x groups, with the single parameters in `.parts`. Rows: "pixels" (the views, averaged
-        in a grid of 8 x 8), the layers by name, "backbone" (its features), "untrained" (those of a copy with weights
-        drawn anew).
+        in a grid of 8 x 8), the layers by name, "backbone" (its features), "untrained" (those of three copies with
+        weights drawn anew: the mean of their scores, and an interval that spans those of all three).
 
     Warns:
         UserWarning: the images are smaller than a preset's views, so that they are enlarged.
@@ -158,7 +158,7 @@ def audited(
 def _accuracy(model: Layers, each: list[Tensor], labels: Tensor, seed: int, notes: list[str]) -> ScoreTable | None:
     z = embed(model, [scaled(x) for x in each])
     try:
-        return class_accuracy(z, labels, seed=seed)
+        return over_copies(class_accuracy(z, labels, seed=seed))
     except ValueError as error:
         notes.append(f"class accuracy is left out: {error}")
     return None
@@ -225,13 +225,14 @@ def prepared_for(
             chosen = named_layers(net, layers) if layers is not None else {}
             if layers is None:
                 chosen = stages(net, bare.normalized(some[:2]), net)
-            copied = untrained(net, bare.normalized(torch.cat([scaled(x).to(device) for x in _first(each, 256)])), seed)
+            seen = torch.cat([scaled(x).to(device) for x in _first(each, CALIBRATION)])
+            copies = untrained_copies(net, bare.normalized(seen), seed)
     except (RuntimeError, AssertionError, IndexError) as error:
         raise ValueError(
             "images: expected images that the backbone takes, of the size and the number of channels that it was "
             f"trained on: got {_checks.shape(each[0])} ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         ) from error
-    return Layers(net, pooling, chosen, scale, copied), each, notes
+    return Layers(net, pooling, chosen, scale, copies), each, notes
 
 
 def _first(each: Sequence[Tensor], count: int) -> list[Tensor]:
@@ -310,7 +311,7 @@ def _table(
     tables = [parameter_matrix(counting, OneGroup(views, g), each, **options) for g in groups]
     parts = [t.parts for t in tables if t.parts is not None]
     whole = _beside(tables)
-    return replace(whole, parts=_beside(parts) if parts else None)
+    return over_copies(replace(whole, parts=_beside(parts) if parts else None))
 
 
 def _beside(tables: Sequence[ScoreTable]) -> ScoreTable:

@@ -95,7 +95,7 @@ def _courses(models: Sequence[Audited]) -> str:
             "<section>",
             "<h2>On the way through the layers</h2>",
             "<p>How well each parameter can be decoded (R²) from the pixels, from each layer and from the features at "
-            "the end. The dashed line is the score of the features of an untrained copy.</p>",
+            "the end. The dashed line is the score of the features of untrained copies, the mean of three.</p>",
             f'<ul class="legend">{legend}</ul>' if len(models) > 1 else "",
             f'<div class="plots">{"".join(panels)}</div>',
             "</section>",
@@ -197,7 +197,8 @@ def _how() -> str:
     rows = (
         "<b>pixels</b> are the views themselves, averaged over a grid of 8 x 8: what a probe decodes without any "
         "network. Layers are averaged over a grid of 2 x 2. <b>backbone</b> is what a downstream task gets, and "
-        "<b>untrained</b> is the same network with random weights: where it scores higher, training removed something."
+        "<b>untrained</b> is the same network with random weights: the mean of three copies, with an interval that "
+        "spans those of all three. Where it lies above that of the backbone, training removed something."
     )
     low = (
         "<b>A low score</b> says that this probe finds little from this many pairs, not that nothing is there. Compare "

@@ -6,8 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+COPIES = 3
+"""Copies that an audit compares with, as the scores of two can differ by more than their intervals."""
 CALIBRATION = 256
 """Images, at most, from which an untrained copy takes the statistics of its batch norms."""
+
+
+def untrained_copies(net: nn.Module, images: Tensor, seed: int) -> list[nn.Module]:
+    """Several copies as `untrained` makes them, each with weights of its own."""
+    return [untrained(net, images, (seed * COPIES + k) % 2**63) for k in range(COPIES)]
 
 
 def untrained(net: nn.Module, images: Tensor, seed: int) -> nn.Module:

@@ -20,9 +20,9 @@ class Course:
         name: of the parameter, for people.
         key: (table's factor).
         features: score of the backbone's features.
-        untrained: of an untrained copy's.
+        untrained: mean of the untrained copies' scores.
         by_layer: "pixels" and layer -> score.
-        lost: whether the interval of the features lies below that of the untrained copy; gained: above.
+        lost: whether the interval of the features lies below those of all untrained copies; gained: above.
         fell: whether the interval of the features lies below that of a row before them.
     """
 
@@ -67,7 +67,7 @@ def courses(a: Audited) -> list[Course]:
             by_layer = {row: sure(table, row, p) for row in ("pixels", *a.layers)}
             before = [table.intervals.get((row, p), (math.nan, math.nan))[0] for row in by_layer]
             fell = any(not x <= high for x in before)  # without intervals the scores decide
-            features, fresh = sure(table, "backbone", p), sure(table, "untrained", p)
+            features, fresh = sure(table, "backbone", p), max(0.0, table["untrained", p])
             out.append(Course(name, p, features, fresh, by_layer, high < other_low, low > other_high, fell))
     twice = {c.name for c in out if sum(d.name == c.name for d in out) > 1}
     return [Course(f"{c.key.split('/')[0]}'s {c.name}", *_rest(c)) if c.name in twice else c for c in out]
@@ -90,9 +90,14 @@ def headline(a: Audited) -> str:
         head = f"The features encode only weakly {_scored(weak)}."
     else:
         head = "The features encode none of these augmentations."
-    states = dict.fromkeys(c.state for c in each if c.state.startswith("after "))
-    lost = [f"{listed([c.name for c in each if c.state == state])} ({state})" for state in states]
-    return f"{head} Lost on the way: {'; '.join(lost)}." if lost else head
+    gone = [c for c in each if c.state.startswith("after ")]
+    anyway = [c for c in gone if not c.lost and c.untrained < TRACE]
+    way, both = "Lost on the way", "Lost on the way in untrained copies too"
+    for said, those in ((way, [c for c in gone if c not in anyway]), (both, anyway)):
+        states = dict.fromkeys(c.state for c in those)
+        lost = [f"{listed([c.name for c in those if c.state == state])} ({state})" for state in states]
+        head += f" {said}: {'; '.join(lost)}." if lost else ""
+    return head
 
 
 def advice(a: Audited) -> list[tuple[str, Section]]:
@@ -115,7 +120,7 @@ def advice(a: Audited) -> list[tuple[str, Section]]:
 
 
 def sentences(a: Audited) -> list[str]:
-    """What not even the pixels show, how the features compare with an untrained copy's, and class accuracy."""
+    """What not even the pixels show, how the features compare with those of untrained copies, and class accuracy."""
     each, out = courses(a), []
     lost = [c for c in each if c.lost and c.untrained >= TRACE]
     gained = [c for c in each if c.gained and c.features >= TRACE]
@@ -130,12 +135,12 @@ def sentences(a: Audited) -> list[str]:
             f"Hardly decoded from the features, but not shown to be lost, as intervals overlap: {listed(unclear)}."
         )
     if lost:
-        out.append(f"Harder to decode than from an untrained copy: {listed([beside(c) for c in lost])}.")
+        out.append(f"Harder to decode than from untrained copies: {listed([beside(c) for c in lost])}.")
     if gained:
-        out.append(f"Easier to decode than from an untrained copy: {listed([beside(c) for c in gained])}.")
+        out.append(f"Easier to decode than from untrained copies: {listed([beside(c) for c in gained])}.")
     if each and not lost and not gained:
         out.append(
-            "Compared with an untrained copy, no parameter is easier or harder to decode: the intervals overlap."
+            "Compared with untrained copies, no parameter is easier or harder to decode: the intervals overlap."
         )
     if a.accuracy is not None:
         t = a.accuracy

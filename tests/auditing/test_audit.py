@@ -1,7 +1,9 @@
 """The audit: what is known to be in a network is found there, layer by layer, and nothing else is touched."""
 
 import copy
+import math
 import re
+from dataclasses import replace
 
 import kornia.augmentation as K
 import pages
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 import ssd_addon
-from ssd_addon import StructuredViews, StyleHeads, audit, auditing
+from ssd_addon import StructuredViews, StyleHeads, audit, auditing, metrics
 from ssd_addon.auditing import layers, measure
 from ssd_addon.auditing.untrained import untrained
 
@@ -247,7 +249,39 @@ def test_bad_input_is_refused(images, arguments, error, message):
         audit(given.pop("backbone"), given.pop("images"), given.pop("groups"), **given)
 
 
-# ---- the untrained copy
+# ---- untrained copies
+
+
+def test_the_untrained_row_is_the_mean_of_copies_and_spans_their_intervals(images):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2))
+    views = measure.views_of(GROUPS, 16)
+    model, each, _ = measure.prepared_for(net, images, views, (), None, "auto", None, 64, 0)
+    weights = [twin[0].weight for twin in model.untrained]
+    assert len(weights) == 3 and not any(torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False))
+    probe = {"probe": measure.PROBE, "draws": 2, "on_sphere": False, "seed": 0}
+    alone = metrics.parameter_matrix(model, measure.OneGroup(views, "color"), each, **probe)
+    table = audit(net, images, GROUPS, layers=(), normalize=None, draws=2)
+    copies = [f"untrained {k}" for k in range(3)]
+    for found, own in ((table, alone), (table.parts, alone.parts)):
+        for f in own.factors:
+            scores = [own[c, f] for c in copies]
+            assert max(scores) - min(scores) > 1e-4
+            assert found["untrained", f] == pytest.approx(sum(scores) / 3)
+            lows, highs = zip(*(own.intervals[c, f] for c in copies), strict=True)
+            assert found.intervals["untrained", f] == (min(lows), max(highs))
+    assert not any(cell[0] in copies for cell in (*table.scores, *table.intervals, *table.parts.scores))
+
+
+def test_a_row_of_copies_has_a_score_only_where_all_have_one():
+    cells = {("untrained 0", "a"): 0.2, ("untrained 1", "a"): float("nan"), ("backbone", "a"): 0.3}
+    t = metrics.ScoreTable(
+        ("backbone", "untrained 0", "untrained 1"), ("a",), cells, {("untrained 0", "a"): (0, 1)}, {}, "ridge", (), 1, 1
+    )
+    t = replace(t, notes={("untrained 1", "a"): "why"})
+    found = layers.over_copies(t)
+    assert math.isnan(found["untrained", "a"]) and found.notes == {("untrained", "a"): "why"}
+    assert found.intervals == {} and found.spaces == ("backbone", "untrained") and found["backbone", "a"] == 0.3
+    assert layers.over_copies(found) is not t and layers.over_copies(found).scores == found.scores
 
 
 def test_the_untrained_copy_holds_none_of_the_weights():

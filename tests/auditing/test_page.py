@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pages
 import pytest
@@ -48,12 +49,12 @@ def test_the_headline_says_what_became_of_each_parameter():
     )
     assert headline(audit) == (
         "The features encode gamma (R² = 0.90) and brightness (0.71), and weakly contrast (R² = 0.30). Lost on the "
-        "way: hue (after layer2); saturation (after the pixels)."
+        "way: hue (after layer2). Lost on the way in untrained copies too: saturation (after the pixels)."
     )
     assert sentences(audit) == [
         "Cannot be decoded, not even from the pixels: degrees.",
-        "Harder to decode than from an untrained copy: hue (0.00 against 0.30).",
-        "Easier to decode than from an untrained copy: brightness (0.71 against 0.20).",
+        "Harder to decode than from untrained copies: hue (0.00 against 0.30).",
+        "Easier to decode than from untrained copies: brightness (0.71 against 0.20).",
     ]
     assert advice(audit) == [
         (
@@ -75,7 +76,8 @@ def test_the_headline_says_what_became_of_each_parameter():
 def test_the_headline_of_features_that_encode_little():
     assert headline(made({"gamma": (0.0, 0.3, 0.0, 0.2, 0.0)})) == "The features encode only weakly gamma (R² = 0.20)."
     assert headline(made({"src": (0.0, 0.3, 0.0, 0.0, 0.0)})) == (
-        "The features encode none of these augmentations. Lost on the way: Op place and size (after layer1)."
+        "The features encode none of these augmentations. Lost on the way in untrained copies too: Op place and size "
+        "(after layer1)."
     )
     everything = made({"translations": (0.9, 0.9, 0.9, 0.9, 0.9)})
     assert headline(everything) == "The features encode translations (R² = 0.90)." and advice(everything) == []
@@ -89,18 +91,37 @@ def test_a_score_whose_interval_holds_0_is_none():
     assert headline(audit) == "The features encode none of these augmentations."
     assert sentences(audit) == [
         "Cannot be decoded, not even from the pixels: hue.",
-        "Compared with an untrained copy, no parameter is easier or harder to decode: the intervals overlap.",
+        "Compared with untrained copies, no parameter is easier or harder to decode: the intervals overlap.",
     ]
 
 
 def test_nothing_is_called_lost_while_the_intervals_overlap():
-    scores = {"hue_factor": (0.12, 0.03, 0.03, 0.03, 0.0), "contrast_factor": (0.5, 0.5, 0.4, 0.05, 0.0)}
+    scores = {"hue_factor": (0.12, 0.03, 0.03, 0.03, 0.3), "contrast_factor": (0.5, 0.5, 0.4, 0.05, 0.3)}
     audit = made(scores, margin=0.02)
     assert headline(audit).endswith("Lost on the way: hue (after the pixels); contrast (after layer2).")
     audit = made(scores, margin=0.06)
     assert headline(audit).endswith(" none of these augmentations. Lost on the way: contrast (after layer2).")
     assert "but not shown to be lost, as intervals overlap: hue." in sentences(audit)[0]
     assert any("Before you conclude anything about hue" in text for text, _ in advice(audit))
+
+
+def test_what_untrained_copies_lose_too_is_not_laid_to_training():
+    """Where training is shown to have removed something, where it is not, and where nobody can tell."""
+    audit = made(
+        {
+            "hue_factor": (0.6, 0.7, 0.0, 0.0, 0.05),  # copies lose it too
+            "contrast_factor": (0.6, 0.7, 0.0, 0.0, 0.3),  # all copies keep it
+            "saturation_factor": (0.6, 0.7, 0.0, 0.0, 0.3),  # some of them do
+        }
+    )
+    wide = {("untrained", "color/0.Op/saturation_factor"): (0.01, 0.7)}
+    parts = replace(audit.table.parts, intervals={**audit.table.parts.intervals, **wide})
+    audit = replace(audit, table=replace(audit.table, parts=parts))
+    assert headline(audit) == (
+        "The features encode none of these augmentations. Lost on the way: contrast and saturation (after layer1). "
+        "Lost on the way in untrained copies too: hue (after layer1)."
+    )
+    assert "Harder to decode than from untrained copies: contrast (0.00 against 0.30)." in sentences(audit)
 
 
 def test_without_layers_or_scores():
