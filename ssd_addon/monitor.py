@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ssd_addon import _checks
 from ssd_addon._lines import entries, item, number, plain, ready
 from ssd_addon.alarm import CollapseAlarm, CollapseWarning
-from ssd_addon.heads import StyleHeads
+from ssd_addon.callback import callback
 from ssd_addon.metrics import Circular, Factor, Probe, ScoreTable, embed, parameter_matrix, r2_matrix
 from ssd_addon.metrics.images import check_range, for_model, scaled
 from ssd_addon.metrics.probe import Kind
@@ -253,69 +253,7 @@ class Monitor:
             ImportError: neither package is installed.
             ValueError: at the start of training: there is no such module, or no `StyleHeads`.
         """
-        if base is None:
-            for package in ("lightning.pytorch", "pytorch_lightning"):
-                try:
-                    base = importlib.import_module(package).Callback
-                    break
-                except ImportError:
-                    continue
-            else:
-                raise ImportError(
-                    "lightning() needs lightning or pytorch_lightning, and neither is installed: pip install lightning"
-                )
-        monitor = self
-
-        class MonitorCallback(base):  # type: ignore[misc, valid-type]
-            """Writes `Monitor`'s lines from Lightning's hooks."""
-
-            def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # after setup and configure_model
-                if monitor.images is not None:
-                    _chosen(pl_module, model)
-
-            def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-                if monitor.alarm is not None:
-                    steps, heads = trainer.estimated_stepping_batches, _heads(pl_module)
-                    monitor.alarm.told(steps, heads.spaces if heads is not None else {})
-
-            @property
-            def state_key(self) -> str:  # distinguishes several monitors in one trainer
-                return f"ssd_addon.Monitor({monitor.path})"
-
-            def state_dict(self) -> dict[str, Any]:
-                return monitor.state_dict()
-
-            def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-                monitor.load_state_dict(state_dict)
-
-            def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-                if monitor.writer is None:
-                    for logger in trainer.loggers:
-                        if callable(getattr(logger.experiment, "add_scalar", None)):
-                            monitor.writer, monitor._logged_elsewhere = logger.experiment, True
-
-            def on_train_batch_end(
-                self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-            ) -> None:
-                step = trainer.global_step - 1  # already counted; -1 while gradients are accumulated for the first
-                if step >= 0 and step % monitor.log_every == 0 and trainer.global_step != getattr(self, "_written", -1):
-                    self._written = trainer.global_step
-                    logged = trainer.callback_metrics
-                    numbers = {k: float(v) for k, v in logged.items() if not _forked(k, logged)}
-                    if (
-                        isinstance(outputs, Mapping) and "loss" in outputs
-                    ):  # Lightning divides it under gradient accumulation
-                        numbers.setdefault("loss", float(outputs["loss"]) * trainer.accumulate_grad_batches)
-                    monitor.step(step, numbers)
-
-            def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-                if monitor.images is not None:
-                    monitor.epoch(_chosen(pl_module, model), trainer.current_epoch, trainer.global_step)
-
-            def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-                monitor.close()
-
-        return MonitorCallback()
+        return callback(self, base, model)
 
     def write(self, record: Mapping[str, Any], *, tensorboard: bool = True, stacklevel: int = 2) -> dict[str, Any]:
         """Write one line of numbers now, with its "step"; does nothing on ranks other than 0.
@@ -374,32 +312,6 @@ class Monitor:
             return
         for kind, table in tables.items():
             self.writer.add_figure(f"matrix/{kind}", plots.matrix_figure(table), step)
-
-
-def _chosen(module: Any, model: Any) -> Any:
-    """The model to measure in a LightningModule."""
-    name = f"the LightningModule {type(module).__name__}"
-    if model is None:
-        found = _heads(module)
-        if found is None:
-            raise ValueError(f"Monitor: expected a StyleHeads inside {name}: got none; select a model with model=")
-        return found
-    if isinstance(model, str):
-        try:
-            return module.get_submodule(model)
-        except AttributeError as error:
-            raise ValueError(f"model: expected the name of a module in {name}: got {model!r}") from error
-    return model if isinstance(model, nn.Module) else model(module)
-
-
-def _forked(name: str, logged: Mapping[str, Any]) -> bool:
-    """Whether Lightning made this name of another: "loss_step" and "loss_epoch" of "loss"."""
-    base, _, kind = name.rpartition("_")
-    return kind in ("step", "epoch") and base in logged
-
-
-def _heads(module: Any) -> StyleHeads | None:
-    return next((m for m in module.modules() if isinstance(m, StyleHeads)), None)
 
 
 def _first() -> bool:

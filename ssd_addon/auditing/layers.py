@@ -80,10 +80,9 @@ class Layers(nn.Module):
 def over_copies(table: ScoreTable) -> ScoreTable:
     """The table with one row "untrained": the mean over the copies, and intervals that span those of all copies."""
     copies = [s for s in table.spaces if s.startswith(f"{UNTRAINED} ") and s.removeprefix(f"{UNTRAINED} ").isdigit()]
-    scores, intervals, notes = (
-        {cell: v for cell, v in each.items() if cell[0] not in copies}
-        for each in (table.scores, table.intervals, table.notes)
-    )
+    scores = {cell: v for cell, v in table.scores.items() if cell[0] not in copies}
+    intervals = {cell: v for cell, v in table.intervals.items() if cell[0] not in copies}
+    notes = {cell: v for cell, v in table.notes.items() if cell[0] not in copies}
     for f in table.factors if copies else ():
         scores[UNTRAINED, f] = sum(table.scores[c, f] for c in copies) / len(copies)
         found = [table.intervals[c, f] for c in copies if (c, f) in table.intervals]

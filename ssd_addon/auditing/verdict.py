@@ -139,9 +139,7 @@ def sentences(a: Audited) -> list[str]:
     if gained:
         out.append(f"Easier to decode than from untrained copies: {listed([beside(c) for c in gained])}.")
     if each and not lost and not gained:
-        out.append(
-            "Compared with untrained copies, no parameter is easier or harder to decode: the intervals overlap."
-        )
+        out.append("Compared with untrained copies, no parameter is easier or harder to decode: the intervals overlap.")
     if a.accuracy is not None:
         t = a.accuracy
         rows = ", ".join(f"{r} {number(t[r, f])}" for f in t.factors[:1] for r in ("backbone", "untrained", "pixels"))

@@ -1,6 +1,7 @@
 """The audit: what is known to be in a network is found there, layer by layer, and nothing else is touched."""
 
 import copy
+import itertools
 import math
 import re
 from dataclasses import replace
@@ -257,7 +258,7 @@ def test_the_untrained_row_is_the_mean_of_copies_and_spans_their_intervals(image
     views = measure.views_of(GROUPS, 16)
     model, each, _ = measure.prepared_for(net, images, views, (), None, "auto", None, 64, 0)
     weights = [twin[0].weight for twin in model.untrained]
-    assert len(weights) == 3 and not any(torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False))
+    assert len(weights) == 3 and not any(torch.equal(a, b) for a, b in itertools.pairwise(weights))
     probe = {"probe": measure.PROBE, "draws": 2, "on_sphere": False, "seed": 0}
     alone = metrics.parameter_matrix(model, measure.OneGroup(views, "color"), each, **probe)
     table = audit(net, images, GROUPS, layers=(), normalize=None, draws=2)
