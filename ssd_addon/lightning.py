@@ -11,7 +11,11 @@ class Mine(StructuredTraining, LightningModule):
         return torch.optim.AdamW(self.parameters())
 """
 
-from collections.abc import Mapping, Sequence
+import copy
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +31,10 @@ from ssd_addon.stacked import is_stacked
 from ssd_addon.transform import StructuredTransform
 
 _Base: Any = nn.Module if TYPE_CHECKING else object
+HOOKS = ("on_fit_start", "on_train_start", "on_save_checkpoint", "on_load_checkpoint", "on_train_end")
+"""Hooks whose overrides have to call those of the mixin, although nothing tells later that they did not."""
+OUTSIDE_TRAINING = 2**40
+"""Call number from which views are drawn for validation and tests, so that training draws others."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +76,19 @@ class StructuredTraining(_Base):  # type: ignore[misc]
     mapping that holds either under `image_key`, or a `ViewBatch`; with a `StructuredTransform`, the images are replaced
     by a list of V views. The training step gets the same batch, with a `ViewBatch` in the place of the images.
 
+    Warns:
+        UserWarning: an override of a hook does not call super(); a checkpoint is saved between the batches of one
+            optimizer step.
+
     Raises:
         TypeError: the mixin comes after LightningModule in the bases; a batch has no images; the default
             `training_step` is used with manual optimization.
         AttributeError: views, model or criterion are missing.
         ValueError: parameters of the criterion or the equivariance loss are in no optimizer, or are not sharded by
             FSDP2 like the others; a batch is on another device.
-        RuntimeError: an override does not call a hook of the mixin; LBFGS is used with adaptive weights.
+        RuntimeError: optimizers step and adaptive weights do not, because an override does not call a hook of the
+            mixin, an optimizer is stepped past Lightning, or no Trainer runs the module; LBFGS is used with adaptive
+            weights.
     """
 
     views: Any
@@ -84,7 +98,11 @@ class StructuredTraining(_Base):  # type: ignore[misc]
     image_key: str | None = None
 
     _pending: tuple[Terms, ...] = ()  # terms of the batches since the last optimizer step
-    _pending_step = 0  # trainer.global_step at the first of them
+    _pending_step = (0, 0)  # trainer.global_step and _stepped at the first of them
+    _stepped = 0  # steps of the trainer's optimizers
+    _counting: tuple[Any, ...] = ()  # handles of the hooks that count them
+    _alone: tuple[int, int] | None = None  # versions of the model's and the weights' tensors without a trainer
+    _validated = 0  # batches that were drawn for this validation
     _hook_ran = False  # whether on_before_optimizer_step ran since then
     _trained: Mapping[str, Tensor] | None = None  # state of the criterion's weights after their last step
 
@@ -95,6 +113,13 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             raise TypeError(
                 f"class {cls.__name__}: expected StructuredTraining before the LightningModule in the bases, as it "
                 f"extends its hooks: got {_checks.names(c.__name__ for c in cls.__bases__)}"
+            )
+        if silent := [n for n in HOOKS if n in cls.__dict__ and not _calls(cls.__dict__[n], n)]:
+            warnings.warn(
+                f"class {cls.__name__}: expected overrides of {_checks.names(silent)} to call super(), as "
+                "StructuredTraining's own hooks check the module and keep the weights of the spaces in checkpoints: "
+                "got overrides that do not",
+                stacklevel=2,
             )
 
     # ------------------------------------------------------------------------------------------------ a step
@@ -119,18 +144,17 @@ class StructuredTraining(_Base):  # type: ignore[misc]
         Args:
             batch: a batch from the data loader, or the argument of `training_step`.
         """
-        stage, counted = self._stage(), self._needed("views")
-        call = getattr(counted, "call", None)
-        views = _views_in(self._drawn(batch))
-        if stage and call is not None:
-            counted.call = call
+        stage = self._stage()
+        with self._draws_apart(stage):
+            views = _views_in(self._drawn(batch), self.image_key)
         if views.device.type != self.device.type:
             raise ValueError(
                 f"batch: expected it on the module's device, {self.device}: got views on {views.device}; "
                 "move it in transfer_batch_to_device"
             )
         z = self._needed("model")(views)
-        terms: Terms = self._needed("criterion").terms(z, views)
+        with self._trained_weights(stage):
+            terms: Terms = self._needed("criterion").terms(z, views)
         loss, own = terms.loss, {}
         equivariance = getattr(self, "equivariance", None)
         if equivariance is not None:
@@ -140,6 +164,45 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             self._record(terms)
         self._log(stage, terms, {"loss": loss, **own}, views.images)
         return StructuredStep(loss, terms, z, views)
+
+    @contextmanager
+    def _draws_apart(self, stage: str) -> Iterator[None]:
+        """Outside training, draw from call numbers of their own, the same in each validation."""
+        views = self._needed("views")
+        call = getattr(views, "call", None)
+        if not stage or call is None:
+            yield
+            return
+        views.call = OUTSIDE_TRAINING + self._validated
+        self._validated += 1
+        try:
+            yield
+        finally:
+            views.call = call
+
+    @contextmanager
+    def _trained_weights(self, stage: str) -> Iterator[None]:
+        """Outside training, use lambda as trained, where Lightning's WeightAveraging has put averages in its place."""
+        if not stage or self._trained is None or not self._adapts():
+            yield
+            return
+        weights = self.criterion.weights
+        kept = {k: v.clone() for k, v in weights.state_dict().items()}
+        weights.load_state_dict(self._trained)
+        try:
+            yield
+        finally:
+            weights.load_state_dict(kept)
+
+    def on_validation_epoch_start(self) -> None:
+        """Draw the same views in each validation."""
+        super().on_validation_epoch_start()
+        self._validated = 0
+
+    def on_test_epoch_start(self) -> None:
+        """Draw the same views in each test."""
+        super().on_test_epoch_start()
+        self._validated = 0
 
     def _log(self, stage: str, terms: Terms, own: Mapping[str, Tensor], images: int) -> None:
         """Log terms, which are equal on every rank, and losses, whose mean over ranks is the global loss."""
@@ -188,7 +251,12 @@ class StructuredTraining(_Base):  # type: ignore[misc]
                     f"batch: expected self.image_key to be one of the keys {_checks.names(batch)}: got "
                     f"{self.image_key!r}"
                 )
-            return {**batch, self.image_key: self._drawn(batch[self.image_key])}
+            drawn = self._drawn(batch[self.image_key])
+            if not isinstance(batch, MutableMapping):
+                return {**batch, self.image_key: drawn}
+            changed = copy.copy(batch)  # of the same class
+            changed[self.image_key] = drawn
+            return changed
         views = self._needed("views")
         made = isinstance(views, StructuredTransform)
         whole = isinstance(batch, Tensor | Cropped) or (made and _is_views(batch, views))
@@ -221,15 +289,31 @@ class StructuredTraining(_Base):  # type: ignore[misc]
     def _record(self, terms: Terms) -> None:
         """Store the terms until the optimizer's step."""
         trainer = getattr(self, "_trainer", None)
-        if trainer is None or not self._adapts():
+        if not self._adapts():
+            return
+        if trainer is None:
+            self._check_alone()
             return
         self._check_hook()
         if not self._pending:
-            self._pending_step, self._hook_ran = trainer.global_step, False
+            self._pending_step, self._hook_ran = (trainer.global_step, self._stepped), False
         self._pending = (*self._pending, replace(terms, loss=terms.loss.detach()))
 
+    def _check_alone(self) -> None:
+        """Without a trainer, refuse optimizer steps that no step of the criterion's weights goes with."""
+        if not self.training or not torch.is_grad_enabled():
+            return
+        now = _versions(self.model.parameters()), _versions(self.criterion.weights.buffers())
+        before, self._alone = self._alone, now
+        if before is not None and now[0] > before[0] and now[1] == before[1]:
+            raise RuntimeError(
+                f"{type(self).__name__}: expected self.criterion.weights.step(step.terms) after every optimizer step, "
+                "as no Trainer runs this module: got optimizer steps without it"
+            )
+
     def _check_hook(self) -> None:
-        if self._pending and not self._hook_ran and self.trainer.global_step > self._pending_step:
+        steps = self.trainer.global_step, self._stepped
+        if self._pending and not self._hook_ran and any(a > b for a, b in zip(steps, self._pending_step, strict=True)):
             raise RuntimeError(
                 f"{type(self).__name__}: expected on_before_optimizer_step of StructuredTraining to run, which updates "
                 "criterion.weights: got an optimizer step without it; call super().on_before_optimizer_step(optimizer) "
@@ -276,6 +360,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
     def on_train_start(self) -> None:
         """Check that the optimizers have all parameters of the loss."""
         super().on_train_start()
+        self._count_steps(self.trainer.optimizers)
         groups = [g for o in self.trainer.optimizers for g in o.param_groups]
         trained = {id(p) for group in groups for p in group["params"]}
         for name in ("criterion", "equivariance"):
@@ -287,16 +372,39 @@ class StructuredTraining(_Base):  # type: ignore[misc]
                     f"without {_checks.names(left)}; set requires_grad to False on parameters that you do not train"
                 )
 
+    def _count_steps(self, optimizers: Sequence[Any]) -> None:
+        """Count the steps of these optimizers, also of those that Lightning does not see; of none: stop counting."""
+        for handle in self._counting:
+            handle.remove()
+
+        def count(*_: Any) -> None:
+            self._stepped += 1
+
+        hooked = [o for o in optimizers if self._adapts() and callable(getattr(o, "register_step_post_hook", None))]
+        self._counting = tuple(o.register_step_post_hook(count) for o in hooked)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep lambda and draws as in training, not averaged, in checkpoints of Lightning's WeightAveraging."""
         super().on_save_checkpoint(checkpoint)
+        if self._pending:
+            warnings.warn(
+                f"checkpoint: expected a checkpoint after an optimizer step: got one after {len(self._pending)} of the "
+                "batches whose gradients are accumulated for the next step; these gradients, and the terms that update "
+                "the weights of the spaces, are not saved, so a run resumed from it differs",
+                stacklevel=2,
+            )
         if "current_model_state" not in checkpoint:
             return
-        own = {f"criterion.weights.{k}": v for k, v in (self._trained or {}).items()}
+        own = self._named_state(self.criterion.weights, self._trained) if self._trained else {}
         if isinstance(self.views, nn.Module):
-            own |= {f"views.{k}": v for k, v in self.views.state_dict().items()}
+            own |= self._named_state(self.views, self.views.state_dict())
         for state in (checkpoint["state_dict"], checkpoint["current_model_state"]):
             state.update({k: v for k, v in own.items() if k in state})
+
+    def _named_state(self, part: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+        """A part's state under the names that it has in the state of this module, whatever wraps it."""
+        prefixes = [name for name, m in self.named_modules(remove_duplicate=False) if m is part]
+        return {f"{prefix}.{k}": v for prefix in prefixes for k, v in state.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume from optimizer states of heads whose weights were stored stacked."""
@@ -313,6 +421,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
     def on_train_end(self) -> None:
         """Restore lambda as it was trained, after callbacks that load averaged weights."""
         super().on_train_end()
+        self._count_steps(())
         if self._adapts():
             self._check_hook()
             if self._trained is not None:
@@ -332,16 +441,22 @@ def _check_shards(parts: Mapping[str, Any]) -> None:
         )
 
 
-def _views_in(batch: Any) -> ViewBatch:
+def _views_in(batch: Any, image_key: str | None) -> ViewBatch:
     """The `ViewBatch` in a batch whose views were drawn."""
     if isinstance(batch, ViewBatch):
         return batch
-    return _views_in(next(v for v in batch.values() if _holds_views(v)) if isinstance(batch, Mapping) else batch[0])
+    return _views_in(batch[image_key] if isinstance(batch, Mapping) else batch[0], image_key)
 
 
-def _holds_views(value: Any) -> bool:
-    first = value[0] if isinstance(value, list | tuple) and value else value
-    return isinstance(first, ViewBatch)
+def _calls(override: Any, name: str) -> bool:
+    """Whether the code of an override names the hook that it overrides, as super().name() does."""
+    code = getattr(inspect.unwrap(override) if callable(override) else None, "__code__", None)
+    return code is None or name in code.co_names
+
+
+def _versions(tensors: Any) -> int:
+    """A number that grows whenever one of these tensors is changed in place."""
+    return sum(t._version for t in tensors)
 
 
 def _lists(value: Any) -> bool:
