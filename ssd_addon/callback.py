@@ -29,18 +29,28 @@ def callback(monitor: Any, base: type | None, model: Any) -> Any:
     class MonitorCallback(base):  # type: ignore[misc, valid-type]
         """Writes `Monitor`'s lines from Lightning's hooks."""
 
+        _last = -1  # the last step before this batch
+        _borrowed = False  # whether the writer is that of the trainer's logger
+        _known: tuple[Any, Any] | None = None  # length and widths that the alarm had before this training
+
+        def __reduce__(self) -> Any:  # the class is local; a spawned process makes its own
+            return callback, (monitor, base, model)
+
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # after setup and configure_model
             if monitor.images is not None:
                 _chosen(pl_module, model)
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self._last = _steps(trainer, pl_module) - 1
             if monitor.alarm is not None:
+                self._known = monitor.alarm.total_steps, monitor.alarm.widths
                 steps, heads = trainer.estimated_stepping_batches, _heads(pl_module)
                 monitor.alarm.told(steps, heads.spaces if heads is not None else {})
 
         @property
         def state_key(self) -> str:  # distinguishes several monitors in one trainer
-            return f"ssd_addon.Monitor({monitor.path})"
+            key: str = monitor._key(model)
+            return key
 
         def state_dict(self) -> dict[str, Any]:
             state: dict[str, Any] = monitor.state_dict()
@@ -53,28 +63,39 @@ def callback(monitor: Any, base: type | None, model: Any) -> Any:
             if monitor.writer is None:
                 for logger in trainer.loggers:
                     if callable(getattr(logger.experiment, "add_scalar", None)):
-                        monitor.writer, monitor._logged_elsewhere = logger.experiment, True
+                        monitor.writer, monitor._logged_elsewhere, self._borrowed = logger.experiment, True, True
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            step = trainer.global_step - 1  # already counted; -1 while gradients are accumulated for the first
-            if step >= 0 and step % monitor.log_every == 0 and trainer.global_step != getattr(self, "_written", -1):
-                self._written = trainer.global_step
-                logged = trainer.callback_metrics
-                numbers = {k: float(v) for k, v in logged.items() if not _forked(k, logged)}
-                if (
-                    isinstance(outputs, Mapping) and "loss" in outputs
-                ):  # Lightning divides it under gradient accumulation
-                    numbers.setdefault("loss", float(outputs["loss"]) * trainer.accumulate_grad_batches)
-                monitor.step(step, numbers)
+            # -1 while gradients are accumulated for the first step; one batch may make several steps.
+            step, last, self._last = _steps(trainer, pl_module) - 1, self._last, _steps(trainer, pl_module) - 1
+            if step // monitor.log_every == last // monitor.log_every:
+                return
+            logged = trainer.callback_metrics
+            numbers = {k: float(v) for k, v in logged.items() if not _forked(k, logged)}
+            if isinstance(outputs, Mapping) and "loss" in outputs:  # Lightning divides it under gradient accumulation
+                numbers.setdefault("loss", float(outputs["loss"]) * trainer.accumulate_grad_batches)
+            monitor._terms(step, numbers)
 
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             if monitor.images is not None:
-                monitor.epoch(_chosen(pl_module, model), trainer.current_epoch, trainer.global_step)
+                monitor.epoch(_chosen(pl_module, model), trainer.current_epoch, _steps(trainer, pl_module))
 
         def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
             monitor.close()
+            if self._borrowed:
+                monitor.writer, monitor._logged_elsewhere, self._borrowed = None, False, False
+            if self._known is not None and monitor.alarm is not None:
+                monitor.alarm.total_steps, monitor.alarm.widths = self._known
+                self._known = None
 
     return MonitorCallback()
+
+
+def _steps(trainer: Any, module: Any) -> int:
+    """Optimizer steps so far; under manual optimization batches, as several optimizers may step in each."""
+    if getattr(module, "automatic_optimization", True):
+        return int(trainer.global_step)
+    return int(trainer.fit_loop.epoch_loop.total_batch_idx) + 1
 
 
 def _chosen(module: Any, model: Any) -> Any:
@@ -96,7 +117,7 @@ def _chosen(module: Any, model: Any) -> Any:
 def _forked(name: str, logged: Mapping[str, Any]) -> bool:
     """Whether Lightning made this name of another: "loss_step" and "loss_epoch" of "loss"."""
     base, _, kind = name.rpartition("_")
-    return kind in ("step", "epoch") and base in logged
+    return kind in ("step", "epoch") and {base, f"{base}_step", f"{base}_epoch"} <= logged.keys()
 
 
 def _heads(module: Any) -> StyleHeads | None:

@@ -98,8 +98,8 @@ class StructuredTraining(_Base):  # type: ignore[misc]
     image_key: str | None = None
 
     _pending: tuple[Terms, ...] = ()  # terms of the batches since the last optimizer step
-    _pending_step = (0, 0)  # trainer.global_step and _stepped at the first of them
-    _stepped = 0  # steps of the trainer's optimizers
+    _pending_step = (0, 0)  # trainer.global_step and _unseen at the first of them
+    _unseen = 0  # steps of the model's optimizers without on_before_optimizer_step
     _counting: tuple[Any, ...] = ()  # handles of the hooks that count them
     _alone: tuple[int, int] | None = None  # versions of the model's and the weights' tensors without a trainer
     _validated = 0  # batches that were drawn for this validation
@@ -151,6 +151,11 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             raise ValueError(
                 f"batch: expected it on the module's device, {self.device}: got views on {views.device}; "
                 "move it in transfer_batch_to_device"
+            )
+        if views.images < 2 and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise ValueError(
+                f"batch: expected 2 images or more, as the loss compares images: got {views.images}; a last batch of "
+                "one image is left out with drop_last=True in its DataLoader, or avoided by another batch size"
             )
         z = self._needed("model")(views)
         with self._trained_weights(stage):
@@ -296,7 +301,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             return
         self._check_hook()
         if not self._pending:
-            self._pending_step, self._hook_ran = (trainer.global_step, self._stepped), False
+            self._pending_step, self._hook_ran = (trainer.global_step, self._unseen), False
         self._pending = (*self._pending, replace(terms, loss=terms.loss.detach()))
 
     def _check_alone(self) -> None:
@@ -312,8 +317,9 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             )
 
     def _check_hook(self) -> None:
-        steps = self.trainer.global_step, self._stepped
-        if self._pending and not self._hook_ran and any(a > b for a, b in zip(steps, self._pending_step, strict=True)):
+        step, unseen = self._pending_step
+        missed = not self._hook_ran and self.trainer.global_step > step
+        if self._pending and (missed or self._unseen > unseen):
             raise RuntimeError(
                 f"{type(self).__name__}: expected on_before_optimizer_step of StructuredTraining to run, which updates "
                 "criterion.weights: got an optimizer step without it; call super().on_before_optimizer_step(optimizer) "
@@ -328,8 +334,12 @@ class StructuredTraining(_Base):  # type: ignore[misc]
         of_model = [p for p in self.model.parameters() if id(p) in trained]
         if not self._adapts() or not of_model:
             return
+        self._unseen -= 1  # the step that follows adds 1
+        if getattr(self.trainer.fit_loop, "_skip_backward", False):  # StochasticWeightAveraging's batch statistics
+            self._pending = ()
+            return
         if not self._pending:
-            if self._trained is None and any(p.grad is not None for p in of_model):
+            if self._trained is None:
                 raise RuntimeError(
                     f"{type(self).__name__}: expected training_step to call self.structured_step(batch), whose terms "
                     "update criterion.weights: got gradients without that call; to update them yourself, override "
@@ -373,14 +383,16 @@ class StructuredTraining(_Base):  # type: ignore[misc]
                 )
 
     def _count_steps(self, optimizers: Sequence[Any]) -> None:
-        """Count the steps of these optimizers, also of those that Lightning does not see; of none: stop counting."""
+        """Count the steps of the model's optimizers, also those that Lightning does not see; without any, stop."""
         for handle in self._counting:
             handle.remove()
 
         def count(*_: Any) -> None:
-            self._stepped += 1
+            self._unseen += 1
 
-        hooked = [o for o in optimizers if self._adapts() and callable(getattr(o, "register_step_post_hook", None))]
+        self._unseen, mine = 0, {id(p) for p in self.model.parameters()}
+        of_model = [o for o in optimizers if any(id(p) in mine for g in o.param_groups for p in g["params"])]
+        hooked = [o for o in of_model if self._adapts() and callable(getattr(o, "register_step_post_hook", None))]
         self._counting = tuple(o.register_step_post_hook(count) for o in hooked)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -421,11 +433,11 @@ class StructuredTraining(_Base):  # type: ignore[misc]
     def on_train_end(self) -> None:
         """Restore lambda as it was trained, after callbacks that load averaged weights."""
         super().on_train_end()
-        self._count_steps(())
         if self._adapts():
             self._check_hook()
             if self._trained is not None:
                 self.criterion.weights.load_state_dict(self._trained)
+        self._count_steps(())
 
 
 def _check_shards(parts: Mapping[str, Any]) -> None:

@@ -161,13 +161,17 @@ class Monitor:
         """
         if isinstance(step, bool) or not isinstance(step, int):
             raise TypeError(f"step: expected a whole number: got {step!r}")
-        if step % self.log_every or not _first():
+        return {} if step % self.log_every else self._terms(step, terms, stacklevel=4, **more)
+
+    def _terms(self, step: int, terms: Any, *, stacklevel: int = 3, **more: float) -> dict[str, Any]:
+        """Write a line of terms now, as `step` does every `log_every` steps; its arguments, result and errors."""
+        if not _first():
             return {}
         if not isinstance(terms, Mapping) and not callable(getattr(terms, "scalars", None)):
             raise TypeError(f"terms: expected criterion.terms(z), or a mapping name -> number: got {terms!r}")
         numbers: dict[str, Any] = dict(terms) if isinstance(terms, Mapping) else terms.scalars()
         record = {"step": int(step), **{k: number(k, v) for k, v in (numbers | more).items()}}
-        return self.write(record, tensorboard=not self._logged_elsewhere, stacklevel=3)
+        return self.write(record, tensorboard=not self._logged_elsewhere, stacklevel=stacklevel)
 
     def epoch(self, model: Any, epoch: int, step: int) -> dict[str, Any]:
         """Measure what each space encodes and write it, on epoch 0 and then every `every` epochs.
@@ -302,6 +306,14 @@ class Monitor:
         """Restore the alarm from a `state_dict`; no effect if the state or the monitor has no alarm."""
         if self.alarm is not None and "alarm" in state:
             self.alarm.load_state_dict(state["alarm"])
+
+    def _key(self, model: Any = None) -> str:
+        """The name under which a Lightning checkpoint holds the state of a monitor of this model."""
+        name = f"ssd_addon.Monitor({self.path}"
+        if self.path is not None and model is None:
+            return f"{name})"
+        measured = f"model={model if isinstance(model, str) else type(model).__name__}, factors={sorted(self.factors)}"
+        return f"{name}, {measured}, views={self.views is not None}, every={self.every}, log_every={self.log_every})"
 
     def _pictures(self, tables: Mapping[str, ScoreTable], step: int) -> None:
         if not callable(getattr(self.writer, "add_figure", None)):

@@ -158,12 +158,12 @@ class ResumableLoader(DataLoader[Any]):
         return islice(sampler, self._skip, None) if getattr(self, "_skip", 0) else sampler
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self._skip, self._start = self._start, 0
-        if not self._skip:
-            self.epoch += 1
+        start, self._start = self._start, 0
+        if start:
+            self._check_begun(start)
         else:
-            self._check_begun()
-        self.batches = self._skip
+            self.epoch += 1
+        self.batches = self._skip = start
         # torch seeds its Mersenne Twister with the lowest 32 bits only.
         self.generator.manual_seed(zlib.crc32(f"{self.seed} {self.epoch}".encode()))
         made = super().__iter__()
@@ -198,13 +198,13 @@ class ResumableLoader(DataLoader[Any]):
     def _order(self) -> dict[str, Any]:
         return {"seed": self.seed, "batch_size": self.batch_size, "length": len(self)}
 
-    def _check_begun(self) -> None:
+    def _check_begun(self, start: int) -> None:
         """Refuse to continue an epoch in which the same batches would be others."""
         mine = self._order()
         if differ := [f"{k} {v}, here {mine[k]}" for k, v in self._begun.items() if v != mine[k]]:
             raise ValueError(
                 f"ResumableLoader: expected the seed, batch size and length of the epoch that is resumed after "
-                f"{self._skip} batches, as other images would be left out or repeated: got {'; '.join(differ)}"
+                f"{start} batches, as other images would be left out or repeated: got {'; '.join(differ)}"
             )
 
 
@@ -221,17 +221,17 @@ def _seeded(key: str, active: bool) -> Iterator[None]:
     if not active:
         yield
         return
-    kept = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    kept = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     seed = zlib.crc32(key.encode())
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
     try:
         yield
     finally:
         torch.set_rng_state(kept[0])
         random.setstate(kept[1])
-        np.random.set_state(kept[2])
+        np.random.set_state(kept[2])  # noqa: NPY002
 
 
 def _rank() -> int:

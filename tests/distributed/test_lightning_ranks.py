@@ -18,9 +18,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from lightning_modules import PACKAGES, Images
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from ssd_addon import Monitor, ViewBatch
+from ssd_addon import EquivarianceLoss, Monitor, ViewBatch
 from ssd_addon.runs import ResumableLoader
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -139,6 +140,33 @@ def job_refused(rank, failures):
             failures.append(f"equivariance that is not sharded: {error}")
 
 
+def job_networks(rank, failures):
+    """Equivariance networks whose gradients nothing averages, as where the model alone is wrapped."""
+    mine = modules.module(gather_distributed=True)
+    torch.manual_seed(1)
+    equivariance = EquivarianceLoss(modules.SPACES, mine.views, hidden=(5,), gather_distributed=True)
+    batch = mine.views(modules.Images().images[4 * rank : 4 * rank + 4])
+    optimizer = torch.optim.SGD(equivariance.parameters(), lr=0.1)
+
+    def step(module):
+        z = {n: t.detach() for n, t in mine.model(batch).items()}
+        module(z, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    wrapped = DistributedDataParallel(equivariance)
+    step(wrapped), step(wrapped), step(equivariance)
+    try:
+        step(equivariance)
+        failures.append("networks that differ: no error")
+    except ValueError as error:
+        if "expected the same networks on every rank" not in str(error) or "on rank 1 than on rank 0" not in str(error):
+            failures.append(f"networks that differ: {error}")
+    equivariance.eval()
+    with torch.no_grad():  # an evaluation that another rank may do without
+        equivariance({n: t.detach() for n, t in mine.model(batch).items()}, batch)
+
+
 def job_monitor(rank, failures):
     """One line a step and epoch, by one rank, of the same numbers; a sharded model is measured too."""
     found = {}
@@ -183,6 +211,7 @@ JOBS = {
     "equal": job_equal,
     "same on all": job_same_on_all,
     "refused": job_refused,
+    "networks": job_networks,
     "monitor": job_monitor,
     "resumed": job_resumed,
 }

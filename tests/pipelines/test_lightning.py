@@ -1,6 +1,7 @@
 """`StructuredTraining` in both Lightning packages: the loss of a plain loop, ascent, exact resuming, refusals."""
 
 import importlib
+from types import MappingProxyType
 from typing import NamedTuple
 
 import kornia.augmentation as K
@@ -128,6 +129,40 @@ def test_of_several_loaders_one_trains_the_spaces():
     assert batch["plain"][0].images == 4 and batch["other"][0].shape == (6, 3, 12, 12)
 
 
+def test_of_several_loaders_with_views_the_named_one_trains_the_spaces():
+    drawn = views()
+
+    def collated(samples):
+        images, labels = default_collate(samples)
+        return drawn(images), labels
+
+    taken = []
+
+    def step(self, batch, index):
+        made = self.structured_step(batch)
+        taken.append((made.views.images, made.views is batch["plain"][0]))
+        return made.loss
+
+    for image_key, images in (("plain", 4), ("other", 6)):
+        mine = module(body={"image_key": image_key, "training_step": step}, adapt=False)
+        fit(mine, {"other": loader(6, collate_fn=collated), "plain": loader(collate_fn=collated)})
+        assert {n for n, _ in taken} == {images} and all(plain == (image_key == "plain") for _, plain in taken)
+        taken.clear()
+
+
+class Rows(dict):
+    """A class of mappings, as frameworks have them."""
+
+
+def test_a_mapping_keeps_its_class():
+    mine, batch = module(body={"image_key": "image"}), Rows(image=torch.rand(4, 3, 12, 12), label=torch.arange(4))
+    drawn = mine._drawn(batch)
+    assert type(drawn) is Rows and isinstance(drawn["image"], ViewBatch) and drawn["label"] is batch["label"]
+    assert isinstance(batch["image"], torch.Tensor)  # the loader's own mapping is left as it was
+    frozen = mine._drawn(MappingProxyType(batch))
+    assert isinstance(frozen["image"], ViewBatch) and frozen["label"] is batch["label"]
+
+
 class Viewed(Images):
     """(views, label) pairs, or views alone."""
 
@@ -201,8 +236,11 @@ def test_a_class_attribute_that_hides_the_equivariance_loss_is_said():
 
 
 def test_one_image_is_refused():
-    with pytest.raises(ValueError, match="expected at least 2 images in the batch"):
+    with pytest.raises(ValueError, match="expected 2 images or more, .* got 1; a last batch .* drop_last=True"):
         fit(module(), loader(1))
+    body = {"validation_step": lambda self, batch, index: self.structured_step(batch).loss}
+    with pytest.raises(ValueError, match="expected 2 images or more, .* drop_last=True"):
+        trainer().validate(module(body=body), loader(11), verbose=False)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -224,6 +262,100 @@ def test_ascent_that_an_override_cuts_off_is_said():
     with pytest.raises(RuntimeError, match=r"call super\(\).on_before_optimizer_step\(optimizer\)"):
         fit(module(body=body), max_steps=1)  # no step after it
     fit(module(body=body, adapt=False))  # nothing is to be stepped
+
+
+def silent(*_):
+    """An override that calls nothing."""
+
+
+def test_overrides_that_do_not_call_the_mixins_hooks_are_said():
+    for name in ("on_fit_start", "on_train_start", "on_save_checkpoint", "on_load_checkpoint", "on_train_end"):
+        with pytest.warns(UserWarning, match=rf"expected overrides of {name} to call super\(\)"):
+            module(body={name: silent})
+
+    class Calls(StructuredTraining, pl.LightningModule):
+        def on_train_end(self):
+            super().on_train_end()
+
+        @torch.no_grad()
+        def on_save_checkpoint(self, checkpoint):
+            StructuredTraining.on_save_checkpoint(self, checkpoint)
+
+    with pytest.warns(UserWarning, match="class Below: expected overrides of on_train_end"):
+        type("Below", (Calls,), {"on_train_end": silent})
+
+
+def raw_steps(self, batch, index):
+    """Steps past Lightning, which no hook sees."""
+    made = self.structured_step(batch)
+    optimizer = self.optimizers(use_pl_optimizer=False)
+    optimizer = optimizer[0] if isinstance(optimizer, list) else optimizer
+    optimizer.zero_grad()
+    self.manual_backward(made.loss)
+    optimizer.step()
+
+
+def test_ascent_is_said_to_stand_still_where_optimizers_step_past_lightning():
+    body = {"training_step": raw_steps, "automatic_optimization": False}
+    mine = module(body=body)
+    with pytest.raises(RuntimeError, match="got an optimizer step without it"):
+        fit(mine)
+    assert mine.views.call == 2  # at the next batch
+    with pytest.raises(RuntimeError, match="got an optimizer step without it"):
+        fit(module(body=body), max_steps=-1, limit_train_batches=1)  # none comes after it
+    fit(module(body=body, adapt=False))
+
+    def others(self, batch, index):
+        self.optimizers()[1].step()  # through Lightning, whose hook is for the other optimizer
+        raw_steps(self, batch, index)
+
+    def optimizers(self):
+        both = [*self.model.parameters(), *self.criterion.parameters()], [self.extra]
+        return [torch.optim.SGD(each, lr=0.01) for each in both]
+
+    body |= {"training_step": others, "configure_optimizers": optimizers, "extra": nn.Parameter(torch.zeros(1))}
+    with pytest.raises(RuntimeError, match="got an optimizer step without it"):
+        fit(module(body=body))
+
+
+def test_steps_of_other_optimizers_are_not_counted():
+    def step(self, batch, index):
+        made = self.structured_step(batch)
+        self.optimizers(use_pl_optimizer=False)[1].step()
+        if index == 2:
+            self.manual_backward(made.loss)
+            self.optimizers()[0].step()
+
+    def optimizers(self):
+        both = [*self.model.parameters(), *self.criterion.parameters()], [self.extra]
+        return [torch.optim.SGD(each, lr=0.01) for each in both]
+
+    body = {"training_step": step, "configure_optimizers": optimizers, "automatic_optimization": False}
+    mine = module(body={**body, "extra": nn.Parameter(torch.zeros(1))})
+    fit(mine)
+    assert int(mine.criterion.weights.steps) == 1
+    assert not mine._counting or not any(o._optimizer_step_post_hooks for o in mine.trainer.optimizers)
+
+
+def test_without_a_trainer_ascent_is_the_callers():
+    mine = module()
+    optimizer = torch.optim.SGD(mine.parameters(), lr=0.1)
+
+    def steps(own, count=3):
+        for _ in range(count):
+            step = mine.structured_step((torch.rand(4, 3, 12, 12), torch.arange(4)))
+            step.loss.backward()
+            optimizer.step()
+            if own:
+                mine.criterion.weights.step(step.terms)
+
+    mine.log_dict = lambda *_, **options: None
+    steps(own=True)
+    assert int(mine.criterion.weights.steps) == 3
+    with torch.no_grad():
+        mine.structured_step(torch.rand(4, 3, 12, 12))
+    with pytest.raises(RuntimeError, match=r"expected self.criterion.weights.step\(step.terms\) after every optimizer"):
+        steps(own=False)
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`.*")
@@ -333,6 +465,29 @@ def test_validation_changes_nothing_of_the_training():
     assert "val/loss" in found and mine.views.call == 6
     made = trainer()
     assert "test/loss" in made.test(module(body={"test_step": validation_step}), loader(), verbose=False)[0]
+
+
+def test_validation_draws_views_of_its_own_for_every_batch_and_the_same_each_time():
+    seen = []
+
+    def body(name):
+        def step(self, batch, index):
+            made = self.structured_step(batch)
+            seen.append((name, made.views.parameters[0]["color"]["0.ColorJitter"]["brightness_factor"].tolist()))
+            return made.loss
+
+        return step
+
+    mine = module(body={f"{name}_step": body(name) for name in ("training", "validation", "test")})
+    made = trainer(max_epochs=2, num_sanity_val_steps=0)
+    made.fit(mine, loader(), loader())
+    made.test(mine, loader(), verbose=False)
+    first, second = ([f for name, f in part if name == "validation"] for part in (seen[:6], seen[6:]))
+    training = [f for name, f in seen if name == "training"]
+    assert len(first) == 3 and first == second == [f for name, f in seen if name == "test"]
+    each = [tuple(f) for f in (*first, *training)]
+    assert len(set(each)) == len(each) == 9
+    assert mine.views.call == 6
 
 
 def test_means_over_an_epoch_are_weighted_by_the_images():

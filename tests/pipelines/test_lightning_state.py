@@ -1,19 +1,35 @@
-"""`StructuredTraining`: ascent over batches, resuming, averages of weights, precision; `ResumableLoader`."""
+"""`StructuredTraining`: ascent over batches, resuming, averages of weights, precision."""
 
 import importlib
 
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from lightning_modules import PACKAGES, SPACES, Backbone, Images, differences, fit, heads, loader, module, state, views
+from lightning_modules import (
+    PACKAGES,
+    SPACES,
+    Backbone,
+    Images,
+    checkpoints,
+    differences,
+    fit,
+    heads,
+    loader,
+    module,
+    resumable,
+    state,
+    trained,
+    trainer,
+    views,
+)
 from old_heads import stacked
-from torch.utils.data import DataLoader, IterableDataset
+from torch import nn
+from torch.utils.data import DataLoader
 
 from ssd_addon import JointEntropyLoss, StyleHeads
 from ssd_addon.lightning import StructuredTraining
 from ssd_addon.losses import Terms
 from ssd_addon.losses.weights import Weights
-from ssd_addon.runs import ResumableLoader
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -87,21 +103,8 @@ def test_terms_of_an_interrupted_step_are_forgotten():
 # ---- resuming and averages
 
 
-def resumable(workers=0):
-    return ResumableLoader(Images(), batch_size=3, shuffle=True, seed=1, num_workers=workers)
-
-
-def trained(folder, data, ckpt_path=None, package=PACKAGES[0], callbacks=(), **options):
-    checkpoint = importlib.import_module(f"{package}.callbacks").ModelCheckpoint(
-        folder, every_n_train_steps=1, save_top_k=-1, filename="{step}"
-    )
-    mine = module(package, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01))
-    options = {"max_epochs": 3, "enable_checkpointing": True, **options}
-    fit(mine, data, package=package, ckpt_path=ckpt_path, callbacks=[*callbacks, checkpoint], **options)
-    return state(mine)
-
-
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:checkpoint. expected a checkpoint after an optimizer step")  # Lightning saves again
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_resumed_training_ends_with_the_same_bits(package, accumulate, tmp_path):
@@ -175,6 +178,58 @@ def test_averaged_weights_leave_lambda_and_the_draws_alone(name, tmp_path):
     assert not differences(whole, again)
 
 
+def test_averages_leave_lambda_alone_where_the_criterion_is_compiled(tmp_path):
+    averaging = importlib.import_module("lightning.pytorch.callbacks").EMAWeightAveraging
+    mine = module()
+    mine.criterion = torch.compile(mine.criterion, backend="eager")
+    fit(mine, callbacks=[averaging(decay=0.5), checkpoints(tmp_path)], enable_checkpointing=True)
+    saved = torch.load(tmp_path / "step=3.ckpt")["state_dict"]
+    for name in ("steps", "values"):
+        assert torch.equal(saved[f"criterion._orig_mod.weights.{name}"], getattr(mine.criterion.weights, name))
+    assert int(mine.criterion.weights.steps) == 3
+    torch._dynamo.reset()
+
+
+def test_validation_uses_lambda_as_trained_and_not_its_average():
+    averaging = importlib.import_module("lightning.pytorch.callbacks").EMAWeightAveraging
+    mine = module(body={"validation_step": lambda self, batch, index: self.structured_step(batch).loss})
+    made = trainer(callbacks=[averaging(decay=0.99)], num_sanity_val_steps=0)
+    made.fit(mine, loader(), loader())
+    for space, value in zip(SPACES, mine.criterion.weights.values, strict=True):
+        assert float(made.callback_metrics[f"val/lambda/{space}"]) == pytest.approx(float(value), abs=1e-7)
+        assert abs(float(value) - 1) > 1e-3
+
+
+def test_a_checkpoint_within_an_optimizer_step_is_said(tmp_path):
+    def save(self, batch, index):
+        loss = self.structured_step(batch).loss
+        if index == 0:
+            self.trainer.save_checkpoint(tmp_path / "mid.ckpt")
+        return loss
+
+    with pytest.warns(UserWarning, match="got one after 1 of the batches whose gradients are accumulated"):
+        fit(module(body={"training_step": save}), accumulate_grad_batches=2)
+    fit(module(body={"training_step": save}, adapt=False), accumulate_grad_batches=2)  # Lightning's own matter
+
+
+def test_a_pass_without_gradients_is_no_step_of_the_weights():
+    """StochasticWeightAveraging passes the data once more, for batch statistics."""
+    averaging = importlib.import_module("lightning.pytorch.callbacks").StochasticWeightAveraging
+
+    class Normed(Backbone):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.norm(super().forward(x))
+
+    mine = module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05), temperature=0.2)
+    mine.model = StyleHeads(Normed(), SPACES, hidden=())
+    fit(mine, callbacks=[averaging(0.01, swa_epoch_start=1)], max_epochs=3)
+    assert int(mine.criterion.weights.steps) == 9
+
+
 # ---- precision and compiling
 
 
@@ -219,30 +274,3 @@ def test_clipped_gradients():
     fit(mine, gradient_clip_val=1e-3, max_steps=1)
     assert 0 < float((state(mine)["model.backbone.conv.weight"] - before).norm()) <= 1e-3
     assert int(mine.criterion.weights.steps) == 1
-
-
-# ---- the loader
-
-
-def test_a_resumable_loader_refuses_what_no_state_holds():
-    for options in ({"generator": torch.Generator()}, {"persistent_workers": True, "num_workers": 1}):
-        with pytest.raises(ValueError, match="ResumableLoader: expected"):
-            ResumableLoader(Images(), **options)
-    with pytest.raises(ValueError, match="got an iterable data set"):
-        ResumableLoader(type("Stream", (IterableDataset,), {"__iter__": lambda self: iter([])})())
-
-
-def test_a_resumable_loader_begins_anew_where_an_epoch_was_left():
-    data = resumable()
-    iter(data)  # never begun: not an epoch
-    first = next(iter(data))[1].tolist()
-    second = [labels.tolist() for _, labels in data]
-    assert len(second) == len(data) == 4 and data.state_dict() == {"epoch": 1, "batches": 4}
-    before, again = [labels.tolist() for _, labels in resumable()], resumable()
-    assert [labels.tolist() for _, labels in again] == [first, *before[1:]]
-    assert [labels.tolist() for _, labels in again] == second != before
-    assert [labels.tolist() for _, labels in ResumableLoader(Images(), batch_size=3, shuffle=True, seed=2)] != before
-    third = resumable()
-    third.load_state_dict({"epoch": 1, "batches": 2})
-    rest = iter(third)
-    assert next(rest)[1].tolist() == second[2] and len(third) == 4

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ssd_addon import JointEntropyLoss, StructuredViews, StyleHeads
+from ssd_addon import CollapseAlarm, JointEntropyLoss, StructuredViews, StyleHeads
 from ssd_addon.checkpoints import read_log
 from ssd_addon.metrics import ScoreTable, embed, parameter_matrix, r2_matrix
 from ssd_addon.metrics.images import for_model
@@ -582,6 +583,84 @@ def test_a_monitor_of_its_own_tensorboard_leaves_the_trainers_alone():
         assert monitor.writer is expected and expected.seen == ([("loss", 1.0, 0)] if writer else [])
     other.close = lambda: pytest.fail("the trainer's writer is the trainer's")
     monitor.lightning().teardown(trainer, None, "fit")
+
+
+def test_a_second_training_has_its_own_writer_and_its_own_length():
+    monitor = Monitor(None, log_every=1)
+    for k, steps in ((0, 6), (1, 3)):
+        writer = Numbers()
+        callback, inside = monitor.lightning(), heads(k)
+        trainer = SimpleNamespace(
+            loggers=[SimpleNamespace(experiment=writer)],
+            estimated_stepping_batches=steps,
+            global_step=0,
+        )
+        callback.setup(trainer, None, "fit")
+        callback.on_train_start(trainer, inside)
+        assert monitor.writer is writer and monitor._logged_elsewhere
+        assert monitor.alarm.total_steps == steps and monitor.alarm.widths == SPACES
+        callback.teardown(trainer, None, "fit")
+        assert monitor.writer is None and not monitor._logged_elsewhere
+        assert monitor.alarm.total_steps is None and monitor.alarm.widths == {}
+    own = Monitor(None, tensorboard=writer, alarm=CollapseAlarm(total_steps=9))
+    callback = own.lightning()
+    callback.setup(trainer, None, "fit")
+    callback.on_train_start(trainer, inside)
+    callback.teardown(trainer, None, "fit")
+    assert own.writer is writer and own.alarm.total_steps == 9  # the caller's stay
+
+
+def test_under_manual_optimization_steps_are_batches(tmp_path):
+    """Two optimizers step in every batch, so that Lightning's number of steps is always even; or it stays 0."""
+    callback = Monitor(tmp_path / "log", log_every=3).lightning()
+    manual = SimpleNamespace(automatic_optimization=False, modules=lambda: ())
+    for batch in range(8):
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=batch))
+        trainer = SimpleNamespace(global_step=0, callback_metrics={"loss": torch.tensor(1.0)}, fit_loop=loop)
+        callback.on_train_batch_end(trainer, manual, None, None, batch)
+    assert [line["step"] for line in lines(tmp_path / "log")] == [0, 3, 6]
+
+
+def test_a_line_is_written_where_a_batch_makes_several_steps(tmp_path):
+    callback = Monitor(tmp_path / "log", log_every=4).lightning()
+    for steps in (3, 6, 9, 12):
+        trainer = SimpleNamespace(global_step=steps, callback_metrics={"loss": torch.tensor(1.0)})
+        callback.on_train_batch_end(trainer, None, None, None, 0)
+    assert [line["step"] for line in lines(tmp_path / "log")] == [2, 5, 8]  # 0, 4 and 8 were passed
+    resumed = Monitor(tmp_path / "other", log_every=4, alarm=False).lightning()
+    resumed.on_train_start(SimpleNamespace(global_step=6), None)
+    for steps in range(7, 11):
+        trainer = SimpleNamespace(global_step=steps, callback_metrics={"loss": torch.tensor(1.0)})
+        resumed.on_train_batch_end(trainer, None, None, None, 0)
+    assert [line["step"] for line in lines(tmp_path / "other")] == [8]  # no line of its own for resuming
+
+
+def test_a_callback_goes_to_a_spawned_process(tmp_path):
+    callback = Monitor(tmp_path / "log", factors=FACTORS, images=DATA.images).lightning(model="inside")
+    copied = pickle.loads(pickle.dumps(callback))
+    assert copied.state_key == callback.state_key and type(copied).__mro__[1] is type(callback).__mro__[1]
+    copied.on_train_batch_end(SimpleNamespace(global_step=1, callback_metrics={"loss": 1.0}), None, None, None, 0)
+    assert [line["step"] for line in lines(tmp_path / "log")] == [0]
+
+
+def test_monitors_in_one_trainer_have_states_of_their_own(tmp_path):
+    import pytorch_lightning as pl
+
+    known = {"images": DATA.images, "factors": FACTORS}
+    each = [Monitor(None).lightning(), Monitor(None, **known).lightning(), Monitor(None).lightning(model="inside")]
+    each += [Monitor(tmp_path / "log").lightning(), Monitor(tmp_path / "other").lightning()]
+    assert len({c.state_key for c in each}) == 5
+    assert each[3].state_key == f"ssd_addon.Monitor({tmp_path / 'log'})"  # as older checkpoints have it
+    pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=each)
+
+
+def test_names_that_end_like_those_of_lightning_are_kept():
+    mine, monitor = module(heads()), Monitor(None, log_every=1)
+    numbers = {"light": 1.0, "light_step": 2.0, "loss": 1.0, "loss_step": 2.0, "loss_epoch": 3.0}
+    trainer = SimpleNamespace(global_step=1, callback_metrics={k: torch.tensor(v) for k, v in numbers.items()})
+    monitor.writer = Numbers()
+    monitor.lightning().on_train_batch_end(trainer, mine, None, None, 0)
+    assert sorted(name for name, *_ in monitor.writer.seen) == ["light", "light_step", "loss"]
 
 
 def test_which_lightning(monkeypatch):

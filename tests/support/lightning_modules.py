@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssd_addon import DualAscent, EquivarianceLoss, JointEntropyLoss, StructuredViews, StyleHeads
 from ssd_addon.lightning import StructuredTraining
+from ssd_addon.runs import ResumableLoader
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 SPACES = {"content": 6, "color": 3}
@@ -92,6 +93,23 @@ def fit(mine, data=None, *, package=PACKAGES[0], ckpt_path=None, **options):
     made = trainer(package, **options)
     made.fit(mine, loader() if data is None else data, ckpt_path=ckpt_path)
     return made
+
+
+def resumable(workers=0):
+    return ResumableLoader(Images(), batch_size=3, shuffle=True, seed=1, num_workers=workers)
+
+
+def checkpoints(folder, package=PACKAGES[0], **options):
+    made = importlib.import_module(f"{package}.callbacks").ModelCheckpoint
+    return made(folder, **{"every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}", **options})
+
+
+def trained(folder, data, ckpt_path=None, package=PACKAGES[0], callbacks=(), body=(), **options):
+    checkpoint = checkpoints(folder, package)
+    mine = module(package, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01), body=body)
+    options = {"max_epochs": 3, "enable_checkpointing": True, **options}
+    fit(mine, data, package=package, ckpt_path=ckpt_path, callbacks=[*callbacks, checkpoint], **options)
+    return state(mine)
 
 
 def state(mine):
