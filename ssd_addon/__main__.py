@@ -303,13 +303,20 @@ def report(args: argparse.Namespace) -> None:
         )
     family = card.get("family")
     on_sphere = {"unit": True, "raw": False, "auto": model.on_sphere}[args.rows]
+    named = on_sphere or args.rows != "auto" or "family" in card or "on_sphere" in card
+    unknown = "" if named else " (the file does not name the loss)"
+    if unknown:
+        _print(
+            "the file does not name the loss, so embeddings are scored as they are; after SimCLR's, which compares "
+            "directions, give --rows unit, or save with model.on_sphere = criterion.on_sphere"
+        )
     data = page.read(args.data, size=size, samples=args.samples, seed=args.seed, say=_print)
     n = len(data.images)
     about = [
         ("spaces", ", ".join(f"{name} {width}" for name, width in model.spaces.items())),
         ("images", f"{n} of {data.total}" if data.total > n else str(n)),
         ("size", f"{data.images.shape[-2]} x {data.images.shape[-1]}"),
-        ("embeddings", "L2-normalized" if on_sphere else "as they are"),
+        ("embeddings", "L2-normalized" if on_sphere else f"as they are{unknown}"),
     ]
     about += [("family", str(family))] if family else []
     if opened.log_problem:

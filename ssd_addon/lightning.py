@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ssd_addon import _checks
 from ssd_addon.augment.native import Cropped
 from ssd_addon.batch import ViewBatch, ViewParameters
+from ssd_addon.heads import StyleHeads
 from ssd_addon.losses.terms import Terms
 from ssd_addon.losses.weights import FixedWeights
 from ssd_addon.stacked import is_stacked
@@ -32,7 +33,7 @@ from ssd_addon.transform import StructuredTransform
 
 _Base: Any = nn.Module if TYPE_CHECKING else object
 HOOKS = ("on_fit_start", "on_train_start", "on_save_checkpoint", "on_load_checkpoint", "on_train_end")
-"""Hooks whose overrides have to call those of the mixin, although nothing tells later that they did not."""
+"""Hooks whose overrides have to call those of the mixin, although nothing later shows that they did not."""
 OUTSIDE_TRAINING = 2**40
 """Call number from which views are drawn for validation and tests, so that training draws others."""
 
@@ -215,7 +216,8 @@ class StructuredTraining(_Base):  # type: ignore[misc]
         for values, reduced in ((numbers, False), (own, True)):
             # As 32-bit tensors, because under bf16-true Lightning converts numbers to 16-bit tensors.
             as_floats = {stage + k: t.detach().float().clone() for k, t in values.items()}
-            self.log_dict(as_floats, sync_dist=reduced, batch_size=images)
+            # Outside training Lightning reduces at the end of the epoch, and warns without sync_dist.
+            self.log_dict(as_floats, sync_dist=reduced or bool(stage), batch_size=images)
 
     def _stage(self) -> str:
         """Prefix of logged names: "" in training, else such as "val/"."""
@@ -355,7 +357,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------------ begin, save, end
 
     def on_fit_start(self) -> None:
-        """Check that views, model and criterion are set."""
+        """Check that views, model and criterion are set; the model gets the criterion's `on_sphere`."""
         super().on_fit_start()
         for name in ("views", "model", "criterion"):
             self._needed(name)
@@ -364,6 +366,9 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             raise AttributeError(
                 f"{type(self).__name__}: expected no class attribute 'equivariance': got one that hides it"
             )
+        heads = next((m for m in self.model.modules() if isinstance(m, StyleHeads)), None)
+        if heads is not None and getattr(self.criterion, "on_sphere", False):
+            heads.on_sphere = True  # measures and reports compare embeddings as the loss does
         _check_shards({n: getattr(self, n, None) for n in ("model", "criterion", "equivariance")})
         self._pending, self._trained = (), None
 

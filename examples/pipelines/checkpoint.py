@@ -47,6 +47,7 @@ def main(argv=None):
     views = StructuredViews(**r.views)
     model = StyleHeads(backbone, r.spaces, hidden=(512,)).freeze()
     criterion, equivariance = JointEntropyLoss(**r.loss), EquivarianceLoss(r.spaces, views, **r.equivariance)
+    model.on_sphere = criterion.on_sphere
     trained = [p for p in (*model.parameters(), *equivariance.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-3)
     for _ in range(args.epochs):
@@ -57,7 +58,7 @@ def main(argv=None):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    features = embed(model, (views.plain(x) for x, _ in DataLoader(data, **loading)))
+    features = embed(model, (views.plain(x) for x, _ in DataLoader(data, **loading)), on_sphere=False)
 
     scores = {name: accuracy(each, torch.tensor(data.targets)) for name, each in features.items()}
     print(scores)

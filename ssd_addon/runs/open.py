@@ -68,7 +68,8 @@ def load(
     except (TypeError, ValueError) as error:
         reason = str(error)
         raise ValueError(f"{file}: {reason if len(reason) < 600 else reason[:600] + ' ...'}") from error
-    model.on_sphere = compares_on_sphere(card) if "family" in card else model.on_sphere
+    if "family" in card or "on_sphere" in card:
+        model.on_sphere = compares_on_sphere(card)
     log, problem = _log(folder / LOG)
     return Opened(model.eval(), _views(views, card, size), card, log, file, problem)
 

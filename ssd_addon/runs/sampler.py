@@ -149,8 +149,8 @@ class ResumableLoader(DataLoader[Any]):
         self._trainer_epoch: int | None = None  # the last number given to `set_epoch`
         self._begun: dict[str, Any] = {}  # what the epoch in the checkpoint began with
         for sampler in {id(s): s for s in samplers if s is not None}.values():
-            # Lightning tells samplers the epoch, and not the loader.
-            sampler.set_epoch = functools.partial(_tell, self, getattr(sampler, "set_epoch", None))
+            # Lightning sets the epoch of samplers, and not of the loader.
+            sampler.set_epoch = functools.partial(_set_epochs, self, getattr(sampler, "set_epoch", None))
 
     @property
     def _index_sampler(self) -> Any:
@@ -208,7 +208,7 @@ class ResumableLoader(DataLoader[Any]):
             )
 
 
-def _tell(loader: ResumableLoader, own: Callable[[int], None] | None, epoch: int) -> None:
+def _set_epochs(loader: ResumableLoader, own: Callable[[int], None] | None, epoch: int) -> None:
     """`set_epoch` of a loader's sampler."""
     if own is not None:
         own(epoch)

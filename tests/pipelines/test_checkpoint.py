@@ -1,11 +1,17 @@
 """A pretrained backbone and a linear probe, before and after: the backbone is left as it was."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scripts import script
 from torchvision.models import resnet18
+
+from ssd_addon import StyleHeads, runs
+from ssd_addon.metrics import embed
 
 pytestmark = pytest.mark.slow
 
@@ -29,3 +35,17 @@ def test_spaces_come_beside_the_same_features(tmp_path, capsys):
     assert after["backbone"] == before["backbone"]
     assert all(torch.equal(t, weights[k]) for k, t in net.state_dict().items())
     assert "color" in capsys.readouterr().out
+
+
+def test_the_heads_are_saved_and_searched_as_the_page_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "pipelines" / "checkpoint.md").read_text()
+    saved = re.search(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE).group(1)
+    model = StyleHeads(resnet18(), {"content": 4, "spatial": 2, "color": 2}, hidden=()).freeze().eval()
+    model.on_sphere = True
+    names = {"model": model, "features": embed(model, torch.rand(8, 3, 32, 32))}
+    exec(compile(saved, "checkpoint.md", "exec"), names)
+    assert names["rows"].shape == (1, 5) and 0 not in names["rows"]
+    opened = runs.load("heads.pt")
+    assert opened.model.on_sphere and opened.model.frozen
+    assert opened.views.plan.spaces == ("content", "spatial", "color")

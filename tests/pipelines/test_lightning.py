@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
-from ssd_addon import NativeCrops, StructuredTransform, StructuredViews, ViewBatch
+from ssd_addon import JointEntropyLoss, NativeCrops, StructuredTransform, StructuredViews, ViewBatch
 from ssd_addon.lightning import StructuredTraining
 
 pytestmark = [
@@ -488,6 +488,18 @@ def test_validation_draws_views_of_its_own_for_every_batch_and_the_same_each_tim
     each = [tuple(f) for f in (*first, *training)]
     assert len(set(each)) == len(each) == 9
     assert mine.views.call == 6
+
+
+def test_the_model_gets_the_criterions_way_of_comparing():
+    mine = module()
+    mine.model = torch.compile(mine.model, backend="eager")
+    fit(mine, max_steps=1)
+    assert mine.model._orig_mod.on_sphere
+    other = module()
+    other.criterion = JointEntropyLoss("vicreg")
+    fit(other, max_steps=1)
+    assert not other.model.on_sphere
+    torch._dynamo.reset()
 
 
 def test_means_over_an_epoch_are_weighted_by_the_images():

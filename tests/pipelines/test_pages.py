@@ -12,7 +12,7 @@ SPEC.loader.exec_module(diffs)
 PAGES = sorted(diffs.PAGES.glob("*.md"))
 LIMITS: dict[str, int] = {
     "lightning_simclr": 9,
-    "checkpoint": 22,
+    "checkpoint": 23,
     "lightly_plain": 10,
     "lightly_lightning": 10,
     "lightly_distributed": 10,

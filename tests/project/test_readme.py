@@ -42,6 +42,7 @@ def test_quick_start(tmp_path, monkeypatch):
     assert all(p.grad is not None for p in names["equivariance"].parameters())
     saved = runs.load(tmp_path / "model.pt", backbone=small_backbone())
     assert saved.views is not None and saved.card["size"] == 224
+    assert saved.model.on_sphere  # scored as SimCLR's loss compares
     assert backbone[0].weight.grad.abs().sum() > 0
     assert {n: tuple(t.shape) for n, t in names["z"].items()} == {
         "content": (4, 4, 64), "spatial": (4, 4, 32), "color": (4, 4, 32),

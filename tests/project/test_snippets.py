@@ -20,6 +20,7 @@ from ssd_addon import (
     StyleHeads,
     ViewBatch,
     ViewPlan,
+    recipe,
     runs,
 )
 from ssd_addon.collate import ImageFiles
@@ -36,7 +37,14 @@ TESTED_ELSEWHERE = {
     "docs/pipelines/checkpoint.md": "the page holds examples/layers.py, which tests/pipelines tests",
     "docs/folder-to-report.md": "tests/examples/test_notebook.py",
 }
-HERE = ("docs/choose-your-groups.md", "docs/domains.md", "docs/training.md", "docs/views.md", "kernels/README.md")
+HERE = (
+    "docs/choose-your-groups.md",
+    "docs/deploy.md",
+    "docs/domains.md",
+    "docs/training.md",
+    "docs/views.md",
+    "kernels/README.md",
+)
 
 
 def blocks(name: str) -> list[str]:
@@ -76,6 +84,29 @@ def test_domains():
     names = run(block, "domains.md", names | {"Gain": Gain, "Shift": Shift, "Window": Window})
     z = names["model"](names["views"](torch.rand(4, 4, 160)))
     assert {n: t.shape[-1] for n, t in z.items()} == {"content": 8, "gain": 4, "shift": 4}
+
+
+@pytest.mark.slow
+def test_deploy(tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    import torchvision
+
+    monkeypatch.chdir(tmp_path)
+    r = recipe("color_spatial", size=64)
+    views, model = StructuredViews(**r.views, seed=0), StyleHeads(torchvision.models.resnet18(), r.spaces, hidden=(8,))
+    model(views(torch.rand(4, 3, 64, 64)))  # batch statistics that are not 0 and 1
+    names = {"model": model, "views": views, "loader": [torch.rand(2, 3, 64, 64)] * 2}
+    for block in blocks("docs/deploy.md"):
+        names = run(block, "deploy.md", names)
+    x = torch.rand(5, 3, 64, 64)
+    expected = torch.nn.functional.normalize(model(views.plain(x))["color"], dim=1)
+    found = [torch.export.load("color.pt2").module()(x)]
+    session = onnxruntime.InferenceSession("color.onnx", providers=["CPUExecutionProvider"])
+    found.append(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]))
+    for z in found:
+        torch.testing.assert_close(z, expected, rtol=1e-3, atol=1e-4)
+    assert names["z"]["color"].shape == (4, 32)
 
 
 class TestTraining:

@@ -408,6 +408,25 @@ def test_the_command_takes_a_file_and_fewer_images(run, tmp_path, capsys):
     assert "ResizedCrop place and size" in out.read_text()
 
 
+def test_that_the_loss_is_not_known_is_said(run, tmp_path, capsys):
+    (tmp_path / "net.py").write_text("import torch\ndef net(): return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))\n")
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))
+    model = StyleHeads(net, {"content": 4, "color": 4}, in_features=4, hidden=())
+    out, card = tmp_path / "r.html", {"size": 12, "views": "color_spatial"}
+    command = ["report", str(tmp_path / "m.pt"), "--backbone", f"{tmp_path}/net.py:net", "--data", str(run / "data")]
+    for change, rows, shown, known in (
+        ({}, (), "as they are (the file does not name the loss)", False),
+        ({}, ("--rows", "raw"), "as they are", True),
+        ({"family": "vicreg"}, (), "as they are", True),
+        ({"on_sphere": True}, (), "L2-normalized", True),
+        ({"family": "simclr"}, (), "L2-normalized", True),
+    ):
+        model.save(tmp_path / "m.pt", card=card | change)
+        assert main([*command, *rows, "--samples", "12", "--out", str(out)]) == 0
+        assert ("give --rows unit" in capsys.readouterr().out) is not known
+        assert f"embeddings <b>{shown}</b>" in out.read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
