@@ -341,7 +341,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             self._pending = ()
             return
         if not self._pending:
-            if self._trained is None:
+            if self._trained is None and any(p.grad is not None for p in of_model):
                 raise RuntimeError(
                     f"{type(self).__name__}: expected training_step to call self.structured_step(batch), whose terms "
                     "update criterion.weights: got gradients without that call; to update them yourself, override "
