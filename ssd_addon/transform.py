@@ -29,11 +29,15 @@ class StructuredTransform:
     """Transform for a data set: turns one sample into a list of V structured views.
 
     Every sample, worker, rank and epoch gets different draws. In the workers of a `DataLoader` they depend only on the
-    loader's generator and on the sample, so that an epoch can be repeated exactly from the same generator,
-    `DataLoader(..., generator=torch.Generator().manual_seed(seed + epoch))`, with any number of workers, and resumed in
-    the middle by a sampler that starts there (`runs.ResumableSampler`). Persistent workers, and a loader without
-    workers, draw from torch's global generator of their process, one sample after the other; a training run then
-    repeats exactly only from its start. Workers may be forked or spawned.
+    loader's generator, on the sample and on the indices of its batch. So an epoch can be repeated exactly from the same
+    generator, `DataLoader(..., generator=torch.Generator().manual_seed(seed + epoch))`, with any number of workers, and
+    resumed between two batches by a sampler that starts there (`runs.ResumableSampler`). Persistent workers, and a
+    loader without workers, draw from torch's global generator of their process, one sample after the other; a training
+    run then repeats exactly only from its start. Workers may be forked or spawned.
+
+    A sample that a sampler draws several times in an epoch (weighted sampling, repeated augmentation) gets different
+    views each time. The exception are two batches of the same indices in the same order, as a batch size of 1 makes
+    them: in different workers, their views are equal.
 
     `default_collate` makes a list of V batches [B, C, H, W], which `StyleHeads` accepts; pass `transform.plan` to the
     loss together with the embeddings, so that spaces are matched by name. `StructuredCollate(size, views=transform)`
@@ -90,7 +94,7 @@ class StructuredTransform:
             value_range=value_range,
         )
         self.parameters = bool(parameters)
-        self._turns = Turns()
+        self._turns = Turns(single=True)
 
     @property
     def plan(self) -> ViewPlan:
