@@ -21,21 +21,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:'pin_memory' 
 
 VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 PATCHES = {"image_size": 32, "patch_size": 8}
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
 DEEP = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 1, 1]}
 MODELS = {
     "ViT": dict(VIT, **PATCHES),
     "Dinov2": dict(VIT, **PATCHES),
     "ConvNext": DEEP,
     "ResNet": dict(DEEP, embedding_size=8, layer_type="basic"),
-    "Swinv2": {
-        "image_size": 32,
-        "patch_size": 4,
-        "embed_dim": 8,
-        "depths": [1, 1],
-        "num_heads": [2, 2],
-        "window_size": 4,
-    },
+    "Swinv2": SWIN,
 }
+OTHERS = {"CLIPVision": dict(VIT, **PATCHES), "SiglipVision": dict(VIT, **PATCHES), "Swin": SWIN}
 IDLE = {
     "ViT": {"pooler.dense.weight", "pooler.dense.bias"},
     "Dinov2": {"embeddings.mask_token"},
@@ -47,7 +42,7 @@ TINY = ["--images", "24", "--batch-size", "8", "--steps", "6"]
 
 def network(name):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**MODELS[name])
+    config = getattr(transformers, f"{name}Config")(**(MODELS | OTHERS)[name])
     return getattr(transformers, f"{name}Model")(config)
 
 
@@ -136,6 +131,43 @@ def test_the_scripts_train_and_save(name, tmp_path, monkeypatch):
     trainer = script(name).main([*TINY, "--out", str(tmp_path)])
     assert math.isfinite(trainer.state.log_history[-1]["train_loss"]) and trainer.state.global_step == 6
     assert (tmp_path / "checkpoint-6" / "model.safetensors").exists()
+
+
+READ = {
+    "ViT": ("last_hidden_state", "cls"),
+    "Dinov2": ("last_hidden_state", "cls"),
+    "CLIPVision": ("last_hidden_state", "cls"),
+    "SiglipVision": ("last_hidden_state", "mean"),
+    "Swin": ("last_hidden_state", "mean"),
+    "Swinv2": ("last_hidden_state", "mean"),
+    "ConvNext": ("pooler_output", "auto"),
+    "ResNet": ("pooler_output", "auto"),
+}
+"""What the script reads of a model by itself: output and pool."""
+
+
+@pytest.mark.parametrize("name", READ)
+def test_the_script_takes_a_saved_model_of_any_kind(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    network(name).save_pretrained(tmp_path / "model")
+    one = ["--images", "8", "--batch-size", "8", "--steps", "1", "--model", str(tmp_path / "model")]
+    trainer = script("huggingface_simclr").main([*one, "--out", str(tmp_path / "out")])
+    assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
+    model = trainer.model
+    assert (model.heads._pooling.output, model.heads._pooling.pool) == READ[name]
+    model.zero_grad()
+    model(torch.rand(4, 3, 40, 40))["loss"].backward()
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]  # DDP would refuse them
+    assert sum(p.requires_grad for p in model.heads.backbone.parameters()) > 3
+    fresh = network(name)
+    fresh.load_state_dict(model.heads.export_backbone())
+
+
+def test_the_script_pools_as_it_is_asked_to(tmp_path):
+    module, net, x = script("huggingface_simclr"), network("ViT"), torch.rand(2, 3, 32, 32)
+    for pool, of in (("auto", lambda y: y[:, 0]), ("cls", lambda y: y[:, 0]), ("mean", lambda y: y.mean(1))):
+        model = module.Model(net, 32, pool).eval()
+        torch.testing.assert_close(model.heads.features(x), of(net(x).last_hidden_state))
 
 
 def test_a_continued_training_is_the_training_that_was_not_interrupted(tmp_path, monkeypatch):
