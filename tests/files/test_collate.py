@@ -181,8 +181,29 @@ def test_rows_whose_views_were_made_by_the_dataset_become_a_batch_of_views():
         ({"image": 0, "label": 0, "labels": 0}, {}, "one key of label, labels .*: got the keys image, label, labels"),
         ({"image": 0, "label": 0}, {"image_key": "img"}, "a key 'img' in every row: got the keys image, label"),
         ({"image": 0, "label": 0}, {"label_key": "y"}, "a key 'y' in every row: got the keys image, label; label_key"),
-        ({"image": {"bytes": b"", "path": None}, "label": 0}, {}, r"a PIL image.*: got dict; .*decode=True"),
-        ({"image": [[[0, 0, 0]]], "label": 0}, {}, r"a PIL image.*: got list; .*with_format\(\"numpy\"\)"),
+        (
+            {"image": {"bytes": b"", "path": None}, "label": 0},
+            {},
+            r"a PIL image.*: got dict; .*decode=True\)\) gives one$",
+        ),
+        (
+            {"image": [[[0, 0, 0]]], "label": 0},
+            {},
+            r"a PIL image.*: got list; if its levels are 0 to 255, .*\(\"numpy\", dtype=np.uint8\) gives one$",
+        ),
+        (
+            {"image": np.full((2, 2, 3), 255), "label": 0},
+            {},
+            r"got int64 \[2, 2, 3\]; if .* 0 to 255, give array.astype\(np.uint8\), or .*dtype=np.uint8\); if not",
+        ),
+        ({"image": np.full((2, 2, 3), 256), "label": 0}, {}, r"got int64 \[2, 2, 3\]; divide it by the largest value"),
+        ({"image": np.full((2, 2, 3), -1), "label": 0}, {}, r"got int64 \[2, 2, 3\]; divide it by the largest value"),
+        (
+            {"image": torch.zeros(2, 2, 3, dtype=torch.int64), "label": 0},
+            {},
+            r"got torch.int64 \[2, 2, 3\]; if its levels .*dtype=np.uint8\) gives arrays \[H, W, C\]$",
+        ),
+        ({"image": torch.zeros(2, 2, dtype=torch.int32), "label": 0}, {}, r"got torch.int32 \[2, 2\]$"),
         ((picture(), 0), {"image_key": "img"}, "expected mappings as samples, because image_key or label_key is given"),
     ],
 )

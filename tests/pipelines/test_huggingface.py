@@ -5,9 +5,11 @@ one and runs this file.
 """
 
 import math
+import re
 import shutil
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from scripts import script
@@ -117,12 +119,50 @@ def test_views_are_made_in_the_collate_function_or_in_the_data_set(where):
     assert batch.plan == transform.plan and batch.views.shape == (4, 4, 3, 32, 32) and labels.tolist() == [0, 1, 0, 1]
 
 
-def test_what_is_no_image_is_refused_with_the_way_to_get_one():
-    encoded = rows().cast_column("image", datasets.Image(decode=False))
-    nested = datasets.Dataset.from_dict({"image": [np.zeros((2, 2, 3), np.uint8)], "label": [0]})
-    for data in (encoded, nested):
-        with pytest.raises(TypeError, match=r"decode=True\)\) or with_format\(\"numpy\"\)"):
-            StructuredCollate(8)([data[0]])
+def advised(data):
+    """The data set after what the error about its first row advises."""
+    with pytest.raises(TypeError, match="of datasets") as error:
+        StructuredCollate(8)([data[0]])
+    call = re.search(r"of datasets, (.*\)) gives", str(error.value)) or re.search(
+        r"or of datasets, (.*\));", str(error.value)
+    )
+    return eval("data." + call[1], {"data": data, "np": np, "Image": datasets.Image})
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+@pytest.mark.parametrize("form", [None, "numpy", "torch"])
+def test_the_error_about_nested_lists_gives_advice_that_works(form, dtype):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(dtype)
+    for images in (pixels, pixels[..., 0]):
+        data = datasets.Dataset.from_dict({"image": list(images), "label": [300, 1]})
+        rows = advised(data.with_format(form))
+        made, labels, _ = StructuredCollate(8)([rows[0], rows[1]])
+        want = torch.from_numpy(images.reshape(2, 8, 8, -1)).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
+        assert torch.equal(made.long(), want.long()) and labels.tolist() == [300, 1]
+
+
+def test_the_error_about_encoded_images_gives_advice_that_works():
+    assert (
+        StructuredCollate(8)([advised(rows().cast_column("image", datasets.Image(decode=False)))[1]])[0].unique() == 40
+    )
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch"])
+def test_what_the_page_says_about_palettes_and_formats(form):
+    """Formats give the numbers of the colors; Image(mode="RGB") gives the colors."""
+    red = PIL.Image.new("P", (8, 8))
+    red.putpalette([255, 0, 0] + [0] * 765)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    data = datasets.Dataset.from_dict({"image": [red], "label": [0]}, features=features)
+    right = data.cast_column("image", datasets.Image(mode="RGB"))
+    for each, want in (
+        (data, [255, 0, 0]),
+        (right.with_format(form), [255, 0, 0]),
+        (data.with_format(form), [0, 0, 0]),
+    ):
+        image = StructuredCollate(8)([each[0]])[0][0]
+        assert image[:, 0, 0].tolist() == want[: len(image)]
+    assert len(StructuredCollate(8)([data.with_format("torch")[0]])[0][0]) == 1  # gray stays gray
 
 
 @pytest.mark.parametrize("name", ["before/huggingface_simclr", "huggingface_simclr"])
