@@ -210,3 +210,17 @@ def test_rows_whose_views_were_made_by_the_dataset_become_a_batch_of_views():
 def test_rows_without_the_keys_are_refused_with_the_keys_that_came(row, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         StructuredCollate(4, **options)([row])
+
+
+def test_pictures_are_resized_as_pillow_does_bicubically():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    want = np.array(image.resize((8, 8), Image.Resampling.BICUBIC))
+    assert np.array_equal(StructuredCollate(8)([(image, 0)])[0][0].permute(1, 2, 0).numpy(), want)
+
+
+def test_tensors_are_resized_with_antialiasing_and_rounded():
+    stripes = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    stripes[..., ::4] = 200  # a quarter of the columns, which no sample without antialiasing meets
+    assert StructuredCollate(4)([(stripes, 0)])[0].float().mean() == pytest.approx(50, abs=10)
+    image = torch.tensor([[1, 1], [1, 0]], dtype=torch.uint8).expand(3, 2, 2)  # with a mean of 0.75
+    assert StructuredCollate(1)([(image, 0)])[0].unique().tolist() == [1]
