@@ -224,3 +224,16 @@ def test_tensors_are_resized_with_antialiasing_and_rounded():
     assert StructuredCollate(4)([(stripes, 0)])[0].float().mean() == pytest.approx(50, abs=10)
     image = torch.tensor([[1, 1], [1, 0]], dtype=torch.uint8).expand(3, 2, 2)  # with a mean of 0.75
     assert StructuredCollate(1)([(image, 0)])[0].unique().tolist() == [1]
+
+
+def test_the_name_none_is_no_name():
+    image = torch.rand(3, 4, 4)
+    assert StructuredCollate(4)([(image, 0, None), (image, 0, "None")])[2] == ["", "None"]
+    assert StructuredCollate(4)([{"image": image, "label": 0, "name": None}])[2] == [""]
+
+
+def test_several_labels_per_image_are_a_tensor_where_they_come_as_tensors():
+    image = torch.rand(3, 4, 4)
+    several = [[1, 0], [0, 1]]
+    assert StructuredCollate(4)([(image, x) for x in several])[1] == several
+    assert StructuredCollate(4)([(image, torch.tensor(x)) for x in several])[1].tolist() == several

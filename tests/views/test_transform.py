@@ -258,6 +258,31 @@ def test_a_collate_function_makes_a_batch_with_plan_and_parameters(seen, paramet
         assert drawn[0].shape == (5,) and torch.equal(drawn[2], drawn[0]) and not torch.equal(drawn[1], drawn[0])
 
 
+def test_views_of_another_order_of_groups_are_refused_and_never_swapped():
+    turned = {name: GROUPS[name] for name in reversed(GROUPS)}
+    one, other = (StructuredTransform(groups, seed=3, parameters=p) for groups, p in ((GROUPS, False), (turned, True)))
+    for made, views in ((one, other), (other, one)):
+        with pytest.raises(ValueError, match=r"views of content, .*, in this order: got those of content, .*; give"):
+            StructuredCollate(8, views=views)([(made(p), 0) for p in pictures(2)])
+    samples = [one(p) for p in pictures(2)]
+    assert type(default_collate(samples)) is type(pickle.loads(pickle.dumps(samples[0]))) is list
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_images_of_several_sizes_need_an_operation_that_gives_one(seen):
+    made = StructuredTransform({"color": GROUPS["color"]}, seed=3)
+    samples = [(made(p) if seen else p, 0) for p in pictures(2)]
+    with pytest.raises(ValueError, match=r"views of one size.*: got \[3, 20, 24\] and \[3, 21, 25\]; add an operation"):
+        StructuredCollate(8, views=made)(samples)
+
+
+@pytest.mark.parametrize("change", [lambda v: v.numpy(), lambda v: Image.new("RGB", (16, 16))])
+def test_views_that_are_no_tensors_are_refused(transform, change):
+    samples = [([change(v) for v in transform(p)], 0) for p in pictures(2)]
+    with pytest.raises(TypeError, match="expected views as tensors, as StructuredTransform makes them: got (nd|Image)"):
+        StructuredCollate(8, views=transform)(samples)
+
+
 @pytest.mark.parametrize(
     "sample",
     [
