@@ -56,8 +56,9 @@ class StructuredTransform:
     sent to the workers: a transform that spawned workers import anew draws as on rank 0, with a warning.
 
     A sample that a sampler draws several times in an epoch (weighted sampling, repeated augmentation) gets different
-    views each time. The exception are two batches of the same indices in the same order, as a batch size of 1 makes
-    them: in different workers, their views are equal.
+    views each time. Two batches of the same indices in the same order are the exception (a batch size of 1, one image
+    with most of the weight, a fixed order that is repeated): in different workers their views are equal, unless the
+    workers are persistent.
 
     `default_collate` makes a list of V batches [B, C, H, W], which `StyleHeads` accepts; pass `transform.plan` to the
     loss together with the embeddings, so that spaces are matched by name. `StructuredCollate(size, views=transform)`

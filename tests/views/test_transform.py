@@ -162,7 +162,8 @@ def test_oversampled_images_are_drawn_anew_in_spawned_and_persistent_workers():
 def test_equal_batches_are_counted_by_each_worker():
     order = [0] * 4
     assert distinct(drawn(order, 1, batch=1)) == 16
-    assert distinct(drawn(order, 2, batch=1)) == 8  # as the page says: two for each worker
+    assert distinct(drawn(order, 2, batch=1)) == 8  # two for each worker, as the page says
+    assert distinct(drawn(order, 2, batch=1, persistent_workers=True)) == 16
 
 
 class Stream(IterableDataset):
