@@ -50,13 +50,16 @@ class StructuredCollate:
             returns a list of None instead.
 
     Returns:
-        images or ViewBatch; labels (an int64 or float tensor [B] if they are numbers, else a list); names, a list with
-        "" for samples without a name.
+        images or ViewBatch; labels, an int64 or float tensor [B] if they are numbers, a tensor [B, ...] if they are
+        tensors of one shape (several labels per image: of datasets, `with_format("torch")` gives such rows), else a
+        list; names, a list with "" for samples without a name, or with the name None.
 
     Raises:
-        ValueError: the batch is empty; an image has no pixels; a floating-point image contains NaN, or an array or
-            tensor values outside [0, 1]; an array's dimensions look like [C, H, W]; images have different numbers of
-            channels; labels are tensors of different shapes; a mapping has none, or several, of the expected keys.
+        ValueError: the batch is empty; views made by the data set are those of other groups, or of another order of
+            groups, than `views` has, or differ in size between images; an image has no pixels; a floating-point image
+            contains NaN, or an array or tensor values outside [0, 1]; an array's dimensions look like [C, H, W]; images
+            have different numbers of channels; labels are tensors of different shapes; a mapping has none, or several,
+            of the expected keys.
         TypeError: a sample is neither a tuple nor a mapping; an image has another type or dtype, such as a uint16
             array.
     """
@@ -158,7 +161,7 @@ def taken_apart(sample: Any, image_key: str | None, label_key: str | Literal[Fal
         label = None
         if label_key is not False:
             label = _column(sample, label_key, LABEL_KEYS, "label_key")
-        return image, label, str(sample.get("name", ""))
+        return image, label, _name(sample.get("name"))
     if image_key is not None or label_key is not None:
         raise TypeError(
             f"collate: expected mappings as samples, because image_key or label_key is given: got "
@@ -170,7 +173,11 @@ def taken_apart(sample: Any, image_key: str | None, label_key: str | Literal[Fal
             "collate: expected samples (image, label), (image, label, name) or mappings with an image and a label: "
             f"got {got}"
         )
-    return sample[0], sample[1], str(sample[2]) if len(sample) == 3 else ""
+    return sample[0], sample[1], _name(sample[2] if len(sample) == 3 else None)
+
+
+def _name(given: Any) -> str:
+    return "" if given is None else str(given)
 
 
 def _column(row: Mapping[str, Any], key: str | None, usual: tuple[str, ...], argument: str) -> Any:

@@ -264,10 +264,10 @@ def from_array(array: npt.NDArray[Any]) -> list[Image.Image] | Tensor:
             return [rgb(Image.fromarray(array))]
         return [Image.fromarray(array[..., c]) for c in range(channels)]
     if not np.issubdtype(array.dtype, np.floating):
-        raise TypeError(
-            f"array: expected uint8, or floats in [0, 1]: got {array.dtype} {shape}; "
-            "divide it by the largest value that its source can give, such as 4095 for 12 bits"
-        )
+        hint = "divide it by the largest value that its source can give, such as 4095 for 12 bits"
+        if array.dtype == np.int64 and array.min() >= 0 and array.max() <= 255:
+            hint = f"if its levels are 0 to 255, give array.astype(np.uint8), or {_UINT8}; if not, {hint}"
+        raise TypeError(f"array: expected uint8, or floats in [0, 1]: got {array.dtype} {shape}; {hint}")
     low, high = array.min(), array.max()
     if not (low >= 0 and high <= 1):
         raise ValueError(f"array: expected floats in [0, 1]: got {array.dtype} {shape} from {low:.4g} to {high:.4g}")
@@ -278,6 +278,8 @@ def from_array(array: npt.NDArray[Any]) -> list[Image.Image] | Tensor:
 
 
 # ---- samples of a data set
+
+_UINT8 = 'of datasets, with_format("numpy", dtype=np.uint8)'  # whose "numpy" alone makes int64 of nested lists
 
 
 def taken(image: object) -> list[Image.Image] | Tensor:
@@ -300,8 +302,10 @@ def taken(image: object) -> list[Image.Image] | Tensor:
             "this collate function"
         )
     hint = ""
-    if isinstance(image, Mapping) or (isinstance(image, list) and not any(isinstance(x, Tensor) for x in image)):
-        hint = '; of datasets, cast_column("image", Image(decode=True)) or with_format("numpy") gives one'
+    if isinstance(image, Mapping):
+        hint = '; of datasets, cast_column("image", Image(decode=True)) gives one'
+    elif isinstance(image, list) and not any(isinstance(x, Tensor) for x in image):
+        hint = f"; if its levels are 0 to 255, {_UINT8} gives one"
     raise TypeError(f"collate: expected a PIL image, an array or a tensor: got {type(image).__name__}{hint}")
 
 
@@ -316,8 +320,10 @@ def tensor(image: object) -> Tensor:
 
 def _checked(image: Tensor) -> Tensor:
     if image.ndim != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
+        hint = f"; if its levels are 0 to 255, {_UINT8} gives arrays [H, W, C]" if image.dtype == torch.int64 else ""
         raise TypeError(
-            f"collate: expected an image [C, H, W], uint8 or floating point: got {image.dtype} {_checks.shape(image)}"
+            f"collate: expected an image [C, H, W], uint8 or floating point: got {image.dtype} "
+            f"{_checks.shape(image)}{hint}"
         )
     if not image.numel():
         raise ValueError(f"collate: expected an image [C, H, W] of at least one pixel: got {_checks.shape(image)}")

@@ -7,7 +7,7 @@
 Crops are taken from each image at its original resolution. Legend: V views, C channels, [H, W] size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,15 +25,40 @@ from ssd_addon.batch import FROM_KEY, ViewBatch, ViewParameters
 from ssd_addon.plan import PlanKind, ViewPlan
 
 
+class _Views(list[Tensor]):
+    """The views of one sample and the names of their spaces; copied or sent to another process, a plain list."""
+
+    def __init__(self, views: Iterable[Tensor], spaces: tuple[str, ...]) -> None:
+        super().__init__(views)
+        self.spaces = spaces
+
+    def __reduce__(self) -> Any:
+        return list, (list(self),)
+
+    def unsqueeze(self, dim: int) -> Tensor:  # as lightly's MultiViewCollate calls it on what it takes for a view
+        raise TypeError(
+            "collate: expected the views of a sample alone: got them with their parameters, or inside another list of "
+            "views; use StructuredCollate(size, views=transform), or StructuredTransform(..., parameters=False) as the "
+            "only transform that makes views"
+        )
+
+
 class StructuredTransform:
     """Transform for a data set: turns one sample into a list of V structured views.
 
     Every sample, worker, rank and epoch gets different draws. In the workers of a `DataLoader` they depend only on the
-    loader's generator and on the sample, so that an epoch can be repeated exactly from the same generator,
-    `DataLoader(..., generator=torch.Generator().manual_seed(seed + epoch))`, with any number of workers, and resumed in
-    the middle by a sampler that starts there (`runs.ResumableSampler`). Persistent workers, and a loader without
-    workers, draw from torch's global generator of their process, one sample after the other; a training run then
-    repeats exactly only from its start. Workers may be forked or spawned.
+    loader's generator, on the sample and on the indices of its batch. So an epoch can be repeated exactly from the same
+    generator, `DataLoader(..., generator=torch.Generator().manual_seed(seed + epoch))`, with any number of workers, and
+    resumed between two batches by a sampler that starts there (`runs.ResumableSampler`). Persistent workers, and a
+    loader without workers, draw from torch's global generator of their process, one sample after the other; a training
+    run then repeats exactly only from its start. Workers may be forked or spawned. In ranks
+    that `torch.multiprocessing.spawn` starts, make the transform an attribute of the data set, with which the rank is
+    sent to the workers: a transform that spawned workers import anew draws as on rank 0, with a warning.
+
+    A sample that a sampler draws several times in an epoch (weighted sampling, repeated augmentation) gets different
+    views each time. Two batches of the same indices in the same order are the exception (a batch size of 1, one image
+    with most of the weight, a fixed order that is repeated): in different workers their views are equal, unless the
+    workers are persistent.
 
     `default_collate` makes a list of V batches [B, C, H, W], which `StyleHeads` accepts; pass `transform.plan` to the
     loss together with the embeddings, so that spaces are matched by name. `StructuredCollate(size, views=transform)`
@@ -90,7 +115,7 @@ class StructuredTransform:
             value_range=value_range,
         )
         self.parameters = bool(parameters)
-        self._turns = Turns()
+        self._turns = Turns(single=True)
 
     @property
     def plan(self) -> ViewPlan:
@@ -107,7 +132,7 @@ class StructuredTransform:
         x = self._batch(sample)
         drawn = self.views.drawing.views(tuple(x.shape), (self.views.seed, self.views.rank, *self._turns([x])), None)
         made = self.views._made(x, [None] * len(drawn), drawn)
-        views = [view[0] for view in made]
+        views = _Views((view[0] for view in made), self.plan.spaces)
         return (views, [_first(p) for p in drawn]) if self.parameters else views
 
     def collated(self, made: Sequence[Any]) -> ViewBatch:
@@ -115,17 +140,40 @@ class StructuredTransform:
 
         Args:
             made: for each sample the result of this transform, or the sample itself, to which it is then applied.
+
+        Raises:
+            ValueError: the views are those of a transform with other groups, or another order of groups; they differ
+                in size between samples, or in number from the plan's.
+            TypeError: the views are not tensors.
         """
         views: list[list[Tensor]] = []
         drawn: list[Any] = []
         for each in made:
             done = each if isinstance(each, list | tuple) else self(each)
             whole = len(done) == 2 and isinstance(done[0], list)
+            self._check_views(done[0] if whole else done)
             views.append(list(done[0]) if whole else list(done))
             drawn.append(done[1] if whole else None)
+        sizes = dict.fromkeys(_checks.shape(view) for each in views for view in each)
+        counts = {len(each) for each in views}
+        if len(sizes) > 1 and len(counts) == 1:
+            raise ValueError(
+                f"collate: expected views of one size, to be stacked to a batch: got {' and '.join(sizes)}; add an "
+                "operation that gives every image one size, such as K.RandomResizedCrop((224, 224)) or K.Resize"
+            )
         stacked = [torch.stack(list(each)) for each in zip(*views, strict=True)]
         parameters = [] if None in drawn else [ViewParameters(p) for p in default_collate(drawn)]
         return ViewBatch(stacked, self.plan, parameters=parameters)
+
+    def _check_views(self, views: Sequence[Any]) -> None:
+        """Check that the data set's views are tensors, and of the spaces of this transform, in their order."""
+        if wrong := [type(view).__name__ for view in views if not isinstance(view, Tensor)]:
+            raise TypeError(f"collate: expected views as tensors, as StructuredTransform makes them: got {wrong[0]}")
+        if isinstance(views, _Views) and views.spaces != self.plan.spaces:
+            raise ValueError(
+                f"collate: expected the views of {_checks.names(self.plan.spaces)}, in this order: got those of "
+                f"{_checks.names(views.spaces)}; give StructuredCollate the transform that makes the data set's views"
+            )
 
     def _batch(self, sample: Any) -> Tensor:
         """The sample as a batch of one, uint8 or float32."""

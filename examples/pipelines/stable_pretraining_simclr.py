@@ -18,18 +18,18 @@ from ssd_addon import JointEntropyLoss, StructuredTransform, StyleHeads, presets
 
 
 def forward(self, batch, stage):
-    if "image" in batch:  # validation: one view
-        z, features = self.heads(batch["image"], features=True)
-        label, out = batch["label"], {}
-    else:  # a list of views, or named views and the index of the batch
-        views = batch.get("views", batch)
-        views = [v for v in (views.values() if isinstance(views, dict) else views) if isinstance(v, dict)]
-        z, features = self.heads([view["image"] for view in views], features=True)
-        out = {"loss": self.criterion(z, self.plan)}
+    views = batch.get("views", batch)  # a list of views, or named views; none in validation, where there is one image
+    views = [v for v in (views.values() if isinstance(views, dict) else views) if isinstance(v, dict)]
+    z, features = self.heads([view["image"] for view in views] if views else batch["image"], features=True)
+    out = {}
+    if views:
+        out["loss"] = self.criterion(z, self.plan)
         self.log(f"{stage}/loss", out["loss"], on_step=True, on_epoch=True, sync_dist=True)
         z, features = {name: t.flatten(0, 1) for name, t in z.items()}, features.flatten(0, 1)
-        label = torch.cat([view["label"] for view in views])
-    return out | {"embedding": features, "label": label} | {f"z_{name}": t for name, t in z.items()}
+    labeled = [{**batch, **view} for view in views] or [batch]
+    if "label" in labeled[0]:
+        out["label"] = torch.cat([part["label"] for part in labeled])
+    return out | {"embedding": features} | {f"z_{name}": t for name, t in z.items()}
 
 
 def main(argv=None):

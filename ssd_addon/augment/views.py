@@ -9,6 +9,8 @@ exact, and a view can be replayed. Legend: V views, B images, M groups. Source: 
 structured augmentations; cross-image keys are an addition of this project (docs/method.md).
 """
 
+import functools
+import multiprocessing
 import operator
 import os
 import warnings
@@ -34,6 +36,7 @@ from ssd_addon.plan import KINDS, PlanKind, ViewPlan
 
 Groups = Mapping[str, Sequence[Any]]
 INDEPENDENT = -1  # takes the place of the rank, so that no draw made in training is repeated
+_IMPORTED_BY = os.getpid()  # differs in a forked process
 TRIAL_SHAPES = ((3, 64, 64), (3, 256, 256), (1, 64, 64), (4, 64, 64), (3, 1024, 1024))
 
 
@@ -62,7 +65,9 @@ class StructuredViews(nn.Module):
             query's box: its area is 1 - a to 1 + a times the query's, and its center lies inside that box.
         seed: seed of the draws; None takes one from torch's global generator, as layers do. Every rank, data-loader
             worker and call draws different numbers.
-        rank: rank of this process; None asks torch.distributed, then the environment variable RANK, then uses 0.
+        rank: rank of this process; None asks torch.distributed, then the environment variable RANK, then uses 0. A
+            spawned data-loader worker has no process group: views that are part of the data set arrive there with the
+            rank of their process, and views that the worker imports anew need RANK, as torchrun sets it.
         fast: apply supported operations together, in few passes over the pixels (docs/views.md); `plan_of_work()` lists
             them. False applies operations one by one. The parameters are the same.
         sample_ndim: dimensions of a sample: 3 for images [C, H, W], 2 for series [C, T], 1 for tables, 4 for videos.
@@ -218,6 +223,8 @@ class StructuredViews(nn.Module):
             return dist.get_rank()
         if self._copied_from is not None and (get_worker_info() is not None or "RANK" not in os.environ):
             return self._copied_from
+        if get_worker_info() is not None and "RANK" not in os.environ:
+            _warn_of_ranks()
         return int(os.environ.get("RANK", 0))
 
     def plan_of_work(self, channels: int = 3) -> str:
@@ -359,6 +366,24 @@ def _checked_seed(seed: Any) -> int:
     if whole is None or not -(2**63) <= whole < 2**63:
         raise ValueError(f"seed: expected a whole number of 64 bits, so that it can be saved: got {seed!r}")
     return whole
+
+
+@functools.cache
+def _warn_of_ranks() -> None:
+    """Warn once in a spawned worker whose parent was started as a rank is by `torch.multiprocessing.spawn`.
+
+    A forked worker has its parent's process group, and torchrun gives every process RANK.
+    """
+    parent = multiprocessing.parent_process()
+    if os.getpid() == _IMPORTED_BY and parent is not None and parent.name != "MainProcess":
+        warnings.warn(
+            f"StructuredViews: expected the rank of {parent.name}, which spawned this data-loader worker: got none, "
+            "because the worker imported the views anew; they draw as on rank 0, so if there are several ranks, all of "
+            "them draw the same views. Make the views or the transform an attribute of the data set, which is then "
+            'sent to the workers with its rank, or set os.environ["RANK"] before the workers start',
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _worker_seed() -> int:

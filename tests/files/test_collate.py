@@ -181,11 +181,59 @@ def test_rows_whose_views_were_made_by_the_dataset_become_a_batch_of_views():
         ({"image": 0, "label": 0, "labels": 0}, {}, "one key of label, labels .*: got the keys image, label, labels"),
         ({"image": 0, "label": 0}, {"image_key": "img"}, "a key 'img' in every row: got the keys image, label"),
         ({"image": 0, "label": 0}, {"label_key": "y"}, "a key 'y' in every row: got the keys image, label; label_key"),
-        ({"image": {"bytes": b"", "path": None}, "label": 0}, {}, r"a PIL image.*: got dict; .*decode=True"),
-        ({"image": [[[0, 0, 0]]], "label": 0}, {}, r"a PIL image.*: got list; .*with_format\(\"numpy\"\)"),
+        (
+            {"image": {"bytes": b"", "path": None}, "label": 0},
+            {},
+            r"a PIL image.*: got dict; .*decode=True\)\) gives one$",
+        ),
+        (
+            {"image": [[[0, 0, 0]]], "label": 0},
+            {},
+            r"a PIL image.*: got list; if its levels are 0 to 255, .*\(\"numpy\", dtype=np.uint8\) gives one$",
+        ),
+        (
+            {"image": np.full((2, 2, 3), 255), "label": 0},
+            {},
+            r"got int64 \[2, 2, 3\]; if .* 0 to 255, give array.astype\(np.uint8\), or .*dtype=np.uint8\); if not",
+        ),
+        ({"image": np.full((2, 2, 3), 256), "label": 0}, {}, r"got int64 \[2, 2, 3\]; divide it by the largest value"),
+        ({"image": np.full((2, 2, 3), -1), "label": 0}, {}, r"got int64 \[2, 2, 3\]; divide it by the largest value"),
+        (
+            {"image": torch.zeros(2, 2, 3, dtype=torch.int64), "label": 0},
+            {},
+            r"got torch.int64 \[2, 2, 3\]; if its levels .*dtype=np.uint8\) gives arrays \[H, W, C\]$",
+        ),
+        ({"image": torch.zeros(2, 2, dtype=torch.int32), "label": 0}, {}, r"got torch.int32 \[2, 2\]$"),
         ((picture(), 0), {"image_key": "img"}, "expected mappings as samples, because image_key or label_key is given"),
     ],
 )
 def test_rows_without_the_keys_are_refused_with_the_keys_that_came(row, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         StructuredCollate(4, **options)([row])
+
+
+def test_pictures_are_resized_as_pillow_does_bicubically():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    want = np.array(image.resize((8, 8), Image.Resampling.BICUBIC))
+    assert np.array_equal(StructuredCollate(8)([(image, 0)])[0][0].permute(1, 2, 0).numpy(), want)
+
+
+def test_tensors_are_resized_with_antialiasing_and_rounded():
+    stripes = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    stripes[..., ::4] = 200  # a quarter of the columns, which no sample without antialiasing meets
+    assert StructuredCollate(4)([(stripes, 0)])[0].float().mean() == pytest.approx(50, abs=10)
+    image = torch.tensor([[1, 1], [1, 0]], dtype=torch.uint8).expand(3, 2, 2)  # with a mean of 0.75
+    assert StructuredCollate(1)([(image, 0)])[0].unique().tolist() == [1]
+
+
+def test_the_name_none_is_no_name():
+    image = torch.rand(3, 4, 4)
+    assert StructuredCollate(4)([(image, 0, None), (image, 0, "None")])[2] == ["", "None"]
+    assert StructuredCollate(4)([{"image": image, "label": 0, "name": None}])[2] == [""]
+
+
+def test_several_labels_per_image_are_a_tensor_where_they_come_as_tensors():
+    image = torch.rand(3, 4, 4)
+    several = [[1, 0], [0, 1]]
+    assert StructuredCollate(4)([(image, x) for x in several])[1] == several
+    assert StructuredCollate(4)([(image, torch.tensor(x)) for x in several])[1].tolist() == several

@@ -5,9 +5,11 @@ one and runs this file.
 """
 
 import math
+import re
 import shutil
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from scripts import script
@@ -21,21 +23,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:'pin_memory' 
 
 VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 PATCHES = {"image_size": 32, "patch_size": 8}
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
 DEEP = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 1, 1]}
 MODELS = {
     "ViT": dict(VIT, **PATCHES),
     "Dinov2": dict(VIT, **PATCHES),
     "ConvNext": DEEP,
     "ResNet": dict(DEEP, embedding_size=8, layer_type="basic"),
-    "Swinv2": {
-        "image_size": 32,
-        "patch_size": 4,
-        "embed_dim": 8,
-        "depths": [1, 1],
-        "num_heads": [2, 2],
-        "window_size": 4,
-    },
+    "Swinv2": SWIN,
 }
+OTHERS = {"CLIPVision": dict(VIT, **PATCHES), "SiglipVision": dict(VIT, **PATCHES), "Swin": SWIN}
 IDLE = {
     "ViT": {"pooler.dense.weight", "pooler.dense.bias"},
     "Dinov2": {"embeddings.mask_token"},
@@ -47,7 +44,7 @@ TINY = ["--images", "24", "--batch-size", "8", "--steps", "6"]
 
 def network(name):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**MODELS[name])
+    config = getattr(transformers, f"{name}Config")(**(MODELS | OTHERS)[name])
     return getattr(transformers, f"{name}Model")(config)
 
 
@@ -122,12 +119,50 @@ def test_views_are_made_in_the_collate_function_or_in_the_data_set(where):
     assert batch.plan == transform.plan and batch.views.shape == (4, 4, 3, 32, 32) and labels.tolist() == [0, 1, 0, 1]
 
 
-def test_what_is_no_image_is_refused_with_the_way_to_get_one():
-    encoded = rows().cast_column("image", datasets.Image(decode=False))
-    nested = datasets.Dataset.from_dict({"image": [np.zeros((2, 2, 3), np.uint8)], "label": [0]})
-    for data in (encoded, nested):
-        with pytest.raises(TypeError, match=r"decode=True\)\) or with_format\(\"numpy\"\)"):
-            StructuredCollate(8)([data[0]])
+def advised(data):
+    """The data set after what the error about its first row advises."""
+    with pytest.raises(TypeError, match="of datasets") as error:
+        StructuredCollate(8)([data[0]])
+    call = re.search(r"of datasets, (.*\)) gives", str(error.value)) or re.search(
+        r"or of datasets, (.*\));", str(error.value)
+    )
+    return eval("data." + call[1], {"data": data, "np": np, "Image": datasets.Image})
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+@pytest.mark.parametrize("form", [None, "numpy", "torch"])
+def test_the_error_about_nested_lists_gives_advice_that_works(form, dtype):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(dtype)
+    for images in (pixels, pixels[..., 0]):
+        data = datasets.Dataset.from_dict({"image": list(images), "label": [300, 1]})
+        rows = advised(data.with_format(form))
+        made, labels, _ = StructuredCollate(8)([rows[0], rows[1]])
+        want = torch.from_numpy(images.reshape(2, 8, 8, -1)).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
+        assert torch.equal(made.long(), want.long()) and labels.tolist() == [300, 1]
+
+
+def test_the_error_about_encoded_images_gives_advice_that_works():
+    assert (
+        StructuredCollate(8)([advised(rows().cast_column("image", datasets.Image(decode=False)))[1]])[0].unique() == 40
+    )
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch"])
+def test_what_the_page_says_about_palettes_and_formats(form):
+    """Formats give the numbers of the colors; Image(mode="RGB") gives the colors."""
+    red = PIL.Image.new("P", (8, 8))
+    red.putpalette([255, 0, 0] + [0] * 765)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    data = datasets.Dataset.from_dict({"image": [red], "label": [0]}, features=features)
+    right = data.cast_column("image", datasets.Image(mode="RGB"))
+    for each, want in (
+        (data, [255, 0, 0]),
+        (right.with_format(form), [255, 0, 0]),
+        (data.with_format(form), [0, 0, 0]),
+    ):
+        image = StructuredCollate(8)([each[0]])[0][0]
+        assert image[:, 0, 0].tolist() == want[: len(image)]
+    assert len(StructuredCollate(8)([data.with_format("torch")[0]])[0][0]) == 1  # gray stays gray
 
 
 @pytest.mark.parametrize("name", ["before/huggingface_simclr", "huggingface_simclr"])
@@ -136,6 +171,43 @@ def test_the_scripts_train_and_save(name, tmp_path, monkeypatch):
     trainer = script(name).main([*TINY, "--out", str(tmp_path)])
     assert math.isfinite(trainer.state.log_history[-1]["train_loss"]) and trainer.state.global_step == 6
     assert (tmp_path / "checkpoint-6" / "model.safetensors").exists()
+
+
+READ = {
+    "ViT": ("last_hidden_state", "cls"),
+    "Dinov2": ("last_hidden_state", "cls"),
+    "CLIPVision": ("last_hidden_state", "cls"),
+    "SiglipVision": ("last_hidden_state", "mean"),
+    "Swin": ("last_hidden_state", "mean"),
+    "Swinv2": ("last_hidden_state", "mean"),
+    "ConvNext": ("pooler_output", "auto"),
+    "ResNet": ("pooler_output", "auto"),
+}
+"""What the script reads of a model by itself: output and pool."""
+
+
+@pytest.mark.parametrize("name", READ)
+def test_the_script_takes_a_saved_model_of_any_kind(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    network(name).save_pretrained(tmp_path / "model")
+    one = ["--images", "8", "--batch-size", "8", "--steps", "1", "--model", str(tmp_path / "model")]
+    trainer = script("huggingface_simclr").main([*one, "--out", str(tmp_path / "out")])
+    assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
+    model = trainer.model
+    assert (model.heads._pooling.output, model.heads._pooling.pool) == READ[name]
+    model.zero_grad()
+    model(torch.rand(4, 3, 40, 40))["loss"].backward()
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]  # DDP would refuse them
+    assert sum(p.requires_grad for p in model.heads.backbone.parameters()) > 3
+    fresh = network(name)
+    fresh.load_state_dict(model.heads.export_backbone())
+
+
+def test_the_script_pools_as_it_is_asked_to(tmp_path):
+    module, net, x = script("huggingface_simclr"), network("ViT"), torch.rand(2, 3, 32, 32)
+    for pool, of in (("auto", lambda y: y[:, 0]), ("cls", lambda y: y[:, 0]), ("mean", lambda y: y.mean(1))):
+        model = module.Model(net, 32, pool).eval()
+        torch.testing.assert_close(model.heads.features(x), of(net(x).last_hidden_state))
 
 
 def test_a_continued_training_is_the_training_that_was_not_interrupted(tmp_path, monkeypatch):

@@ -11,9 +11,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
+import timm
 import torch
 from lightly.data import LightlyDataset
 from lightly.loss import BarlowTwinsLoss, DCLLoss, VICRegLoss
+from lightly.models.modules import MaskedVisionTransformerTIMM
 from lightly.models.modules.heads import BarlowTwinsProjectionHead, SimCLRProjectionHead, VICRegProjectionHead
 from lightly.models.utils import get_weight_decay_parameters
 from lightly.utils.lars import LARS
@@ -128,7 +131,7 @@ def test_images_of_a_folder_are_read_by_lightlys_dataset(name, workers, folder, 
 
 def test_the_recommended_settings_as_they_are_written_down(folder):
     page = ROOT / "docs" / "pipelines" / "lightly.md"
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    block, _ = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     backbone = Small(512)
     before = backbone.conv[0].weight.detach().clone()
     names = {"torch": torch, "backbone": backbone, "device": "cpu", "loading": {"batch_size": 4}}
@@ -138,6 +141,31 @@ def test_the_recommended_settings_as_they_are_written_down(folder):
     assert torch.isfinite(names["loss"]) and (backbone.conv[0].weight != before).any()
     defaults = recipe("color_spatial", size=16)
     assert str(names["criterion"]) == str(JointEntropyLoss(**defaults.loss))
+
+
+def test_lightlys_classifiers_as_the_page_gives_them_one_space():
+    page = ROOT / "docs" / "pipelines" / "lightly.md"
+    _, block = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    names = {"model": StyleHeads(Small(12), SPACES, hidden=())}
+    exec(compile(block, str(page), "exec"), names)
+    loader = torch.utils.data.DataLoader([(torch.rand(3, 16, 16), i % 10) for i in range(24)], batch_size=8)
+    options = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_progress_bar": False}
+    knn, linear = (pl.Trainer(**options, enable_checkpointing=False) for _ in range(2))
+    knn.validate(names["knn"], [loader, loader], verbose=False)
+    assert 0 <= knn.callback_metrics["val_knn_top1/dataloader_idx_1"] <= 1
+    linear.fit(names["linear"], loader, loader)
+    assert linear.callback_metrics["train_loss"].isfinite()
+
+
+def test_a_masked_vit_has_no_parameter_without_a_gradient_after_what_the_page_says():
+    backbone = MaskedVisionTransformerTIMM(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1))
+    idle = {"mask_token", "vit.head.weight", "vit.head.bias"}
+    for left in (idle, set()):
+        model = StyleHeads(backbone, {"content": 4}, hidden=())
+        model(torch.rand(2, 3, 32, 32))["content"].sum().backward()
+        assert {n for n, p in backbone.named_parameters() if p.requires_grad and p.grad is None} == left
+        backbone.vit.reset_classifier(0)
+        backbone.mask_token.requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------- two processes

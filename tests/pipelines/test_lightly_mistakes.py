@@ -7,6 +7,7 @@ import torch
 from lightly.data import LightlyDataset
 from lightly.data.multi_view_collate import MultiViewCollate
 from lightly.transforms import SimCLRTransform
+from lightly.transforms.multi_view_transform import MultiViewTransform
 from lightly.transforms.utils import IMAGENET_NORMALIZE
 from PIL import Image
 from torch import nn
@@ -23,6 +24,7 @@ from ssd_addon import (
 
 SPACES = {"content": 4, "spatial": 3, "color": 2}
 TRANSFORM = StructuredTransform(**presets("color_spatial", size=16))
+WITH_PARAMETERS = StructuredTransform(**presets("color_spatial", size=16), parameters=True)
 VIEWS = StructuredViews(**presets("color_spatial", size=16), seed=0)
 TWO = SimCLRTransform(input_size=16)
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8))
@@ -128,6 +130,16 @@ MISTAKES = {
         lambda: StructuredCollate(16, views=TRANSFORM)([(TWO(PHOTO), 1, "a.png")]),
         ValueError,
         "need 4 views: got 2",
+    ),
+    "views with parameters before MultiViewCollate": (
+        lambda: MultiViewCollate()([(WITH_PARAMETERS(PHOTO), 1, "a.png")]),
+        TypeError,
+        r"views of a sample alone: got them with their parameters, .*use StructuredCollate\(size, views=transform\)",
+    ),
+    "MultiViewTransform of StructuredTransforms": (
+        lambda: MultiViewCollate()([(MultiViewTransform([TRANSFORM, TRANSFORM])(PHOTO), 1, "a.png")]),
+        TypeError,
+        r"or inside another list of views; .* as the only transform that makes views",
     ),
     "labels first": (lambda: StructuredCollate(16)([(1, PHOTO, "a.png")]), TypeError, "a tensor: got int"),
     "images without labels": (

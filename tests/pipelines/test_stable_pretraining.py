@@ -71,8 +71,10 @@ def views():
         {"views": views()},
         {"views": dict(zip("abcd", views(), strict=True))},
         dict(zip(("view1", "view2", "view3", "view4"), views(), strict=True)),
+        {"views": views(), **views()[0]},
+        {"views": [{"image": view["image"]} for view in views()], "label": torch.arange(5)},
     ],
-    ids=["a list", "named views", "named views at the top"],
+    ids=["a list", "named views", "named views at the top", "beside the image", "with one label"],
 )
 def test_views_come_as_a_list_or_named(module, batch):
     out = script("stable_pretraining_simclr").forward(module, {**batch, "batch_idx": 3}, "fit")
@@ -87,6 +89,13 @@ def test_a_plain_image_has_outputs_and_no_loss(module):
     out = script("stable_pretraining_simclr").forward(module, views()[0] | {"batch_idx": 0}, "validate")
     assert sorted(out) == ["embedding", "label", "z_color", "z_content", "z_spatial"]
     assert out["z_color"].shape == (5, 4)
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_labels_are_optional(module, made):
+    unlabeled = [{"image": view["image"]} for view in views()]
+    out = script("stable_pretraining_simclr").forward(module, {"views": unlabeled} if made else unlabeled[0], "fit")
+    assert "label" not in out and len(out["embedding"]) == (20 if made else 5) and ("loss" in out) == made
 
 
 def test_what_the_page_says_about_the_package():

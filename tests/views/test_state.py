@@ -2,7 +2,10 @@
 
 import copy
 import io
+import multiprocessing
+import os
 import pickle
+import types
 import warnings
 
 import kornia.augmentation as K
@@ -10,8 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from ssd_addon import JointEntropyLoss, StructuredViews
+from ssd_addon.augment import views as views_module
 
 COLOR = "0.ColorJitter"
 
@@ -157,3 +162,62 @@ def test_a_copy_knows_its_own_rank_where_it_has_one(monkeypatch):
     chosen = pickle.loads(pickle.dumps(make(rank=7)))
     monkeypatch.setenv("RANK", "2")
     assert chosen.rank == 7
+
+
+@pytest.mark.parametrize(
+    "warned,parent,imported,environment,copied",
+    [
+        (True, "SpawnProcess-2", True, {}, False),
+        (False, "MainProcess", True, {}, False),  # one process, or ranks that torchrun or a shell has started
+        (False, "SpawnProcess-2", False, {}, False),  # forked, with the process group of its parent
+        (False, "SpawnProcess-2", True, {"RANK": "0"}, False),
+        (False, "SpawnProcess-2", True, {}, True),  # sent to the worker
+    ],
+)
+def test_a_worker_that_imports_the_views_anew_warns_that_it_has_no_rank(
+    warned, parent, imported, environment, copied, monkeypatch
+):
+    made = pickle.loads(pickle.dumps(make())) if copied else make()
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(views_module, "get_worker_info", lambda: types.SimpleNamespace(id=0, seed=0))
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: types.SimpleNamespace(name=parent))
+    monkeypatch.setattr(views_module, "_IMPORTED_BY", os.getpid() + (not imported))
+    views_module._warn_of_ranks.cache_clear()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        assert made.rank == made.rank == 0
+    assert len(found) == warned
+    if warned:
+        assert "expected the rank of SpawnProcess-2" in str(found[0].message)
+        assert "an attribute of the data set" in str(found[0].message)
+
+
+MODULE = make()
+
+
+class Referring(Dataset):
+    """Refers to views of its module, or has them as an attribute."""
+
+    def __init__(self, views=None):
+        self.views = views
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        return (self.views or MODULE).rank
+
+
+def as_a_rank(_, own):
+    data = Referring(make() if own else None)
+    print("ranks", [int(r) for r in DataLoader(data, num_workers=1)], flush=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [True, False])
+def test_workers_of_a_spawned_process_warn_if_they_import_the_views(own, capfd):
+    torch.multiprocessing.spawn(as_a_rank, (own,), nprocs=1)
+    printed = capfd.readouterr()
+    assert "ranks [0]" in printed.out
+    assert ("expected the rank of SpawnProcess-" in printed.err) != own

@@ -1,6 +1,7 @@
 """Structured views per sample, in data-loader workers: fresh, exact, resumable; beside lightly's data sets."""
 
 import pickle
+import types
 
 import kornia.augmentation as K
 import numpy as np
@@ -8,10 +9,18 @@ import pytest
 import torch
 from lightly.data import LightlyDataset
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    WeightedRandomSampler,
+    default_collate,
+    get_worker_info,
+)
 from torchvision.transforms import v2
 
 from ssd_addon import JointEntropyLoss, StructuredCollate, StructuredTransform, StructuredViews, StyleHeads, operations
+from ssd_addon.augment import turns
 from ssd_addon.lightning import _of_workers
 from ssd_addon.metrics import parameter_matrix
 from ssd_addon.runs import ResumableSampler
@@ -97,7 +106,7 @@ def test_the_number_of_workers_changes_nothing(transform):
     assert torch.equal(i, j) and same(one, two)
 
 
-@pytest.mark.parametrize("start", [2, 6, 7])
+@pytest.mark.parametrize("start", [2, 6, 10])
 def test_an_epoch_can_be_continued_in_the_middle(transform, start):
     ((whole, i),), ((rest, j),) = (epochs(transform, num_workers=2, start=s) for s in (0, start))
     assert torch.equal(i[start:], j) and same([v[start:] for v in whole], rest)
@@ -114,6 +123,99 @@ def test_a_sample_that_is_drawn_twice_is_augmented_twice(transform):
         ((views, _),) = epochs(transform, num_workers=workers, repeated=2)
         flat = torch.cat(views).flatten(1)
         assert len(flat.unique(dim=0)) == len(flat)
+
+
+WEIGHTED = list(WeightedRandomSampler([6.0] + [1.0] * 7, 32, generator=torch.Generator().manual_seed(1)))
+REPEATED = [i for i in range(8) for _ in range(3)] + list(range(8))  # three times in a batch or two, and once more
+
+
+def drawn(order, workers, start=0, batch=4, **options):
+    """[number, view, ...] of the images in this order, from place `start` on."""
+    data = Pictures(StructuredTransform(GROUPS, seed=3))
+    options["generator"] = torch.Generator().manual_seed(5)
+    parts = [views for views, _ in DataLoader(data, batch, sampler=order[start:], num_workers=workers, **options)]
+    return torch.cat([torch.stack(views, 1) for views in parts])
+
+
+def distinct(views):
+    return len(views.flatten(0, 1).flatten(1).unique(dim=0))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("order", [WEIGHTED, REPEATED], ids=["weighted", "repeated"])
+def test_a_sample_that_comes_often_has_other_views_each_time_whatever_the_workers(order):
+    one = drawn(order, 1)
+    assert distinct(one) == 4 * len(order)
+    for workers in (2, 4):
+        assert torch.equal(drawn(order, workers), one)
+    for start in (4, 20):
+        assert torch.equal(drawn(order, 3, start), one[start:])
+
+
+@pytest.mark.slow
+def test_oversampled_images_are_drawn_anew_in_spawned_and_persistent_workers():
+    one = drawn(WEIGHTED, 1)
+    assert torch.equal(drawn(WEIGHTED, 2, multiprocessing_context="spawn"), one)
+    assert distinct(drawn(WEIGHTED, 2, persistent_workers=True)) == 4 * len(WEIGHTED)
+
+
+def test_equal_batches_are_counted_by_each_worker():
+    order = [0] * 4
+    assert distinct(drawn(order, 1, batch=1)) == 16
+    assert distinct(drawn(order, 2, batch=1)) == 8  # two for each worker, as the page says
+    assert distinct(drawn(order, 2, batch=1, persistent_workers=True)) == 16
+
+
+class Stream(IterableDataset):
+    """Samples of this worker's share of the pictures, without indices."""
+
+    def __init__(self, skipped=0):
+        self.transform, self.skipped = StructuredTransform(GROUPS, seed=3), skipped
+
+    def __iter__(self):
+        info = get_worker_info()
+        for i in range(self.skipped + info.id, 12, info.num_workers):
+            yield self.transform(pictures()[i]), i
+
+
+def test_draws_of_an_iterable_data_set_depend_on_the_samples_alone():
+    def streamed(workers, batch=2, skipped=0):
+        loader = DataLoader(Stream(skipped), batch, num_workers=workers, generator=torch.Generator().manual_seed(5))
+        return {int(k): v for views, i in loader for k, *v in zip(i, *views, strict=True)}
+
+    whole = streamed(1)
+    for other in (streamed(2), streamed(2, batch=3), streamed(1, skipped=5)):
+        assert all(same(views, whole[k]) for k, views in other.items())
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.array, tuple])
+def test_indices_of_any_kind_are_read(make):
+    """Batches of 1200 indices, of which torch and numpy print six."""
+
+    class Batches:
+        def __iter__(self):
+            yield from (make([0] * 600 + [k] + [0] * 599) for k in (1, 2))
+
+    made = StructuredTransform({"color": GROUPS["color"]}, seed=3)
+    found = list(DataLoader(Whole(made), batch_size=None, sampler=Batches(), num_workers=2))
+    assert not torch.equal(found[0][0], found[1][0])
+
+
+class Whole(Dataset):
+    """One sample for a whole list of indices, as with batch_size=None."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __getitem__(self, index):
+        return self.transform(pictures()[0])
+
+
+def test_a_loop_that_names_its_indices_otherwise_gives_draws_by_the_samples_alone(monkeypatch):
+    monkeypatch.setattr(turns, "_loop", lambda: types.SimpleNamespace(f_locals={"persistent_workers": False}))
+    turns._persistent.cache_clear()
+    assert distinct(drawn([0, 0, 1, 2], 1)) == 16
+    assert torch.equal(drawn([0, 1, 2, 3], 2, batch=2), drawn([0, 1, 2, 3], 1, batch=4))
 
 
 def test_ranks_draw_differently(monkeypatch):
@@ -155,6 +257,31 @@ def test_a_collate_function_makes_a_batch_with_plan_and_parameters(seen, paramet
     if parameters:
         drawn = [p["color"]["0.ColorJitter"]["hue_factor"] for p in batch.parameters]
         assert drawn[0].shape == (5,) and torch.equal(drawn[2], drawn[0]) and not torch.equal(drawn[1], drawn[0])
+
+
+def test_views_of_another_order_of_groups_are_refused_and_never_swapped():
+    turned = {name: GROUPS[name] for name in reversed(GROUPS)}
+    one, other = (StructuredTransform(groups, seed=3, parameters=p) for groups, p in ((GROUPS, False), (turned, True)))
+    for made, views in ((one, other), (other, one)):
+        with pytest.raises(ValueError, match=r"views of content, .*, in this order: got those of content, .*; give"):
+            StructuredCollate(8, views=views)([(made(p), 0) for p in pictures(2)])
+    samples = [one(p) for p in pictures(2)]
+    assert type(default_collate(samples)) is type(pickle.loads(pickle.dumps(samples[0]))) is list
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_images_of_several_sizes_need_an_operation_that_gives_one(seen):
+    made = StructuredTransform({"color": GROUPS["color"]}, seed=3)
+    samples = [(made(p) if seen else p, 0) for p in pictures(2)]
+    with pytest.raises(ValueError, match=r"views of one size.*: got \[3, 20, 24\] and \[3, 21, 25\]; add an operation"):
+        StructuredCollate(8, views=made)(samples)
+
+
+@pytest.mark.parametrize("change", [lambda v: v.numpy(), lambda v: Image.new("RGB", (16, 16))])
+def test_views_that_are_no_tensors_are_refused(transform, change):
+    samples = [([change(v) for v in transform(p)], 0) for p in pictures(2)]
+    with pytest.raises(TypeError, match="expected views as tensors, as StructuredTransform makes them: got (nd|Image)"):
+        StructuredCollate(8, views=transform)(samples)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def main(argv=None):
     p.add_argument("--data", help="folder of images; without it, random images")
     p.add_argument("--model", help="a name on the hub; without it, a small ViT with random weights")
     p.add_argument("--out", type=Path, default=Path("runs/huggingface"))
-    p.add_argument("--size", type=int, default=32)
+    p.add_argument("--size", type=int, default=32, help="of the views; a ViT takes one size, such as 224")
     p.add_argument("--images", type=int, default=256, help="number of random images")
     p.add_argument("--batch-size", type=int, default=64)
     p.add_argument("--steps", type=int, default=100)
@@ -37,7 +37,7 @@ def main(argv=None):
     args = p.parse_args(argv)
 
     if args.model:
-        backbone = AutoModel.from_pretrained(args.model, add_pooling_layer=False)
+        backbone = AutoModel.from_pretrained(args.model)
     else:
         config = ViTConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96)
         config.image_size, config.patch_size = args.size, 8
