@@ -51,9 +51,9 @@ class StructuredTransform:
     generator, `DataLoader(..., generator=torch.Generator().manual_seed(seed + epoch))`, with any number of workers, and
     resumed between two batches by a sampler that starts there (`runs.ResumableSampler`). Persistent workers, and a
     loader without workers, draw from torch's global generator of their process, one sample after the other; a training
-    run then repeats exactly only from its start. Workers may be forked or spawned. In ranks
-    that `torch.multiprocessing.spawn` starts, make the transform an attribute of the data set, with which the rank is
-    sent to the workers: a transform that spawned workers import anew draws as on rank 0, with a warning.
+    run then repeats exactly only from its start. Workers may be forked or spawned. In ranks that
+    `torch.multiprocessing.spawn` starts, make the transform an attribute of the data set, with which the rank is sent
+    to the workers: a transform that spawned workers import anew draws as on rank 0, with a warning.
 
     A sample that a sampler draws several times in an epoch (weighted sampling, repeated augmentation) gets different
     views each time. Two batches of the same indices in the same order are the exception (a batch size of 1, one image
