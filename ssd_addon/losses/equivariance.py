@@ -27,6 +27,8 @@ from ssd_addon.differences import parameter_differences
 from ssd_addon.losses.families import FamilyName, resolve_family
 from ssd_addon.losses.objective import Objective
 
+DRIFT = 1e-7
+"""Difference of the networks' weights between ranks from which they are not the same, as a share of their size."""
 SCALE_EPS = 1e-10
 """Added to the variance by which changes are scaled; smaller than any parameter's range in its own units."""
 
@@ -65,12 +67,14 @@ class EquivarianceLoss(KeepsType):
             samples and their statistics (the scale of the changes; the standardization of barlow).
 
     Its parameters are trained with the model's: give both to the optimizer. Under DistributedDataParallel wrap it too,
-    without `device_ids` (which would rebuild the embeddings), so that its gradients are averaged. Samples whose key was
-    made from another image are left out; in an interleaved plan, so are those whose key shares group m.
+    without `device_ids` (which would rebuild the embeddings), so that its gradients are averaged; Fabric's `setup` and
+    accelerate's `prepare` do so. Samples whose key was made from another image are left out; in an interleaved plan, so
+    are those whose key shares group m.
 
     Raises:
         ValueError: a style space has no group, or its operations have no parameters to predict; a temperature is given
-            for another family; when called: the batch was drawn by other views.
+            for another family; when called: the batch was drawn by other views; with `gather_distributed`, the
+            networks differ between ranks, because nothing averages their gradients.
         TypeError: spaces is not a mapping; views is neither `StructuredViews` nor a mapping.
 
     Source: docs/method.md; Devillers and Lefort 2022 (EquiMod), arXiv 2211.01244, predict the embedding of a changed
@@ -155,10 +159,20 @@ class EquivarianceLoss(KeepsType):
             change = torch.cat([changes[path] for path in sizes], dim=1).to(t.device, dtype, non_blocking=True)
             rows = _redrawn_rows(name, batch, t.device)
             if shards is None:
-                shards, _ = _dist.shards(b, [], t.device, group)
+                size = self._size(t.device) if group is not None and self.training else []
+                shards, sizes = _dist.shards(b, size, t.device, group)
+                _check_equal(sizes)
             with torch.autocast(t.device.type, enabled=False):
                 out[name] = self._misalignment(name, t[0].to(dtype), t[1].to(dtype), change, rows, shards)
         return out
+
+    def _size(self, device: torch.device) -> Tensor | list[int]:
+        """Sum of all weights and of their absolute values, as the bits of float64; nothing where they are sharded."""
+        weights = [p.detach() for p in self.parameters() if p.requires_grad]
+        if not weights or any(hasattr(p, "full_tensor") for p in weights):
+            return []
+        sums = [torch.stack([t.sum(dtype=torch.float64) for t in each]).sum() for each in (weights, map(abs, weights))]
+        return torch.stack(sums).to(device).view(torch.int64)
 
     def _misalignment(
         self, name: str, a: Tensor, b: Tensor, change: Tensor, rows: Tensor | None, shards: Shards
@@ -200,6 +214,18 @@ def _check_drawn(sizes: Mapping[str, int], changes: Mapping[str, Tensor]) -> Non
             raise ValueError(
                 f"batch: expected {k} numbers for the change of {path}: got {changes[path].shape[1]}; the batch was "
                 "drawn by other views"
+            )
+
+
+def _check_equal(sizes: Sequence[Sequence[int]]) -> None:
+    """Refuse networks that differ between ranks."""
+    found = [_dist.from_bits(row, torch.float64) for row in sizes if row]
+    for rank, (total, absolute) in enumerate(found):
+        if abs(total - found[0][0]) > DRIFT * max(absolute, found[0][1]):
+            raise ValueError(
+                "equivariance: expected the same networks on every rank, as their gradients have to be averaged: got "
+                f"others on rank {rank} than on rank 0; wrap this loss as the model, DistributedDataParallel("
+                "equivariance), fabric.setup(equivariance) or accelerator.prepare(equivariance)"
             )
 
 

@@ -1,11 +1,16 @@
 """Samplers and a data loader that can resume within an epoch."""
 
+import functools
+import random
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
@@ -85,6 +90,9 @@ class ShardSampler(ResumableSampler):
         return iter(self._rest(order[mixed[window[mixed].argsort(stable=True)]].tolist()))
 
 
+_END = object()
+
+
 class _Seeded(torch.Generator):
     """The generator of a `ResumableLoader`; its type identifies the loader's own when Lightning rebuilds the loader."""
 
@@ -92,9 +100,10 @@ class _Seeded(torch.Generator):
 class ResumableLoader(DataLoader[Any]):
     """A DataLoader from which a Lightning checkpoint resumes exactly, also within an epoch.
 
-    The order of an epoch and the seeds of its workers depend only on (seed, epoch); the loader's state is the epoch and
-    the number of batches that it has returned. Lightning saves and restores this state. torch's own loader has none, so
-    a resumed epoch would start again from its first batch. Batches that were already used are skipped without loading.
+    The order of an epoch and the seeds of its workers depend only on (seed, epoch), and without workers the draws of
+    transforms from the global generators depend on these and on the batch. The loader's state is the epoch and the
+    number of batches that it has returned. Lightning saves and restores this state. torch's own loader has none, so a
+    resumed epoch would start again from its first batch. Batches that were already used are skipped without loading.
 
     >>> loader = ResumableLoader(range(6), batch_size=2, shuffle=True, seed=1)
     >>> first = [b.tolist() for b in loader]
@@ -107,12 +116,14 @@ class ResumableLoader(DataLoader[Any]):
         args, options: arguments of DataLoader.
         seed: seed of the order and of the workers.
 
-    If `limit_train_batches` ends an epoch early, the epoch is not over for the loader: a checkpoint from its end
-    resumes with the epoch's next batch.
+    Every pass is a new epoch. `set_epoch`, which Lightning calls through the sampler, says which one: a loader that is
+    made anew for each epoch (`reload_dataloaders_every_n_epochs`) then goes on, and an epoch that ends early
+    (`limit_train_batches`) is over when the next one begins, also after resuming.
 
     Raises:
         ValueError: a generator, a sampler with a generator, or persistent workers are given, whose draws continue from
-            epoch to epoch; the data set is iterable.
+            epoch to epoch; the data set is iterable; an epoch is to be resumed in the middle with another seed, batch
+            size or number of batches than it began with.
 
     A sampler of your own that draws from torch's global generator (`WeightedRandomSampler`) gets the loader's. One that
     draws in another way has to depend only on the epoch.
@@ -135,6 +146,11 @@ class ResumableLoader(DataLoader[Any]):
         self.seed, self.epoch, self.batches = seed, -1, 0
         self._start = 0  # batches of the next epoch that were used before the checkpoint
         self._skip = 0
+        self._trainer_epoch: int | None = None  # the last number given to `set_epoch`
+        self._begun: dict[str, Any] = {}  # what the epoch in the checkpoint began with
+        for sampler in {id(s): s for s in samplers if s is not None}.values():
+            # Lightning tells samplers the epoch, and not the loader.
+            sampler.set_epoch = functools.partial(_tell, self, getattr(sampler, "set_epoch", None))
 
     @property
     def _index_sampler(self) -> Any:
@@ -145,20 +161,78 @@ class ResumableLoader(DataLoader[Any]):
         self._skip, self._start = self._start, 0
         if not self._skip:
             self.epoch += 1
+        else:
+            self._check_begun()
         self.batches = self._skip
         # torch seeds its Mersenne Twister with the lowest 32 bits only.
         self.generator.manual_seed(zlib.crc32(f"{self.seed} {self.epoch}".encode()))
         made = super().__iter__()
         self._skip = 0
-        for batch in made:
+        while True:
+            with _seeded(f"{self.seed} {self.epoch} {self.batches} {_rank()}", not self.num_workers):
+                batch = next(made, _END)
+            if batch is _END:
+                return
             self.batches += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """The epoch, and the number of its batches that were returned."""
-        return {"epoch": self.epoch, "batches": self.batches}
+    def set_epoch(self, epoch: int) -> None:
+        """Say to which epoch of the training the next pass belongs; with a new number it is not a resumed one."""
+        if self._trainer_epoch is not None and epoch != self._trainer_epoch:
+            self._start = 0
+        self._trainer_epoch = epoch
+        if not self._start:
+            self.epoch = max(self.epoch, epoch - 1)
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, the number of its batches that were returned, and what decides which images these were."""
+        return {"epoch": self.epoch, "batches": self.batches, "trainer_epoch": self._trainer_epoch, **self._order()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after these batches."""
         self.epoch, self.batches = state["epoch"], state["batches"]
-        self._start = self.batches if self.batches < len(self) else 0
+        self._trainer_epoch = state.get("trainer_epoch")
+        self._begun = {k: state[k] for k in self._order() if k in state}
+        self._start = self.batches if self.batches < self._begun.get("length", len(self)) else 0
+
+    def _order(self) -> dict[str, Any]:
+        return {"seed": self.seed, "batch_size": self.batch_size, "length": len(self)}
+
+    def _check_begun(self) -> None:
+        """Refuse to continue an epoch in which the same batches would be others."""
+        mine = self._order()
+        if differ := [f"{k} {v}, here {mine[k]}" for k, v in self._begun.items() if v != mine[k]]:
+            raise ValueError(
+                f"ResumableLoader: expected the seed, batch size and length of the epoch that is resumed after "
+                f"{self._skip} batches, as other images would be left out or repeated: got {'; '.join(differ)}"
+            )
+
+
+def _tell(loader: ResumableLoader, own: Callable[[int], None] | None, epoch: int) -> None:
+    """`set_epoch` of a loader's sampler."""
+    if own is not None:
+        own(epoch)
+    loader.set_epoch(epoch)
+
+
+@contextmanager
+def _seeded(key: str, active: bool) -> Iterator[None]:
+    """Seed the global generators by a key while the block runs, as those of a worker are, and restore them."""
+    if not active:
+        yield
+        return
+    kept = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    seed = zlib.crc32(key.encode())
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(kept[0])
+        random.setstate(kept[1])
+        np.random.set_state(kept[2])
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
