@@ -4,8 +4,9 @@
     audit(backbone, images)                              the table alone, in Python
     write("audit.html", {"mine": backbone}, images)      the page, in Python
 
-`layers` reads rows of features off a backbone, `untrained` makes the copies to compare with, `weights` loads
-checkpoints of other libraries, `measure` scores, `verdict` puts it in words, `page` makes HTML of it.
+`layers` reads rows of features off a backbone, `stages` says which, `untrained` makes the copies to compare with,
+`holders` and `weights` load checkpoints of other libraries, `measure` scores, `verdict` puts it in words, `page` makes
+HTML of it.
 """
 
 from collections.abc import Mapping, Sequence

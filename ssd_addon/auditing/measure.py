@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ssd_addon import _checks
-from ssd_addon.auditing.layers import Layers, named_layers, over_copies, stages
+from ssd_addon.auditing.layers import Layers, over_copies
+from ssd_addon.auditing.stages import named_layers, stages
 from ssd_addon.auditing.untrained import CALIBRATION, untrained_copies
 from ssd_addon.augment import StructuredViews
 from ssd_addon.backbones import TimmFeatures, prepared

@@ -276,7 +276,7 @@ def test_the_command_writes_a_page_and_says_the_verdict(folder, capsys):
     ]
     assert main(["audit", *arguments]) == 0
     said = capsys.readouterr().out
-    assert "2 tensors under 'backbone.'" in said and "written: " in said and "class accuracy" in said
+    assert "2 tensors under 'state_dict.backbone'" in said and "written: " in said and "class accuracy" in said
     assert (folder / "a.html").read_text().startswith("<!doctype html>")
 
 
