@@ -4,21 +4,23 @@
     audit(backbone, images)                              the table alone, in Python
     write("audit.html", {"mine": backbone}, images)      the page, in Python
 
+`named` builds backbones by name, with weights that `holders` and `weights` read from checkpoints of other libraries;
 `layers` reads rows of features off a backbone, `stages` says which, `untrained` makes the copies to compare with,
-`holders` and `weights` load checkpoints of other libraries, `measure` scores, `verdict` puts it in words, `page` makes
-HTML of it.
+`measure` scores, `verdict` puts it in words, `page` makes HTML of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ssd_addon.auditing.measure import Audited, Normalize, OneGroup, Say, audit, audited, enlarged, views_of
+from ssd_addon.auditing.named import named_backbones
 from ssd_addon.auditing.page import Strip, about_of, render
+from ssd_addon.auditing.untrained import Fresh
 from ssd_addon.auditing.verdict import compared, headline, sentences
-from ssd_addon.auditing.weights import load_weights, named_backbones
+from ssd_addon.auditing.weights import load_weights
 from ssd_addon.augment import StructuredViews
 from ssd_addon.metrics.images import scaled
 from ssd_addon.pooling import Pool
@@ -59,6 +61,8 @@ def write(
     draws: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
+    fresh: Mapping[str, Fresh | None] | None = None,
+    untrained: Collection[str] = (),
     say: Say | None = None,
 ) -> list[Audited]:
     """Audit one backbone, or two side by side, and write the page.
@@ -70,6 +74,8 @@ def write(
         groups, size, layers, normalize, pool, output, draws, batch_size, seed, say: as of
             `audit`.
         labels: [n] classes, for the accuracy of a linear probe and of k-NN.
+        fresh: name -> what builds that backbone anew, as for `audit`.
+        untrained: names of the backbones for which no weights were given, of which the page says so.
 
     Returns:
         What the page shows of each backbone.
@@ -107,6 +113,8 @@ def write(
                 draws=draws,
                 batch_size=batch_size,
                 seed=seed,
+                fresh=(fresh or {}).get(name),
+                untrained=name in untrained,
                 say=say,
             )
         )

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ssd_addon import _checks
 from ssd_addon.auditing.layers import Layers, over_copies
 from ssd_addon.auditing.stages import named_layers, stages
-from ssd_addon.auditing.untrained import CALIBRATION, untrained_copies
+from ssd_addon.auditing.untrained import CALIBRATION, Fresh, untrained_copies
 from ssd_addon.augment import StructuredViews
 from ssd_addon.backbones import TimmFeatures, prepared
 from ssd_addon.batch import ViewBatch, ViewParameters
@@ -24,6 +25,7 @@ from ssd_addon.metrics.probe import at_least
 from ssd_addon.plan import ViewPlan
 from ssd_addon.pooling import Pool
 from ssd_addon.recipes import MEAN, STD, presets
+from ssd_addon.runs.build import build_backbone
 
 Say = Callable[[str], None]
 Normalize = tuple[Sequence[float], Sequence[float]] | Literal["auto"] | None
@@ -44,6 +46,7 @@ class Audited:
         accuracy: rows x ("linear probe", "k-NN"), of classes, or None.
         layers: names of the rows that are layers, in the order in which they run.
         notes: what the reader has to know.
+        untrained: whether no weights were given, so that nothing of it says anything of a training.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Audited:
     accuracy: ScoreTable | None
     layers: tuple[str, ...]
     notes: list[str] = field(default_factory=list)
+    untrained: bool = False
 
 
 def audit(
@@ -67,6 +71,7 @@ def audit(
     batch_size: int = 64,
     bootstrap: int = 200,
     seed: int = 0,
+    fresh: Fresh | None = None,
     say: Say | None = None,
 ) -> ScoreTable:
     """What a backbone that was trained elsewhere keeps of each augmentation, layer by layer; needs no labels.
@@ -96,6 +101,9 @@ def audit(
         batch_size: images at a time.
         bootstrap: resamples of the held-out images for the 95 % intervals.
         seed: of the views, the split, the resamples and the untrained copies.
+        fresh: builds the network anew, with weights as its author draws them, for the untrained copies. None takes
+            `timm.create_model` for a timm model that it builds the same; for others, and where what is built has other
+            weights in name or shape, the parts are set back by their own `reset_parameters`.
         say: called with a line on the progress.
 
     Returns:
@@ -115,7 +123,7 @@ def audit(
     """
     views = views_of(groups, size)
     at_least("bootstrap", bootstrap, 0)
-    model, each, _ = prepared_for(backbone, images, views, layers, normalize, pool, output, batch_size, seed)
+    model, each, _ = prepared_for(backbone, images, views, layers, normalize, pool, output, batch_size, seed, fresh)
     if small := enlarged(each[0], groups, size):
         warnings.warn(small, stacklevel=2)
     return _table(model, views, each, draws, bootstrap, seed, say)
@@ -135,14 +143,19 @@ def audited(
     draws: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
+    fresh: Fresh | None = None,
+    untrained: bool = False,
     say: Say | None = None,
 ) -> Audited:
     """`audit`, with class accuracy beside it where there are labels: what the page shows of one backbone.
 
     Args:
         labels: [n] classes of the images.
+        untrained: whether no weights were given.
     """
-    model, each, notes = prepared_for(backbone, images, views, layers, normalize, pool, output, batch_size, seed)
+    model, each, notes = prepared_for(backbone, images, views, layers, normalize, pool, output, batch_size, seed, fresh)
+    if untrained:
+        notes.append("no weights were given: this network is untrained")
     table = _table(model, views, each, draws, 200, seed, say)
     accuracy = None
     if labels is not None:
@@ -153,7 +166,7 @@ def audited(
             if say is not None:
                 say("class accuracy")
             accuracy = _accuracy(model, each, labels, seed, notes)
-    return Audited(name, table, accuracy, tuple(model._layers), notes)
+    return Audited(name, table, accuracy, tuple(model._layers), notes, untrained)
 
 
 def _accuracy(model: Layers, each: list[Tensor], labels: Tensor, seed: int, notes: list[str]) -> ScoreTable | None:
@@ -199,6 +212,7 @@ def prepared_for(
     output: str | int | None,
     batch_size: int,
     seed: int,
+    fresh: Fresh | None = None,
 ) -> tuple[Layers, list[Tensor], list[str]]:
     """The model whose rows are measured, the images as it takes them, and notes."""
     if not isinstance(backbone, nn.Module):
@@ -227,7 +241,7 @@ def prepared_for(
             if layers is None:
                 chosen = stages(net, bare.normalized(some[:2]), net)
             seen = torch.cat([scaled(x).to(device) for x in _first(each, CALIBRATION)])
-            copies = untrained_copies(net, bare.normalized(seen), seed)
+            copies = untrained_copies(net, bare.normalized(seen), seed, fresh or _of_timm(net))
     except (RuntimeError, AssertionError, IndexError) as error:
         raise ValueError(
             "images: expected images that the backbone takes, of the size and the number of channels that it was "
@@ -244,6 +258,14 @@ def _first(each: Sequence[Tensor], count: int) -> list[Tensor]:
             break
         out.append(x)
     return out
+
+
+def _of_timm(net: nn.Module) -> Fresh | None:
+    """What builds a model of timm anew, by its own name there."""
+    model = net.model if isinstance(net, TimmFeatures) else None
+    config: Any = getattr(model, "pretrained_cfg", None)
+    name = config.get("architecture") if isinstance(config, Mapping) else None
+    return partial(build_backbone, f"timm:{name}") if name else None
 
 
 def _normalization(net: nn.Module, views: StructuredViews) -> tuple[Sequence[float], Sequence[float]] | None:

@@ -198,7 +198,8 @@ def _how() -> str:
         "<b>pixels</b> are the views themselves, averaged over a grid of 8 x 8: what a probe decodes without any "
         "network. Layers are averaged over a grid of 2 x 2. <b>backbone</b> is what a downstream task gets, and "
         "<b>untrained</b> is the same network with random weights: the mean of three copies, with an interval that "
-        "spans those of all three. Where it lies above that of the backbone, training removed something."
+        "spans those of all three. Where it lies above that of the backbone, training removed something, if the "
+        "network was trained: other training settings, or other random weights, may give something else."
     )
     low = (
         "<b>A low score</b> says that this probe finds little from this many pairs, not that nothing is there. Compare "

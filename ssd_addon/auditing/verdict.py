@@ -128,8 +128,9 @@ def advice(a: Audited) -> list[tuple[str, Section]]:
 
 
 def sentences(a: Audited) -> list[str]:
-    """What not even the pixels show, how the features compare with those of untrained copies, and class accuracy."""
-    each, out = courses(a), []
+    """That no weights were given; what not even the pixels show, how the features compare with those of untrained
+    copies, and class accuracy."""
+    each, out = courses(a), ["No weights were given: this network is untrained."] if a.untrained else []
     lost = [c for c in each if c.lost and c.untrained >= TRACE]
     gained = [c for c in each if c.gained and c.features >= TRACE]
 

@@ -1,7 +1,7 @@
 """The weights of a backbone out of whatever file its training left: a plain state dict, a checkpoint of Lightning or
 lightly, of a training script, or safetensors."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from ssd_addon import _checks, storage
 from ssd_addon.auditing.holders import joined, state_dicts_of
-from ssd_addon.backbones import CLASSIFIERS, TimmFeatures, prepared
-from ssd_addon.heads import StyleHeads
-from ssd_addon.runs.build import build_backbone
+from ssd_addon.backbones import CLASSIFIERS
 
 TABLES = ("attn_mask", "relative_coords_table", "relative_position_index", "total_ops", "total_params")
 """Constants that older versions of networks, and counters of operations, keep among the weights."""
@@ -208,54 +206,3 @@ def _nearest(found: Mapping[str, Mapping[str, Tensor]], wanted: Mapping[str, Ten
     more = ", ..." if len(best) > 4 else ""
     there = f"{len(wanted) - len(best)} of its {len(wanted)} tensors"
     return f"got {there}; missing are {_checks.names(best[:4])}{more}"
-
-
-def named_backbones(
-    specs: Sequence[str],
-    *,
-    weights: Sequence[str | Path] = (),
-    prefix: str | None = None,
-    pretrained: bool = False,
-    say: Callable[[str], None] | None = None,
-) -> dict[str, nn.Module]:
-    """One or two backbones with their weights, under names that tell them apart.
-
-    Args:
-        specs: "torchvision:NAME", "timm:NAME" or "FILE.py:NAME".
-        weights: a file for each of them, in their order, "-" for none; () for none at all.
-        prefix: of `load_weights`.
-        pretrained: the library's own weights where no file is given.
-        say: called with a line on what was loaded.
-
-    Raises:
-        ValueError: another number of backbones or files, and what `build_backbone` and `load_weights` refuse.
-    """
-    if not 1 <= len(specs) <= 2:
-        raise ValueError(f"model: expected one or two: got {len(specs)}")
-    if len(weights) not in (0, len(specs)):
-        expected = f"a file for each of {len(specs)} models, in their order, - for none"
-        raise ValueError(f"weights: expected {expected}: got {len(weights)}")
-    files = [None if str(w) == "-" else Path(w) for w in weights] or [None] * len(specs)
-    out: dict[str, nn.Module] = {}
-    for spec, file in zip(specs, files, strict=True):
-        net = build_backbone(spec, code=True, pretrained=pretrained and file is None)
-        name = spec if file is None else f"{spec} ({file.name})"
-        if file is not None:
-            loaded = _into(net, file, prefix)
-            if say is not None:
-                say(f"{name}: {loaded}")
-        elif not pretrained and spec.split(":")[0] in ("torchvision", "timm") and say is not None:
-            say(f"{name}: no weights were given, so this is an untrained network (weights, pretrained)")
-        out[name if name not in out else f"{name}, again"] = net
-    return out
-
-
-def _into(net: nn.Module, file: Path, prefix: str | None) -> str:
-    """Load weights into a backbone whose classifier they need not hold."""
-    if isinstance(net, StyleHeads):
-        inside = net.backbone.model if isinstance(net.backbone, TimmFeatures) else net.backbone
-        return load_weights(inside, file, prefix=prefix)
-    made = prepared(net, None, "auto", 3)
-    inner = made.module.model if isinstance(made.module, TimmFeatures) else made.module
-    dropped = [d.removeprefix("model.") if inner is not made.module else d for d in made.dropped]
-    return load_weights(inner, file, prefix=prefix, dropped=dropped)
