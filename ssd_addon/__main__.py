@@ -43,7 +43,7 @@ ARGUMENTS = {"explored": "explore"}
 DATA: dict[str, Any] = {
     "required": True,
     "metavar": "DIR_OR_DATASET",
-    "help": "a folder of images (its class folders are used as labels; of val/, test/ and train/ the first is used), or "
+    "help": "a folder of images (its class folders are used as labels; of val, test and train the first is used), or "
     "FILE.py:NAME or MODULE:NAME, where NAME is a data set or a function that returns one, or a pair (images, factors)",
 }
 

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssd_addon import _checks
+from ssd_addon._types import as_weights
 from ssd_addon.auditing.stages import first_tensor, is_channels_last
 from ssd_addon.metrics import ScoreTable
-from ssd_addon.pooling import Pooling
+from ssd_addon.metrics.images import gray
+from ssd_addon.pooling import Pooling, picked
 
 GRID = 2
 """A map of features is averaged in a grid of GRID x GRID cells, so that something of where things are is kept."""
@@ -36,6 +38,10 @@ class Layers(nn.Module):
         layers: name -> the module inside the backbone whose output is a row.
         mean, std: of the images' channels; subtracted and divided by before the backbone. None: the images as they are.
         untrained: other backbones of the same form.
+        is_gray: whether color images are made gray before the backbone, which takes one channel; the row "pixels" is
+            that of the colors.
+
+    Features are computed in the dtype of the backbone's weights, and pooled in float32 or float64.
     """
 
     def __init__(
@@ -45,34 +51,45 @@ class Layers(nn.Module):
         layers: Mapping[str, nn.Module],
         normalize: tuple[Sequence[float], Sequence[float]] | None,
         untrained: Sequence[nn.Module] = (),
+        is_gray: bool = False,
     ) -> None:
         super().__init__()
         self.backbone, self.pooling, self.untrained = backbone, pooling, nn.ModuleList(untrained)
         self._layers = dict(layers)  # parts of the backbone: not registered again
-        self.normalize = normalize
+        self.normalize, self.is_gray = normalize, is_gray
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         images = self.normalized(x)
         met: dict[str, Tensor] = {}
         with _noted(self._layers, met, len(x), (x.shape[-2], x.shape[-1]) if x.ndim == 4 else (1, 1)):
-            features = self.pooling(self.backbone(images), len(x))
+            features = self._pooled(self.backbone, images)
         if silent := [name for name in self._layers if name not in met]:
             raise ValueError(
                 f"layers: expected modules that run when the backbone does: got {_checks.names(silent)}, which do not"
             )
-        out = {"pixels": pixels(x), **{name: met[name] for name in self._layers}, "backbone": features}
+        out = {"pixels": pixels(precise(x)), **{name: met[name] for name in self._layers}, "backbone": features}
         for k, twin in enumerate(self.untrained):
-            out[f"{UNTRAINED} {k}"] = self.pooling(twin(images), len(x))
+            out[f"{UNTRAINED} {k}"] = self._pooled(twin, images)
         return out
+
+    def _pooled(self, net: nn.Module, images: Tensor) -> Tensor:
+        y = picked(net(images), self.pooling.output, self.pooling.name)
+        return replace(self.pooling, output=None)(precise(y), len(images))
 
     def normalized(self, x: Tensor) -> Tensor:
         """Images as the backbone takes them."""
-        if self.normalize is None:
-            return x
-        mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(-1, 1, 1) for v in self.normalize)
-        if len(mean) not in (1, x.shape[1]):
-            mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
-        return (x - mean) / std
+        x = gray(precise(x)) if self.is_gray and x.ndim == 4 and x.shape[1] == 3 else precise(x)
+        if self.normalize is not None:
+            mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(-1, 1, 1) for v in self.normalize)
+            if len(mean) not in (1, x.shape[1]):
+                mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
+            x = (x - mean) / std
+        return as_weights(x, self.backbone)
+
+
+def precise(x: Tensor) -> Tensor:
+    """In float32, or float64 where it is: means over many places lose too much in less."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def over_copies(table: ScoreTable) -> ScoreTable:
@@ -149,7 +166,7 @@ def _noted(
                     "layers: expected a layer whose output has the images in its first dimension: got "
                     f"{_checks.shape(found)} from {name!r}"
                 )
-            met[name] = row(found, size)  # at once: a later layer may work in place
+            met[name] = row(precise(found), size)  # at once: a later layer may work in place
 
         return note
 

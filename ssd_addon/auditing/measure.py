@@ -229,10 +229,12 @@ def prepared_for(
         each = list(batches(images, batch_size))
     bare = Layers(net, pooling, {}, scale)
     device = next((t.device for t in (*net.parameters(), *net.buffers())), torch.device("cpu"))
-    _, changed = for_model(each[0][:2], bare)
+    some, changed = for_model(each[0][:2], bare)
+    is_gray = bool(changed) and some.shape[1] == 1
     if changed:
         notes.append(changed)
-        each = [for_model(x, bare)[0] for x in each]
+        bare.is_gray = is_gray  # after the views, which may need colors
+        each = each if is_gray else [for_model(x, bare)[0] for x in each]
     some = scaled(each[0]).to(device)
     try:
         with evaluation(net), torch.no_grad():
@@ -247,7 +249,7 @@ def prepared_for(
             "images: expected images that the backbone takes, of the size and the number of channels that it was "
             f"trained on: got {_checks.shape(each[0])} ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         ) from error
-    return Layers(net, pooling, chosen, scale, copies), each, notes
+    return Layers(net, pooling, chosen, scale, copies, is_gray), each, notes
 
 
 def _first(each: Sequence[Tensor], count: int) -> list[Tensor]:

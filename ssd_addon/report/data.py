@@ -88,9 +88,10 @@ def read(spec: str | Path | Any, *, size: int | None, samples: int, seed: int = 
 
     Args:
         spec: a folder of images (with class folders, the class is a factor "class"; where all folders in it are
-            splits, of the names in SPLITS, the first of these is taken), a data set (len and items (image, label[, name])), or "FILE.py:NAME" / "MODULE:NAME", where
-            NAME(samples=...), where it takes that, or NAME() returns `Data`, a data set or a pair (images
-            [n, C, H, W], factors). A label is a class (an integer or a word), a number, or a mapping of factors.
+            splits, of the names in SPLITS, the first of these is taken), a data set (len and items (image, label[,
+            name])), or "FILE.py:NAME" / "MODULE:NAME", where NAME(samples=...), where it takes that, or NAME() returns
+            `Data`, a data set or a pair (images [n, C, H, W], factors). A label is a class (an integer or a word), a
+            number, or a mapping of factors.
         size: edge in pixels that images of a folder or a data set are brought to; None only for tensors of images.
         samples: largest number of images.
         seed: seed of the choice of images.

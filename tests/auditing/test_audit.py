@@ -16,6 +16,7 @@ import ssd_addon
 from ssd_addon import StructuredViews, StyleHeads, audit, auditing, metrics
 from ssd_addon.auditing import layers, measure
 from ssd_addon.auditing.untrained import untrained
+from ssd_addon.pooling import Pooling
 
 GROUPS = {
     "color": [K.ColorJitter(brightness=(0.5, 1.5), p=1.0)],
@@ -148,6 +149,44 @@ def test_auto_takes_timms_numbers_imagenets_or_those_of_the_views():
     assert measure._normalization(nn.Conv2d(3, 2, 1), views)[0][0] == 0.485
     normalizing = StructuredViews(GROUPS, then=[K.Normalize(torch.zeros(3), torch.ones(3))])
     assert measure._normalization(heads.backbone, normalizing) is None
+
+
+# ---- other dtypes and channels
+
+
+@pytest.mark.parametrize("kind,near", [(torch.bfloat16, 0.1), (torch.float16, 0.02), (torch.float64, 1e-3)])
+def test_backbones_of_any_dtype_are_measured(images, kind, near):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    options = {"layers": ("0",), "draws": 1, "bootstrap": 0}
+    whole = audit(net, images[:60], GROUPS, **options)
+    for same in (net.to(kind), StyleHeads(net.to(kind), {"content": 2})):
+        found = audit(same, images[:60], GROUPS, **options)
+        assert all(abs(found[row, f] - whole[row, f]) < near for row in ("pixels", "0", "backbone") for f in GROUPS)
+    assert next(net.parameters()).dtype == kind
+
+
+def test_maps_of_low_precision_are_averaged_in_float32():
+    class Ramp(nn.Module):
+        def forward(self, x):
+            return (256 + torch.arange(64 * 64).view(1, 1, 64, 64) % 2 * 2).to(torch.bfloat16).expand(len(x), 1, 64, 64)
+
+    net, pooling = Ramp(), Pooling(1, "auto", None, False, "net")
+    out = layers.Layers(net, pooling, {"map": net}, None)(torch.rand(2, 3, 8, 8))
+    assert (out["map"] == 257).all() and (out["backbone"] == 257).all()  # bfloat16 has 256 and 258
+
+
+def test_a_backbone_of_one_channel_is_measured_on_views_in_color(images, tmp_path):
+    net = nn.Conv2d(1, 8, 3, stride=2)
+    (found,) = auditing.write(tmp_path / "a.html", {"net": net}, images[:40], size=16, layers=(), draws=1)
+    assert found.table.factors == ("spatial", "color") and "made gray" in str(found.notes)
+    model, each, _ = measure.prepared_for(net, images, measure.views_of({}, 8), (), None, "auto", None, 64, 0)
+    assert each[0].shape[1] == 3 and model.normalized(each[0]).shape[1] == 1
+    share = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    gray = (each[0] * share).sum(1, keepdim=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(each[0])["backbone"], net(gray).mean((2, 3)))
+    assert model(each[0])["pixels"].shape[1] == 3 * 64
 
 
 # ---- layers

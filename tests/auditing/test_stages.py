@@ -14,6 +14,7 @@ from ssd_addon import audit
 from ssd_addon.auditing import layers
 from ssd_addon.auditing.stages import positions, stages
 from ssd_addon.backbones import prepared
+from ssd_addon.pooling import Pooling
 
 RESNET = ["layer1", "layer2", "layer3", "layer4"]
 SWIN = ["features.1", "features.3", "features.5", "features.7"]
@@ -166,7 +167,7 @@ def test_tokens_of_images_that_are_not_square_lie_in_a_grid(before, grid, size):
 
 
 def test_an_audit_of_images_that_are_not_square_reads_maps_as_they_are():
-    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Flatten(2))
-    model = layers.Layers(net[0], lambda y, n: y.mean((2, 3)), {"map": net[0]}, None)
+    net = nn.Conv2d(3, 16, 3, padding=1)
+    model = layers.Layers(net, Pooling(16, "auto", None, False, "net"), {"map": net}, None)
     x = torch.rand(2, 3, 16, 8)
-    torch.testing.assert_close(model(x)["map"], nn.functional.adaptive_avg_pool2d(net[0](x), (2, 2)).flatten(1))
+    torch.testing.assert_close(model(x)["map"], nn.functional.adaptive_avg_pool2d(net(x), (2, 2)).flatten(1))
