@@ -9,7 +9,8 @@
 `measure` scores, `verdict` puts it in words, `page` makes HTML of it.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ssd_addon.pooling import Pool
 from ssd_addon.report import writable
 from ssd_addon.report.data import Data, facts
 from ssd_addon.report.findings import unnormalized
-from ssd_addon.runs.build import build_views
+from ssd_addon.runs.build import build_views, read_json
 
 __all__ = [
     "Audited",
@@ -99,8 +100,8 @@ def write(
     for name, backbone in backbones.items():
         if say is not None:
             say(f"auditing {name}")
-        found.append(
-            audited(
+        with _of_model(name, len(backbones)):
+            each = audited(
                 name,
                 backbone,
                 data.images,
@@ -117,8 +118,8 @@ def write(
                 untrained=name in untrained,
                 say=say,
             )
-        )
-    if small := enlarged(data.images, groups, size):
+        found.append(each)
+    if small := enlarged(data.images, views):
         for each in found:
             each.notes.append(small)
     about = about_of(data.images, data.total, views.plan.spaces[1:], facts(data))
@@ -129,11 +130,27 @@ def write(
 def views_for(spec: Any, size: int) -> StructuredViews:
     """The views of an audit: a preset's name, a JSON file or code, "FILE.py:NAME", as `runs.build_views` takes them.
 
-    A preset's are not normalized, as the backbone's normalization comes after them.
+    A preset, by name or in a JSON file, has this size and is not normalized, as the backbone's normalization comes
+    after it; unless the file says otherwise.
     """
     if isinstance(spec, str) and ":" not in spec and not spec.endswith(".json"):
         return views_of(spec, size)
+    if isinstance(spec, str | Path) and str(spec).endswith(".json"):
+        spec = read_json(str(spec))
+    if isinstance(spec, Mapping) and "preset" in spec:
+        spec = {"size": size, "normalize": False, **spec}
     return build_views(spec, code=True)
+
+
+@contextmanager
+def _of_model(name: str, count: int) -> Iterator[None]:
+    """Errors say of which of several models they are."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if count > 1:
+            error.args = (f"{error}; the model is {name}",)
+        raise
 
 
 def _strip(views: StructuredViews, images: Tensor, seed: int) -> Strip:

@@ -34,6 +34,8 @@ PAIRS = 1000
 PER_CLASS = 5
 """Images of a class, on average, without which class accuracy is left out."""
 PROBE = Probe("kernel", train_fraction=0.7)
+LEAST = 15
+"""Images of which 5 are held out, which a probe needs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +91,7 @@ def audit(
     Args:
         backbone: any module images -> features, maps or tokens, with or without its classifier, which is left out as in
             `StyleHeads`; a `StyleHeads` stands for its backbone. Measuring changes nothing.
-        images: [n, C, H, W], uint8 or in [0, 1], not normalized, or batches of them (a data loader); n >= 10.
+        images: [n, C, H, W], uint8 or in [0, 1], not normalized, or batches of them (a data loader); n >= 15.
         groups: a preset's name (`presets`), name -> operations, or `StructuredViews`.
         size: edge in pixels of a preset's views.
         layers: names of modules inside the backbone, as in the library that it came from; None takes the backbone's own
@@ -112,7 +114,7 @@ def audit(
         weights drawn anew: the mean of their scores, and an interval that spans those of all three).
 
     Warns:
-        UserWarning: the images are smaller than a preset's views, so that they are enlarged.
+        UserWarning: the images are smaller than the views, so that they are enlarged.
 
     Raises:
         ValueError, TypeError: layers that do not exist or do not run; a backbone that does not take the images; and
@@ -124,7 +126,7 @@ def audit(
     views = views_of(groups, size)
     at_least("bootstrap", bootstrap, 0)
     model, each, _ = prepared_for(backbone, images, views, layers, normalize, pool, output, batch_size, seed, fresh)
-    if small := enlarged(each[0], groups, size):
+    if small := enlarged(each[0], views):
         warnings.warn(small, stacklevel=2)
     return _table(model, views, each, draws, bootstrap, seed, say)
 
@@ -191,14 +193,18 @@ def views_of(groups: str | Mapping[str, Sequence[Any]] | StructuredViews, size: 
     return StructuredViews(groups, seed=0)
 
 
-def enlarged(images: Tensor, groups: object, size: int) -> str | None:
-    """A sentence where a preset's views are larger than the images [n, C, H, W]."""
+def enlarged(images: Tensor, views: StructuredViews) -> str | None:
+    """A sentence where the views are larger than the images [n, C, H, W]."""
     h, w = images.shape[-2:]
-    if not isinstance(groups, str) or min(h, w) >= size:
+    try:
+        tall, wide = views.independent(scaled(images[:1]), seed=(0, 0, 0)).views.shape[-2:]
+    except (RuntimeError, ValueError, TypeError, AssertionError):  # as measuring says, where it cannot be drawn
+        return None
+    if tall <= h and wide <= w:
         return None
     return (
-        f"The images ({h} x {w} pixels) are smaller than the views ({size} x {size}) and are enlarged. Give the size "
-        f"on which the backbone was trained: size={min(h, w)} keeps the images' own."
+        f"The images ({h} x {w} pixels) are smaller than the views ({tall} x {wide}) and are enlarged. Give the size "
+        f"on which the backbone was trained; that of a preset is size={min(h, w)} for the images' own."
     )
 
 
@@ -234,7 +240,7 @@ def prepared_for(
     if changed:
         notes.append(changed)
         bare.is_gray = is_gray  # after the views, which may need colors
-        each = each if is_gray else [for_model(x, bare)[0] for x in each]
+        each = [for_model(x, bare)[0] for x in each]
     some = scaled(each[0]).to(device)
     try:
         with evaluation(net), torch.no_grad():
@@ -326,6 +332,11 @@ def _table(
 ) -> ScoreTable:
     """One table of all groups, each measured on pairs of its own."""
     n, groups = sum(len(x) for x in each), views.plan.spaces[1:]
+    if n < LEAST:
+        raise ValueError(
+            f"images: expected at least {LEAST}, as a probe is fitted on 70 % of them and scored on the others, 5 or "
+            f"more: got {n}"
+        )
     if not groups:
         raise ValueError("groups: expected groups of augmentations, whose parameters are predicted: got none")
     if draws is not None:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 import re
 from dataclasses import replace
@@ -113,6 +114,36 @@ def test_views_larger_than_the_images_are_not_silent(images, tmp_path):
     audit(net, images[:20], GROUPS, size=24, draws=1, bootstrap=0)
 
 
+def test_the_views_own_size_decides_whether_images_are_enlarged(images, tmp_path):
+    crop = {"crop": [K.RandomResizedCrop((24, 20), p=1.0)]}
+    sentence = r"images \(16 x 16 pixels\) are smaller than the views \(24 x 20\)"
+    for groups in (crop, StructuredViews(crop, seed=0)):
+        with pytest.warns(UserWarning, match=sentence):
+            audit(nn.Conv2d(3, 4, 3), images[:20], groups, size=16, layers=(), draws=1, bootstrap=0)
+    (found,) = auditing.write(tmp_path / "a.html", {"n": nn.Conv2d(3, 4, 3)}, images[:20], crop, layers=(), draws=1)
+    assert re.search(sentence, found.notes[-1])
+
+
+def test_a_preset_in_a_file_has_the_audits_size_and_normalization(tmp_path):
+    file, x = tmp_path / "groups.json", torch.rand(2, 3, 16, 16)
+    for content, edge, own in (
+        ({"preset": "color_spatial"}, 16, False),
+        ({"preset": "color_spatial", "size": 24, "normalize": True}, 24, True),
+    ):
+        file.write_text(json.dumps(content))
+        for spec in (str(file), file, content):
+            views = auditing.views_for(spec, 16)
+            assert views.independent(x, seed=(0,)).views.shape[-2:] == (edge, edge)
+            assert (measure._normalization(nn.Conv2d(3, 4, 3), views) is None) == own
+    file.write_text(json.dumps(pages.CARD))
+    assert auditing.views_for(str(file), 24).independent(x, seed=(0,)).views.shape[-2:] == (16, 16)
+
+
+@pytest.mark.parametrize("n", [15, 16, 17])
+def test_few_images_are_enough(images, n):
+    assert "backbone" in audit(nn.Conv2d(3, 4, 3), images[:n], GROUPS, layers=(), draws=2, bootstrap=0).spaces
+
+
 class Sees(nn.Module):
     """Keeps what it was given."""
 
@@ -173,7 +204,7 @@ def test_maps_of_low_precision_are_averaged_in_float32():
 
     net, pooling = Ramp(), Pooling(1, "auto", None, False, "net")
     out = layers.Layers(net, pooling, {"map": net}, None)(torch.rand(2, 3, 8, 8))
-    assert (out["map"] == 257).all() and (out["backbone"] == 257).all()  # bfloat16 has 256 and 258
+    assert (out["map"].float() == 257).all() and (out["backbone"].float() == 257).all()  # bfloat16 has 256 and 258
 
 
 def test_a_backbone_of_one_channel_is_measured_on_views_in_color(images, tmp_path):
@@ -269,7 +300,7 @@ def test_layers_that_are_not_there_are_refused(images, names, error, message):
         ({"groups": "hue"}, ValueError, "preset: expected one of"),
         ({"draws": 0}, ValueError, "draws: expected an integer of 1 or more"),
         ({"bootstrap": -1}, ValueError, "bootstrap"),
-        ({"images": torch.rand(8, 3, 16, 16)}, ValueError, "images: expected at least 10"),
+        ({"images": torch.rand(14, 3, 16, 16)}, ValueError, "images: expected at least 15, .*: got 14"),
         (
             {"images": torch.rand(40, 3, 16, 16) * 255},
             ValueError,

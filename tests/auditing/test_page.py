@@ -237,6 +237,30 @@ def test_advice_that_two_models_share_is_given_once():
     assert "<li>A: To keep more of y, train with a style space" in html
 
 
+def labels_of(*models):
+    panel = re.search(r'<svg viewBox="0 0 320 200".*?</svg>', render(models, [], None), re.S)[0]
+    return re.findall(r'text-anchor="(?:start|middle|end)">([^<]*)</text>', panel)[3:], panel
+
+
+def test_plots_name_the_layers_unless_two_models_have_others():
+    a, b = made({"x": (0.9, 0.8, 0.7, 0.6, 0.5)}, "A"), made({"x": (0.9,) * 5}, "B", layers=("blocks.1", "blocks.2"))
+    c = made({"x": (0.9,) * 6}, "C", layers=("blocks.1", "blocks.2", "blocks.3"))
+    assert labels_of(a)[0] == labels_of(a, replace(a, name="B"))[0] == ["pixels", *LAYERS, "features"]
+    found, panel = labels_of(a, b)
+    assert found == ["pixels", "layer 1", "layer 2", "features"]
+    assert "A, layer1: 0.80" in panel and "B, blocks.1: 0.90" in panel
+    assert labels_of(a, c)[0] == ["pixels", "features"]
+
+
+def test_errors_say_which_of_two_models_they_are_of(tmp_path):
+    nets, data = {"first": Light(), "second": nn.Conv2d(3, 4, 3)}, pages.squares(20)
+    options = {"draws": 1, "layers": ("first",)}
+    with pytest.raises(ValueError, match=r"^layers: expected names .*: got first; the model is second$"):
+        auditing.write(tmp_path / "a.html", nets, data.images, pages.views(), **options)
+    with pytest.raises(ValueError, match=r": got first$"):
+        auditing.write(tmp_path / "a.html", {"second": nets["second"]}, data.images, pages.views(), **options)
+
+
 @pytest.mark.parametrize("count", [0, 3])
 def test_one_or_two_models(count, tmp_path):
     with pytest.raises(ValueError, match=f"backbones: expected one or two, name -> module: got {count}"):
@@ -324,7 +348,7 @@ def test_the_command_writes_a_page_and_says_the_verdict(folder, capsys):
         (["--weights", "none.pt"], "error: none.pt: expected a file of weights: got no such file"),
         (["--data", "nowhere"], "error: --data: expected a folder of images"),
         (["--groups", "hue"], "error: preset: expected one of"),
-        (["--samples", "8"], "error: images: expected at least 10"),
+        (["--samples", "8"], "error: images: expected at least 15"),
     ],
 )
 def test_a_wrong_flag_is_one_line(folder, capsys, arguments, message):
