@@ -43,7 +43,7 @@ ARGUMENTS = {"explored": "explore"}
 DATA: dict[str, Any] = {
     "required": True,
     "metavar": "DIR_OR_DATASET",
-    "help": "a folder of images (its class folders are used as labels, and val/ is used where there is one), or "
+    "help": "a folder of images (its class folders are used as labels; of val, test and train the first is used), or "
     "FILE.py:NAME or MODULE:NAME, where NAME is a data set or a function that returns one, or a pair (images, factors)",
 }
 
@@ -253,27 +253,36 @@ def audit(args: argparse.Namespace) -> None:
     """Build the backbones, read the data, measure, and write the page."""
     from ssd_addon import auditing
     from ssd_addon import report as page
+    from ssd_addon.auditing.named import named
     from ssd_addon.recipes import MEAN, STD
 
     page.writable(args.out)
     device = _device(args.device)
-    backbones = auditing.named_backbones(
-        args.model, weights=args.weights or (), prefix=args.prefix, pretrained=args.pretrained, say=_print
+    output = int(args.output) if args.output and args.output.isdigit() else args.output
+    backbones = named(
+        args.model,
+        weights=args.weights or (),
+        prefix=args.prefix,
+        pretrained=args.pretrained,
+        output=output,
+        say=_print,
     )
     views = auditing.views_for(args.groups, args.size)
     data = page.read(args.data, size=args.size, samples=args.samples, seed=args.seed, say=_print)
     found = auditing.write(
         args.out,
-        {name: net.to(device) for name, net in backbones.items()},
+        {name: each.net.to(device) for name, each in backbones.items()},
         data,
         views,
         size=args.size,
         layers=args.layers,
         normalize={"auto": "auto", "imagenet": (MEAN, STD), "none": None}[args.normalize],
-        output=int(args.output) if args.output and args.output.isdigit() else args.output,
+        output=output,
         draws=args.draws,
         batch_size=args.batch_size,
         seed=args.seed,
+        fresh={name: each.fresh for name, each in backbones.items()},
+        untrained=[name for name, each in backbones.items() if each.untrained],
         say=_print,
     )
     for each in found:

@@ -4,6 +4,7 @@ import collections
 import io
 import os
 import pickle
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -30,6 +31,8 @@ def load(path: str | Path, map_location: Any, *, leave_out: bool = False) -> Any
 
 class Inert:
     """Placeholder for an object that was left out; accepts every operation of a pickle and does nothing."""
+
+    dump_patches = False  # torch.load reads it of a pickled module
 
     def __init__(self, *arguments: Any, **options: Any) -> None: ...
     def __setstate__(self, state: Any) -> None: ...
@@ -81,17 +84,25 @@ def _loaded(file: io.BufferedReader, map_location: Any, leave_out: bool = False)
     if not start.startswith(b"PK\x03\x04"):
         if _OLD_FORMAT not in start:
             raise _Unreadable(f"it is not a file of torch.save: {_kind(start)}")
-        return torch.load(file, map_location=map_location, weights_only=True, mmap=False)
+        if not leave_out:
+            return torch.load(file, map_location=map_location, weights_only=True, mmap=False)
+        with warnings.catch_warnings():  # that the source of a pickled module, which is left out, is another one
+            warnings.simplefilter("ignore")
+            held = io.BytesIO(file.read())  # of a file on a disk torch would try whether it is a tar archive
+            return torch.load(held, map_location=map_location, mmap=False, **_how(leave_out))
     try:
         checked = _Checked(file)
     except zipfile.BadZipFile as error:
         raise _Unreadable("the end of its archive is missing or damaged, as in a file that was cut off") from error
     _refuse_torchscript(file)
-    how: dict[str, Any] = {"pickle_module": _Pickle, "weights_only": False} if leave_out else {"weights_only": True}
     try:
-        return torch.load(checked, map_location=map_location, mmap=False, **how)  # type: ignore[arg-type]
+        return torch.load(checked, map_location=map_location, mmap=False, **_how(leave_out))  # type: ignore[arg-type]
     finally:
         checked.verify()  # also if loading failed, as damage is the best explanation
+
+
+def _how(leave_out: bool) -> dict[str, Any]:
+    return {"pickle_module": _Pickle, "weights_only": False} if leave_out else {"weights_only": True}
 
 
 def _refuse_torchscript(file: io.BufferedReader) -> None:

@@ -4,27 +4,31 @@
     audit(backbone, images)                              the table alone, in Python
     write("audit.html", {"mine": backbone}, images)      the page, in Python
 
-`layers` reads rows of features off a backbone, `untrained` makes the copies to compare with, `weights` loads
-checkpoints of other libraries, `measure` scores, `verdict` puts it in words, `page` makes HTML of it.
+`named` builds backbones by name, with weights that `holders` and `weights` read from checkpoints of other libraries;
+`layers` reads rows of features off a backbone, `stages` says which, `untrained` makes the copies to compare with,
+`measure` scores, `verdict` puts it in words, `page` makes HTML of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ssd_addon.auditing.measure import Audited, Normalize, OneGroup, Say, audit, audited, enlarged, views_of
+from ssd_addon.auditing.named import named_backbones
 from ssd_addon.auditing.page import Strip, about_of, render
+from ssd_addon.auditing.untrained import Fresh
 from ssd_addon.auditing.verdict import compared, headline, sentences
-from ssd_addon.auditing.weights import load_weights, named_backbones
+from ssd_addon.auditing.weights import load_weights
 from ssd_addon.augment import StructuredViews
 from ssd_addon.metrics.images import scaled
 from ssd_addon.pooling import Pool
 from ssd_addon.report import writable
 from ssd_addon.report.data import Data, facts
 from ssd_addon.report.findings import unnormalized
-from ssd_addon.runs.build import build_views
+from ssd_addon.runs.build import build_views, read_json
 
 __all__ = [
     "Audited",
@@ -58,6 +62,8 @@ def write(
     draws: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
+    fresh: Mapping[str, Fresh | None] | None = None,
+    untrained: Collection[str] = (),
     say: Say | None = None,
 ) -> list[Audited]:
     """Audit one backbone, or two side by side, and write the page.
@@ -69,6 +75,8 @@ def write(
         groups, size, layers, normalize, pool, output, draws, batch_size, seed, say: as of
             `audit`.
         labels: [n] classes, for the accuracy of a linear probe and of k-NN.
+        fresh: name -> what builds that backbone anew, as for `audit`.
+        untrained: names of the backbones for which no weights were given, of which the page says so.
 
     Returns:
         What the page shows of each backbone.
@@ -92,8 +100,8 @@ def write(
     for name, backbone in backbones.items():
         if say is not None:
             say(f"auditing {name}")
-        found.append(
-            audited(
+        with _of_model(name, len(backbones)):
+            each = audited(
                 name,
                 backbone,
                 data.images,
@@ -106,10 +114,12 @@ def write(
                 draws=draws,
                 batch_size=batch_size,
                 seed=seed,
+                fresh=(fresh or {}).get(name),
+                untrained=name in untrained,
                 say=say,
             )
-        )
-    if small := enlarged(data.images, groups, size):
+        found.append(each)
+    if small := enlarged(data.images, views):
         for each in found:
             each.notes.append(small)
     about = about_of(data.images, data.total, views.plan.spaces[1:], facts(data))
@@ -120,11 +130,27 @@ def write(
 def views_for(spec: Any, size: int) -> StructuredViews:
     """The views of an audit: a preset's name, a JSON file or code, "FILE.py:NAME", as `runs.build_views` takes them.
 
-    A preset's are not normalized, as the backbone's normalization comes after them.
+    A preset, by name or in a JSON file, has this size and is not normalized, as the backbone's normalization comes
+    after it; unless the file says otherwise.
     """
     if isinstance(spec, str) and ":" not in spec and not spec.endswith(".json"):
         return views_of(spec, size)
+    if isinstance(spec, str | Path) and str(spec).endswith(".json"):
+        spec = read_json(str(spec))
+    if isinstance(spec, Mapping) and "preset" in spec:
+        spec = {"size": size, "normalize": False, **spec}
     return build_views(spec, code=True)
+
+
+@contextmanager
+def _of_model(name: str, count: int) -> Iterator[None]:
+    """Errors say of which of several models they are."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if count > 1:
+            error.args = (f"{error}; the model is {name}",)
+        raise
 
 
 def _strip(views: StructuredViews, images: Tensor, seed: int) -> Strip:

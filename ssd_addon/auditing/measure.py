@@ -3,14 +3,16 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ssd_addon import _checks
-from ssd_addon.auditing.layers import Layers, named_layers, over_copies, stages
-from ssd_addon.auditing.untrained import CALIBRATION, untrained_copies
+from ssd_addon.auditing.layers import Layers, over_copies
+from ssd_addon.auditing.stages import named_layers, stages
+from ssd_addon.auditing.untrained import CALIBRATION, Fresh, untrained_copies
 from ssd_addon.augment import StructuredViews
 from ssd_addon.backbones import TimmFeatures, prepared
 from ssd_addon.batch import ViewBatch, ViewParameters
@@ -23,6 +25,7 @@ from ssd_addon.metrics.probe import at_least
 from ssd_addon.plan import ViewPlan
 from ssd_addon.pooling import Pool
 from ssd_addon.recipes import MEAN, STD, presets
+from ssd_addon.runs.build import build_backbone
 
 Say = Callable[[str], None]
 Normalize = tuple[Sequence[float], Sequence[float]] | Literal["auto"] | None
@@ -31,6 +34,8 @@ PAIRS = 1000
 PER_CLASS = 5
 """Images of a class, on average, without which class accuracy is left out."""
 PROBE = Probe("kernel", train_fraction=0.7)
+LEAST = 15
+"""Images of which 5 are held out, which a probe needs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +48,7 @@ class Audited:
         accuracy: rows x ("linear probe", "k-NN"), of classes, or None.
         layers: names of the rows that are layers, in the order in which they run.
         notes: what the reader has to know.
+        untrained: whether no weights were given, so that nothing of it says anything of a training.
     """
 
     name: str
@@ -50,6 +56,7 @@ class Audited:
     accuracy: ScoreTable | None
     layers: tuple[str, ...]
     notes: list[str] = field(default_factory=list)
+    untrained: bool = False
 
 
 def audit(
@@ -66,6 +73,7 @@ def audit(
     batch_size: int = 64,
     bootstrap: int = 200,
     seed: int = 0,
+    fresh: Fresh | None = None,
     say: Say | None = None,
 ) -> ScoreTable:
     """What a backbone that was trained elsewhere keeps of each augmentation, layer by layer; needs no labels.
@@ -83,7 +91,7 @@ def audit(
     Args:
         backbone: any module images -> features, maps or tokens, with or without its classifier, which is left out as in
             `StyleHeads`; a `StyleHeads` stands for its backbone. Measuring changes nothing.
-        images: [n, C, H, W], uint8 or in [0, 1], not normalized, or batches of them (a data loader); n >= 10.
+        images: [n, C, H, W], uint8 or in [0, 1], not normalized, or batches of them (a data loader); n >= 15.
         groups: a preset's name (`presets`), name -> operations, or `StructuredViews`.
         size: edge in pixels of a preset's views.
         layers: names of modules inside the backbone, as in the library that it came from; None takes the backbone's own
@@ -95,6 +103,9 @@ def audit(
         batch_size: images at a time.
         bootstrap: resamples of the held-out images for the 95 % intervals.
         seed: of the views, the split, the resamples and the untrained copies.
+        fresh: builds the network anew, with weights as its author draws them, for the untrained copies. None takes
+            `timm.create_model` for a timm model that it builds the same; for others, and where what is built has other
+            weights in name or shape, the parts are set back by their own `reset_parameters`.
         say: called with a line on the progress.
 
     Returns:
@@ -103,7 +114,7 @@ def audit(
         weights drawn anew: the mean of their scores, and an interval that spans those of all three).
 
     Warns:
-        UserWarning: the images are smaller than a preset's views, so that they are enlarged.
+        UserWarning: the images are smaller than the views, so that they are enlarged.
 
     Raises:
         ValueError, TypeError: layers that do not exist or do not run; a backbone that does not take the images; and
@@ -114,8 +125,8 @@ def audit(
     """
     views = views_of(groups, size)
     at_least("bootstrap", bootstrap, 0)
-    model, each, _ = prepared_for(backbone, images, views, layers, normalize, pool, output, batch_size, seed)
-    if small := enlarged(each[0], groups, size):
+    model, each, _ = prepared_for(backbone, images, views, layers, normalize, pool, output, batch_size, seed, fresh)
+    if small := enlarged(each[0], views):
         warnings.warn(small, stacklevel=2)
     return _table(model, views, each, draws, bootstrap, seed, say)
 
@@ -134,14 +145,19 @@ def audited(
     draws: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
+    fresh: Fresh | None = None,
+    untrained: bool = False,
     say: Say | None = None,
 ) -> Audited:
     """`audit`, with class accuracy beside it where there are labels: what the page shows of one backbone.
 
     Args:
         labels: [n] classes of the images.
+        untrained: whether no weights were given.
     """
-    model, each, notes = prepared_for(backbone, images, views, layers, normalize, pool, output, batch_size, seed)
+    model, each, notes = prepared_for(backbone, images, views, layers, normalize, pool, output, batch_size, seed, fresh)
+    if untrained:
+        notes.append("no weights were given: this network is untrained")
     table = _table(model, views, each, draws, 200, seed, say)
     accuracy = None
     if labels is not None:
@@ -152,7 +168,7 @@ def audited(
             if say is not None:
                 say("class accuracy")
             accuracy = _accuracy(model, each, labels, seed, notes)
-    return Audited(name, table, accuracy, tuple(model._layers), notes)
+    return Audited(name, table, accuracy, tuple(model._layers), notes, untrained)
 
 
 def _accuracy(model: Layers, each: list[Tensor], labels: Tensor, seed: int, notes: list[str]) -> ScoreTable | None:
@@ -177,14 +193,18 @@ def views_of(groups: str | Mapping[str, Sequence[Any]] | StructuredViews, size: 
     return StructuredViews(groups, seed=0)
 
 
-def enlarged(images: Tensor, groups: object, size: int) -> str | None:
-    """A sentence where a preset's views are larger than the images [n, C, H, W]."""
+def enlarged(images: Tensor, views: StructuredViews) -> str | None:
+    """A sentence where the views are larger than the images [n, C, H, W]."""
     h, w = images.shape[-2:]
-    if not isinstance(groups, str) or min(h, w) >= size:
+    try:
+        tall, wide = views.independent(scaled(images[:1]), seed=(0, 0, 0)).views.shape[-2:]
+    except (RuntimeError, ValueError, TypeError, AssertionError):  # as measuring says, where it cannot be drawn
+        return None
+    if tall <= h and wide <= w:
         return None
     return (
-        f"The images ({h} x {w} pixels) are smaller than the views ({size} x {size}) and are enlarged. Give the size "
-        f"on which the backbone was trained: size={min(h, w)} keeps the images' own."
+        f"The images ({h} x {w} pixels) are smaller than the views ({tall} x {wide}) and are enlarged. Give the size "
+        f"on which the backbone was trained; that of a preset is size={min(h, w)} for the images' own."
     )
 
 
@@ -198,6 +218,7 @@ def prepared_for(
     output: str | int | None,
     batch_size: int,
     seed: int,
+    fresh: Fresh | None = None,
 ) -> tuple[Layers, list[Tensor], list[str]]:
     """The model whose rows are measured, the images as it takes them, and notes."""
     if not isinstance(backbone, nn.Module):
@@ -214,9 +235,11 @@ def prepared_for(
         each = list(batches(images, batch_size))
     bare = Layers(net, pooling, {}, scale)
     device = next((t.device for t in (*net.parameters(), *net.buffers())), torch.device("cpu"))
-    _, changed = for_model(each[0][:2], bare)
+    some, changed = for_model(each[0][:2], bare)
+    is_gray = bool(changed) and some.shape[1] == 1
     if changed:
         notes.append(changed)
+        bare.is_gray = is_gray  # after the views, which may need colors
         each = [for_model(x, bare)[0] for x in each]
     some = scaled(each[0]).to(device)
     try:
@@ -226,13 +249,13 @@ def prepared_for(
             if layers is None:
                 chosen = stages(net, bare.normalized(some[:2]), net)
             seen = torch.cat([scaled(x).to(device) for x in _first(each, CALIBRATION)])
-            copies = untrained_copies(net, bare.normalized(seen), seed)
+            copies = untrained_copies(net, bare.normalized(seen), seed, fresh or _of_timm(net))
     except (RuntimeError, AssertionError, IndexError) as error:
         raise ValueError(
             "images: expected images that the backbone takes, of the size and the number of channels that it was "
             f"trained on: got {_checks.shape(each[0])} ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         ) from error
-    return Layers(net, pooling, chosen, scale, copies), each, notes
+    return Layers(net, pooling, chosen, scale, copies, is_gray), each, notes
 
 
 def _first(each: Sequence[Tensor], count: int) -> list[Tensor]:
@@ -243,6 +266,14 @@ def _first(each: Sequence[Tensor], count: int) -> list[Tensor]:
             break
         out.append(x)
     return out
+
+
+def _of_timm(net: nn.Module) -> Fresh | None:
+    """What builds a model of timm anew, by its own name there."""
+    model = net.model if isinstance(net, TimmFeatures) else None
+    config: Any = getattr(model, "pretrained_cfg", None)
+    name = config.get("architecture") if isinstance(config, Mapping) else None
+    return partial(build_backbone, f"timm:{name}") if name else None
 
 
 def _normalization(net: nn.Module, views: StructuredViews) -> tuple[Sequence[float], Sequence[float]] | None:
@@ -301,6 +332,11 @@ def _table(
 ) -> ScoreTable:
     """One table of all groups, each measured on pairs of its own."""
     n, groups = sum(len(x) for x in each), views.plan.spaces[1:]
+    if n < LEAST:
+        raise ValueError(
+            f"images: expected at least {LEAST}, as a probe is fitted on 70 % of them and scored on the others, 5 or "
+            f"more: got {n}"
+        )
     if not groups:
         raise ValueError("groups: expected groups of augmentations, whose parameters are predicted: got none")
     if draws is not None:

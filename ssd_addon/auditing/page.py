@@ -115,6 +115,7 @@ def _panel(key: str, found: Sequence[tuple[int, Audited, Course]]) -> str:
         parts.append(f'<path class="axis" d="M{left} {up(tick):.1f}H{w - right}"/>')
         parts.append(f'<text x="{left - 5}" y="{up(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
     said = []
+    labels = _labels([m for _, m, _ in found])
     for k, m, _ in found:
         rows = ["pixels", *m.layers, "backbone"]
         scores = [m.table[row, key] for row in rows]
@@ -131,7 +132,9 @@ def _panel(key: str, found: Sequence[tuple[int, Audited, Course]]) -> str:
         dash = f'style="stroke:{color};stroke-dasharray:4 4"'
         parts.append(f'<path class="curve" {dash} d="M{left} {y:.1f}H{w - right}"/>')
         if k == found[0][0]:
-            for i, (x, row) in enumerate(zip(xs, rows, strict=True)):
+            for i, (x, row) in enumerate(zip(xs, labels, strict=True)):
+                if not row:
+                    continue
                 if len(rows) > 4 and 0 < i < len(rows) - 1 and i % 2 == 0 and len(rows) > 6:
                     continue
                 anchor = "start" if i == 0 else "end" if i == len(rows) - 1 else "middle"
@@ -141,6 +144,20 @@ def _panel(key: str, found: Sequence[tuple[int, Audited, Course]]) -> str:
         said.append(f"{m.name}: {scores[0]:.2f} in the pixels, {scores[-1]:.2f} in the features")
     label = html(f"{found[0][2].name}. {'; '.join(said)}")
     return f'<svg viewBox="0 0 {w} {h}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def _labels(models: Sequence[Audited]) -> list[str]:
+    """Names below the positions of the first model's rows: of its layers, unless another's have others.
+
+    Layers of other names are numbered; where a model has more layers or fewer, they stand elsewhere and have no names.
+    """
+    first = models[0].layers
+    layers = list(first)
+    if any(len(m.layers) != len(first) for m in models):
+        layers = [""] * len(first)
+    elif any(m.layers != first for m in models):
+        layers = [f"layer {i + 1}" for i in range(len(first))]
+    return ["pixels", *layers, "backbone"]
 
 
 def _tables(models: Sequence[Audited]) -> list[str]:
@@ -198,7 +215,8 @@ def _how() -> str:
         "<b>pixels</b> are the views themselves, averaged over a grid of 8 x 8: what a probe decodes without any "
         "network. Layers are averaged over a grid of 2 x 2. <b>backbone</b> is what a downstream task gets, and "
         "<b>untrained</b> is the same network with random weights: the mean of three copies, with an interval that "
-        "spans those of all three. Where it lies above that of the backbone, training removed something."
+        "spans those of all three. Where it lies above that of the backbone, training removed something, if the "
+        "network was trained: other training settings, or other random weights, may give something else."
     )
     low = (
         "<b>A low score</b> says that this probe finds little from this many pairs, not that nothing is there. Compare "

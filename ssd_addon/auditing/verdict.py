@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ssd_addon.auditing.measure import Audited
 from ssd_addon.metrics import ScoreTable
@@ -23,7 +23,8 @@ class Course:
         untrained: mean of the untrained copies' scores.
         by_layer: "pixels" and layer -> score.
         lost: whether the interval of the features lies below those of all untrained copies; gained: above.
-        fell: whether the interval of the features lies below that of a row before them.
+        above: "pixels" and layers whose interval lies above that of the features.
+        shown: "pixels", layer, "backbone" and "untrained" -> the score as the table has it.
     """
 
     name: str
@@ -33,13 +34,15 @@ class Course:
     by_layer: dict[str, float]
     lost: bool
     gained: bool
-    fell: bool = True
+    above: tuple[str, ...]
+    shown: dict[str, float]
 
     @property
     def state(self) -> str:
-        """ "encoded", "weak", "after LAYER" (the last that encodes it), AT_ONCE (the pixels alone do) or NOWHERE.
+        """ "encoded", "weak", "after LAYER", AT_ONCE (after the pixels), NOWHERE or UNCLEAR.
 
-        UNCLEAR: a row before the features encodes it, but their intervals overlap.
+        LAYER is the last that encodes it and whose interval lies above that of the features. NOWHERE: no row encodes
+        it. UNCLEAR: a row before the features does, but the intervals overlap.
         """
         if self.features >= ENCODES:
             return "encoded"
@@ -48,9 +51,16 @@ class Course:
         held = [layer for layer, score in self.by_layer.items() if score >= TRACE]
         if not held:
             return NOWHERE
-        if not self.fell:
+        held = [layer for layer in held if layer in self.above]
+        if not held:
             return UNCLEAR
         return AT_ONCE if held == ["pixels"] else f"after {held[-1]}"
+
+    def said(self) -> str:
+        """The features' score as the table has it; with a remark where it is read as nothing although it looks like
+        something."""
+        score = self.shown["backbone"]
+        return number(score) + (", with an interval that includes 0" if score >= TRACE > self.features else "")
 
 
 def courses(a: Audited) -> list[Course]:
@@ -65,16 +75,14 @@ def courses(a: Audited) -> list[Course]:
             low, high = table.intervals.get(("backbone", p), (math.nan, math.nan))
             other_low, other_high = table.intervals.get(("untrained", p), (math.nan, math.nan))
             by_layer = {row: sure(table, row, p) for row in ("pixels", *a.layers)}
-            before = [table.intervals.get((row, p), (math.nan, math.nan))[0] for row in by_layer]
-            fell = any(not x <= high for x in before)  # without intervals the scores decide
+            before = {row: table.intervals.get((row, p), (math.nan, math.nan))[0] for row in by_layer}
+            above = tuple(row for row, x in before.items() if not x <= high)  # without intervals the scores decide
             features, fresh = sure(table, "backbone", p), max(0.0, table["untrained", p])
-            out.append(Course(name, p, features, fresh, by_layer, high < other_low, low > other_high, fell))
+            shown = {row: table[row, p] for row in (*by_layer, "backbone", "untrained")}
+            lost, gained = high < other_low, low > other_high
+            out.append(Course(name, p, features, fresh, by_layer, lost, gained, above, shown))
     twice = {c.name for c in out if sum(d.name == c.name for d in out) > 1}
-    return [Course(f"{c.key.split('/')[0]}'s {c.name}", *_rest(c)) if c.name in twice else c for c in out]
-
-
-def _rest(c: Course) -> tuple[str, float, float, dict[str, float], bool, bool, bool]:
-    return c.key, c.features, c.untrained, c.by_layer, c.lost, c.gained, c.fell
+    return [replace(c, name=f"{c.key.split('/')[0]}'s {c.name}") if c.name in twice else c for c in out]
 
 
 def headline(a: Audited) -> str:
@@ -120,17 +128,21 @@ def advice(a: Audited) -> list[tuple[str, Section]]:
 
 
 def sentences(a: Audited) -> list[str]:
-    """What not even the pixels show, how the features compare with those of untrained copies, and class accuracy."""
-    each, out = courses(a), []
+    """That no weights were given; what not even the pixels show, how the features compare with those of untrained
+    copies, and class accuracy."""
+    each, out = courses(a), ["No weights were given: this network is untrained."] if a.untrained else []
     lost = [c for c in each if c.lost and c.untrained >= TRACE]
     gained = [c for c in each if c.gained and c.features >= TRACE]
 
     def beside(c: Course) -> str:
-        return f"{c.name} ({number(c.features)} against {number(c.untrained)})"
+        return f"{c.name} ({c.said()} against {number(c.shown['untrained'])})"
 
-    if nowhere := [c.name for c in each if c.state == NOWHERE]:
+    def doubted(c: Course) -> str:
+        return f"{c.name} ({c.said()})" if c.shown["backbone"] >= TRACE else c.name
+
+    if nowhere := [doubted(c) for c in each if c.state == NOWHERE]:
         out.append(f"Cannot be decoded, not even from the pixels: {listed(nowhere)}.")
-    if unclear := [c.name for c in each if c.state == UNCLEAR]:
+    if unclear := [doubted(c) for c in each if c.state == UNCLEAR]:
         out.append(
             f"Hardly decoded from the features, but not shown to be lost, as intervals overlap: {listed(unclear)}."
         )
@@ -139,7 +151,10 @@ def sentences(a: Audited) -> list[str]:
     if gained:
         out.append(f"Easier to decode than from untrained copies: {listed([beside(c) for c in gained])}.")
     if each and not lost and not gained:
-        out.append("Compared with untrained copies, no parameter is easier or harder to decode: the intervals overlap.")
+        some = any(c.lost or c.gained for c in each)
+        which = f"parameter with R² of {TRACE} or more" if some else "parameter"
+        why = "" if some else ": the intervals overlap"
+        out.append(f"Compared with untrained copies, no {which} is easier or harder to decode{why}.")
     if a.accuracy is not None:
         t = a.accuracy
         rows = ", ".join(f"{r} {number(t[r, f])}" for f in t.factors[:1] for r in ("backbone", "untrained", "pixels"))
@@ -153,18 +168,20 @@ def sentences(a: Audited) -> list[str]:
 def compared(a: Audited, b: Audited) -> list[str]:
     """What two backbones keep differently: parameters whose intervals do not overlap."""
     ours, theirs = {c.key: c for c in courses(a)}, {c.key: c for c in courses(b)}
-    out = []
+    out, apart = [], False
     for more, less, first, other in ((a, b, ours, theirs), (b, a, theirs, ours)):
         found = []
         for key, c in first.items():
-            if key not in other or c.features < TRACE:
+            if key not in other or not _interval(more.table, key)[0] > _interval(less.table, key)[1]:
                 continue
-            low = _interval(more.table, key)[0]
-            if low > _interval(less.table, key)[1]:
-                found.append(f"{c.name} ({number(c.features)} against {number(other[key].features)})")
+            apart = True
+            if c.features >= TRACE:
+                found.append(f"{c.name} ({c.said()} against {other[key].said()})")
         if found:
             out.append(f"{more.name} encodes {listed(found)} better than {less.name}.")
-    return out or [f"No parameter is encoded better by {a.name} or by {b.name}: all 95 % intervals overlap."]
+    which = f"parameter with R² of {TRACE} or more" if apart else "parameter"
+    why = "" if apart else ": all 95 % intervals overlap"
+    return out or [f"No {which} is encoded better by {a.name} or by {b.name}{why}."]
 
 
 def _interval(table: ScoreTable, key: str) -> tuple[float, float]:
@@ -174,9 +191,7 @@ def _interval(table: ScoreTable, key: str) -> tuple[float, float]:
 
 def _scored(each: Sequence[Course]) -> str:
     first, *rest = each
-    return listed(
-        [f"{first.name} (R² = {number(first.features)})", *(f"{c.name} ({number(c.features)})" for c in rest)]
-    )
+    return listed([f"{first.name} (R² = {first.said()})", *(f"{c.name} ({c.said()})" for c in rest)])
 
 
 def listed(items: Sequence[str]) -> str:

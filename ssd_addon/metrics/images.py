@@ -52,7 +52,7 @@ def for_model(images: Tensor, model: Model) -> tuple[Tensor, str]:
     if images.shape[1] == 1:
         other, done = images.expand(-1, 3, -1, -1), "gray images, repeated to the 3 channels that the model takes"
     else:
-        other, done = _gray(images), "color images, made gray, as the model takes one channel"
+        other, done = gray(images), "color images, made gray, as the model takes one channel"
     left = _problem(model, other)
     return (other, done) if not left or ("channel" in problem and "channel" not in left) else (images, "")
 
@@ -66,7 +66,7 @@ def _problem(model: Model, images: Tensor) -> str:
     return ""
 
 
-def _gray(images: Tensor) -> Tensor:
+def gray(images: Tensor) -> Tensor:
     share = torch.tensor(LUMA, device=images.device).view(3, 1, 1)
-    gray = (images.float() * share).sum(1, keepdim=True)
-    return gray.round().to(torch.uint8) if images.dtype == torch.uint8 else gray.clamp(0, 1)
+    levels = (images.float() * share).sum(1, keepdim=True)
+    return levels.round().to(torch.uint8) if images.dtype == torch.uint8 else levels.clamp(0, 1)

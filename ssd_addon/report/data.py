@@ -15,6 +15,8 @@ from ssd_addon.collate import ImageFiles, StructuredCollate
 from ssd_addon.metrics import Circular, Factor
 
 Say = Callable[[str], None]
+SPLITS = ("val", "valid", "validation", "test", "train")
+"""Names of folders that are splits of a data set, not classes; the first of them that is there is read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,7 @@ class Data:
         total: images that these were drawn from.
         broken: files among them that could not be decoded and were left out.
         enlarged: [n] booleans, whether an image was smaller than the size that it was brought to; None if none was.
+        split: the folder of a data set in splits that was read; "" where there is none.
     """
 
     images: Tensor
@@ -38,6 +41,7 @@ class Data:
     total: int = 0
     broken: int = 0
     enlarged: Tensor | None = None
+    split: str = ""
 
     def __post_init__(self) -> None:
         n = len(self.images)
@@ -83,10 +87,11 @@ def read(spec: str | Path | Any, *, size: int | None, samples: int, seed: int = 
     are more.
 
     Args:
-        spec: a folder of images (with class folders, the class is a factor "class"; with train/ and val/ in it, val is
-            taken), a data set (len and items (image, label[, name])), or "FILE.py:NAME" / "MODULE:NAME", where
-            NAME(samples=...), where it takes that, or NAME() returns `Data`, a data set or a pair (images
-            [n, C, H, W], factors). A label is a class (an integer or a word), a number, or a mapping of factors.
+        spec: a folder of images (with class folders, the class is a factor "class"; where all folders in it are
+            splits, of the names in SPLITS, the first of these is taken), a data set (len and items (image, label[,
+            name])), or "FILE.py:NAME" / "MODULE:NAME", where NAME(samples=...), where it takes that, or NAME() returns
+            `Data`, a data set or a pair (images [n, C, H, W], factors). A label is a class (an integer or a word), a
+            number, or a mapping of factors.
         size: edge in pixels that images of a folder or a data set are brought to; None only for tensors of images.
         samples: largest number of images.
         seed: seed of the choice of images.
@@ -111,12 +116,15 @@ def read(spec: str | Path | Any, *, size: int | None, samples: int, seed: int = 
     if isinstance(spec, Data):
         return _subset(spec, samples, seed)
     classes: dict[str, list[str]] = {}
+    split = ""
     if isinstance(spec, str | Path):
         folder = Path(spec)
         if not folder.is_dir():
             raise FileNotFoundError(f"data: expected a folder of images, or FILE.py:NAME: got {spec}, which is neither")
-        if (folder / "val").is_dir() or (folder / "train").is_dir():
-            folder = folder / ("val" if (folder / "val").is_dir() else "train")
+        if split := _split(folder):
+            folder = folder / split
+            if say is not None:
+                say(f"reading {split}/, as all folders in {spec} are splits")
         files = ImageFiles(folder, broken="skip")
         if len(files.classes) > 1:
             classes["class"] = files.classes
@@ -149,15 +157,22 @@ def read(spec: str | Path | Any, *, size: int | None, samples: int, seed: int = 
     if isinstance(spec, ImageFiles) and len(spec.classes) < 2:
         factors = {}
     classes |= words
-    return Data(torch.cat(images), factors, names, classes, total, broken, enlarged if enlarged.any() else None)
+    return Data(torch.cat(images), factors, names, classes, total, broken, enlarged if enlarged.any() else None, split)
 
 
 def facts(data: Data) -> list[tuple[str, str]]:
-    """What the head of a page says of files that were left out and images that were enlarged."""
-    out = [("broken files", f"{data.broken}, which are left out")] if data.broken else []
+    """What the head of a page says of the split that was read, files that were left out and enlarged images."""
+    out = [("split", data.split)] if data.split else []
+    out += [("broken files", f"{data.broken}, which are left out")] if data.broken else []
     if data.enlarged is not None and (count := int(data.enlarged.sum())):
         out.append(("enlarged images", f"{count} of {len(data.enlarged)}, which were smaller"))
     return out
+
+
+def _split(folder: Path) -> str:
+    """The folder inside that is read where all of them are splits; "" where some are not, such as those of classes."""
+    inside = {p.name.lower(): p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    return next((inside[s] for s in SPLITS if s in inside), "") if set(inside) <= set(SPLITS) else ""
 
 
 def _shuffled(total: int, seed: int) -> Tensor:
@@ -244,7 +259,7 @@ def _subset(data: Data, samples: int, seed: int) -> Data:
             kept[name] = values[rows]
     names = [data.names[i] for i in rows.tolist()]
     enlarged = None if data.enlarged is None else data.enlarged[rows]
-    return Data(data.images[rows], kept, names, data.classes, max(data.total, n), data.broken, enlarged)
+    return Data(data.images[rows], kept, names, data.classes, max(data.total, n), data.broken, enlarged, data.split)
 
 
 def _factors(labels: list[Any]) -> tuple[dict[str, Factor], dict[str, list[str]]]:

@@ -5,8 +5,9 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,31 +35,18 @@ def build_backbone(spec: str, *, code: bool = False, pretrained: bool = False) -
         OSError: the weights could not be downloaded.
         ImportError: torchvision or timm is missing.
     """
+    return backbone_maker(spec, code=code, pretrained=pretrained)[0]()
+
+
+def backbone_maker(spec: str, *, code: bool = False, pretrained: bool = False) -> tuple[Callable[[], nn.Module], bool]:
+    """What builds a backbone, and whether it builds another one at each call; arguments as for `build_backbone`."""
     home, _, name = spec.partition(":")
     if not name:
         raise ValueError(f"backbone: expected torchvision:NAME, timm:NAME or FILE.py:NAME: got {spec!r}")
     if home == "torchvision":
-        with needs(f"backbone {spec!r}"):
-            models = importlib.import_module("torchvision.models")
-        if name not in models.list_models(module=models):  # classification models only; others download weights
-            raise ValueError(
-                f"backbone: expected a classification model of torchvision (see torchvision.models): got {name!r}"
-            )
-        with _downloading(spec, pretrained):
-            model: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None)
-        return model
+        return partial(_of_torchvision, spec, name, pretrained), True
     if home == "timm":
-        with needs(f"backbone {spec!r}"):
-            timm = importlib.import_module("timm")
-        if ":" in name or "/" in name or not timm.is_model(name):  # names of hubs and folders are not architectures
-            raise ValueError(f"backbone: expected a model of timm: got {name!r}")
-        try:
-            # With its classifier, which StyleHeads removes, as files of 0.1.0 contain its weights.
-            with _downloading(spec, pretrained):
-                made: nn.Module = timm.create_model(name, pretrained=pretrained)
-            return made
-        except RuntimeError as error:  # unknown pretrained tag
-            raise ValueError(f"backbone: expected a model of timm: got {name!r} ({error})") from error
+        return partial(_of_timm, spec, name, pretrained), True
     if not code:
         raise ValueError(f"backbone: expected torchvision:NAME or timm:NAME: got {spec!r}")
     if pretrained:
@@ -66,10 +54,55 @@ def build_backbone(spec: str, *, code: bool = False, pretrained: bool = False) -
             f"pretrained: expected only with torchvision:NAME or timm:NAME: got {spec!r}; give its weights"
         )
     maker = find(spec, "backbone")
-    found = maker() if callable(maker) and not isinstance(maker, nn.Module) else maker
-    if not isinstance(found, nn.Module):
-        raise ValueError(f"backbone: expected {spec} to make an nn.Module: got {type(found).__name__}")
-    return found
+    return partial(_made, spec, maker), callable(maker) and not isinstance(maker, nn.Module)
+
+
+def _of_torchvision(spec: str, name: str, pretrained: bool) -> nn.Module:
+    with needs(f"backbone {spec!r}"):
+        models = importlib.import_module("torchvision.models")
+    if name not in models.list_models(module=models):  # classification models only; others download weights
+        raise ValueError(
+            f"backbone: expected a classification model of torchvision (see torchvision.models): got {name!r}"
+        )
+    with _downloading(spec, pretrained):
+        model: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None)
+    return model
+
+
+def _of_timm(spec: str, name: str, pretrained: bool) -> nn.Module:
+    with needs(f"backbone {spec!r}"):
+        timm = importlib.import_module("timm")
+    if ":" in name or "/" in name or not timm.is_model(name):  # names of hubs and folders are not architectures
+        raise ValueError(f"backbone: expected a model of timm: got {name!r}")
+    try:
+        # With its classifier, which StyleHeads removes, as files of 0.1.0 contain its weights.
+        with _downloading(spec, pretrained):
+            made: nn.Module = timm.create_model(name, pretrained=pretrained)
+        return made
+    except RuntimeError as error:  # unknown pretrained tag
+        raise ValueError(f"backbone: expected a model of timm: got {name!r} ({error})") from error
+
+
+def _made(spec: str, maker: Any) -> nn.Module:
+    """The module that the caller's code holds under a name, or makes."""
+    if callable(maker) and not isinstance(maker, nn.Module):
+        if missing := required(maker):
+            expected = f"{spec} to be a module, or a function that needs no arguments and makes one"
+            raise ValueError(f"backbone: expected {expected}: got a function that needs {_checks.names(missing)}")
+        maker = maker()
+    if not isinstance(maker, nn.Module):
+        raise ValueError(f"backbone: expected {spec} to make an nn.Module: got {type(maker).__name__}")
+    return maker
+
+
+def required(function: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that a function cannot be called without."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin
+        return []
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in optional]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 import re
 from dataclasses import replace
@@ -16,6 +17,7 @@ import ssd_addon
 from ssd_addon import StructuredViews, StyleHeads, audit, auditing, metrics
 from ssd_addon.auditing import layers, measure
 from ssd_addon.auditing.untrained import untrained
+from ssd_addon.pooling import Pooling
 
 GROUPS = {
     "color": [K.ColorJitter(brightness=(0.5, 1.5), p=1.0)],
@@ -112,6 +114,36 @@ def test_views_larger_than_the_images_are_not_silent(images, tmp_path):
     audit(net, images[:20], GROUPS, size=24, draws=1, bootstrap=0)
 
 
+def test_the_views_own_size_decides_whether_images_are_enlarged(images, tmp_path):
+    crop = {"crop": [K.RandomResizedCrop((24, 20), p=1.0)]}
+    sentence = r"images \(16 x 16 pixels\) are smaller than the views \(24 x 20\)"
+    for groups in (crop, StructuredViews(crop, seed=0)):
+        with pytest.warns(UserWarning, match=sentence):
+            audit(nn.Conv2d(3, 4, 3), images[:20], groups, size=16, layers=(), draws=1, bootstrap=0)
+    (found,) = auditing.write(tmp_path / "a.html", {"n": nn.Conv2d(3, 4, 3)}, images[:20], crop, layers=(), draws=1)
+    assert re.search(sentence, found.notes[-1])
+
+
+def test_a_preset_in_a_file_has_the_audits_size_and_normalization(tmp_path):
+    file, x = tmp_path / "groups.json", torch.rand(2, 3, 16, 16)
+    for content, edge, own in (
+        ({"preset": "color_spatial"}, 16, False),
+        ({"preset": "color_spatial", "size": 24, "normalize": True}, 24, True),
+    ):
+        file.write_text(json.dumps(content))
+        for spec in (str(file), file, content):
+            views = auditing.views_for(spec, 16)
+            assert views.independent(x, seed=(0,)).views.shape[-2:] == (edge, edge)
+            assert (measure._normalization(nn.Conv2d(3, 4, 3), views) is None) == own
+    file.write_text(json.dumps(pages.CARD))
+    assert auditing.views_for(str(file), 24).independent(x, seed=(0,)).views.shape[-2:] == (16, 16)
+
+
+@pytest.mark.parametrize("n", [15, 16, 17])
+def test_few_images_are_enough(images, n):
+    assert "backbone" in audit(nn.Conv2d(3, 4, 3), images[:n], GROUPS, layers=(), draws=2, bootstrap=0).spaces
+
+
 class Sees(nn.Module):
     """Keeps what it was given."""
 
@@ -148,6 +180,44 @@ def test_auto_takes_timms_numbers_imagenets_or_those_of_the_views():
     assert measure._normalization(nn.Conv2d(3, 2, 1), views)[0][0] == 0.485
     normalizing = StructuredViews(GROUPS, then=[K.Normalize(torch.zeros(3), torch.ones(3))])
     assert measure._normalization(heads.backbone, normalizing) is None
+
+
+# ---- other dtypes and channels
+
+
+@pytest.mark.parametrize("kind,near", [(torch.bfloat16, 0.1), (torch.float16, 0.02), (torch.float64, 1e-3)])
+def test_backbones_of_any_dtype_are_measured(images, kind, near):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    options = {"layers": ("0",), "draws": 1, "bootstrap": 0}
+    whole = audit(net, images[:60], GROUPS, **options)
+    for same in (net.to(kind), StyleHeads(net.to(kind), {"content": 2})):
+        found = audit(same, images[:60], GROUPS, **options)
+        assert all(abs(found[row, f] - whole[row, f]) < near for row in ("pixels", "0", "backbone") for f in GROUPS)
+    assert next(net.parameters()).dtype == kind
+
+
+def test_maps_of_low_precision_are_averaged_in_float32():
+    class Ramp(nn.Module):
+        def forward(self, x):
+            return (256 + torch.arange(64 * 64).view(1, 1, 64, 64) % 2 * 2).to(torch.bfloat16).expand(len(x), 1, 64, 64)
+
+    net, pooling = Ramp(), Pooling(1, "auto", None, False, "net")
+    out = layers.Layers(net, pooling, {"map": net}, None)(torch.rand(2, 3, 8, 8))
+    assert (out["map"].float() == 257).all() and (out["backbone"].float() == 257).all()  # bfloat16 has 256 and 258
+
+
+def test_a_backbone_of_one_channel_is_measured_on_views_in_color(images, tmp_path):
+    net = nn.Conv2d(1, 8, 3, stride=2)
+    (found,) = auditing.write(tmp_path / "a.html", {"net": net}, images[:40], size=16, layers=(), draws=1)
+    assert found.table.factors == ("spatial", "color") and "made gray" in str(found.notes)
+    model, each, _ = measure.prepared_for(net, images, measure.views_of({}, 8), (), None, "auto", None, 64, 0)
+    assert each[0].shape[1] == 3 and model.normalized(each[0]).shape[1] == 1
+    share = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    gray = (each[0] * share).sum(1, keepdim=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(each[0])["backbone"], net(gray).mean((2, 3)))
+    assert model(each[0])["pixels"].shape[1] == 3 * 64
 
 
 # ---- layers
@@ -230,7 +300,7 @@ def test_layers_that_are_not_there_are_refused(images, names, error, message):
         ({"groups": "hue"}, ValueError, "preset: expected one of"),
         ({"draws": 0}, ValueError, "draws: expected an integer of 1 or more"),
         ({"bootstrap": -1}, ValueError, "bootstrap"),
-        ({"images": torch.rand(8, 3, 16, 16)}, ValueError, "images: expected at least 10"),
+        ({"images": torch.rand(14, 3, 16, 16)}, ValueError, "images: expected at least 15, .*: got 14"),
         (
             {"images": torch.rand(40, 3, 16, 16) * 255},
             ValueError,

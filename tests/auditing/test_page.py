@@ -53,7 +53,7 @@ def test_the_headline_says_what_became_of_each_parameter():
     )
     assert sentences(audit) == [
         "Cannot be decoded, not even from the pixels: degrees.",
-        "Harder to decode than from untrained copies: hue (0.00 against 0.30).",
+        "Harder to decode than from untrained copies: hue (0.02 against 0.30).",
         "Easier to decode than from untrained copies: brightness (0.71 against 0.20).",
     ]
     assert advice(audit) == [
@@ -90,7 +90,7 @@ def test_a_score_whose_interval_holds_0_is_none():
     audit = made({"hue_factor": (0.3, 0.3, 0.3, 0.3, 0.3)}, margin=0.4)
     assert headline(audit) == "The features encode none of these augmentations."
     assert sentences(audit) == [
-        "Cannot be decoded, not even from the pixels: hue.",
+        "Cannot be decoded, not even from the pixels: hue (0.30, with an interval that includes 0).",
         "Compared with untrained copies, no parameter is easier or harder to decode: the intervals overlap.",
     ]
 
@@ -103,6 +103,43 @@ def test_nothing_is_called_lost_while_the_intervals_overlap():
     assert headline(audit).endswith(" none of these augmentations. Lost on the way: contrast (after layer2).")
     assert "but not shown to be lost, as intervals overlap: hue." in sentences(audit)[0]
     assert any("Before you conclude anything about hue" in text for text, _ in advice(audit))
+
+
+def wider(audit, row, parameter, interval):
+    """The audit with another interval in one cell."""
+    parts = audit.table.parts
+    cells = {**parts.intervals, (row, f"color/0.Op/{parameter}"): interval}
+    return replace(audit, table=replace(audit.table, parts=replace(parts, intervals=cells)))
+
+
+def test_a_parameter_is_lost_after_a_layer_that_lies_above_the_features():
+    audit = made({"hue_factor": (0.8, 0.5, 0.12, 0.08, 0.3)})  # layer2's interval overlaps that of the features
+    assert headline(audit).endswith("Lost on the way: hue (after layer1).")
+    assert headline(made({"hue_factor": (0.8, 0.12, 0.12, 0.08, 0.3)})).endswith("hue (after the pixels).")
+
+
+def test_sentences_have_the_scores_of_the_table_and_say_which_are_read_as_nothing():
+    a = made({"hue_factor": (0.8, 0.8, 0.8, 0.75, 0.1)}, "A")
+    b = wider(made({"hue_factor": (0.4, 0.4, 0.4, 0.22, 0.5)}, "B"), "backbone", "hue_factor", (-0.02, 0.45))
+    beyond = "0.22, with an interval that includes 0"
+    assert compared(a, b) == [f"A encodes hue (0.75 against {beyond}) better than B."]
+    assert (
+        sentences(b)[0]
+        == f"Hardly decoded from the features, but not shown to be lost, as intervals overlap: hue ({beyond})."
+    )
+    assert "(0.05 against 0.30)" in sentences(made({"hue_factor": (0.8, 0.8, 0.8, 0.05, 0.3)}, margin=0.1))[-1]
+    assert "(0.50 against -0.03)" in sentences(made({"hue_factor": (0.8, 0.8, 0.8, 0.5, -0.03)}))[-1]
+
+
+def test_intervals_are_said_to_overlap_only_where_they_do():
+    """Differences among scores that are next to nothing are not worth a sentence of their own."""
+    a = made({"hue_factor": (0.8, 0.8, 0.3, 0.09, 0.01)}, "A", margin=0.01)
+    b = made({"hue_factor": (0.8, 0.8, 0.3, 0.02, 0.05)}, "B", margin=0.01)
+    assert compared(a, b) == ["No parameter with R² of 0.1 or more is encoded better by A or by B."]
+    for each in (a, b):
+        assert sentences(each)[-1] == (
+            "Compared with untrained copies, no parameter with R² of 0.1 or more is easier or harder to decode."
+        )
 
 
 def test_what_untrained_copies_lose_too_is_not_laid_to_training():
@@ -200,6 +237,30 @@ def test_advice_that_two_models_share_is_given_once():
     assert "<li>A: To keep more of y, train with a style space" in html
 
 
+def labels_of(*models):
+    panel = re.search(r'<svg viewBox="0 0 320 200".*?</svg>', render(models, [], None), re.S)[0]
+    return re.findall(r'text-anchor="(?:start|middle|end)">([^<]*)</text>', panel)[3:], panel
+
+
+def test_plots_name_the_layers_unless_two_models_have_others():
+    a, b = made({"x": (0.9, 0.8, 0.7, 0.6, 0.5)}, "A"), made({"x": (0.9,) * 5}, "B", layers=("blocks.1", "blocks.2"))
+    c = made({"x": (0.9,) * 6}, "C", layers=("blocks.1", "blocks.2", "blocks.3"))
+    assert labels_of(a)[0] == labels_of(a, replace(a, name="B"))[0] == ["pixels", *LAYERS, "features"]
+    found, panel = labels_of(a, b)
+    assert found == ["pixels", "layer 1", "layer 2", "features"]
+    assert "A, layer1: 0.80" in panel and "B, blocks.1: 0.90" in panel
+    assert labels_of(a, c)[0] == ["pixels", "features"]
+
+
+def test_errors_say_which_of_two_models_they_are_of(tmp_path):
+    nets, data = {"first": Light(), "second": nn.Conv2d(3, 4, 3)}, pages.squares(20)
+    options = {"draws": 1, "layers": ("first",)}
+    with pytest.raises(ValueError, match=r"^layers: expected names .*: got first; the model is second$"):
+        auditing.write(tmp_path / "a.html", nets, data.images, pages.views(), **options)
+    with pytest.raises(ValueError, match=r": got first$"):
+        auditing.write(tmp_path / "a.html", {"second": nets["second"]}, data.images, pages.views(), **options)
+
+
 @pytest.mark.parametrize("count", [0, 3])
 def test_one_or_two_models(count, tmp_path):
     with pytest.raises(ValueError, match=f"backbones: expected one or two, name -> module: got {count}"):
@@ -276,7 +337,7 @@ def test_the_command_writes_a_page_and_says_the_verdict(folder, capsys):
     ]
     assert main(["audit", *arguments]) == 0
     said = capsys.readouterr().out
-    assert "2 tensors under 'backbone.'" in said and "written: " in said and "class accuracy" in said
+    assert "2 tensors under 'state_dict.backbone'" in said and "written: " in said and "class accuracy" in said
     assert (folder / "a.html").read_text().startswith("<!doctype html>")
 
 
@@ -287,7 +348,7 @@ def test_the_command_writes_a_page_and_says_the_verdict(folder, capsys):
         (["--weights", "none.pt"], "error: none.pt: expected a file of weights: got no such file"),
         (["--data", "nowhere"], "error: --data: expected a folder of images"),
         (["--groups", "hue"], "error: preset: expected one of"),
-        (["--samples", "8"], "error: images: expected at least 10"),
+        (["--samples", "8"], "error: images: expected at least 15"),
     ],
 )
 def test_a_wrong_flag_is_one_line(folder, capsys, arguments, message):

@@ -69,15 +69,36 @@ def test_without_classes_nothing_is_known(tmp_path, folder):
     assert [name.split("/")[-1] for name in data.names] == ["0.png", "1.png", "2.png"]
 
 
-@pytest.mark.parametrize(("parts", "taken"), [(("train", "val"), "val"), (("train",), "train"), (("val",), "val")])
-def test_val_is_taken_then_train(tmp_path, parts, taken):
+@pytest.mark.parametrize(
+    ("parts", "taken"),
+    [
+        (("train", "val"), "val"),
+        (("train",), "train"),
+        (("val",), "val"),
+        (("train", "valid", "test"), "valid"),
+        (("train", "validation", ".cache"), "validation"),
+        (("test", "train"), "test"),
+        (("Train", "Val"), "Val"),
+    ],
+)
+def test_of_splits_the_one_to_validate_on_is_taken_then_test_then_train(tmp_path, parts, taken):
     for part in parts:
         for k, name in enumerate(("a", "b")):
-            picture(tmp_path / part / name / "0.png", 10 * k + (part == "val"))
-    data = get(tmp_path)
-    assert values(data) == [float(taken == "val"), 10.0 + (taken == "val")]
+            picture(tmp_path / part / name / "0.png", 10 * k + (part == taken))
+    said = []
+    data = get(tmp_path, say=said.append)
+    assert values(data) == [1.0, 11.0]
+    assert facts(data)[0] == ("split", taken) and facts(get(tmp_path, samples=1))[0] == ("split", taken)
+    assert said[0].startswith(f"reading {taken}/, as all folders in ")
     assert data.classes == {"class": ["a", "b"]} and data.names == ["a/0.png", "b/0.png"]
     assert data.factors["class"].tolist() == [0, 1]
+
+
+def test_class_folders_of_which_one_is_called_like_a_split_are_all_read(tmp_path):
+    for k, name in enumerate(("bus", "car", "train")):
+        picture(tmp_path / name / "0.png", k)
+    data = get(tmp_path)
+    assert values(data) == [0, 1, 2] and data.classes == {"class": ["bus", "car", "train"]} and facts(data) == []
 
 
 def test_a_broken_file_is_left_out_and_named(tmp_path):
