@@ -31,7 +31,6 @@ def callback(monitor: Any, base: type | None, model: Any) -> Any:
 
         _last = -1  # the last step before this batch
         _borrowed = False  # whether the writer is that of the trainer's logger
-        _known: tuple[Any, Any] | None = None  # length and widths that the alarm had before this training
 
         def __reduce__(self) -> Any:  # the class is local; a spawned process makes its own
             return callback, (monitor, base, model)
@@ -43,7 +42,7 @@ def callback(monitor: Any, base: type | None, model: Any) -> Any:
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             self._last = _steps(trainer, pl_module) - 1
             if monitor.alarm is not None:
-                self._known = monitor.alarm.total_steps, monitor.alarm.widths
+                monitor.alarm.total_steps, monitor.alarm.widths = monitor._of_caller  # not those of a training before
                 steps, heads = trainer.estimated_stepping_batches, _heads(pl_module)
                 monitor.alarm.told(steps, heads.spaces if heads is not None else {})
 
@@ -84,9 +83,6 @@ def callback(monitor: Any, base: type | None, model: Any) -> Any:
             monitor.close()
             if self._borrowed:
                 monitor.writer, monitor._logged_elsewhere, self._borrowed = None, False, False
-            if self._known is not None and monitor.alarm is not None:
-                monitor.alarm.total_steps, monitor.alarm.widths = self._known
-                self._known = None
 
     return MonitorCallback()
 
@@ -117,7 +113,12 @@ def _chosen(module: Any, model: Any) -> Any:
 def _forked(name: str, logged: Mapping[str, Any]) -> bool:
     """Whether Lightning made this name of another: "loss_step" and "loss_epoch" of "loss"."""
     base, _, kind = name.rpartition("_")
-    return kind in ("step", "epoch") and {base, f"{base}_step", f"{base}_epoch"} <= logged.keys()
+    if kind not in ("step", "epoch") or base not in logged:
+        return False
+    other = (
+        f"{base}_{'epoch' if kind == 'step' else 'step'}"  # before the first epoch ends there is none of "loss_epoch"
+    )
+    return other in logged or float(logged[name]) == float(logged[base])
 
 
 def _heads(module: Any) -> StyleHeads | None:

@@ -139,6 +139,7 @@ class Monitor:
         if not isinstance(alarm, CollapseAlarm | bool):
             raise TypeError(f"alarm: expected a CollapseAlarm, True or False: got {type(alarm).__name__}")
         self.alarm = CollapseAlarm() if alarm is True else alarm or None
+        self._of_caller = None if self.alarm is None else (self.alarm.total_steps, self.alarm.widths)
         if self.path is not None and _first():
             ready(self.path)
             if self.alarm is not None:

@@ -45,7 +45,7 @@ def without_cost(lines: list[Line], folder: Path) -> None:
             axis.bar(where, middle, wide, yerr=spread, color=plots.PALETTE[i], label=legend, capsize=2)
     axes[0].set_xticks(range(len(kinds)), list(kinds.values()))
     axes[0].set_title("accuracy of the backbone", fontsize=11)
-    words = [textwrap.fill(short(p).replace("ResizedCrop ", "crop, "), 11) for p in parameters]
+    words = [textwrap.fill(short(p), 11) for p in parameters]
     for axis, text in zip(axes[1:], spaces.values(), strict=True):
         axis.set_xticks(range(len(words)), words, fontsize=9)
         axis.set_title(f"R² of the change of each parameter, {text}", fontsize=11)

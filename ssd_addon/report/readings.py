@@ -1,6 +1,7 @@
 """What a table of scores says of one space: readings above chance, and how they are worded."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -56,15 +57,16 @@ def tested(tests: Exclusivity | None, space: str, factor: str) -> Dependence | N
 
 
 def short(parameter: str) -> str:
-    """ "color/0.ColorJitter/hue_factor" -> "hue"."""
+    """ "color/0.ColorJitter/hue_factor" -> "hue", "color/1.RandomGrayscale/batch_prob" -> "grayscale on or off"."""
     parts = parameter.rsplit("/", 2)
     if len(parts) < 3:
         return parameter
-    op, name = parts[1].split(".")[-1].removeprefix("Random"), parts[2]
+    op, name = parts[1].split(".")[-1].removeprefix("Random").removeprefix("Resized"), parts[2]
+    op = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", op).lower()
     if name == "batch_prob":
         return f"{op} on or off"
     if name == "src":
-        return f"{op} place and size"
+        return f"place and size of the {op}"
     return name.removesuffix("_factor").replace("_", " ")
 
 

@@ -76,8 +76,8 @@ def test_the_headline_says_what_became_of_each_parameter():
 def test_the_headline_of_features_that_encode_little():
     assert headline(made({"gamma": (0.0, 0.3, 0.0, 0.2, 0.0)})) == "The features encode only weakly gamma (R² = 0.20)."
     assert headline(made({"src": (0.0, 0.3, 0.0, 0.0, 0.0)})) == (
-        "The features encode none of these augmentations. Lost on the way in untrained copies too: Op place and size "
-        "(after layer1)."
+        "The features encode none of these augmentations. Lost on the way in untrained copies too: place and size of "
+        "the op (after layer1)."
     )
     everything = made({"translations": (0.9, 0.9, 0.9, 0.9, 0.9)})
     assert headline(everything) == "The features encode translations (R² = 0.90)." and advice(everything) == []

@@ -405,7 +405,7 @@ def test_the_command_takes_a_file_and_fewer_images(run, tmp_path, capsys):
     arguments = ["report", str(run / "model.pt"), "--data", str(run / "data"), "--samples", "12", "--rows", "raw"]
     assert main([*arguments, "--views", "color_spatial", "--out", str(out)]) == 0
     assert "12 of 24" in out.read_text() and "embeddings <b>as they are</b>" in out.read_text()
-    assert "ResizedCrop place and size" in out.read_text()
+    assert "place and size of the crop" in out.read_text()
 
 
 def test_that_the_loss_is_not_known_is_said(run, tmp_path, capsys):

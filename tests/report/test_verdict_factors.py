@@ -109,8 +109,8 @@ def test_a_p_value_is_rounded_up(p, said):
     ("name", "expected"),
     [
         ("color/0.ColorJitter/hue_factor", "hue"),
-        ("spatial/1.RandomHorizontalFlip/batch_prob", "HorizontalFlip on or off"),
-        ("spatial/0.RandomResizedCrop/src", "ResizedCrop place and size"),
+        ("spatial/1.RandomHorizontalFlip/batch_prob", "horizontal flip on or off"),
+        ("spatial/0.RandomResizedCrop/src", "place and size of the crop"),
         ("shape", "shape"),
     ],
 )
