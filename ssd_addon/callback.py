@@ -115,9 +115,7 @@ def _forked(name: str, logged: Mapping[str, Any]) -> bool:
     base, _, kind = name.rpartition("_")
     if kind not in ("step", "epoch") or base not in logged:
         return False
-    other = (
-        f"{base}_{'epoch' if kind == 'step' else 'step'}"  # before the first epoch ends there is none of "loss_epoch"
-    )
+    other = f"{base}_{'epoch' if kind == 'step' else 'step'}"  # "loss_epoch" comes at the end of the first
     return other in logged or float(logged[name]) == float(logged[base])
 
 
