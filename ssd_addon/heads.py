@@ -4,18 +4,17 @@ Legend: V views, B images, F backbone width, S spaces, h hidden width, d_s width
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from ssd_addon import _checks, stacked, storage
+from ssd_addon import _checks, heads_state, storage
 from ssd_addon._types import as_weights
 from ssd_addon.backbones import TimmFeatures, prepared
 from ssd_addon.batch import ViewBatch, is_plain, views_of
-from ssd_addon.card import check_card
 from ssd_addon.embeddings import Embeddings, of_batch
 from ssd_addon.encoder import FEATURES, Encoder
 from ssd_addon.plan import ViewPlan
@@ -26,17 +25,11 @@ from ssd_addon.projection import (
     Norm,
     ProjectionHeads,
     Projections,
-    check_stored,
     checked_hidden,
     checked_spaces,
     whole,
 )
 from ssd_addon.stacked import ReadsStacked
-
-ADDED: dict[str, Any] = {"norm": "batch", "output": None}
-"""Settings that older files do not contain, with the values that they had then."""
-FLAGS = ("on_sphere", "frozen")
-"""Attributes that a file holds where they are True."""
 
 
 class StyleHeads(ReadsStacked):
@@ -74,10 +67,12 @@ class StyleHeads(ReadsStacked):
             key such as "last_hidden_state", or an index into the tuple.
         sample_ndim: number of dimensions of one sample: 3 for images, 1 for vectors. An input with one dimension more
             is a plain batch, one with two more is views.
+        axis: dimension of the features in maps, tokens or series: 1, as in [N, F, H, W], or -1, as in [N, T, F]. None
+            finds it by a trial run, or else reads it off each output, which is ambiguous where T or H equals F.
 
     Attributes:
         spaces, hidden, in_features, norm, pool, output, sample_ndim: the arguments, resolved.
-        changes: descriptions of what was removed from the backbone.
+        changes: descriptions of what was removed from the backbone or set in it.
         on_sphere: whether metrics and reports compare L2-normalized embeddings; set it from the loss,
             `model.on_sphere = criterion.on_sphere`.
         frozen: whether the backbone is frozen, see `freeze`.
@@ -101,6 +96,7 @@ class StyleHeads(ReadsStacked):
         pool: Pool = "auto",
         output: str | int | None = None,
         sample_ndim: int = 3,
+        axis: int | None = None,
     ) -> None:
         super().__init__()
         self.spaces = checked_spaces(spaces)
@@ -115,7 +111,8 @@ class StyleHeads(ReadsStacked):
         if in_features is not None:
             in_features = _checks.width(in_features, "in_features")
         self.hidden = checked_hidden(hidden, self.spaces)
-        made = prepared(backbone, in_features, pool, self.sample_ndim, output)
+        _checks.choice(axis, (None, 1, -1), "axis")
+        made = prepared(backbone, in_features, pool, self.sample_ndim, output, axis)
         self.backbone, self.in_features = made.module, made.in_features
         self.backbone_name, self.changes = made.name, tuple(made.changes)
         self._dropped = tuple(f"backbone.{path}." for path in made.dropped)
@@ -284,7 +281,8 @@ class StyleHeads(ReadsStacked):
         return self
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments other than the backbone, as plain numbers and strings."""
+        """The constructor's arguments other than the backbone, as plain numbers and strings; `axis` if it is known."""
+        axis = self._pooling.axis
         return {
             "spaces": dict(self.spaces),
             "in_features": self.in_features,
@@ -293,7 +291,7 @@ class StyleHeads(ReadsStacked):
             "pool": self.pool,
             "output": self.output,
             "sample_ndim": self.sample_ndim,
-        }
+        } | ({} if axis is None else {"axis": axis})
 
     def save(self, path: str | Path, *, card: Mapping[str, Any] | None = None) -> None:
         """Save the weights of backbone and heads, with the configuration, `on_sphere`, and whether it is frozen.
@@ -309,12 +307,7 @@ class StyleHeads(ReadsStacked):
             ValueError: the card is not valid, or the state contains more than tensors and plain data.
             OSError: the file cannot be written.
         """
-        flags = {n: True for n in FLAGS if getattr(self, n)}
-        content: dict[str, Any] = {"config": self.config() | flags, "state_dict": self.state_dict()}
-        if card is not None:
-            check_card(card)
-            content["card"] = dict(card)
-        storage.write(path, content)
+        storage.write(path, heads_state.written(self, card))
 
     @classmethod
     def load(cls, path: str | Path, backbone: nn.Module, *, map_location: Any = "cpu") -> "StyleHeads":
@@ -342,37 +335,14 @@ class StyleHeads(ReadsStacked):
         Raises:
             ValueError: the configuration is not valid for `StyleHeads`, or the weights are of another backbone.
         """
-        config = dict(stored.config)
-        flags = {n: config.pop(n, False) for n in FLAGS}
-        try:
-            check_stored(config, stored.state_dict)
-            model = cls(backbone, config.pop("spaces"), **config)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"its configuration is not valid for StyleHeads ({error})") from error
-        model.restore(stored.config, stored.state_dict)
-        model.on_sphere = flags["on_sphere"] is True
-        return model.freeze() if flags["frozen"] is True else model
+        return heads_state.opened(cls, stored, backbone)
 
     def restore(self, config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
         """Load weights; raises for those of another configuration or backbone, and then leaves the model unchanged.
 
         Keys may start with the names of wrappers of the saved model ("module.", "_orig_mod.", "model.").
         """
-        mine, there = self.config(), ADDED | dict(config)
-        differ = [f"{k}: {there.get(k)} in the checkpoint, {mine[k]} here" for k in mine if there.get(k) != mine[k]]
-        if differ:
-            raise ValueError(f"the checkpoint belongs to another configuration of StyleHeads: {'; '.join(differ)}")
-        own = self.state_dict()
-        try:
-            state = stacked.matched(state_dict, own, self.projections, self._dropped)
-            sizes = [{k: getattr(v, "shape", None) for k, v in each.items()} for each in (state, own)]
-            with nullcontext() if sizes[0] == sizes[1] else storage.unchanged_on_error(self):
-                state = {k: storage.sharded_as(v, own.get(k)) for k, v in state.items()}
-                self.load_state_dict(storage.with_versions(state, storage.versions(own)))
-        except RuntimeError as error:
-            raise ValueError(
-                f"the checkpoint belongs to another backbone than {self.backbone_name}: {error}"
-            ) from error
+        heads_state.restore(self, config, state_dict)
 
     def _features(self, views: Tensor | Sequence[Tensor]) -> Tensor:
         """Pooled features [V, B, F] of all views, with one backbone pass per image size."""
