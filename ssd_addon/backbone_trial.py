@@ -62,7 +62,7 @@ def trials(
     if patched(net):
         return
     net, sizes, met = _uncompiled(net), tuple(sizes), False
-    for size in dict.fromkeys((*sizes, *_sizes(net, sample_ndim, EDGES))):
+    for size in _sizes(net, sample_ndim, EDGES, sizes):
         twin = _twin(net, _without_data)
         if twin is None:
             break
@@ -74,7 +74,7 @@ def trials(
     devices = {t.device for t in (*net.parameters(), *net.buffers())}
     twin = None if torch.device("meta") in devices else _twin(net, lambda t: t.detach().clone())
     with torch.random.fork_rng([d for d in devices if d.type == "cuda"]):
-        for size in dict.fromkeys(() if twin is None else (*sizes, *_sizes(net, sample_ndim, EDGES_WITH_DATA))):
+        for size in () if twin is None else _sizes(net, sample_ndim, EDGES_WITH_DATA, sizes):
             assert twin is not None
             if (found := _run(twin, size)).ran:
                 yield found
@@ -231,10 +231,12 @@ def _version(y: Any) -> int:
     return y._version if isinstance(y, Tensor) else 0
 
 
-def _sizes(net: nn.Module, sample_ndim: int, edges: Iterable[int]) -> list[tuple[int, ...]]:
-    """Sample sizes that a module may accept, judging from the inputs of its layers."""
-    widths = dict.fromkeys(m.in_features for m in net.modules() if isinstance(m, nn.Linear))
+def _sizes(
+    net: nn.Module, sample_ndim: int, edges: Iterable[int], first: Iterable[tuple[int, ...]] = ()
+) -> list[tuple[int, ...]]:
+    """Sample sizes that a module may accept, from the inputs of its layers, after the given ones; all differ."""
     if sample_ndim == 1:
-        return [(width,) for width in widths]
+        return list(dict.fromkeys([*first, *((m.in_features,) for m in net.modules() if isinstance(m, nn.Linear))]))
     convolutions = [m.in_channels for m in net.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
-    return [((convolutions or [3])[0], *[edge] * (sample_ndim - 1)) for edge in edges]
+    channels = (convolutions or [3])[0]
+    return list(dict.fromkeys([*first, *((channels, *[edge] * (sample_ndim - 1)) for edge in edges)]))

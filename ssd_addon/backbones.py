@@ -116,8 +116,6 @@ def _home(net: nn.Module) -> str:
 
 def _try(made: Prepared, sample_ndim: int, pool: str, sizes: Iterable[tuple[int, ...]] = ()) -> None:
     """Find the dimension of the features of a module by trial runs, and their number if it is not known."""
-    if made.in_features and pool == "flatten":
-        return
     seen = list(islice(trials(made.module, sample_ndim, sizes), 2))
     try:
         found = width_and_axis(seen, pool, lambda y: picked(y, made.output, made.name), made.in_features or None)

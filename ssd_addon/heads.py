@@ -16,7 +16,7 @@ from ssd_addon._types import as_weights
 from ssd_addon.backbones import TimmFeatures, prepared
 from ssd_addon.batch import ViewBatch, is_plain, views_of
 from ssd_addon.embeddings import Embeddings, of_batch
-from ssd_addon.encoder import FEATURES, Encoder
+from ssd_addon.encoder import FEATURES, Encoder, keep_still
 from ssd_addon.plan import ViewPlan
 from ssd_addon.pooling import POOLS, Pool
 from ssd_addon.projection import (
@@ -221,13 +221,14 @@ class StyleHeads(ReadsStacked):
 
         Returns:
             A module that shares the backbone and has a copy of the head, in the present training or evaluation mode
-            of this model (call `.eval()` first for inference). Its own `train()` and `eval()` set the shared backbone.
+            of this model (call `.eval()` first for inference). Its own `train()` and `eval()` set the shared backbone,
+            unless this model is frozen.
 
         Raises:
             KeyError: no such space.
         """
         head = nn.Identity() if space == FEATURES and space not in self.spaces else self.head(space)
-        made = Encoder(self.backbone, self._pooling, head.train(self.training), self.sample_ndim)
+        made = Encoder(self.backbone, self._pooling, head.train(self.training), self.sample_ndim, self.frozen)
         made.training = self.training  # the backbone stays as it is
         return made
 
@@ -254,8 +255,8 @@ class StyleHeads(ReadsStacked):
         """Freeze the backbone and return the model.
 
         The backbone gets no gradient and stays in evaluation mode even after `train()`, so that its batch statistics do
-        not change and dropout is off; only the heads are trained. Its parameters are shared with the module that was
-        given to the constructor, so they are frozen there too.
+        not change and dropout is off; only the heads are trained. Its parts are shared with the module that was given
+        to the constructor, so they are frozen there too, and put back into evaluation mode here if that is trained.
         """
         if not self.frozen:
             self._still = {n for n, p in self.backbone.named_parameters() if not p.requires_grad}
@@ -358,6 +359,8 @@ class StyleHeads(ReadsStacked):
         return torch.stack([out[v] for v in range(len(views))])
 
     def _pooled(self, x: Tensor) -> Tensor:
+        if self.frozen:
+            keep_still(self.backbone)
         return self._pooling(self.backbone(as_weights(x, self.backbone)), x.shape[0])
 
     def extra_repr(self) -> str:

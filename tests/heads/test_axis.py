@@ -182,6 +182,45 @@ def test_a_given_width_decides_between_two_dimensions():
     assert "axis" not in StyleHeads(Net(pooled(8)), SPACES, hidden=()).config()  # maps [N, 8, 8, 8]
 
 
+def test_a_backbone_that_returns_a_tensor_in_training_mode_alone():
+    class Trained(Net):
+        def forward(self, x):
+            y = super().forward(x)
+            return y if self.training else (y, y)
+
+    net = Trained()
+    model = StyleHeads(net, SPACES, in_features=8, hidden=())
+    assert model.features(torch.rand(2, 3, 4, 4)).shape == (2, 8)
+    with pytest.raises(TypeError, match="expected one tensor of features: got tuple"):
+        StyleHeads(net, SPACES, hidden=())
+
+
+class LikeTimm(Net):
+    num_features = 8
+
+    def __init__(self, turn=lambda y: y):
+        super().__init__(turn)
+        self.pretrained_cfg = {"input_size": (3, 64, 64)}
+
+    def forward_features(self, x):
+        return self.turn(self.conv(x))
+
+    def forward_head(self, x, pre_logits=False):
+        return x.mean((1, 2))
+
+
+def test_maps_that_timm_does_not_pool():
+    model, x = StyleHeads(LikeTimm(last), SPACES, hidden=(), pool="mean"), torch.randn(2, 3, 8, 6)
+    torch.testing.assert_close(model.features(x), model.backbone.model.conv(x).mean((2, 3)))
+
+
+def test_the_width_of_timms_flattened_features_is_read_or_asked_for():
+    """As maps of 4 x 4, whatever the size of the images, and at the size of the images."""
+    assert StyleHeads(LikeTimm(pooled(4)), SPACES, hidden=(), pool="flatten").in_features == 128
+    with pytest.raises(ValueError, match="expected in_features for pool='flatten', as the number of features depends"):
+        StyleHeads(LikeTimm(), SPACES, hidden=(), pool="flatten")
+
+
 class Classified(Net):
     def __init__(self):
         super().__init__()
@@ -191,12 +230,12 @@ class Classified(Net):
         return self.fc(super().forward(x).mean((2, 3)))
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrapped", ["", "module.backbone.", "backbone._orig_mod."])
 @pytest.mark.parametrize("given", [None, 8])
-def test_a_classifier_as_wide_as_the_features_is_on_or_off_as_it_was_when_it_was_saved(given, prefix, tmp_path):
+def test_a_classifier_as_wide_as_the_features_is_on_or_off_as_it_was_when_it_was_saved(given, wrapped, tmp_path):
     model = StyleHeads(Classified(), SPACES, hidden=(), in_features=given).eval()
     assert hasattr(model.backbone.fc, "weight") == bool(given)
-    state = {prefix + k: t for k, t in model.state_dict().items()}
+    state = {k.replace("backbone.", wrapped or "backbone."): t for k, t in model.state_dict().items()}
     torch.save({"config": model.config(), "state_dict": state}, tmp_path / "m.pt")
     again, x = StyleHeads.load(tmp_path / "m.pt", Classified()).eval(), torch.rand(2, 3, 8, 8)
     assert torch.equal(again(x)["content"], model(x)["content"])
