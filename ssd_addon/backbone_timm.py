@@ -88,11 +88,18 @@ def _average_as_timm(made: Prepared) -> bool:
             )
         _pool_by(made, "avg")
         if net._modules.get("attn_pool") is not None:
+            made.module = copied(made.module)
             made.module._modules["attn_pool"] = None
-            made.dropped.append("model.attn_pool")
+            made.changes.append("'model.attn_pool' removed, as this pooling does not run it")
         return True
-    kinds = [getattr(m, "pool_type", "") for m in net.modules() if type(m).__name__ == "SelectAdaptivePool2d"]
-    return bool(kinds) and all("avg" in str(kind) for kind in kinds)
+    pools = [m for m in net.modules() if type(m).__name__ == "SelectAdaptivePool2d"]
+    kinds = {str(getattr(m, "pool_type", "")).removeprefix("fast") for m in pools}
+    if others := {kind for kind in kinds if "avg" in kind} - {"avg"}:
+        raise ValueError(
+            f"pool: expected 'auto' for timm's {made.name} with global_pool={min(others)!r}, which is more than an "
+            "average: got 'mean'; create it with global_pool='avg'"
+        )
+    return kinds == {"avg"}
 
 
 def _pools(net: nn.Module, how: str) -> bool:
@@ -101,8 +108,12 @@ def _pools(net: nn.Module, how: str) -> bool:
 
 
 def _pool_by(made: Prepared, how: str) -> None:
+    """Make a copy of a timm model pool in another way."""
+    if (own := made.module.global_pool) == how:
+        return
     made.module = copied(made.module)
     made.module.global_pool = how  # type: ignore[assignment]
+    made.changes.append(f"pooled by {how!r}, not {own!r}; on a model of timm's: reset_classifier(0, {how!r})")
 
 
 def sizes_of(model: Any) -> list[tuple[int, ...]]:

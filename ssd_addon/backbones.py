@@ -171,12 +171,24 @@ def _unwrap(made: Prepared) -> None:
                 "backbone: expected a module before it is sharded: got one inside FSDP; build StyleHeads around the "
                 "bare backbone and shard the StyleHeads, fully_shard(model)"
             )
-        kind = next((c.__name__ for c in type(made.module).__mro__ if c.__name__ in WRAPPERS), "")
-        inner = made.module._modules.get(WRAPPERS[kind]) if kind else None
+        kind, inner = _inside(made.module)
         if inner is None:
             return
         made.changes.append(f"unwrapped from {kind}; wrap the StyleHeads instead")
         made.module = inner
+
+
+def unwrapped(net: nn.Module) -> nn.Module:
+    """The network inside the wrappers around it."""
+    while (inner := _inside(net)[1]) is not None:
+        net = inner
+    return net
+
+
+def _inside(net: nn.Module) -> tuple[str, nn.Module | None]:
+    """The class of a wrapper and the module in it; None of any other module."""
+    kind = next((c.__name__ for c in type(net).__mro__ if c.__name__ in WRAPPERS), "")
+    return kind, net._modules.get(WRAPPERS[kind]) if kind else None
 
 
 # ------------------------------------------------------------------------------------------------ classifiers

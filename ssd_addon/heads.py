@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssd_addon import _checks, heads_state, storage
 from ssd_addon._types import as_weights
-from ssd_addon.backbones import TimmFeatures, prepared
+from ssd_addon.backbones import TimmFeatures, prepared, unwrapped
 from ssd_addon.batch import ViewBatch, is_plain, views_of
 from ssd_addon.embeddings import Embeddings, of_batch
 from ssd_addon.encoder import FEATURES, Encoder, keep_still
@@ -236,20 +236,25 @@ class StyleHeads(ReadsStacked):
         """The backbone's weights under the keys of the library that it came from.
 
         Load them into a model without a classifier, `timm.create_model(name, num_classes=0)`, or into one with a
-        classifier with `load_state_dict(weights, strict=False)`. The weights of a model that FSDP2 has sharded are
-        gathered: call this on every rank.
+        classifier with `load_state_dict(weights, strict=False)`. A timm model pools in its own way: where `pool` is
+        another one ("mean" for a transformer whose features are its class token), `changes` says so, and
+        `net.reset_classifier(0, "avg")` before `load_state_dict` makes the model return the same features as here.
+
+        Wrappers that were put around the backbone since are taken off. The weights of a model that FSDP2 has sharded
+        are gathered: call this on every rank.
 
         Returns:
-            key -> tensor, detached; without the parts that were removed (`changes`).
+            key -> tensor, detached and contiguous; without the parts that were removed (`changes`).
         """
-        prefix = "model." if isinstance(self.backbone, TimmFeatures) else ""
-        state = self.backbone.state_dict()
+        backbone = unwrapped(self.backbone)
+        prefix = "model." if isinstance(backbone, TimmFeatures) else ""
+        state = backbone.state_dict()
 
         def own(key: str) -> str:  # "module" is the library's own name here: wrappers were removed
             return storage.bare(key, storage.INSIDE).removeprefix(prefix)
 
         versions = {own(f"{path}.").rstrip("."): found for path, found in storage.versions(state).items()}
-        return storage.with_versions({own(k): whole(t) for k, t in state.items()}, versions)
+        return storage.with_versions({own(k): whole(t).contiguous() for k, t in state.items()}, versions)
 
     def freeze(self) -> "StyleHeads":
         """Freeze the backbone and return the model.

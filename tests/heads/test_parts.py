@@ -248,6 +248,30 @@ def test_the_weights_go_back_under_their_own_keys(name):
     )
 
 
+@pytest.mark.parametrize("name", ["torchvision", "timm"])
+@pytest.mark.parametrize("wrap", [lambda net: torch.compile(net, backend="eager"), nn.DataParallel])
+def test_wrappers_that_came_later_are_not_in_the_keys(name, wrap):
+    net = BACK[name][0]()
+    m = StyleHeads(net, {"content": 4}, hidden=())
+    keys = list(m.export_backbone())
+    m.backbone = wrap(m.backbone)
+    weights = m.export_backbone()
+    assert list(weights) == keys and keys[0].startswith("conv1.")
+    assert weights._metadata.keys() <= net.state_dict()._metadata.keys()
+
+
+def test_exported_weights_are_contiguous_and_tied_ones_stay_tied(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    net = torchvision.models.resnet18().to(memory_format=torch.channels_last)
+    save_file(StyleHeads(net, {"content": 4}, hidden=()).export_backbone(), tmp_path / "m.safetensors")
+    assert all(torch.equal(t, net.state_dict()[k]) for k, t in load_file(tmp_path / "m.safetensors").items())
+    net = Small()
+    net.again = net.conv
+    weights = StyleHeads(net, {"content": 4}, hidden=()).export_backbone()
+    assert weights["again.weight"].data_ptr() == weights["conv.weight"].data_ptr()
+
+
 def test_an_encoder_leaves_the_modes_of_the_model_alone():
     m = model().freeze().train()
     before = [x.training for x in m.modules()]
