@@ -78,7 +78,17 @@ class Projections(nn.Module):
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         features = as_weights(features, self)
+        if self.training and self.norm == "batch" and len(features) == 1:
+            self._check_one()
         return {n: self._modules[key](features) for n, key in self._keys.items()}  # type: ignore[misc]
+
+    def _check_one(self) -> None:
+        """Refuse one image where its statistics would be its own; those of SyncBatchNorm are of all ranks."""
+        if any(type(m) is nn.BatchNorm1d and m.training for m in self.modules()):
+            raise ValueError(
+                "features: expected at least two images in training mode with norm='batch', which has no statistics of "
+                "one: got one; use norm='layer', or more images"
+            )
 
     def head(self, name: str) -> nn.Sequential:
         """A copy of the head of one space, as plain layers."""
@@ -179,6 +189,7 @@ class ProjectionHeads(ReadsStacked):
         if not isinstance(features, Tensor):
             hint = "; pass the features of all views as one tensor, backbone(torch.cat(views))"
             raise TypeError(f"features: expected a tensor [N, F] or [V, B, F]: got {type(features).__name__}{hint}")
+        _checks.floating(features, "features")
         if features.ndim not in (2, 3) or features.shape[-1] != self.in_features:
             hint = "; flatten(1) first" if features.ndim == 4 and features.shape[1] == self.in_features else ""
             raise ValueError(

@@ -120,11 +120,36 @@ def test_heads_alone_are_those_of_the_model():
         (torch.rand(2, 5), ValueError, r"expected \[N, F\] or \[V, B, F\] with F = 6.*got \[2, 5\]"),
         (torch.rand(2, 6, 1, 1), ValueError, r"got \[2, 6, 1, 1\]; flatten\(1\) first"),
         ({"features": 1}, TypeError, "got dict"),
+        (torch.ones(2, 6, dtype=torch.int64), TypeError, r"features: expected float16, .* got torch\.int64"),
     ],
 )
 def test_heads_alone_refuse_other_features(features, error, message):
     with pytest.raises(error, match=message):
         StyleHeads.heads(6, SPACES)(features)
+
+
+@pytest.mark.parametrize("given", ["heads", "plain", "views"])
+def test_one_image_has_no_batch_statistics(given):
+    heads, m = StyleHeads.heads(6, SPACES, hidden=(12,)), model(hidden=(12,))
+    one = {"heads": torch.rand(1, 6), "plain": torch.rand(1, 3, 8, 8), "views": torch.rand(3, 1, 3, 8, 8)}[given]
+    module = heads if given == "heads" else m
+    options = {"view_by_view": True} if given == "views" else {}
+    with pytest.raises(ValueError, match="features: expected at least two images in training mode .* use norm='layer'"):
+        module(one, **options)
+    module.eval()(one, **options)
+    model(hidden=(12,), norm="layer")(torch.rand(1, 3, 8, 8))
+    model(hidden=())(torch.rand(1, 3, 8, 8))  # without a hidden layer there is no norm
+    for head in m.train().projections.children():
+        head.norms.eval()
+    m(torch.rand(1, 3, 8, 8))
+
+
+def test_a_model_without_weights_is_not_saved(tmp_path):
+    with torch.device("meta"):
+        m = StyleHeads(Small(), SPACES)
+    with pytest.raises(ValueError, match=r"got one on the meta device, .* \(backbone\.conv\.weight, .*to_empty"):
+        m.save(tmp_path / "m.pt")
+    assert not list(tmp_path.iterdir())
 
 
 # ---- one space
