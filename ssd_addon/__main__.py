@@ -8,6 +8,7 @@ Errors of the library name its arguments; `flagged` replaces these by the names 
 """
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -392,11 +393,13 @@ def flagged(message: str, args: argparse.Namespace) -> str:
 
 def _print(text: str, *, error: bool = False) -> None:
     """Print a line, whatever the names in it and the encoding of the terminal are."""
-    from ssd_addon.report.text import clean
+    with contextlib.suppress(ImportError):  # of a package that is missing, which is what the line says
+        from ssd_addon.report.text import clean
 
+        text = clean(text)
     stream = sys.stderr if error else sys.stdout
     encoding = stream.encoding or "utf-8"
-    print(clean(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,8 @@ def as_weights(x: Tensor, module: nn.Module) -> Tensor:
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return x
-    layers = (m.weight for m in module.modules() if isinstance(m, _LAYERS))
-    first = next(layers, None)
-    for p in (
-        module.parameters() if first is None else (first,)
-    ):  # position embeddings may have another dtype than the layers
-        if p.is_floating_point():
-            return x.to(p.dtype)
-    return x
+    layers = (p for m in module.modules() if isinstance(m, _LAYERS) for p in m.parameters() if p.is_floating_point())
+    first = next(layers, None)  # position embeddings may have another dtype than the layers
+    if first is None:
+        first = next((p for p in module.parameters() if p.is_floating_point()), None)
+    return x if first is None else x.to(first.dtype)

@@ -7,13 +7,14 @@ the caller's module.
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ssd_addon.backbone_changes import is_compiled, patched, replaced
 
 EDGES = (64, 224, 32, 28, 96, 128, 16, 256, 299)
 """Image sizes that a backbone may require, the usual ones first."""
@@ -30,6 +31,7 @@ class Trial:
         last: names of the parts that ran once and whose output is the module's output, unchanged.
         output: the output for 2 samples; on the meta device if the module runs there.
         idle: names of the trained parameters on which the output does not depend, if the run kept a graph.
+        channels: channels of the last layer with weights that ran; 0 if it does not say how many.
     """
 
     ran: bool = False
@@ -37,6 +39,7 @@ class Trial:
     last: set[str] = field(default_factory=set)
     output: Any = None
     idle: set[str] = field(default_factory=set)
+    channels: int = 0
 
     def is_last(self, name: str) -> bool:
         """Whether a part comes last or never runs."""
@@ -59,7 +62,7 @@ def trials(
     if patched(net):
         return
     net, sizes, met = _uncompiled(net), tuple(sizes), False
-    for size in (*sizes, *_sizes(net, sample_ndim, EDGES)):
+    for size in _sizes(net, sample_ndim, EDGES, sizes):
         twin = _twin(net, _without_data)
         if twin is None:
             break
@@ -71,29 +74,28 @@ def trials(
     devices = {t.device for t in (*net.parameters(), *net.buffers())}
     twin = None if torch.device("meta") in devices else _twin(net, lambda t: t.detach().clone())
     with torch.random.fork_rng([d for d in devices if d.type == "cuda"]):
-        for size in () if twin is None else (*sizes, *_sizes(net, sample_ndim, EDGES_WITH_DATA)):
+        for size in () if twin is None else _sizes(net, sample_ndim, EDGES_WITH_DATA, sizes):
             assert twin is not None
             if (found := _run(twin, size)).ran:
                 yield found
 
 
-def tried_width(
-    net: nn.Module, sample_ndim: int, pool: str, pick: Callable[[Any], Tensor]
+def width_and_axis(
+    seen: Sequence[Trial], pool: str, pick: Callable[[Any], Tensor], given: int | None = None
 ) -> tuple[int, int | None] | None:
     """The number of features that a module returns and their dimension, from runs on inputs of two sizes.
 
-    None if the runs do not determine the number. The dimension (1: channels first, -1: last) is None where both would
-    do. The channel dimension is the one that does not change with the image size: for maps where both the first and the
-    last stay the same (maps of 1 x 1) the first, for tokens the last.
+    None if the runs do not determine the number. The dimension (1: channels first, -1: last) is one that does not
+    change with the size of the input and has more than one entry. Where both are such and differ, it is the one that
+    has as many entries as the last layer has channels, and the one beside two equal dimensions of a map, which are
+    positions: either says it, unless the other contradicts. Where both have as many entries it is None.
 
     Args:
+        seen: one run, or two with inputs of different sizes.
         pick: selects the tensor of features in the module's output; its errors are raised.
+        given: the number of features, if it is known.
     """
-    shapes: list[tuple[int, ...]] = []
-    for found in trials(net, sample_ndim):
-        shapes.append(tuple(pick(found.output).shape))
-        if len(shapes) == 2 or len(shapes[0]) == 2:
-            break
+    shapes = [tuple(pick(found.output).shape) for found in seen]
     if not shapes or len({len(shape) for shape in shapes}) > 1 or not 2 <= len(shapes[0]) <= 4:
         return None
     first, other = shapes[0], shapes[-1]
@@ -101,22 +103,21 @@ def tried_width(
         return (math.prod(first[1:]), None) if first == other else None
     if len(first) == 2:
         return first[1], None
-    one, end = first[1] == other[1], first[-1] == other[-1]
-    sure = len(shapes) == 2 and one != end
-    if len(shapes) == 1 and len(first) == 4:  # it accepts only one size: the two equal dimensions are positions
-        one = not (first[1] == first[2] != first[3])
-    if len(first) == 4:
-        axis = 1 if one else -1 if end else 0
-    else:
-        axis = -1 if end else 1 if one and pool != "cls" else 0
-    return (first[axis], axis if sure else None) if axis else None
+    possible = (-1,) if pool == "cls" and len(first) == 3 else (1, -1)
+    axes = [a for a in possible if first[a] == other[a] and (first[a] == given if given else first[a] > 1)]
+    if len({first[a] for a in axes}) == 2:
+        said = {a for a in axes if first[a] == seen[0].channels} | _beside_positions(first)
+        axes = list(said) if len(said) == 1 else []
+    if not axes:
+        return None
+    return first[axes[0]], axes[0] if len(axes) == 1 else None
 
 
-def patched(net: nn.Module) -> bool:
-    """Was a `forward` replaced on the instance in a way that a copy would share with the original?"""
-    inside = {id(m) for m in net.modules()}
-    patches = [m.__dict__["forward"] for m in net.modules() if "forward" in m.__dict__ and not _is_compiled(m)]
-    return any(not isinstance(f, MethodType) or id(f.__self__) not in inside for f in patches)
+def _beside_positions(shape: tuple[int, ...]) -> set[int]:
+    """The dimension of the channels in maps that are as high as wide, with other than that many channels."""
+    if len(shape) != 4:
+        return set()
+    return {1} if shape[2] == shape[3] else {-1} if shape[1] == shape[2] else set()
 
 
 def runs_without_data(net: nn.Module, do: Callable[[Any], Any]) -> bool:
@@ -128,36 +129,14 @@ def runs_without_data(net: nn.Module, do: Callable[[Any], Any]) -> bool:
         return False
 
 
-def copied(module: nn.Module) -> nn.Module:
-    """A shallow copy of a module, whose parts and parameters can be replaced; the parts themselves are shared."""
-    outer = copy.copy(module)
-    outer._modules, outer._parameters = dict(module._modules), dict(module._parameters)
-    for attribute, value in vars(module).items():  # rebind replaced methods, such as accelerate's forward
-        if isinstance(value, MethodType) and value.__self__ is module:
-            vars(outer)[attribute] = MethodType(value.__func__, outer)
-    return outer
-
-
-def replaced(module: nn.Module, path: str, new: nn.Module | None) -> nn.Module:
-    """A copy of a module with another part at a dotted path; everything outside the path is shared."""
-    head, _, rest = path.partition(".")
-    outer, inner = copied(module), module._modules[head]
-    outer._modules[head] = replaced(inner, rest, new) if rest and inner is not None else new
-    return outer
-
-
 def _uncompiled(net: nn.Module) -> nn.Module:
     """The module with its compiled parts (torch.compile) replaced by the originals, on copies of their parents."""
     for path, part in net.named_modules():
-        if _is_compiled(part):
+        if is_compiled(part):
             inner = part._modules["_orig_mod"]
             assert inner is not None
             return _uncompiled(replaced(net, path, inner) if path else inner)
     return net
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule"
 
 
 def _twin(net: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> nn.Module | None:
@@ -186,7 +165,8 @@ def _without_data(t: Tensor) -> Tensor:
 def _run(net: nn.Module, size: tuple[int, ...], graph: bool = False) -> Trial:
     first = next((t for t in (*net.parameters(), *net.buffers()) if t.is_floating_point()), torch.empty(()))
     outputs: dict[str, list[tuple[Any, int]]] = {}
-    handles = [part.register_forward_hook(_noting(names, outputs)) for part, names in _named(net) if "" not in names]
+    ended: list[nn.Module] = []
+    handles = [part.register_forward_hook(_noting(names, outputs, ended)) for part, names in _named(net)]
     try:
         with torch.set_grad_enabled(graph):
             y = net(torch.zeros(2, *size, device=first.device, dtype=first.dtype))
@@ -195,12 +175,26 @@ def _run(net: nn.Module, size: tuple[int, ...], graph: bool = False) -> Trial:
     finally:
         for handle in handles:
             handle.remove()
+    outputs.pop("", None)
     last = {
         name for name, ((out, version), *more) in outputs.items() if out is y and not more and version == _version(y)
     }
     calls = {name: len(each) for name, each in outputs.items()}
     idle = {n for n, p in net.named_parameters() if p.requires_grad} if graph and isinstance(y, Tensor) else set()
-    return Trial(True, calls, last, y, idle - _reached(net, y) if idle else idle)
+    channels = next((n for n in map(_channels, reversed(ended)) if n is not None), 0)
+    return Trial(True, calls, last, y, idle - _reached(net, y) if idle else idle, channels)
+
+
+def _channels(layer: nn.Module) -> int | None:
+    """How many channels a layer with weights puts out, 0 if it does not say; None of other modules."""
+    own = any(p is not None for p in layer._parameters.values())
+    if any(name != "parametrizations" for name in layer._modules) or not (own or layer._modules):
+        return None
+    for name in ("out_features", "out_channels", "num_features", "num_channels"):
+        if isinstance(found := getattr(layer, name, None), int):
+            return found
+    shape: tuple[int, ...] = getattr(layer, "normalized_shape", ())
+    return shape[0] if len(shape) == 1 else 0
 
 
 def _reached(net: nn.Module, y: Tensor) -> set[str]:
@@ -223,8 +217,9 @@ def _named(net: nn.Module) -> list[tuple[nn.Module, list[str]]]:
     return list(out.values())
 
 
-def _noting(names: list[str], outputs: dict[str, list[tuple[Any, int]]]) -> Callable[..., None]:
+def _noting(names: list[str], outputs: dict[str, list[tuple[Any, int]]], ended: list[nn.Module]) -> Callable[..., None]:
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        ended.append(module)
         for name in names:
             outputs.setdefault(name, []).append((output, _version(output)))
 
@@ -236,10 +231,12 @@ def _version(y: Any) -> int:
     return y._version if isinstance(y, Tensor) else 0
 
 
-def _sizes(net: nn.Module, sample_ndim: int, edges: Iterable[int]) -> list[tuple[int, ...]]:
-    """Sample sizes that a module may accept, judging from the inputs of its layers."""
-    widths = dict.fromkeys(m.in_features for m in net.modules() if isinstance(m, nn.Linear))
+def _sizes(
+    net: nn.Module, sample_ndim: int, edges: Iterable[int], first: Iterable[tuple[int, ...]] = ()
+) -> list[tuple[int, ...]]:
+    """Sample sizes that a module may accept, from the inputs of its layers, after the given ones; all differ."""
     if sample_ndim == 1:
-        return [(width,) for width in widths]
+        return list(dict.fromkeys([*first, *((m.in_features,) for m in net.modules() if isinstance(m, nn.Linear))]))
     convolutions = [m.in_channels for m in net.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
-    return [((convolutions or [3])[0], *[edge] * (sample_ndim - 1)) for edge in edges]
+    channels = (convolutions or [3])[0]
+    return list(dict.fromkeys([*first, *((channels, *[edge] * (sample_ndim - 1)) for edge in edges)]))

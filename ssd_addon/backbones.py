@@ -4,19 +4,27 @@ The caller's module is never altered: to remove a part, the modules that contain
 which stay shared and are trained). Legend: F backbone width.
 """
 
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from ssd_addon import _checks
-from ssd_addon.backbone_trial import Trial, copied, patched, replaced, runs_without_data, trial, tried_width
-from ssd_addon.pooling import Pool, Pooling, picked
+from ssd_addon import _checks, storage
+from ssd_addon.backbone_changes import Prepared
+from ssd_addon.backbone_timm import TimmFeatures as TimmFeatures
+from ssd_addon.backbone_timm import sizes_of, take_timm
+from ssd_addon.backbone_trial import Trial, trial, trials, width_and_axis
+from ssd_addon.pooling import picked
 
-CLASSIFIERS = ("fc", "heads", "head", "classifier")
-"""Names of the classifier in torchvision's models and most others."""
+CLASSIFIERS = ("fc", "heads", "head", "classifier", "linear", "last_linear")
+"""Names of the classifier in torchvision's models and most others; "linear" in the common ResNets for CIFAR."""
+NO_FEATURES = ("torchvision.models.detection", "torchvision.models.segmentation")
+"""Modules whose models return boxes and masks."""
 WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "DistributedDataParallel": "module",
@@ -30,54 +38,19 @@ WRAPPERS = {
 """Classes that wrap a network, and the attribute that holds it."""
 
 
-@dataclass
-class Prepared:
-    """A backbone that is ready for the heads.
-
-    Attributes:
-        module: returns features; shares the parameters of the caller's backbone.
-        in_features: F.
-        name: name of the caller's backbone, for messages.
-        changes: descriptions of the changes.
-        dropped: names of the removed parts.
-        class_token: whether an output [N, F] is the class token.
-        output: key or index of the features in the module's output.
-        axis: dimension of the features in maps, tokens or series, 1 or -1; None if it is not known.
-    """
-
-    module: nn.Module
-    in_features: int
-    name: str
-    output: str | int | None = None
-    changes: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-    class_token: bool = False
-    axis: int | None = None
-
-    def pooling(self, pool: Pool) -> Pooling:
-        """The pooling for its features."""
-        return Pooling(self.in_features, pool, self.output, self.class_token, self.name, self.axis)
-
-    def drop(self, path: str, new: nn.Module, why: str) -> None:
-        """Replace a part by a module without parameters, on a copy."""
-        if patched(self.module):
-            raise ValueError(
-                f"backbone {self.name}: expected a module with the forward of its class, as {path!r} has to be "
-                "removed: got one whose forward was replaced on the instance; put nn.Identity() there yourself and "
-                "give in_features, or pass the module before it was changed"
-            )
-        self.module = replaced(self.module, path, new)
-        self.dropped.append(path)
-        self.changes.append(f"{path!r} removed, {why}")
-
-
 def prepared(
-    backbone: nn.Module, in_features: int | None, pool: str, sample_ndim: int, output: str | int | None = None
+    backbone: nn.Module,
+    in_features: int | None,
+    pool: str,
+    sample_ndim: int,
+    output: str | int | None = None,
+    axis: int | None = None,
 ) -> Prepared:
     """The backbone without wrappers and classifier, and its width.
 
     Raises:
-        ValueError: the width cannot be determined; a wrapper cannot be removed.
+        ValueError: the width cannot be determined; a wrapper cannot be removed; the features are in another dimension
+            than `axis`; the backbone returns boxes or masks.
         TypeError: the backbone returns several tensors and `output` selects none.
     """
     made = Prepared(backbone, in_features or 0, type(backbone).__name__, output)
@@ -95,30 +68,96 @@ def prepared(
                 f"backbone {made.name}: expected in_features for a script module, whose classifier cannot be removed: "
                 "got none; give the width of its output, or pass the module before scripting"
             )
+    elif isinstance(net, torch.fx.GraphModule) and "train" in vars(net):
+        raise ValueError(
+            f"backbone {made.name}: expected a module with train() and eval(): got one of torch.export, whose mode is "
+            "fixed; pass the module before it was exported"
+        )
+    elif _home(net).startswith(NO_FEATURES):
+        raise ValueError(
+            f"backbone: expected a network that returns features: got torchvision's {made.name}, which returns boxes "
+            "or masks; give its features, model.backbone, with output= for the one of them that you want"
+        )
     elif callable(getattr(net, "forward_features", None)) and callable(getattr(net, "forward_head", None)):
-        _timm(made, pool, in_features)
+        if not take_timm(made, pool, in_features):
+            _try(made, sample_ndim, pool, sizes_of(net))
     elif not _torchvision(made, in_features, pool):
         _other(made, in_features, sample_ndim)
-        made.in_features = made.in_features or _width(made, sample_ndim, pool)
+        _try(made, sample_ndim, pool)
+    if axis is not None and made.axis not in (None, axis):
+        raise ValueError(
+            f"axis: expected {made.axis}, the dimension in which {made.name} returned {made.in_features} features in a "
+            f"trial run: got {axis}"
+        )
+    made.axis = made.axis or axis
     return made
 
 
-def _width(made: Prepared, sample_ndim: int, pool: str) -> int:
-    """The width of a module's output, from a trial run."""
-    found = tried_width(made.module, sample_ndim, pool, lambda y: picked(y, made.output, made.name))
+def without_missing(net: nn.Module, in_features: int, sample_ndim: int, state: Mapping[str, Any]) -> Prepared:
+    """The backbone of a stored model without a classifier that the file lacks, as it was removed before it was saved.
+
+    Where it is as wide as the features, the width alone does not tell whether it belongs to them (see `_other`).
+    """
+    made = Prepared(net, in_features, type(net).__name__)
+    keys = [f".{storage.bare(key)}" for key in state]
+    for name in CLASSIFIERS:
+        part = net._modules.get(name)
+        if not isinstance(part, nn.Linear) or any(f".backbone.{name}." in key for key in keys):
+            continue
+        if trial(net, sample_ndim).is_last(name):
+            made.drop(name, nn.Identity(), "as the file has no weights of it")
+    return made
+
+
+def _home(net: nn.Module) -> str:
+    """The module that a network's forward comes from; "" of one that is generated (torch.fx)."""
+    return type(net).forward.__module__ or ""
+
+
+def _try(made: Prepared, sample_ndim: int, pool: str, sizes: Iterable[tuple[int, ...]] = ()) -> None:
+    """Find the dimension of the features of a module by trial runs, and their number if it is not known."""
+    seen = list(islice(trials(made.module, sample_ndim, sizes), 2))
+    try:
+        found = width_and_axis(seen, pool, lambda y: picked(y, made.output, made.name), made.in_features or None)
+    except TypeError:
+        if not made.in_features:
+            raise
+        return  # in training mode it may return another kind of output
     if found is not None:
         made.axis = found[1]
-        return found[0]
+    if made.in_features:
+        return
+    if found is not None:
+        made.in_features = found[0]
+        if sample_ndim > 1:  # of vectors, any encoder ends in such a layer
+            _warn_of_logits(made, seen[0])
+        return
     if pool == "flatten":
         raise ValueError(
             f"backbone {made.name}: expected in_features for pool='flatten', as the number of features depends on the "
             "size of the images: got None; give the width of the flattened features"
         )
-    raise ValueError(
-        f"backbone {made.name}: expected num_features, a classifier fc, heads, head or classifier at its end, or a "
-        "module that runs on images of a usual size, from which to read the feature width: got none of them; give "
-        "in_features, the width of its output"
+    what = (
+        f"an output of shape {_checks.shape(picked(seen[0].output, made.output, made.name))}" if seen else "none of it"
     )
+    raise ValueError(
+        f"backbone {made.name}: expected num_features, a classifier fc, heads, head or classifier at its end, or an "
+        f"output for images of a usual size, from which to read the feature width: got {what}; give in_features, the "
+        "width of its output"
+    )
+
+
+def _warn_of_logits(made: Prepared, seen: Trial) -> None:
+    """Say that the features come from a Linear layer, which may be a classifier of another name."""
+    for name, part in made.module.named_children():
+        if name in seen.last and isinstance(part, nn.Linear) and not isinstance(made.module, nn.Sequential):
+            warnings.warn(
+                f"backbone {made.name}: {name!r}, a Linear layer ({part.in_features} to {part.out_features}), comes "
+                "last, and what it returns is used as features; if it is a classifier, replace it by nn.Identity(), "
+                f"otherwise give in_features={part.out_features}",
+                UserWarning,
+                stacklevel=5,
+            )
 
 
 # ------------------------------------------------------------------------------------------------ wrappers
@@ -132,12 +171,24 @@ def _unwrap(made: Prepared) -> None:
                 "backbone: expected a module before it is sharded: got one inside FSDP; build StyleHeads around the "
                 "bare backbone and shard the StyleHeads, fully_shard(model)"
             )
-        kind = next((c.__name__ for c in type(made.module).__mro__ if c.__name__ in WRAPPERS), "")
-        inner = made.module._modules.get(WRAPPERS[kind]) if kind else None
+        kind, inner = _inside(made.module)
         if inner is None:
             return
         made.changes.append(f"unwrapped from {kind}; wrap the StyleHeads instead")
         made.module = inner
+
+
+def unwrapped(net: nn.Module) -> nn.Module:
+    """The network inside the wrappers around it."""
+    while (inner := _inside(net)[1]) is not None:
+        net = inner
+    return net
+
+
+def _inside(net: nn.Module) -> tuple[str, nn.Module | None]:
+    """The class of a wrapper and the module in it; None of any other module."""
+    kind = next((c.__name__ for c in type(net).__mro__ if c.__name__ in WRAPPERS), "")
+    return kind, net._modules.get(WRAPPERS[kind]) if kind else None
 
 
 # ------------------------------------------------------------------------------------------------ classifiers
@@ -145,7 +196,7 @@ def _unwrap(made: Prepared) -> None:
 
 def _torchvision(made: Prepared, in_features: int | None, pool: str) -> bool:
     """Remove the classifiers, auxiliary ones included, of a torchvision model. False if it is not one."""
-    if not type(made.module).forward.__module__.startswith("torchvision.models"):
+    if not _home(made.module).startswith("torchvision.models"):
         return False
     if type(made.module).__name__ == "VisionTransformer":
         made.class_token = True
@@ -156,14 +207,14 @@ def _torchvision(made: Prepared, in_features: int | None, pool: str) -> bool:
             )
     for name in CLASSIFIERS:
         part = made.module._modules.get(name)
-        layers = [] if part is None else [m for m in part.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        layers = [] if part is None else [m for m in part.modules() if isinstance(m, nn.Linear | _ConvNd)]
         if not layers:
             continue
         first = layers[0]
         width = first.in_features if isinstance(first, nn.Linear) else first.in_channels
         if in_features not in (None, width):
             continue
-        made.drop(name, nn.Identity() if isinstance(first, nn.Linear) else nn.AdaptiveAvgPool2d(1), "the classifier")
+        made.drop(name, _without_positions(first), "the classifier")
         made.in_features = width
         for aux in ("aux1", "aux2", "AuxLogits"):
             if made.module._modules.get(aux) is not None:
@@ -172,6 +223,14 @@ def _torchvision(made: Prepared, in_features: int | None, pool: str) -> bool:
             made.module.aux_logits = False  # type: ignore[assignment]
         return True
     return False
+
+
+def _without_positions(classifier: nn.Module) -> nn.Module:
+    """What stands in for a classifier: where it is a convolution, it also averages over positions."""
+    if isinstance(classifier, nn.Linear):
+        return nn.Identity()
+    assert isinstance(classifier, _ConvNd)
+    return (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[len(classifier.kernel_size) - 1](1)
 
 
 def _other(made: Prepared, in_features: int | None, sample_ndim: int) -> None:
@@ -207,127 +266,3 @@ def _other(made: Prepared, in_features: int | None, sample_ndim: int) -> None:
             made.in_features = before
             return
     made.in_features = in_features or own or 0
-
-
-# ------------------------------------------------------------------------------------------------ timm
-
-
-class TimmFeatures(nn.Module):
-    """timm's own features: forward_features and, if timm pools them, forward_head up to the classifier."""
-
-    def __init__(self, model: nn.Module, pooled: bool) -> None:
-        super().__init__()
-        self.model, self.pooled = model, pooled
-
-    def forward(self, x: Tensor) -> Any:
-        net: Any = self.model
-        y = net.forward_features(x)
-        return net.forward_head(y, pre_logits=True) if self.pooled else y
-
-
-def _timm(made: Prepared, pool: str, in_features: int | None) -> None:
-    model: Any = made.module
-    pooled = pool == "auto"
-    if pool == "cls":
-        pooled = _class_token_as_timm(made)
-    if pool == "mean":
-        pooled = _average_as_timm(made)
-    made.module = TimmFeatures(made.module, pooled)
-    for path in _timm_classifiers(model):
-        made.drop(f"model.{path}", nn.Identity(), "the classifier")
-    width = (getattr(model, "head_hidden_size", None) if pooled else None) or getattr(model, "num_features", None)
-    if not isinstance(width, int) or width < 1:
-        raise ValueError(f"backbone {made.name}: expected num_features, as timm's models have: got {width!r}")
-    made.in_features = in_features or width
-    _drop_idle_parts(made)
-
-
-def _timm_config(model: Any) -> dict[str, Any]:
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    return config if isinstance(config, dict) else {}
-
-
-def _timm_classifiers(model: Any) -> list[str]:
-    """Paths of the classifiers in timm's configuration, if they have parameters."""
-    named = _timm_config(model).get("classifier") or ()
-    found = []
-    for path in (named,) if isinstance(named, str) else tuple(named):
-        try:
-            part = model.get_submodule(path)
-        except AttributeError:
-            continue
-        if any(True for _ in part.parameters()):
-            found.append(path)
-    return found
-
-
-def _class_token_as_timm(made: Prepared) -> bool:
-    """Make a timm model return its class token. False if the class token is the first of the tokens that the model
-    returns, True if timm has to select it (CrossViT and CoaT have one at every scale)."""
-    net: Any = made.module
-    prefix = getattr(net, "num_prefix_tokens", None)
-    tokens = {n.rpartition(".")[2]: p for n, p in net.named_parameters()}
-    if prefix:  # some have registers and no class token
-        found = prefix > (tokens["reg_token"].shape[1] if "reg_token" in tokens else 0)
-    else:
-        found = prefix is None and any(n.startswith("cls_token") for n in tokens) and _pools(net, "token")
-    if not found:
-        raise ValueError(f"pool: expected a model with a class token for 'cls': got {made.name} without one")
-    if prefix or isinstance(trial(TimmFeatures(net, False), 3, _timm_sizes(net)).output, Tensor):
-        return False
-    _pool_by(made, "token")
-    made.class_token = True
-    return True
-
-
-def _average_as_timm(made: Prepared) -> bool:
-    """Make a timm model pool by its own average, without the class token; False if it has no such pooling."""
-    net = made.module
-    if isinstance(getattr(net, "global_pool", None), str):
-        if not _pools(net, "avg"):
-            raise ValueError(
-                f"pool: expected 'auto' or 'cls' for timm's {made.name}, whose tokens timm does not average: got 'mean'"
-            )
-        _pool_by(made, "avg")
-        if net._modules.get("attn_pool") is not None:
-            made.module._modules["attn_pool"] = None
-            made.dropped.append("model.attn_pool")
-        return True
-    kinds = [getattr(m, "pool_type", "") for m in net.modules() if type(m).__name__ == "SelectAdaptivePool2d"]
-    return bool(kinds) and all("avg" in str(kind) for kind in kinds)
-
-
-def _pools(net: nn.Module, how: str) -> bool:
-    """Does this timm model support that pooling?"""
-    return runs_without_data(net, lambda twin: twin.reset_classifier(0, how))
-
-
-def _pool_by(made: Prepared, how: str) -> None:
-    made.module = copied(made.module)
-    made.module.global_pool = how  # type: ignore[assignment]
-
-
-def _timm_sizes(model: Any) -> list[tuple[int, ...]]:
-    size = _timm_config(model).get("input_size")
-    return [tuple(size)] if size else []
-
-
-def _drop_idle_parts(made: Prepared) -> None:
-    """Remove the parts of a timm model's head that this pooling never runs: they would get no gradient."""
-    net: Any = made.module
-    seen = trial(net, 3, _timm_sizes(net.model), graph=True)
-    if not seen.ran:
-        return
-    for name, part in net.model.named_children():
-        inside = [f"model.{name}.{n}" for n, _ in part.named_children()] if name in ("head", "head_dist") else []
-        for path in inside or [f"model.{name}"]:
-            runs = any(c == path or c.startswith(f"{path}.") for c in seen.calls)
-            if not runs and any(True for _ in net.get_submodule(path).parameters()):
-                made.drop(path, nn.Identity(), "as this pooling does not run it")
-    idle = [name for name, _ in net.model.named_parameters(recurse=False) if f"model.{name}" in seen.idle]
-    if idle:  # EfficientViM has weights for its classifiers, which timm's reset_classifier(0) freezes too
-        inner = copied(made.module.model)  # type: ignore[arg-type]
-        for name in idle:
-            inner._parameters[name] = nn.Parameter(getattr(inner, name).detach(), requires_grad=False)
-            made.changes.append(f"'model.{name}' frozen, as only the classifier uses it")
-        made.module = replaced(made.module, "model", inner)

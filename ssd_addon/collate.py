@@ -3,16 +3,21 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from ssd_addon import _checks, _limits, pictures
+from ssd_addon import _checks, _limits
+from ssd_addon._optional import needs
 from ssd_addon._shapes import Picture, Resized
 from ssd_addon.batch import ViewBatch
-from ssd_addon.files import ImageFiles
+
+with needs("ssd_addon.collate"):
+    import numpy as np
+    from PIL import Image
+
+    from ssd_addon import pictures
+    from ssd_addon.files import ImageFiles
 
 __all__ = ["ImageFiles", "StructuredCollate"]
 

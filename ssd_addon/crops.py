@@ -16,15 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ssd_addon import _checks, pictures
+from ssd_addon import _checks
 from ssd_addon._optional import needs
-from ssd_addon.collate import alike, check_samples, labels_of, taken_apart
 
 with needs("ssd_addon.crops"):
+    from ssd_addon import pictures
     from ssd_addon.augment import StructuredViews
     from ssd_addon.augment.fast import geometry
     from ssd_addon.augment.native import Cropped, boxes, crop_stage, sized
     from ssd_addon.augment.turns import Turns
+    from ssd_addon.collate import alike, check_samples, labels_of, taken_apart
 
 
 class NativeCrops:

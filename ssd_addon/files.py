@@ -8,11 +8,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Literal
 
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssd_addon import _checks, _listing, pictures
+from ssd_addon import _checks
+from ssd_addon._optional import needs
+
+with needs("ssd_addon.files"):
+    from PIL import Image
+
+    from ssd_addon import _listing, pictures
 
 # Errors of the process, the machine or the network, not of a single file.
 _NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT)

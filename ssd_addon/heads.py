@@ -4,20 +4,19 @@ Legend: V views, B images, F backbone width, S spaces, h hidden width, d_s width
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from ssd_addon import _checks, stacked, storage
+from ssd_addon import _checks, heads_state, storage
 from ssd_addon._types import as_weights
-from ssd_addon.backbones import TimmFeatures, prepared
+from ssd_addon.backbones import TimmFeatures, prepared, unwrapped
 from ssd_addon.batch import ViewBatch, is_plain, views_of
-from ssd_addon.card import check_card
 from ssd_addon.embeddings import Embeddings, of_batch
-from ssd_addon.encoder import FEATURES, Encoder
+from ssd_addon.encoder import FEATURES, Encoder, keep_still
 from ssd_addon.plan import ViewPlan
 from ssd_addon.pooling import POOLS, Pool
 from ssd_addon.projection import (
@@ -26,17 +25,11 @@ from ssd_addon.projection import (
     Norm,
     ProjectionHeads,
     Projections,
-    check_stored,
     checked_hidden,
     checked_spaces,
     whole,
 )
 from ssd_addon.stacked import ReadsStacked
-
-ADDED: dict[str, Any] = {"norm": "batch", "output": None}
-"""Settings that older files do not contain, with the values that they had then."""
-FLAGS = ("on_sphere", "frozen")
-"""Attributes that a file holds where they are True."""
 
 
 class StyleHeads(ReadsStacked):
@@ -74,10 +67,12 @@ class StyleHeads(ReadsStacked):
             key such as "last_hidden_state", or an index into the tuple.
         sample_ndim: number of dimensions of one sample: 3 for images, 1 for vectors. An input with one dimension more
             is a plain batch, one with two more is views.
+        axis: dimension of the features in maps, tokens or series: 1, as in [N, F, H, W], or -1, as in [N, T, F]. None
+            finds it by a trial run, or else reads it off each output, which is ambiguous where T or H equals F.
 
     Attributes:
         spaces, hidden, in_features, norm, pool, output, sample_ndim: the arguments, resolved.
-        changes: descriptions of what was removed from the backbone.
+        changes: descriptions of what was removed from the backbone or set in it.
         on_sphere: whether metrics and reports compare L2-normalized embeddings; set it from the loss,
             `model.on_sphere = criterion.on_sphere`.
         frozen: whether the backbone is frozen, see `freeze`.
@@ -101,6 +96,7 @@ class StyleHeads(ReadsStacked):
         pool: Pool = "auto",
         output: str | int | None = None,
         sample_ndim: int = 3,
+        axis: int | None = None,
     ) -> None:
         super().__init__()
         self.spaces = checked_spaces(spaces)
@@ -115,7 +111,8 @@ class StyleHeads(ReadsStacked):
         if in_features is not None:
             in_features = _checks.width(in_features, "in_features")
         self.hidden = checked_hidden(hidden, self.spaces)
-        made = prepared(backbone, in_features, pool, self.sample_ndim, output)
+        _checks.choice(axis, (None, 1, -1), "axis")
+        made = prepared(backbone, in_features, pool, self.sample_ndim, output, axis)
         self.backbone, self.in_features = made.module, made.in_features
         self.backbone_name, self.changes = made.name, tuple(made.changes)
         self._dropped = tuple(f"backbone.{path}." for path in made.dropped)
@@ -224,13 +221,14 @@ class StyleHeads(ReadsStacked):
 
         Returns:
             A module that shares the backbone and has a copy of the head, in the present training or evaluation mode
-            of this model (call `.eval()` first for inference). Its own `train()` and `eval()` set the shared backbone.
+            of this model (call `.eval()` first for inference). Its own `train()` and `eval()` set the shared backbone,
+            unless this model is frozen.
 
         Raises:
             KeyError: no such space.
         """
         head = nn.Identity() if space == FEATURES and space not in self.spaces else self.head(space)
-        made = Encoder(self.backbone, self._pooling, head.train(self.training), self.sample_ndim)
+        made = Encoder(self.backbone, self._pooling, head.train(self.training), self.sample_ndim, self.frozen)
         made.training = self.training  # the backbone stays as it is
         return made
 
@@ -238,27 +236,32 @@ class StyleHeads(ReadsStacked):
         """The backbone's weights under the keys of the library that it came from.
 
         Load them into a model without a classifier, `timm.create_model(name, num_classes=0)`, or into one with a
-        classifier with `load_state_dict(weights, strict=False)`. The weights of a model that FSDP2 has sharded are
-        gathered: call this on every rank.
+        classifier with `load_state_dict(weights, strict=False)`. A timm model pools in its own way: where `pool` is
+        another one ("mean" for a transformer whose features are its class token), `changes` says so, and
+        `net.reset_classifier(0, "avg")` before `load_state_dict` makes the model return the same features as here.
+
+        Wrappers that were put around the backbone since are taken off. The weights of a model that FSDP2 has sharded
+        are gathered: call this on every rank.
 
         Returns:
-            key -> tensor, detached; without the parts that were removed (`changes`).
+            key -> tensor, detached and contiguous; without the parts that were removed (`changes`).
         """
-        prefix = "model." if isinstance(self.backbone, TimmFeatures) else ""
-        state = self.backbone.state_dict()
+        backbone = unwrapped(self.backbone)
+        prefix = "model." if isinstance(backbone, TimmFeatures) else ""
+        state = backbone.state_dict()
 
         def own(key: str) -> str:  # "module" is the library's own name here: wrappers were removed
             return storage.bare(key, storage.INSIDE).removeprefix(prefix)
 
         versions = {own(f"{path}.").rstrip("."): found for path, found in storage.versions(state).items()}
-        return storage.with_versions({own(k): whole(t) for k, t in state.items()}, versions)
+        return storage.with_versions({own(k): whole(t).contiguous() for k, t in state.items()}, versions)
 
     def freeze(self) -> "StyleHeads":
         """Freeze the backbone and return the model.
 
         The backbone gets no gradient and stays in evaluation mode even after `train()`, so that its batch statistics do
-        not change and dropout is off; only the heads are trained. Its parameters are shared with the module that was
-        given to the constructor, so they are frozen there too.
+        not change and dropout is off; only the heads are trained. Its parts are shared with the module that was given
+        to the constructor, so they are frozen there too, and put back into evaluation mode here if that is trained.
         """
         if not self.frozen:
             self._still = {n for n, p in self.backbone.named_parameters() if not p.requires_grad}
@@ -284,7 +287,8 @@ class StyleHeads(ReadsStacked):
         return self
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments other than the backbone, as plain numbers and strings."""
+        """The constructor's arguments other than the backbone, as plain numbers and strings; `axis` if it is known."""
+        axis = self._pooling.axis
         return {
             "spaces": dict(self.spaces),
             "in_features": self.in_features,
@@ -293,7 +297,7 @@ class StyleHeads(ReadsStacked):
             "pool": self.pool,
             "output": self.output,
             "sample_ndim": self.sample_ndim,
-        }
+        } | ({} if axis is None else {"axis": axis})
 
     def save(self, path: str | Path, *, card: Mapping[str, Any] | None = None) -> None:
         """Save the weights of backbone and heads, with the configuration, `on_sphere`, and whether it is frozen.
@@ -309,12 +313,7 @@ class StyleHeads(ReadsStacked):
             ValueError: the card is not valid, or the state contains more than tensors and plain data.
             OSError: the file cannot be written.
         """
-        flags = {n: True for n in FLAGS if getattr(self, n)}
-        content: dict[str, Any] = {"config": self.config() | flags, "state_dict": self.state_dict()}
-        if card is not None:
-            check_card(card)
-            content["card"] = dict(card)
-        storage.write(path, content)
+        storage.write(path, heads_state.written(self, card))
 
     @classmethod
     def load(cls, path: str | Path, backbone: nn.Module, *, map_location: Any = "cpu") -> "StyleHeads":
@@ -342,37 +341,14 @@ class StyleHeads(ReadsStacked):
         Raises:
             ValueError: the configuration is not valid for `StyleHeads`, or the weights are of another backbone.
         """
-        config = dict(stored.config)
-        flags = {n: config.pop(n, False) for n in FLAGS}
-        try:
-            check_stored(config, stored.state_dict)
-            model = cls(backbone, config.pop("spaces"), **config)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"its configuration is not valid for StyleHeads ({error})") from error
-        model.restore(stored.config, stored.state_dict)
-        model.on_sphere = flags["on_sphere"] is True
-        return model.freeze() if flags["frozen"] is True else model
+        return heads_state.opened(cls, stored, backbone)
 
     def restore(self, config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
         """Load weights; raises for those of another configuration or backbone, and then leaves the model unchanged.
 
         Keys may start with the names of wrappers of the saved model ("module.", "_orig_mod.", "model.").
         """
-        mine, there = self.config(), ADDED | dict(config)
-        differ = [f"{k}: {there.get(k)} in the checkpoint, {mine[k]} here" for k in mine if there.get(k) != mine[k]]
-        if differ:
-            raise ValueError(f"the checkpoint belongs to another configuration of StyleHeads: {'; '.join(differ)}")
-        own = self.state_dict()
-        try:
-            state = stacked.matched(state_dict, own, self.projections, self._dropped)
-            sizes = [{k: getattr(v, "shape", None) for k, v in each.items()} for each in (state, own)]
-            with nullcontext() if sizes[0] == sizes[1] else storage.unchanged_on_error(self):
-                state = {k: storage.sharded_as(v, own.get(k)) for k, v in state.items()}
-                self.load_state_dict(storage.with_versions(state, storage.versions(own)))
-        except RuntimeError as error:
-            raise ValueError(
-                f"the checkpoint belongs to another backbone than {self.backbone_name}: {error}"
-            ) from error
+        heads_state.restore(self, config, state_dict)
 
     def _features(self, views: Tensor | Sequence[Tensor]) -> Tensor:
         """Pooled features [V, B, F] of all views, with one backbone pass per image size."""
@@ -388,6 +364,8 @@ class StyleHeads(ReadsStacked):
         return torch.stack([out[v] for v in range(len(views))])
 
     def _pooled(self, x: Tensor) -> Tensor:
+        if self.frozen:
+            keep_still(self.backbone)
         return self._pooling(self.backbone(as_weights(x, self.backbone)), x.shape[0])
 
     def extra_repr(self) -> str:

@@ -8,14 +8,15 @@ import torch
 
 from ssd_addon._optional import needs
 from ssd_addon.batch import ViewBatch
-from ssd_addon.display import display
-from ssd_addon.metrics import ScoreTable
-from ssd_addon.report.curves import finite
-from ssd_addon.report.text import name
 
 with needs("ssd_addon.plots"):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from ssd_addon.display import display
+    from ssd_addon.metrics import ScoreTable
+    from ssd_addon.report.curves import finite
+    from ssd_addon.report.text import name
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colors, which can be distinguished with every kind of color vision."""

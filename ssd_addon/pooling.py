@@ -60,7 +60,7 @@ class Pooling:
     def _axis(self, y: Tensor) -> int:
         """The dimension of the features, 1 or -1."""
         f = self.in_features
-        if y.ndim < 3 or (self.axis is not None and y.shape[self.axis] == f):
+        if y.ndim < 3 or self.axis is not None:
             return self.axis or 1
         first, end = y.shape[1] == f, y.shape[-1] == f
         if y.ndim == 4:

@@ -3,6 +3,7 @@
 Legend: N samples, V views, B images, F backbone width, h hidden width, d_s width of space s.
 """
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from ssd_addon.stacked import ReadsStacked
 Hidden = Sequence[int] | Mapping[str, Sequence[int]]
 Norm = Literal["batch", "layer"]
 NORMS: tuple[Norm | None, ...] = ("batch", "layer", None)
+NORM_KEYS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 
 
 class Head(nn.Module):
@@ -41,7 +43,11 @@ class Head(nn.Module):
         return out
 
     def copied(self) -> nn.Sequential:
-        """A copy as Linear, norm, ReLU, ..., Linear. Gathers sharded weights: call it on every rank then."""
+        """A copy as Linear, norm, ReLU, ..., Linear. Gathers sharded weights: call it on every rank then.
+
+        Layers that are no plain Linear (LoRA, quantized) or have parametrizations, and other norms, are copied as they
+        are.
+        """
         layers: list[nn.Module] = []
         for linear, norm in zip(self.linears, self.norms, strict=False):
             layers += [_linear(linear), *_plain(norm), nn.ReLU()]
@@ -72,7 +78,17 @@ class Projections(nn.Module):
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         features = as_weights(features, self)
+        if self.training and self.norm == "batch" and len(features) == 1:
+            self._check_one()
         return {n: self._modules[key](features) for n, key in self._keys.items()}  # type: ignore[misc]
+
+    def _check_one(self) -> None:
+        """Refuse one image where its statistics would be its own; those of SyncBatchNorm are of all ranks."""
+        if any(type(m) is nn.BatchNorm1d and m.training for m in self.modules()):
+            raise ValueError(
+                "features: expected at least two images in training mode with norm='batch', which has no statistics of "
+                "one: got one; use norm='layer', or more images"
+            )
 
     def head(self, name: str) -> nn.Sequential:
         """A copy of the head of one space, as plain layers."""
@@ -173,6 +189,7 @@ class ProjectionHeads(ReadsStacked):
         if not isinstance(features, Tensor):
             hint = "; pass the features of all views as one tensor, backbone(torch.cat(views))"
             raise TypeError(f"features: expected a tensor [N, F] or [V, B, F]: got {type(features).__name__}{hint}")
+        _checks.floating(features, "features")
         if features.ndim not in (2, 3) or features.shape[-1] != self.in_features:
             hint = "; flatten(1) first" if features.ndim == 4 and features.shape[1] == self.in_features else ""
             raise ValueError(
@@ -211,21 +228,26 @@ def _plain(norm: nn.Module) -> list[nn.Module]:
     """A copy of a norm layer, in a list; SyncBatchNorm becomes an ordinary BatchNorm."""
     if isinstance(norm, nn.Identity):
         return []
-    assert isinstance(norm, _BatchNorm | nn.LayerNorm)  # SyncBatchNorm too
+    state = norm.state_dict()
+    if not isinstance(norm, _BatchNorm | nn.LayerNorm) or not NORM_KEYS >= state.keys() >= {"weight", "bias"}:
+        return [_as_it_is(norm)]
     like = whole(norm.weight)
     options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
     single: nn.BatchNorm1d | nn.LayerNorm
     if isinstance(norm, nn.LayerNorm):
         single = nn.LayerNorm(norm.normalized_shape, norm.eps, **options)
     else:
-        single = nn.BatchNorm1d(norm.num_features, norm.eps, norm.momentum, **options)
-    single.load_state_dict({k: whole(t) for k, t in norm.state_dict().items()})
+        tracked = norm.track_running_stats
+        single = nn.BatchNorm1d(norm.num_features, norm.eps, norm.momentum, track_running_stats=tracked, **options)
+    single.load_state_dict({k: whole(t) for k, t in state.items()})
     return [single]
 
 
-def _linear(layer: nn.Module) -> nn.Linear:
-    assert isinstance(layer, nn.Linear)
-    state = {k: whole(t) for k, t in layer.state_dict().items()}
+def _linear(layer: nn.Module) -> nn.Module:
+    state = layer.state_dict()
+    if not isinstance(layer, nn.Linear) or not {"weight", "bias"} >= state.keys() >= {"weight"}:
+        return _as_it_is(layer)
+    state = {k: whole(t) for k, t in state.items()}
     weight = state["weight"]
     made = nn.Linear(
         layer.in_features, layer.out_features, bias="bias" in state, device=weight.device, dtype=weight.dtype
@@ -234,10 +256,18 @@ def _linear(layer: nn.Module) -> nn.Linear:
     return made
 
 
+def _as_it_is(layer: nn.Module) -> nn.Module:
+    """A deep copy of a layer; tensors that a hook computes before each forward (weight_norm) are copied by value."""
+    if any(hasattr(t, "full_tensor") for t in (*layer.parameters(), *layer.buffers())):
+        raise TypeError(f"head: expected Linear and norm layers, if they are sharded: got {type(layer).__name__}")
+    held = (t for m in layer.modules() for t in vars(m).values() if isinstance(t, Tensor))
+    return copy.deepcopy(layer, {id(t): t.detach().clone() for t in held})
+
+
 def _normed(norm: nn.Module, y: Tensor) -> Tensor:
     """Apply batch norm in the dtype of its statistics, which FSDP2's mixed precision does not cast."""
     kind = norm.running_mean.dtype if isinstance(norm, _BatchNorm) and norm.running_mean is not None else None
-    if kind is None or not isinstance(norm, _BatchNorm) or norm.weight.dtype == kind:
+    if kind is None or not isinstance(norm, _BatchNorm) or getattr(norm.weight, "dtype", kind) == kind:
         out: Tensor = norm(y)
         return out
     parameters = {"weight": norm.weight.to(kind), "bias": norm.bias.to(kind)}

@@ -10,19 +10,24 @@ Crops are taken from each image at its original resolution. Legend: V views, C c
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ssd_addon import _checks, pictures
-from ssd_addon.augment.samples import Samples, checked, floats
-from ssd_addon.augment.stages import Stage
-from ssd_addon.augment.turns import Turns
-from ssd_addon.augment.views import StructuredViews
+from ssd_addon import _checks
+from ssd_addon._optional import needs
 from ssd_addon.batch import FROM_KEY, ViewBatch, ViewParameters
 from ssd_addon.plan import PlanKind, ViewPlan
+
+with needs("ssd_addon.transform"):
+    import numpy as np
+    from PIL import Image
+
+    from ssd_addon import pictures
+    from ssd_addon.augment.samples import Samples, checked, floats
+    from ssd_addon.augment.stages import Stage
+    from ssd_addon.augment.turns import Turns
+    from ssd_addon.augment.views import StructuredViews
 
 
 class _Views(list[Tensor]):

@@ -80,6 +80,59 @@ def test_layers_are_averaged_in_cells_and_leave_no_hook():
     assert StyleHeads(both, {"content": 4, "color": 2}).in_features == 36
 
 
+def cells(y, grid):
+    """A map [N, C, H, W], averaged cell by cell: [N, C * grid * grid]."""
+    rows = [part.chunk(grid, 3) for part in y.chunk(grid, 2)]
+    return torch.stack([cell.mean((2, 3)) for row in rows for cell in row], dim=2).flatten(1)
+
+
+@pytest.mark.parametrize("grid", [1, 2])
+@pytest.mark.parametrize("before,known", [*((k, known) for k in (0, 1, 2, 4, 5) for known in (True, False)), (3, True)])
+def test_the_tokens_of_an_image_are_averaged_in_cells(before, known, grid):
+    class Tokens(nn.Module):
+        def forward(self, x):
+            return torch.cat([torch.full((len(x), before, x.shape[1]), 9.0), x.flatten(2).transpose(1, 2)], 1)
+
+    net, x = nn.Sequential(Tokens(), nn.Identity()), torch.rand(2, 3, 8, 8)
+    if known:
+        net.num_prefix_tokens = before
+    torch.testing.assert_close(Layers(net, ["0"], grid)(x), cells(x, grid))
+    wide = torch.rand(2, 3, 4, 9)  # 36 tokens, which are no square
+    got = Layers(net, ["0"], grid)(wide)
+    every = wide.mean((2, 3)) if known else net(wide).mean(1)
+    torch.testing.assert_close(got, every.repeat_interleave(grid * grid, 1))
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("size", [(8, 8), (8, 4), (4, 8), (2, 2)])
+def test_the_channels_of_maps_come_first_or_last(size, last):
+    class Maps(nn.Module):
+        def forward(self, x):
+            return x.movedim(1, -1) if last else x
+
+    x = torch.rand(2, 6, *size)
+    torch.testing.assert_close(Layers(nn.Sequential(Maps()), ["0"], 2)(x), cells(x, 2))
+
+
+def test_layers_of_transformers_are_read_and_others_refused():
+    import timm
+    import torchvision
+
+    net = timm.create_model("test_vit", img_size=64, num_classes=0)
+    model = StyleHeads(Layers(net, ["blocks.1", "blocks.3"], grid=2), {"content": 4}, hidden=())
+    assert model.in_features == 2 * 64 * 4
+    fresh = timm.create_model("test_vit", img_size=64, num_classes=0)
+    fresh.load_state_dict({k.removeprefix("net."): t for k, t in model.export_backbone().items()})
+    swin = torchvision.models.swin_t()
+    assert StyleHeads(Layers(swin, ["features.1", "features.3"], grid=2), {"content": 4}).in_features == (96 + 192) * 4
+    resnet = torchvision.models.resnet18()
+    for layers in (["fc"], ["layer1", "fc"]):
+        with pytest.raises(ValueError, match=r"layers: expected layers that return maps .* got \[2, 1000\]"):
+            Layers(resnet, layers)(torch.rand(2, 3, 32, 32))
+    with pytest.raises(ValueError, match="got tuple"):
+        Layers(nn.Sequential(nn.LSTM(4, 4)), ["0"])(torch.rand(2, 3, 4))
+
+
 def test_the_page_shows_the_results_as_they_are(tmp_path, monkeypatch):
     page = docs.PAGE.read_text(encoding="utf-8")
     assert page == docs.filled(page), "run python docs/frozen.py"

@@ -417,6 +417,92 @@ def test_a_pooling_that_the_backbone_does_not_have_is_refused():
         StyleHeads(torchvision.models.resnet18(), SPACES, pool="cls").features(x)
 
 
+class Named(nn.Module):
+    """A last layer of any name."""
+
+    def __init__(self, name, width=10, num_features=None):
+        super().__init__()
+        self.conv, self.name = nn.Conv2d(3, 16, 3), name
+        self.add_module(name, nn.Linear(16, width))
+        if num_features:
+            self.num_features = num_features
+
+    def forward(self, x):
+        return self._modules[self.name](self.conv(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["linear", "last_linear", "fc"])
+def test_a_classifier_of_a_common_name_is_taken_off(name):
+    model = StyleHeads(Named(name), SPACES, hidden=())
+    assert model.in_features == 16 and model.changes == (
+        f"{name!r} removed, a classifier (16 to 10), as it comes last",
+    )
+
+
+def test_a_last_layer_of_another_name_may_be_a_classifier_and_it_is_said():
+    with pytest.warns(UserWarning, match=r"Named: 'classif', a Linear layer \(16 to 10\), comes last.*in_feat") as met:
+        assert StyleHeads(Named("classif"), SPACES, hidden=()).in_features == 10
+    assert len(met) == 1 and met[0].filename == __file__
+    StyleHeads(Named("classif"), SPACES, hidden=(), in_features=10)  # and here nothing
+    StyleHeads(Named("classif", num_features=10), SPACES, hidden=())
+    flat = nn.Sequential(nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    assert StyleHeads(flat, SPACES, hidden=()).in_features == 10
+
+
+class Vectors(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+def test_an_encoder_of_vectors_ends_in_a_linear_layer_without_a_warning():
+    assert StyleHeads(Vectors(), SPACES, hidden=(), sample_ndim=1).in_features == 6
+
+
+def test_torchvisions_classifier_of_videos_is_taken_off():
+    with torch.device("meta"):
+        net = torchvision.models.video.s3d()
+        model = StyleHeads(net, {"content": 4}, hidden=(), sample_ndim=4).eval()
+        assert model.in_features == 1024 and model.changes == ("'classifier' removed, the classifier",)
+        x = torch.rand(1, 3, 14, 224, 224)
+        assert model.features(x).shape == (1, 1024)
+    with torch.no_grad():
+        y = torch.rand(2, 1024, 3, 4, 4)
+        torch.testing.assert_close(model.backbone.classifier(y).mean((2, 3, 4)), y.mean((2, 3, 4)))
+
+
+@pytest.mark.parametrize(
+    "kind,name",
+    [("segmentation", "fcn_resnet50"), ("segmentation", "lraspp_mobilenet_v3_large"), ("detection", "ssd300_vgg16")],
+)
+def test_torchvisions_detectors_and_segmenters_are_refused(kind, name):
+    net = getattr(getattr(torchvision.models, kind), name)(weights=None, weights_backbone=None)
+    with pytest.raises(
+        ValueError, match=r"a network that returns features: got torchvision's .* model\.backbone, with"
+    ):
+        StyleHeads(net, SPACES, in_features=512)
+    if name == "fcn_resnet50":
+        assert StyleHeads(net.backbone, SPACES, hidden=(), output="out").in_features == 2048
+
+
+def test_networks_that_torch_fx_has_made():
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    net, x = torchvision.models.resnet18().eval(), torch.rand(2, 3, 32, 32)
+    plain = StyleHeads(net, SPACES, hidden=()).eval().features(x)
+    cut = StyleHeads(create_feature_extractor(net, {"layer4": "map"}), SPACES, hidden=(), output="map").eval()
+    torch.testing.assert_close(cut.features(x), plain)
+    traced = StyleHeads(torch.fx.symbolic_trace(net), SPACES, hidden=()).eval()
+    assert "'fc' removed" in traced.changes[0]
+    torch.testing.assert_close(traced.features(x), plain)
+    exported = torch.export.export(nn.Sequential(nn.Conv2d(3, 8, 3)), (x,)).module()
+    with pytest.raises(ValueError, match="got one of torch.export, whose mode is fixed"):
+        StyleHeads(exported, SPACES, in_features=8)
+
+
 # ---- types
 
 

@@ -2,12 +2,14 @@
 the backbone's weights under the keys of its own library."""
 
 import copy
+import warnings
 
 import pytest
 import timm
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import prune
 
 from ssd_addon import JointEntropyLoss, StyleHeads, ViewBatch, ViewPlan
 
@@ -118,11 +120,36 @@ def test_heads_alone_are_those_of_the_model():
         (torch.rand(2, 5), ValueError, r"expected \[N, F\] or \[V, B, F\] with F = 6.*got \[2, 5\]"),
         (torch.rand(2, 6, 1, 1), ValueError, r"got \[2, 6, 1, 1\]; flatten\(1\) first"),
         ({"features": 1}, TypeError, "got dict"),
+        (torch.ones(2, 6, dtype=torch.int64), TypeError, r"features: expected float16, .* got torch\.int64"),
     ],
 )
 def test_heads_alone_refuse_other_features(features, error, message):
     with pytest.raises(error, match=message):
         StyleHeads.heads(6, SPACES)(features)
+
+
+@pytest.mark.parametrize("given", ["heads", "plain", "views"])
+def test_one_image_has_no_batch_statistics(given):
+    heads, m = StyleHeads.heads(6, SPACES, hidden=(12,)), model(hidden=(12,))
+    one = {"heads": torch.rand(1, 6), "plain": torch.rand(1, 3, 8, 8), "views": torch.rand(3, 1, 3, 8, 8)}[given]
+    module = heads if given == "heads" else m
+    options = {"view_by_view": True} if given == "views" else {}
+    with pytest.raises(ValueError, match="features: expected at least two images in training mode .* use norm='layer'"):
+        module(one, **options)
+    module.eval()(one, **options)
+    model(hidden=(12,), norm="layer")(torch.rand(1, 3, 8, 8))
+    model(hidden=())(torch.rand(1, 3, 8, 8))  # without a hidden layer there is no norm
+    for head in m.train().projections.children():
+        head.norms.eval()
+    m(torch.rand(1, 3, 8, 8))
+
+
+def test_a_model_without_weights_is_not_saved(tmp_path):
+    with torch.device("meta"):
+        m = StyleHeads(Small(), SPACES)
+    with pytest.raises(ValueError, match=r"got one on the meta device, .* \(backbone\.conv\.weight, .*to_empty"):
+        m.save(tmp_path / "m.pt")
+    assert not list(tmp_path.iterdir())
 
 
 # ---- one space
@@ -246,6 +273,30 @@ def test_the_weights_go_back_under_their_own_keys(name):
     )
 
 
+@pytest.mark.parametrize("name", ["torchvision", "timm"])
+@pytest.mark.parametrize("wrap", [lambda net: torch.compile(net, backend="eager"), nn.DataParallel])
+def test_wrappers_that_came_later_are_not_in_the_keys(name, wrap):
+    net = BACK[name][0]()
+    m = StyleHeads(net, {"content": 4}, hidden=())
+    keys = list(m.export_backbone())
+    m.backbone = wrap(m.backbone)
+    weights = m.export_backbone()
+    assert list(weights) == keys and keys[0].startswith("conv1.")
+    assert weights._metadata.keys() <= net.state_dict()._metadata.keys()
+
+
+def test_exported_weights_are_contiguous_and_tied_ones_stay_tied(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    net = torchvision.models.resnet18().to(memory_format=torch.channels_last)
+    save_file(StyleHeads(net, {"content": 4}, hidden=()).export_backbone(), tmp_path / "m.safetensors")
+    assert all(torch.equal(t, net.state_dict()[k]) for k, t in load_file(tmp_path / "m.safetensors").items())
+    net = Small()
+    net.again = net.conv
+    weights = StyleHeads(net, {"content": 4}, hidden=()).export_backbone()
+    assert weights["again.weight"].data_ptr() == weights["conv.weight"].data_ptr()
+
+
 def test_an_encoder_leaves_the_modes_of_the_model_alone():
     m = model().freeze().train()
     before = [x.training for x in m.modules()]
@@ -277,3 +328,131 @@ def test_a_file_holds_how_embeddings_are_compared_and_whether_the_backbone_is_fr
     found = StyleHeads.load(tmp_path / "m.pt", Small())
     assert (found.on_sphere, found.frozen) == ("on_sphere" in flags, "frozen" in flags)
     assert any(p.requires_grad for p in found.backbone.parameters()) == ("frozen" not in flags)
+
+
+def test_a_frozen_backbone_stays_still_whoever_trains_its_parts():
+    net = nn.Sequential()  # the model has a copy of it, without fc
+    net.body, net.pool, net.flat, net.fc = Small(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 9)
+    m = StyleHeads(net, SPACES, hidden=()).freeze().train()
+    assert m.changes and m.backbone is not net
+    before, x = copy.deepcopy(net.state_dict()), torch.rand(4, 3, 8, 8)
+    encoder, features = m.encoder("content"), m.encoder()
+    assert encoder.train() is encoder and encoder.training and encoder.head.training
+    assert not any(part.training for part in m.backbone.modules())  # by `train` alone
+    for spoil in (net.train, StyleHeads(net, SPACES, hidden=()).train):
+        for run in (m, m.features, encoder, features):
+            spoil()
+            assert net.body.norm.training  # the parts are shared
+            run(x)
+            assert all(torch.equal(t, before[k]) for k, t in net.state_dict().items())
+            assert not net.body.norm.training
+    m.unfreeze()
+    assert m.encoder("content").train().backbone.training
+
+
+def test_a_frozen_model_compiles_in_one_graph():
+    m = model(norm="layer").freeze().train()
+    x = torch.rand(4, 3, 8, 8)
+    whole = torch.compile(m, backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(x)["color"], m(x)["color"])
+
+
+# ---- layers that are not plain
+
+
+class LoRA(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.a = base, nn.Linear(base.in_features, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.a(x)
+
+
+def each_linear(change):
+    def changed(m):
+        for head in m.projections.children():
+            for k, layer in enumerate(head.linears):
+                head.linears[k] = change(layer) or layer
+        return m
+
+    return changed
+
+
+def quantized(m):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch moves it elsewhere
+        return torch.ao.quantization.quantize_dynamic(m.eval(), {nn.Linear})
+
+
+def in_groups(m):
+    for head in m.projections.children():
+        head.norms[0], head.norms[1] = nn.GroupNorm(2, 12), nn.BatchNorm1d(10, affine=False)
+    return m
+
+
+LAYERS = {
+    "weight_norm": each_linear(nn.utils.parametrizations.weight_norm),
+    "weight_norm, as it was": each_linear(nn.utils.weight_norm),
+    "spectral_norm": each_linear(nn.utils.parametrizations.spectral_norm),
+    "spectral_norm, as it was": each_linear(nn.utils.spectral_norm),
+    "pruned": each_linear(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)),
+    "LoRA": each_linear(LoRA),
+    "quantized": quantized,
+    "other norms": in_groups,
+    "norms without statistics": lambda m: (
+        [
+            setattr(head.norms, str(k), nn.BatchNorm1d(n, track_running_stats=False))
+            for head in m.projections.children()
+            for k, n in enumerate((12, 10))
+        ]
+        and m
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_are_not_plain_are_copied_as_they_are(name):
+    m = LAYERS[name](model())
+    m(torch.rand(8, 3, 8, 8))  # hooks leave tensors of a graph
+    encoder, x = m.encoder("color").eval(), torch.rand(4, 3, 8, 8)
+    m.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x), m(x)["color"])
+        own = {p.data_ptr() for p in m.projections.parameters()}
+        for p in encoder.head.parameters():
+            assert p.data_ptr() not in own
+            p.zero_()
+        assert m(x)["color"].abs().sum() > 0
+
+
+def test_a_sharded_layer_that_is_not_plain_is_refused():
+    m = model()
+    m.projections.color_head.linears[0] = LoRA(m.projections.color_head.linears[0])
+
+    class Sharded(nn.Parameter):
+        def full_tensor(self):
+            return self
+
+    m.projections.color_head.linears[0].a.weight = Sharded(torch.zeros(12, 6))
+    with pytest.raises(TypeError, match="head: expected Linear and norm layers, if they are sharded: got LoRA"):
+        m.head("color")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_one_space_of_a_backbone_of_another_type_than_the_heads(dtype):
+    m = StyleHeads(Small().to(dtype), SPACES, hidden=(12,)).eval()
+    x = torch.rand(2, 3, 8, 8)
+    assert m.encoder("color")(x).dtype == torch.float32 and m.encoder()(x).dtype == dtype
+    torch.testing.assert_close(m.encoder("color")(x), m(x)["color"])
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("change", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_weights_that_a_hook_computes_may_be_of_another_type_until_it_runs(change, dtype):
+    net = Small()
+    change(net.conv)
+    m = StyleHeads(net, SPACES, hidden=()).to(dtype)
+    assert m(torch.rand(2, 3, 8, 8))["color"].dtype == dtype

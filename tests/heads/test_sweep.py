@@ -125,6 +125,70 @@ def test_an_average_that_timm_does_not_take_is_refused(name):
         StyleHeads(net, {"content": 4}, hidden=(), pool="mean")
 
 
+OTHERWISE = {  # pooled in another way than timm does by itself: what timm needs to be told
+    "vit": (lambda: timm.create_model("test_vit", num_classes=0, img_size=32).eval(), "mean", "avg", 32),
+    "registers": (
+        lambda: timm.create_model("test_vit", num_classes=0, img_size=32, reg_tokens=2).eval(),
+        "mean",
+        "avg",
+        32,
+    ),
+    "map": (
+        lambda: timm.create_model("test_vit", num_classes=0, img_size=32, global_pool="map").eval(),
+        "mean",
+        "avg",
+        32,
+    ),
+    "volo": (volo, "mean", "avg", 32),
+    "crossvit": (crossvit, "mean", "avg", 48),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_weights_of_another_pooling_go_back_into_a_model_that_is_told_of_it(name):
+    make, pool, how, size = OTHERWISE[name]
+    model = StyleHeads(make(), {"content": 4}, hidden=(), pool=pool).eval()
+    assert any(f"pooled by 'avg', not '{make().global_pool}'; on a model of" in change for change in model.changes)
+    fresh, x = make(), torch.rand(2, 3, size, size)
+    fresh.reset_classifier(0, how)
+    fresh.load_state_dict(model.export_backbone())
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(x), model.features(x))
+        assert fresh(x).shape != make()(x).shape or not torch.allclose(fresh(x), make()(x))
+
+
+def test_a_pooling_that_is_timms_own_is_no_change():
+    assert StyleHeads(timm.create_model("test_vit", num_classes=0), {"content": 4}, pool="cls").changes == ()
+    net = timm.create_model("test_vit", num_classes=0, global_pool="avg", fc_norm=False)
+    assert StyleHeads(net, {"content": 4}, pool="mean").changes == ()
+
+
+def test_a_pooling_by_attention_that_the_average_replaces_is_said_to_be_removed():
+    net = timm.create_model("test_vit", num_classes=0, global_pool="map")
+    model = StyleHeads(net, {"content": 4}, hidden=(), pool="mean")
+    assert "'model.attn_pool' removed, as this pooling does not run it" in model.changes
+    assert net.attn_pool is not None and net.global_pool == "map"
+    by_hand = copy.deepcopy(net)
+    by_hand.global_pool = "avg"
+    StyleHeads(by_hand, {"content": 4}, hidden=(), pool="mean")
+    assert by_hand.attn_pool is not None
+    old = {f"backbone.{k}": t for k, t in model.backbone.state_dict().items()}
+    old |= {k: t for k, t in model.state_dict().items() if k.startswith("projections.")}
+    old |= {f"backbone.model.{k}": t for k, t in net.state_dict().items() if k.startswith("attn_pool.")}
+    model.restore(model.config(), old)  # of a file that holds it
+
+
+@pytest.mark.parametrize("how", ["avgmax", "catavgmax"])
+def test_a_pooling_that_is_more_than_an_average_is_not_taken_for_one(how):
+    net = timm.create_model("test_resnet", num_classes=0, global_pool=how)
+    with pytest.raises(ValueError, match=f"'auto' for timm's ResNet with global_pool='{how}', which is more than an"):
+        StyleHeads(net, {"content": 4}, pool="mean")
+    net = timm.create_model("test_resnet", num_classes=0, global_pool="max").eval()
+    x = torch.rand(2, 3, 96, 96)
+    found = StyleHeads(net, {"content": 4}, hidden=(), pool="mean").eval().features(x)
+    torch.testing.assert_close(found, net.forward_features(x).mean((2, 3)))
+
+
 def test_a_parameter_that_only_the_classifier_uses_is_frozen_on_a_copy():
     net = timm.create_model("efficientvim_m1")
     model = StyleHeads(net, {"content": 4}, hidden=())

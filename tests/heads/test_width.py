@@ -44,7 +44,6 @@ CASES = {
     "a map of 1 x 1": (lambda: Turned(lambda y: y.mean((2, 3), keepdim=True)), 6, {}),
     "tokens": (lambda: Turned(lambda y: y.flatten(2).transpose(1, 2)), 6, {}),
     "tokens with a class token": (lambda: Turned(lambda y: y.flatten(2).transpose(1, 2)), 6, {"pool": "cls"}),
-    "a number of tokens that stays": (lambda: Turned(lambda y: y.mean((2, 3)).view(-1, 2, 3)), 3, {}),
     "flattened, whatever the size": (lambda: Turned(lambda y: y[..., :2, :2]), 24, {"pool": "flatten"}),
     "a series": (lambda: nn.Conv1d(2, 5, 3), 5, {"sample_ndim": 2}),
     "vectors": (lambda: nn.Sequential(nn.Linear(7, 9), nn.ReLU(), nn.Linear(9, 5)), 5, {"sample_ndim": 1}),

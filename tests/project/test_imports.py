@@ -123,6 +123,10 @@ INDEX = "import torch\nfrom ssd_addon.metrics import StyleIndex\nStyleIndex({'a'
     [
         ("matplotlib", "from ssd_addon import plots", f"ssd_addon.plots needs matplotlib, {MISSING} matplotlib"),
         ("matplotlib", "import ssd_addon.plots", f"ssd_addon.plots needs matplotlib, {MISSING} matplotlib"),
+        *((package, code.format(name), f"ssd_addon.{name} needs {package}, {MISSING} {wheel}")
+          for package, wheel in (("PIL", "pillow"), ("numpy", "numpy"))
+          for name in ("crops", "transform", "plots", "collate", "files")
+          for code in ("from ssd_addon import {0}", "import ssd_addon.{0}")),
         ("PIL", "from ssd_addon import StructuredCollate", f"ssd_addon.StructuredCollate needs PIL, {MISSING} pillow"),
         ("timm", BUILD.format("timm:a"), f"backbone 'timm:a' needs timm, {MISSING} timm"),
         ("torchvision", BUILD.format("torchvision:a"),
@@ -136,6 +140,22 @@ def test_a_missing_package_is_named_by_what_needs_it(package, code, message):
     indented = code.replace("\n", "\n    ")
     printed = run(f"try:\n    {indented}\nexcept ImportError as error:\n    print(error)", [package])
     assert printed.strip() == message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["report", "audit"])
+def test_the_command_line_names_a_missing_package_in_one_line(command):
+    printed = run(
+        f"""
+import contextlib, io
+from ssd_addon.__main__ import main
+with contextlib.redirect_stderr(io.StringIO()) as said:
+    status = main([{command!r}, "timm:a", "--data", "b", "--out", "c.html"])
+print(status, said.getvalue())
+""",
+        ["PIL"],
+    )
+    assert printed.strip().endswith(f"needs PIL, {MISSING} pillow") and printed.startswith("1 error: ssd_addon.")
 
 
 def test_errors_inside_a_package_are_left_as_they_are():
