@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from ssd_addon import _checks, storage
+from ssd_addon import _checks, backbone_transformers, storage
 from ssd_addon.backbone_changes import Prepared
 from ssd_addon.backbone_timm import TimmFeatures as TimmFeatures
 from ssd_addon.backbone_timm import sizes_of, take_timm
@@ -56,6 +56,7 @@ def prepared(
     made = Prepared(backbone, in_features or 0, type(backbone).__name__, output)
     _unwrap(made)
     net = made.module
+    backbone_transformers.check(net, pool)
     made.name = type(net).__name__
     if lazy := [n for n, t in (*net.named_parameters(), *net.named_buffers()) if is_lazy(t)]:
         raise ValueError(
@@ -83,7 +84,7 @@ def prepared(
             _try(made, sample_ndim, pool, sizes_of(net))
     elif not _torchvision(made, in_features, pool):
         _other(made, in_features, sample_ndim)
-        _try(made, sample_ndim, pool)
+        _try(made, sample_ndim, pool, backbone_transformers.sizes_of(net) if sample_ndim == 3 else ())
     if axis is not None and made.axis not in (None, axis):
         raise ValueError(
             f"axis: expected {made.axis}, the dimension in which {made.name} returned {made.in_features} features in a "

@@ -76,6 +76,7 @@ def picked(returned: Any, output: str | int | None, name: str) -> Tensor:
     """
     found, there = returned, _parts(returned)
     if output is not None:
+        output = _chosen(returned, output)
         if output not in there:
             got = f"a {type(returned).__name__} with {_checks.names(there)}" if there else type(returned).__name__
             raise TypeError(f"output: expected a part of what {name} returns: got {output!r}, but it returned {got}")
@@ -100,3 +101,14 @@ def _parts(returned: Any) -> dict[Any, Any]:
         names = getattr(returned, "_fields", ())
         return dict(enumerate(returned)) | dict(zip(names, returned, strict=False))
     return {}
+
+
+def _chosen(returned: Any, output: str | int) -> str | int:
+    """The key of a part that an index names: also from the end, and in a ModelOutput, which is a tuple too."""
+    if not isinstance(output, int):
+        return output
+    if isinstance(returned, Mapping) and callable(getattr(returned, "to_tuple", None)):
+        keys = list(returned)
+        return keys[output] if -len(keys) <= output < len(keys) else output
+    counted = isinstance(returned, tuple | list) and -len(returned) <= output < 0
+    return output + len(returned) if counted else output

@@ -2,6 +2,8 @@
 
 import copy
 import warnings
+from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -614,3 +616,78 @@ def test_weights_that_are_missing_are_named():
     state = {f"module.{k}": t for k, t in model.state_dict().items() if not k.endswith("conv.bias")}
     with pytest.raises(ValueError, match=r"(?s)another backbone than Small.*conv\.bias"):
         model.restore(model.config(), state)
+
+
+# ---- Hugging Face: models as transformers has them, without the package
+
+
+class Tokens(nn.Module):
+    """Patches of 48 x 48 images, as a model of transformers that takes no other size."""
+
+    __module__ = "transformers.models.invented"
+
+    def __init__(self, token="cls_token", **config):
+        super().__init__()
+        self.config = SimpleNamespace(**{"image_size": 48, "num_channels": 3} | config)
+        self.patches = nn.Conv2d(3, 6, 16, 16)
+        self.embeddings = nn.ParameterDict({token: torch.rand(1, 1, 6)} if token else {})
+
+    def forward(self, x):
+        if x.shape[-1] != 48:
+            raise ValueError(f"input image size {tuple(x.shape)} does not match the model")
+        y = self.patches(x).flatten(2).mT
+        return torch.cat([*(t.expand(len(y), -1, -1) for t in self.embeddings.values()), y], dim=1)
+
+
+class Output(OrderedDict):
+    """As a ModelOutput: a mapping, and a tuple of what is in it."""
+
+    def to_tuple(self):
+        return tuple(self.values())
+
+
+@pytest.mark.parametrize("size", [48, (48, 48), [48, 48]])
+def test_the_size_of_images_is_that_of_the_configuration(size):
+    net = Tokens(image_size=size)
+    assert StyleHeads(net, SPACES, hidden=()).in_features == 6
+    net.config = SimpleNamespace(image_size=None)
+    with pytest.raises(ValueError, match="give in_features"):
+        StyleHeads(net, SPACES, hidden=())
+
+
+def test_a_class_token_is_a_parameter_of_that_name():
+    x = torch.rand(2, 3, 48, 48)
+    for token in ("cls_token", "class_embedding"):
+        net = Tokens(token)
+        features = StyleHeads(net, SPACES, hidden=(), pool="cls").features(x)
+        assert torch.equal(features, net.embeddings[token][0].expand(2, -1))
+    for token in ("", "subclass_scale", "mask_token"):
+        with pytest.raises(ValueError, match="expected a backbone with a class token for 'cls': got Tokens"):
+            StyleHeads(Tokens(token), SPACES, hidden=(), pool="cls")
+        assert StyleHeads(Tokens(token), SPACES, hidden=()).in_features == 6
+
+
+def test_a_model_that_leaves_out_patches_is_refused():
+    masked = type("ViTMAEModel", (Tokens,), {"__module__": "transformers.models.invented"})
+    with pytest.raises(ValueError, match="leaves out 75% of the patches at random.* set model.config.mask_ratio = 0.0"):
+        StyleHeads(masked(mask_ratio=0.75), SPACES, hidden=())
+    assert StyleHeads(masked(mask_ratio=0.0), SPACES, hidden=()).in_features == 6
+    assert StyleHeads(Tokens(mask_ratio=0.75), SPACES, hidden=()).in_features == 6  # of the training alone
+
+
+@pytest.mark.parametrize(("output", "expected"), [(0, "a"), (1, "b"), (-1, "b"), (-2, "a"), ("b", "b")])
+@pytest.mark.parametrize("kind", [Output, tuple])
+def test_an_index_counts_the_parts_of_an_output_also_from_the_end(kind, output, expected):
+    class Two(nn.Module):
+        def forward(self, x):
+            parts = {"a": x.mean((2, 3)), "b": x.amax((2, 3))}
+            return Output(parts) if kind is Output else tuple(parts.values())
+
+    if kind is tuple and isinstance(output, str):
+        return
+    x = torch.rand(2, 3, 8, 8)
+    features = StyleHeads(Two(), SPACES, in_features=3, hidden=(), output=output).features(x)
+    assert torch.equal(features, x.mean((2, 3)) if expected == "a" else x.amax((2, 3)))
+    for wrong in (2, -3):
+        with pytest.raises(TypeError, match=f"output: expected a part of what Two returns: got {wrong}"):
+            StyleHeads(Two(), SPACES, in_features=3, hidden=(), output=wrong).features(x)

@@ -86,6 +86,22 @@ def test_the_class_token_is_chosen_with_pool():
     torch.testing.assert_close(model.features(x), net(x).last_hidden_state[:, 0])
 
 
+@pytest.mark.parametrize("name", ["Swin", "SiglipVision", "ConvNext"])
+def test_the_first_patch_is_no_class_token(name):
+    with pytest.raises(ValueError, match="expected a backbone with a class token for 'cls'"):
+        StyleHeads(network(name), {"content": 6}, hidden=(), output="last_hidden_state", pool="cls")
+
+
+def test_a_size_of_its_own_and_a_masked_autoencoder():
+    net = transformers.ViTModel(transformers.ViTConfig(**VIT, image_size=48, patch_size=16))
+    assert StyleHeads(net, {"content": 6}, hidden=(), output=0).in_features == 16
+    net = transformers.ViTMAEModel(transformers.ViTMAEConfig(**VIT, **PATCHES))
+    with pytest.raises(ValueError, match="leaves out 75% of the patches"):
+        StyleHeads(net, {"content": 6}, hidden=(), output="last_hidden_state")
+    net.config.mask_ratio = 0.0
+    assert StyleHeads(net, {"content": 6}, hidden=(), output="last_hidden_state").in_features == 16
+
+
 def test_export_gives_the_library_its_own_keys_back():
     net = network("ViT")
     model = StyleHeads(net, {"content": 6}, hidden=(), output="last_hidden_state")
