@@ -11,10 +11,8 @@ class Mine(StructuredTraining, LightningModule):
         return torch.optim.AdamW(self.parameters())
 """
 
-import copy
-import inspect
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -23,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ssd_addon import _checks
-from ssd_addon.augment.native import Cropped
-from ssd_addon.batch import ViewBatch, ViewParameters
+from ssd_addon._lightning_batch import drawn, views_in
+from ssd_addon._lightning_checks import calls, check_shards, versions
+from ssd_addon.batch import ViewBatch
 from ssd_addon.heads import StyleHeads
 from ssd_addon.losses.terms import Terms
 from ssd_addon.losses.weights import FixedWeights
 from ssd_addon.stacked import is_stacked
-from ssd_addon.transform import StructuredTransform
 
 _Base: Any = nn.Module if TYPE_CHECKING else object
 HOOKS = ("on_fit_start", "on_train_start", "on_save_checkpoint", "on_load_checkpoint", "on_train_end")
@@ -115,7 +113,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
                 f"class {cls.__name__}: expected StructuredTraining before the LightningModule in the bases, as it "
                 f"extends its hooks: got {_checks.names(c.__name__ for c in cls.__bases__)}"
             )
-        if silent := [n for n in HOOKS if n in cls.__dict__ and not _calls(cls.__dict__[n], n)]:
+        if silent := [n for n in HOOKS if n in cls.__dict__ and not calls(cls.__dict__[n], n)]:
             warnings.warn(
                 f"class {cls.__name__}: expected overrides of {_checks.names(silent)} to call super(), as "
                 "StructuredTraining's own hooks check the module and keep the weights of the spaces in checkpoints: "
@@ -147,7 +145,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
         """
         stage = self._stage()
         with self._draws_apart(stage):
-            views = _views_in(self._drawn(batch), self.image_key)
+            views = views_in(self._drawn(batch), self.image_key)
         if views.device.type != self.device.type:
             raise ValueError(
                 f"batch: expected it on the module's device, {self.device}: got views on {views.device}; "
@@ -250,42 +248,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
 
     def _drawn(self, batch: Any) -> Any:
         """The batch with views in the place of the images."""
-        if isinstance(batch, ViewBatch):
-            return batch
-        if isinstance(batch, Mapping):
-            if self.image_key is None or self.image_key not in batch:
-                raise TypeError(
-                    f"batch: expected self.image_key to be one of the keys {_checks.names(batch)}: got "
-                    f"{self.image_key!r}"
-                )
-            drawn = self._drawn(batch[self.image_key])
-            if not isinstance(batch, MutableMapping):
-                return {**batch, self.image_key: drawn}
-            changed = copy.copy(batch)  # of the same class
-            changed[self.image_key] = drawn
-            return changed
-        views = self._needed("views")
-        made = isinstance(views, StructuredTransform)
-        whole = isinstance(batch, Tensor | Cropped) or (made and _is_views(batch, views))
-        images = batch if whole or not isinstance(batch, list | tuple) or not batch else batch[0]
-        if isinstance(images, ViewBatch):
-            return batch
-        if made:
-            drawn = _of_workers(images, views)
-        elif isinstance(images, Tensor | Cropped):
-            drawn = views(images)
-        else:
-            raise TypeError(
-                f"batch: expected images [B, C, H, W], or a tuple that starts with them: got {_named(batch)}"
-                + ("; for views made in workers, set self.views to their StructuredTransform" if _lists(images) else "")
-            )
-        if not isinstance(drawn, ViewBatch):
-            raise TypeError(f"self.views: expected StructuredViews, which return a ViewBatch: got {_named(drawn)}")
-        if images is batch:
-            return drawn
-        if hasattr(batch, "_replace"):  # a named tuple
-            return batch._replace(**{batch._fields[0]: drawn})
-        return type(batch)([drawn, *batch[1:]])
+        return batch if isinstance(batch, ViewBatch) else drawn(batch, self._needed("views"), self.image_key)
 
     # ------------------------------------------------------------------------------------------------ weights
 
@@ -310,7 +273,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
         """Without a trainer, refuse optimizer steps that no step of the criterion's weights goes with."""
         if not self.training or not torch.is_grad_enabled():
             return
-        now = _versions(self.model.parameters()), _versions(self.criterion.weights.buffers())
+        now = versions(self.model.parameters()), versions(self.criterion.weights.buffers())
         before, self._alone = self._alone, now
         if before is not None and now[0] > before[0] and now[1] == before[1]:
             raise RuntimeError(
@@ -369,7 +332,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
         heads = next((m for m in self.model.modules() if isinstance(m, StyleHeads)), None)
         if heads is not None and getattr(self.criterion, "on_sphere", False):
             heads.on_sphere = True  # measures and reports compare embeddings as the loss does
-        _check_shards({n: getattr(self, n, None) for n in ("model", "criterion", "equivariance")})
+        check_shards({n: getattr(self, n, None) for n in ("model", "criterion", "equivariance")})
         self._pending, self._trained = (), None
 
     def on_train_start(self) -> None:
@@ -443,70 +406,3 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             if self._trained is not None:
                 self.criterion.weights.load_state_dict(self._trained)
         self._count_steps(())
-
-
-def _check_shards(parts: Mapping[str, Any]) -> None:
-    """Refuse a mixture of sharded and whole parameters: FSDP2 averages only the gradients of those that it sharded."""
-    whole: dict[bool, list[str]] = {True: [], False: []}
-    for name, part in parts.items():
-        for key, p in part.named_parameters() if isinstance(part, nn.Module) else ():
-            whole[not hasattr(p, "full_tensor")] += [f"{name}.{key}"] * p.requires_grad
-    if whole[False] and whole[True]:
-        raise ValueError(
-            "configure_model: expected all trained parameters to be sharded, or none: got fully_shard without "
-            f"{_checks.names(whole[True])}, whose gradients would not be averaged over ranks"
-        )
-
-
-def _views_in(batch: Any, image_key: str | None) -> ViewBatch:
-    """The `ViewBatch` in a batch whose views were drawn."""
-    if isinstance(batch, ViewBatch):
-        return batch
-    return _views_in(batch[image_key] if isinstance(batch, Mapping) else batch[0], image_key)
-
-
-def _calls(override: Any, name: str) -> bool:
-    """Whether the code of an override names the hook that it overrides, as super().name() does."""
-    code = getattr(inspect.unwrap(override) if callable(override) else None, "__code__", None)
-    return code is None or name in code.co_names
-
-
-def _versions(tensors: Any) -> int:
-    """A number that grows whenever one of these tensors is changed in place."""
-    return sum(t._version for t in tensors)
-
-
-def _lists(value: Any) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(v, Tensor) for v in value)
-
-
-def _with_parameters(value: Any) -> bool:
-    """Whether this is (views, parameters), as a transform with `parameters=True` returns."""
-    pair = isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[1], list | tuple)
-    return pair and all(isinstance(p, Mapping) for p in value[1])
-
-
-def _is_views(value: Any, transform: StructuredTransform) -> bool:
-    """Whether this is a list of V views [B, ...], into which `default_collate` combines a transform's results."""
-    if _with_parameters(value):
-        return _is_views(value[0], transform)
-    return _lists(value) and all(v.ndim == transform.views.samples.ndim + 1 for v in value)
-
-
-def _of_workers(images: Any, transform: StructuredTransform) -> ViewBatch:
-    """A `ViewBatch` of views that `default_collate` combined, with parameters if the transform returns them."""
-    drawn: Sequence[Any] = ()
-    if _with_parameters(images):
-        images, drawn = images
-    if not _is_views(images, transform):
-        raise TypeError(
-            f"batch: expected {transform.plan.num_views} views made by the data set's StructuredTransform, in a list: "
-            f"got {_named(images)}"
-        )
-    return ViewBatch(list(images), transform.plan, parameters=[ViewParameters(p) for p in drawn])
-
-
-def _named(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return f"{type(value).__name__} of {_checks.names(dict.fromkeys(type(v).__name__ for v in value))}"
-    return f"tensor {_checks.shape(value)}" if isinstance(value, Tensor) else type(value).__name__

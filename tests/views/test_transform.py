@@ -20,8 +20,8 @@ from torch.utils.data import (
 from torchvision.transforms import v2
 
 from ssd_addon import JointEntropyLoss, StructuredCollate, StructuredTransform, StructuredViews, StyleHeads, operations
+from ssd_addon._lightning_batch import of_workers
 from ssd_addon.augment import turns
-from ssd_addon.lightning import _of_workers
 from ssd_addon.metrics import parameter_matrix
 from ssd_addon.runs import ResumableSampler
 
@@ -390,7 +390,7 @@ def test_parameters_say_which_operations_made_a_view():
     torch.manual_seed(0)
     each = [made(x) for x in images]
     views = made.views
-    for batch in (made.collated(each), _of_workers(default_collate(each), made)):
+    for batch in (made.collated(each), of_workers(default_collate(each), made)):
         for v in range(3):
             again = views.replay(torch.stack(images), batch.parameters[v])
             torch.testing.assert_close(again, batch.views[v], rtol=0, atol=1e-6)
