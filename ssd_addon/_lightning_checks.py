@@ -1,4 +1,4 @@
-"""What `ssd_addon.lightning` asks of a module: sharded alike, overrides that call super(), tensors that were changed."""
+"""Checks of `ssd_addon.lightning`: parts sharded alike, overrides that call super(), tensors that were changed."""
 
 import inspect
 from collections.abc import Mapping
