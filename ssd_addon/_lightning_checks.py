@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -25,7 +26,12 @@ def check_shards(parts: Mapping[str, Any]) -> None:
 def calls(override: Any, name: str) -> bool:
     """Whether the code of an override names the hook that it overrides, as super().name() does."""
     code = getattr(inspect.unwrap(override) if callable(override) else None, "__code__", None)
-    return code is None or name in code.co_names
+    return code is None or _names(code, name)
+
+
+def _names(code: CodeType, name: str) -> bool:
+    inside = (c for c in code.co_consts if isinstance(c, CodeType))  # functions and comprehensions in it
+    return name in code.co_names or any(_names(c, name) for c in inside)
 
 
 def versions(tensors: Any) -> int:

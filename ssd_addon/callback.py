@@ -4,6 +4,7 @@
 """
 
 import importlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,7 +44,9 @@ def callback(monitor: Any, base: type | None, model: Any) -> Any:
             self._last = _steps(trainer, pl_module) - 1
             if monitor.alarm is not None:
                 monitor.alarm.total_steps, monitor.alarm.widths = monitor._of_caller  # not those of a training before
-                steps, heads = trainer.estimated_stepping_batches, _heads(pl_module)
+                # Under manual optimization lines count batches, and max_steps optimizer steps.
+                batches = getattr(pl_module, "automatic_optimization", True) or trainer.max_steps == -1
+                steps, heads = trainer.estimated_stepping_batches if batches else math.inf, _heads(pl_module)
                 monitor.alarm.told(steps, heads.spaces if heads is not None else {})
 
         @property

@@ -30,8 +30,8 @@ from ssd_addon.losses.weights import FixedWeights
 from ssd_addon.stacked import is_stacked
 
 _Base: Any = nn.Module if TYPE_CHECKING else object
-HOOKS = ("on_fit_start", "on_train_start", "on_save_checkpoint", "on_load_checkpoint", "on_train_end")
-"""Hooks whose overrides have to call those of the mixin, although nothing later shows that they did not."""
+HOOKS = ("on_save_checkpoint", "on_train_end")
+"""Hooks that keep lambda where Lightning averages weights, if their overrides call super()."""
 OUTSIDE_TRAINING = 2**40
 """Call number from which views are drawn for validation and tests, so that training draws others."""
 
@@ -76,8 +76,9 @@ class StructuredTraining(_Base):  # type: ignore[misc]
     by a list of V views. The training step gets the same batch, with a `ViewBatch` in the place of the images.
 
     Warns:
-        UserWarning: an override of a hook does not call super(); a checkpoint is saved between the batches of one
-            optimizer step.
+        UserWarning: an override of a hook does not call super() where Lightning averages weights; a checkpoint is saved
+            between the batches of one optimizer step; without a Trainer the model is trained and adaptive weights are
+            not.
 
     Raises:
         TypeError: the mixin comes after LightningModule in the bases; a batch has no images; the default
@@ -86,8 +87,7 @@ class StructuredTraining(_Base):  # type: ignore[misc]
         ValueError: parameters of the criterion or the equivariance loss are in no optimizer, or are not sharded by
             FSDP2 like the others; a batch is on another device.
         RuntimeError: optimizers step and adaptive weights do not, because an override does not call a hook of the
-            mixin, an optimizer is stepped past Lightning, or no Trainer runs the module; LBFGS is used with adaptive
-            weights.
+            mixin, or an optimizer is stepped past Lightning; LBFGS is used with adaptive weights.
     """
 
     views: Any
@@ -102,6 +102,8 @@ class StructuredTraining(_Base):  # type: ignore[misc]
     _counting: tuple[Any, ...] = ()  # handles of the hooks that count them
     _alone: tuple[int, int] | None = None  # versions of the model's and the weights' tensors without a trainer
     _validated = 0  # batches that were drawn for this validation
+    _validation: tuple[str, int] | None = None  # stage and global_step of this validation
+    _overrides_checked = False
     _hook_ran = False  # whether on_before_optimizer_step ran since then
     _trained: Mapping[str, Tensor] | None = None  # state of the criterion's weights after their last step
 
@@ -113,13 +115,10 @@ class StructuredTraining(_Base):  # type: ignore[misc]
                 f"class {cls.__name__}: expected StructuredTraining before the LightningModule in the bases, as it "
                 f"extends its hooks: got {_checks.names(c.__name__ for c in cls.__bases__)}"
             )
-        if silent := [n for n in HOOKS if n in cls.__dict__ and not calls(cls.__dict__[n], n)]:
-            warnings.warn(
-                f"class {cls.__name__}: expected overrides of {_checks.names(silent)} to call super(), as "
-                "StructuredTraining's own hooks check the module and keep the weights of the spaces in checkpoints: "
-                "got overrides that do not",
-                stacklevel=2,
-            )
+
+    def __getstate__(self) -> Any:
+        """Without handles of hooks, which cannot be pickled during a training."""
+        return {k: v for k, v in super().__getstate__().items() if k != "_counting"}
 
     # ------------------------------------------------------------------------------------------------ a step
 
@@ -172,11 +171,13 @@ class StructuredTraining(_Base):  # type: ignore[misc]
     @contextmanager
     def _draws_apart(self, stage: str) -> Iterator[None]:
         """Outside training, draw from call numbers of their own, the same in each validation."""
-        views = self._needed("views")
+        views = getattr(self, "views", None)
         call = getattr(views, "call", None)
-        if not stage or call is None:
+        if not stage or views is None or call is None:
             yield
             return
+        now = stage, self._trainer.global_step
+        self._validated, self._validation = (self._validated if now == self._validation else 0), now
         views.call = OUTSIDE_TRAINING + self._validated
         self._validated += 1
         try:
@@ -187,7 +188,8 @@ class StructuredTraining(_Base):  # type: ignore[misc]
     @contextmanager
     def _trained_weights(self, stage: str) -> Iterator[None]:
         """Outside training, use lambda as trained, where Lightning's WeightAveraging has put averages in its place."""
-        if not stage or self._trained is None or not self._adapts():
+        fits = stage and self._trainer.state.fn == "fit"
+        if not fits or self._trained is None or not self._adapts():
             yield
             return
         weights = self.criterion.weights
@@ -265,20 +267,38 @@ class StructuredTraining(_Base):  # type: ignore[misc]
             self._check_alone()
             return
         self._check_hook()
+        self._check_overrides(trainer)
         if not self._pending:
             self._pending_step, self._hook_ran = (trainer.global_step, self._unseen), False
         self._pending = (*self._pending, replace(terms, loss=terms.loss.detach()))
 
+    def _check_overrides(self, trainer: Any) -> None:
+        """Warn once of overrides that leave averaged weights of the spaces where trained ones should be."""
+        if self._overrides_checked:
+            return
+        self._overrides_checked = True
+        if not any("WeightAveraging" in type(c).__name__ for c in trainer.callbacks):
+            return
+        before = type(self).__mro__[: type(self).__mro__.index(StructuredTraining)]
+        if silent := [n for n in HOOKS if any(n in c.__dict__ and not calls(c.__dict__[n], n) for c in before)]:
+            warnings.warn(
+                f"{type(self).__name__}: expected overrides of {_checks.names(silent)} to call super(), as the hooks "
+                "of StructuredTraining keep the trained weights of the spaces apart from averaged ones: got overrides "
+                "that do not",
+                stacklevel=4,
+            )
+
     def _check_alone(self) -> None:
-        """Without a trainer, refuse optimizer steps that no step of the criterion's weights goes with."""
+        """Without a trainer, warn of optimizer steps that no step of the criterion's weights goes with."""
         if not self.training or not torch.is_grad_enabled():
             return
         now = versions(self.model.parameters()), versions(self.criterion.weights.buffers())
         before, self._alone = self._alone, now
         if before is not None and now[0] > before[0] and now[1] == before[1]:
-            raise RuntimeError(
+            warnings.warn(
                 f"{type(self).__name__}: expected self.criterion.weights.step(step.terms) after every optimizer step, "
-                "as no Trainer runs this module: got optimizer steps without it"
+                "as no Trainer runs this module: got a changed model without it, so these weights stand still",
+                stacklevel=4,
             )
 
     def _check_hook(self) -> None:
@@ -330,10 +350,10 @@ class StructuredTraining(_Base):  # type: ignore[misc]
                 f"{type(self).__name__}: expected no class attribute 'equivariance': got one that hides it"
             )
         heads = next((m for m in self.model.modules() if isinstance(m, StyleHeads)), None)
-        if heads is not None and getattr(self.criterion, "on_sphere", False):
-            heads.on_sphere = True  # measures and reports compare embeddings as the loss does
+        if heads is not None:  # measures and reports compare embeddings as the loss does
+            heads.on_sphere = bool(getattr(self.criterion, "on_sphere", heads.on_sphere))
         check_shards({n: getattr(self, n, None) for n in ("model", "criterion", "equivariance")})
-        self._pending, self._trained = (), None
+        self._pending, self._trained, self._overrides_checked = (), None, False
 
     def on_train_start(self) -> None:
         """Check that the optimizers have all parameters of the loss."""

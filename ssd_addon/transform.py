@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 from torch.utils.data import default_collate
 
 from ssd_addon import _checks
@@ -33,7 +34,7 @@ with needs("ssd_addon.transform"):
 class _Views(list[Tensor]):
     """The views of one sample and the names of their spaces; copied or sent to another process, a plain list."""
 
-    def __init__(self, views: Iterable[Tensor], spaces: tuple[str, ...]) -> None:
+    def __init__(self, views: Iterable[Tensor], spaces: tuple[str, ...] = ()) -> None:
         super().__init__(views)
         self.spaces = spaces
 
@@ -46,6 +47,10 @@ class _Views(list[Tensor]):
             "views; use StructuredCollate(size, views=transform), or StructuredTransform(..., parameters=False) as the "
             "only transform that makes views"
         )
+
+
+# What maps a function over tensors, such as the transforms of torchvision that come after, finds the views inside.
+register_pytree_node(_Views, lambda views: (list(views), None), lambda views, _: list(views))
 
 
 class StructuredTransform:
@@ -174,7 +179,7 @@ class StructuredTransform:
         """Check that the data set's views are tensors, and of the spaces of this transform, in their order."""
         if wrong := [type(view).__name__ for view in views if not isinstance(view, Tensor)]:
             raise TypeError(f"collate: expected views as tensors, as StructuredTransform makes them: got {wrong[0]}")
-        if isinstance(views, _Views) and views.spaces != self.plan.spaces:
+        if isinstance(views, _Views) and views.spaces and views.spaces != self.plan.spaces:
             raise ValueError(
                 f"collate: expected the views of {_checks.names(self.plan.spaces)}, in this order: got those of "
                 f"{_checks.names(views.spaces)}; give StructuredCollate the transform that makes the data set's views"

@@ -19,7 +19,7 @@ from ssd_addon import JointEntropyLoss, StructuredTransform, StyleHeads, presets
 
 def forward(self, batch, stage):
     views = batch.get("views", batch)  # a list of views, or named views; none in validation, where there is one image
-    views = [v for v in (views.values() if isinstance(views, dict) else views) if isinstance(v, dict)]
+    views = [v for v in (views.values() if isinstance(views, dict) else views) if isinstance(v, dict) and "image" in v]
     z, features = self.heads([view["image"] for view in views] if views else batch["image"], features=True)
     out = {}
     if views:

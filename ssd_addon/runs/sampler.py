@@ -4,7 +4,7 @@ import functools
 import random
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
 
@@ -150,7 +150,11 @@ class ResumableLoader(DataLoader[Any]):
         self._begun: dict[str, Any] = {}  # what the epoch in the checkpoint began with
         for sampler in {id(s): s for s in samplers if s is not None}.values():
             # Lightning sets the epoch of samplers, and not of the loader.
-            sampler.set_epoch = functools.partial(_set_epochs, self, getattr(sampler, "set_epoch", None))
+            own = getattr(sampler, "set_epoch", None)
+            if isinstance(own, functools.partial) and own.func is _set_epochs:  # of a loader before
+                own = own.args[1]
+            with suppress(AttributeError):  # a list, or one with __slots__
+                sampler.set_epoch = functools.partial(_set_epochs, self, own)
 
     @property
     def _index_sampler(self) -> Any:
@@ -178,9 +182,9 @@ class ResumableLoader(DataLoader[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Say to which epoch of the training the next pass belongs; with a new number it is not a resumed one."""
-        if self._trainer_epoch is not None and epoch != self._trainer_epoch:
+        if self._trainer_epoch is not None and epoch > self._trainer_epoch:
             self._start = 0
-        self._trainer_epoch = epoch
+        self._trainer_epoch = epoch if self._trainer_epoch is None else max(epoch, self._trainer_epoch)
         if not self._start:
             self.epoch = max(self.epoch, epoch - 1)
 
@@ -193,10 +197,15 @@ class ResumableLoader(DataLoader[Any]):
         self.epoch, self.batches = state["epoch"], state["batches"]
         self._trainer_epoch = state.get("trainer_epoch")
         self._begun = {k: state[k] for k in self._order() if k in state}
-        self._start = self.batches if self.batches < self._begun.get("length", len(self)) else 0
+        length = self._begun.get("length", self._order()["length"])
+        self._start = self.batches if length is None or self.batches < length else 0
 
     def _order(self) -> dict[str, Any]:
-        return {"seed": self.seed, "batch_size": self.batch_size, "length": len(self)}
+        try:
+            length: int | None = len(self)
+        except TypeError:  # a sampler without a length
+            length = None
+        return {"seed": self.seed, "batch_size": self.batch_size, "length": length}
 
     def _check_begun(self, start: int) -> None:
         """Refuse to continue an epoch in which the same batches would be others."""

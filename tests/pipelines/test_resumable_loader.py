@@ -155,6 +155,11 @@ def test_the_epoch_is_told_through_any_sampler():
     copied = copy.deepcopy(grouped)
     copied.batch_sampler.sampler.set_epoch(9)
     assert len(list(copied)) == 3 and copied.epoch == 9 and grouped.epoch == 7
+    for _ in range(3):  # one sampler of several loaders in turn
+        last = ResumableLoader(range(6), batch_size=2, sampler=own)
+    assert own.set_epoch.args == (last, Own.set_epoch.__get__(own))
+    own.set_epoch(8)
+    assert last.epoch == 7 and grouped.epoch == 7 and own.epochs[-1] == 8
 
 
 def test_a_resumable_loader_refuses_what_no_state_holds():
@@ -182,3 +187,30 @@ def test_a_resumable_loader_begins_anew_where_an_epoch_was_left():
     third.load_state_dict({"epoch": 1, "batches": 2})
     rest = iter(third)
     assert next(rest)[1].tolist() == second[2] and len(third) == 4
+
+
+def test_samplers_that_take_no_epoch_or_have_no_length():
+    class Slots(torch.utils.data.Sampler):
+        __slots__ = ()
+
+        def __iter__(self):
+            return iter([3, 1, 2, 0])
+
+    for sampler_of, expected in (([3, 1, 2], [[3, 1], [2]]), (Slots(), [[3, 1], [2, 0]])):
+        data = ResumableLoader(range(6), batch_size=2, sampler=sampler_of)
+        first = iter(data)
+        assert [next(first).tolist()] == expected[:1]
+        again = ResumableLoader(range(6), batch_size=2, sampler=sampler_of)
+        again.load_state_dict(data.state_dict())
+        assert [b.tolist() for b in again] == expected[1:]
+
+
+def test_an_earlier_epoch_does_not_undo_a_resumed_one():
+    """Fabric counts epochs from 0 in each process."""
+    data = ResumableLoader(range(8), batch_size=2, shuffle=True, seed=1)
+    data.set_epoch(3)
+    whole = [b.tolist() for b in data]
+    again = ResumableLoader(range(8), batch_size=2, shuffle=True, seed=1)
+    again.load_state_dict(data.state_dict() | {"batches": 1})
+    again.set_epoch(0)
+    assert [b.tolist() for b in again] == whole[1:] and again.epoch == 3

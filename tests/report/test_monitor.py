@@ -620,6 +620,17 @@ def test_under_manual_optimization_steps_are_batches(tmp_path):
     assert [line["step"] for line in lines(tmp_path / "log")] == [0, 3, 6]
 
 
+def test_the_length_of_a_manual_training_with_a_limit_is_unknown():
+    """max_steps counts the steps of all optimizers, and lines count batches."""
+    for manual, limit, expected in ((True, 8, None), (True, -1, 6), (False, 8, 6)):
+        monitor = Monitor(None)
+        mine = SimpleNamespace(automatic_optimization=not manual, modules=lambda: ())
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=-1))
+        trainer = SimpleNamespace(estimated_stepping_batches=6, max_steps=limit, global_step=0, fit_loop=loop)
+        monitor.lightning().on_train_start(trainer, mine)
+        assert monitor.alarm.total_steps == expected
+
+
 def test_a_line_is_written_where_a_batch_makes_several_steps(tmp_path):
     callback = Monitor(tmp_path / "log", log_every=4).lightning()
     for steps in (3, 6, 9, 12):

@@ -408,3 +408,11 @@ def test_arrays_of_any_values_where_any_are_allowed():
     torch.manual_seed(0)
     for a, b in zip(views, made(torch.from_numpy(array).permute(2, 0, 1)), strict=True):
         assert a.shape == (2, 6, 5) and torch.equal(a, b)
+
+
+def test_functions_over_all_tensors_find_the_views():
+    """What frameworks map over samples and batches (a transfer, a cast), also where they build containers anew."""
+    views = StructuredTransform({"color": [K.ColorJitter(hue=0.2, p=1.0)]}, seed=0)(torch.rand(3, 8, 8))
+    doubled = torch.utils._pytree.tree_map(lambda t: 2 * t, {"views": views})["views"]
+    assert type(doubled) is list and all(torch.equal(2 * a, b) for a, b in zip(views, doubled, strict=True))
+    assert type(views)(t for t in views) == views
