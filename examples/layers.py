@@ -54,7 +54,7 @@ def as_map(y: Tensor, ratio: float, before: int | None) -> Tensor:
     if y.ndim == 4:
         first, last = (abs(math.log(y.shape[k] / y.shape[k + 1] / ratio)) for k in (2, 1))
         return y if first <= last else y.permute(0, 3, 1, 2)
-    sides = {k: math.isqrt(max(y.shape[1] - k, 0)) for k in (BEFORE if before is None else (before,))}
+    sides = {k: math.isqrt(max(y.shape[1] - k, 0)) for k in (BEFORE if before is None else (before, 0))}
     square = next((k for k, side in sides.items() if side and side**2 == y.shape[1] - k and ratio == 1), None)
     if square is None:
         return y[:, before or 0 :].mean(1)[..., None, None]

@@ -24,7 +24,7 @@ from ssd_addon.pooling import picked
 CLASSIFIERS = ("fc", "heads", "head", "classifier", "linear", "last_linear")
 """Names of the classifier in torchvision's models and most others; "linear" in the common ResNets for CIFAR."""
 NO_FEATURES = ("torchvision.models.detection", "torchvision.models.segmentation")
-"""Modules whose models return boxes and masks."""
+"""Modules whose models, around a backbone, return boxes and masks."""
 WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "DistributedDataParallel": "module",
@@ -74,7 +74,7 @@ def prepared(
             f"backbone {made.name}: expected a module with train() and eval(): got one of torch.export, whose mode is "
             "fixed; pass the module before it was exported"
         )
-    elif _home(net).startswith(NO_FEATURES):
+    elif _home(net).startswith(NO_FEATURES) and "backbone" in net._modules:
         raise ValueError(
             f"backbone: expected a network that returns features: got torchvision's {made.name}, which returns boxes "
             "or masks; give its features, model.backbone, with output= for the one of them that you want"
@@ -245,7 +245,7 @@ def _other(made: Prepared, in_features: int | None, sample_ndim: int) -> None:
     own = own if isinstance(own, int) and own > 0 else None
     declared = in_features or own
     seen: Trial | None = None
-    for name in CLASSIFIERS:
+    for name in CLASSIFIERS if sample_ndim == 3 else CLASSIFIERS[:4]:  # of vectors, "linear" may be any encoder's last
         part = net._modules.get(name)
         layers = [] if part is None else [m for m in part.modules() if isinstance(m, nn.Linear)]
         if not layers:

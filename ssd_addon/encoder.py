@@ -32,9 +32,13 @@ class Encoder(nn.Module):
     def train(self, mode: bool = True) -> "Encoder":
         """Set training mode; a frozen backbone stays in evaluation mode."""
         super().train(mode)
-        if self.frozen:
+        if self._is_frozen():
             self.backbone.eval()
         return self
+
+    def _is_frozen(self) -> bool:
+        """Whether the model was frozen and still is."""
+        return self.frozen and not any(p.requires_grad for p in self.backbone.parameters())
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images [B, ...] to embeddings [B, d]."""
@@ -42,7 +46,7 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"x: expected a batch with {self.sample_ndim + 1} dimensions [B, ...]: got {_checks.shape(x)}"
             )
-        if self.frozen:
+        if self._is_frozen():
             keep_still(self.backbone)
         features = self.pooling(self.backbone(as_weights(x, self.backbone)), x.shape[0])
         out: Tensor = self.head(as_weights(features, self.head))

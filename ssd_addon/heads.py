@@ -49,7 +49,8 @@ class StyleHeads(ReadsStacked):
     Args:
         backbone: module that returns [N, F], a map [N, F, H, W] (or [N, H, W, F]) or tokens [N, T, F]. The classifier
             of a timm or torchvision model is removed, and that of any other module if it is called `fc`, `heads`,
-            `head` or `classifier` and comes last; `model.changes` lists what was removed. torch.compile,
+            `head` or `classifier`, or in networks of images `linear` or `last_linear`, and comes last; `model.changes`
+            lists what was removed. torch.compile,
             DistributedDataParallel and averages of weights are unwrapped. All this happens on copies: the caller's
             backbone is not altered; its parameters are shared and trained.
         spaces: name -> width d_s, "content" first.

@@ -250,6 +250,8 @@ def prepared_for(
                 chosen = stages(net, bare.normalized(some[:2]), net)
             seen = torch.cat([scaled(x).to(device) for x in _first(each, CALIBRATION)])
             copies = untrained_copies(net, bare.normalized(seen), seed, fresh or _of_timm(net))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError, IndexError) as error:
         raise ValueError(
             "images: expected images that the backbone takes, of the size and the number of channels that it was "

@@ -11,8 +11,10 @@ from ssd_addon import _checks, storage
 from ssd_addon.auditing.holders import joined, state_dicts_of
 from ssd_addon.backbones import CLASSIFIERS
 
-TABLES = ("attn_mask", "relative_coords_table", "relative_position_index", "total_ops", "total_params")
-"""Constants that older versions of networks, and counters of operations, keep among the weights."""
+OBSERVERS = ("activation_post_process", "weight_fake_quant")
+"""Parts that training for quantization adds."""
+TABLES = ("mask_token", "attn_mask", "relative_coords_table", "relative_position_index", "total_ops", "total_params")
+"""What older versions of networks, counters of operations and masked training keep among the weights."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,8 @@ def _problem(net: nn.Module, wanted: Mapping[str, Tensor], state: Mapping[str, T
 def _foreign(net: nn.Module, left: Mapping[str, Tensor], names: Mapping[str, str]) -> str:
     """What is wrong with weights that are left over inside the parts that a network has; "" if nothing is.
 
-    Weights beside these parts are another network's; those of a classifier, and those in the place of a part without
-    weights, which may have replaced one, are not missed.
+    Weights beside these parts are another network's; those of a classifier, and those in the place of a child of the
+    network without weights, which may have replaced one, are not missed.
 
     Args:
         names: the first part of a key -> the name of the network's child.
@@ -167,9 +169,9 @@ def _foreign(net: nn.Module, left: Mapping[str, Tensor], names: Mapping[str, str
                 missing = name
                 break
             inside = part
-        tensors = next(iter(inside.state_dict()), None) is not None
-        known = not t.is_floating_point() or path[-1] in TABLES or missing in CLASSIFIERS
-        if inside is not net and tensors and not known:
+        replaced = inside in net.children() and next(iter(inside.state_dict()), None) is None
+        known = not t.is_floating_point() or not {*TABLES, *OBSERVERS}.isdisjoint(path) or missing in CLASSIFIERS
+        if inside is not net and not replaced and not known:
             found.append(key)
     if not found:
         return ""

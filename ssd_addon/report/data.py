@@ -124,7 +124,7 @@ def read(spec: str | Path | Any, *, size: int | None, samples: int, seed: int = 
         if split := _split(folder):
             folder = folder / split
             if say is not None:
-                say(f"reading {split}/, as all folders in {spec} are splits")
+                say(f"reading {split}/, as the folders in {spec} are splits")
         files = ImageFiles(folder, broken="skip")
         if len(files.classes) > 1:
             classes["class"] = files.classes
@@ -170,9 +170,10 @@ def facts(data: Data) -> list[tuple[str, str]]:
 
 
 def _split(folder: Path) -> str:
-    """The folder inside that is read where all of them are splits; "" where some are not, such as those of classes."""
+    """The folder inside that is read where all or several of them are splits; "" where they are not, as of classes."""
     inside = {p.name.lower(): p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
-    return next((inside[s] for s in SPLITS if s in inside), "") if set(inside) <= set(SPLITS) else ""
+    found = [inside[s] for s in SPLITS if s in inside]
+    return found[0] if found and (len(found) > 1 or len(inside) == 1) else ""
 
 
 def _shuffled(total: int, seed: int) -> Tensor:

@@ -206,6 +206,18 @@ def test_weights_of_a_deeper_network_are_refused(tmp_path):
     assert torch.equal(net.conv1.weight, state["conv1.weight"])
 
 
+def test_weights_of_what_a_network_left_out_are_refused_and_those_of_masks_are_not(tmp_path):
+    net = deeper()
+    net.layer1[0].scale, net.fc_norm = nn.Identity(), nn.Identity()
+    state = deeper().state_dict()
+    torch.save(state | {"layer1.0.scale.gamma": torch.ones(2)}, tmp_path / "w.pt")  # LayerScale
+    with pytest.raises(ValueError, match=r"1 more inside its parts \(layer1\.0\.scale\.gamma"):
+        load_weights(net, tmp_path / "w.pt")
+    known = ("layer1.0.mask_token", "layer1.0.activation_post_process.min_val", "fc_norm.weight")
+    torch.save(state | {k: torch.ones(2) for k in known}, tmp_path / "w.pt")
+    assert "3 others" in load_weights(net, tmp_path / "w.pt")
+
+
 def test_of_several_networks_the_one_that_fits_without_remainder_is_taken(tmp_path):
     net, small, large = deeper(), deeper(), deeper(1)
     torch.save({"student": large.state_dict(), "teacher": small.state_dict()}, tmp_path / "w.pt")

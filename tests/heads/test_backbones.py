@@ -462,6 +462,10 @@ class Vectors(nn.Module):
 
 def test_an_encoder_of_vectors_ends_in_a_linear_layer_without_a_warning():
     assert StyleHeads(Vectors(), SPACES, hidden=(), sample_ndim=1).in_features == 6
+    named = nn.Sequential()
+    named.first, named.linear = nn.Linear(4, 8), nn.Linear(8, 6)
+    model = StyleHeads(named, SPACES, hidden=(), sample_ndim=1)
+    assert model.in_features == 6 and not model.changes
 
 
 def test_torchvisions_classifier_of_videos_is_taken_off():
@@ -488,6 +492,14 @@ def test_torchvisions_detectors_and_segmenters_are_refused(kind, name):
         StyleHeads(net, SPACES, in_features=512)
     if name == "fcn_resnet50":
         assert StyleHeads(net.backbone, SPACES, hidden=(), output="out").in_features == 2048
+    if kind == "detection":  # its forward lies in the same module
+        assert StyleHeads(net.backbone, SPACES, hidden=(), output="0").in_features == 512
+
+
+def test_the_pyramid_of_a_detector_gives_features():
+    with torch.device("meta"):
+        net = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).backbone
+        assert StyleHeads(net, SPACES, hidden=(), output="pool").in_features == 256
 
 
 def test_networks_that_torch_fx_has_made():

@@ -348,6 +348,9 @@ def test_a_frozen_backbone_stays_still_whoever_trains_its_parts():
             assert not net.body.norm.training
     m.unfreeze()
     assert m.encoder("content").train().backbone.training
+    m.train()
+    features(x)  # an encoder of the time before does not hold the backbone still
+    assert m.backbone.training and features.train().backbone.training
 
 
 def test_a_frozen_model_compiles_in_one_graph():

@@ -89,7 +89,7 @@ def test_of_splits_the_one_to_validate_on_is_taken_then_test_then_train(tmp_path
     data = get(tmp_path, say=said.append)
     assert values(data) == [1.0, 11.0]
     assert facts(data)[0] == ("split", taken) and facts(get(tmp_path, samples=1))[0] == ("split", taken)
-    assert said[0].startswith(f"reading {taken}/, as all folders in ")
+    assert said[0].startswith(f"reading {taken}/, as the folders in ")
     assert data.classes == {"class": ["a", "b"]} and data.names == ["a/0.png", "b/0.png"]
     assert data.factors["class"].tolist() == [0, 1]
 
@@ -99,6 +99,13 @@ def test_class_folders_of_which_one_is_called_like_a_split_are_all_read(tmp_path
         picture(tmp_path / name / "0.png", k)
     data = get(tmp_path)
     assert values(data) == [0, 1, 2] and data.classes == {"class": ["bus", "car", "train"]} and facts(data) == []
+
+
+def test_several_splits_beside_another_folder_are_splits(tmp_path):
+    for k, name in enumerate(("train", "test", "unlabeled")):
+        picture(tmp_path / name / "a" / "0.png", k)
+        picture(tmp_path / name / "b" / "0.png", k)
+    assert facts(get(tmp_path))[0] == ("split", "test")
 
 
 def test_a_broken_file_is_left_out_and_named(tmp_path):
