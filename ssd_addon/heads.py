@@ -342,7 +342,8 @@ class StyleHeads(ReadsStacked):
         Raises:
             ValueError: the configuration is not valid for `StyleHeads`, or the weights are of another backbone.
         """
-        return heads_state.opened(cls, stored, backbone)
+        model: StyleHeads = heads_state.opened(cls, stored, backbone)
+        return model
 
     def restore(self, config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
         """Load weights; raises for those of another configuration or backbone, and then leaves the model unchanged.

@@ -1,9 +1,12 @@
-"""What a file of `StyleHeads` holds, and a model from it: `save`, `load` and `restore`."""
+"""What a file of `StyleHeads` holds, and a model from it: `save`, `load` and `restore`.
+
+`StyleHeads` hands itself over here; this module does not import it.
+"""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,9 +15,6 @@ from ssd_addon.backbones import without_missing
 from ssd_addon.card import check_card
 from ssd_addon.projection import check_stored
 
-if TYPE_CHECKING:
-    from ssd_addon.heads import StyleHeads
-
 ADDED: dict[str, Any] = {"norm": "batch", "output": None}
 """Settings that older files do not contain, with the values that they had then."""
 FOUND = ("axis",)
@@ -22,10 +22,8 @@ FOUND = ("axis",)
 FLAGS = ("on_sphere", "frozen")
 """Attributes that a file holds where they are True."""
 
-Model = TypeVar("Model", bound="StyleHeads")
 
-
-def written(model: "StyleHeads", card: Mapping[str, Any] | None) -> dict[str, Any]:
+def written(model: Any, card: Mapping[str, Any] | None) -> dict[str, Any]:
     """What `StyleHeads.save` writes.
 
     Raises:
@@ -45,8 +43,8 @@ def written(model: "StyleHeads", card: Mapping[str, Any] | None) -> dict[str, An
     return content
 
 
-def opened(kind: type[Model], stored: storage.Stored, backbone: nn.Module) -> Model:
-    """The model of a stored file, around a backbone of the same architecture.
+def opened(kind: Any, stored: storage.Stored, backbone: nn.Module) -> Any:
+    """The model of a stored file, of this class, around a backbone of the same architecture.
 
     Raises:
         ValueError: the configuration is not valid for `StyleHeads`, or the weights are of another backbone.
@@ -67,7 +65,7 @@ def opened(kind: type[Model], stored: storage.Stored, backbone: nn.Module) -> Mo
     return model
 
 
-def restore(model: "StyleHeads", config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
+def restore(model: Any, config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
     """Load weights, for `StyleHeads.restore`; the dimension of the features too, if it was found only there.
 
     Raises:

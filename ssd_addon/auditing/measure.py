@@ -33,6 +33,9 @@ PAIRS = 1000
 """Pairs of views that are about drawn where the caller does not say how many."""
 PER_CLASS = 5
 """Images of a class, on average, without which class accuracy is left out."""
+PROJECTORS = ("projection_head", "projector", "projection", "prediction_head", "predictor")
+"""Names of the heads that self-supervised training puts behind a backbone."""
+PROJECTED = "the network has a part {!r}, so the features may be a projection head's; give the backbone alone"
 PROBE = Probe("kernel", train_fraction=0.7)
 LEAST = 15
 """Images of which 5 are held out, which a probe needs."""
@@ -230,6 +233,7 @@ def prepared_for(
         made = prepared(backbone, None, _checks.choice(pool, ("auto", "mean", "cls", "flatten"), "pool"), 3, output)
         net, pooling = made.module, made.pooling(pool)
         notes += made.changes
+        notes += [PROJECTED.format(name) for name, _ in net.named_children() if name in PROJECTORS]
     scale = _normalization(net, views) if normalize == "auto" else normalize
     with generators_kept():
         each = list(batches(images, batch_size))

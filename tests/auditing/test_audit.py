@@ -392,3 +392,18 @@ def test_batch_norms_of_the_copy_have_the_statistics_of_the_images():
     y = untrained(net, images, seed=0)(images)
     torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
     assert net[1].num_batches_tracked == 0
+
+
+def test_a_whole_module_with_a_projection_head_is_noted(images, tmp_path):
+    class SimCLR(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.add_module(name, nn.Sequential(nn.Linear(4, 3), nn.ReLU()))
+
+        def forward(self, x):
+            return list(self.children())[1](self.backbone(x))
+
+    for name, noted in (("projection_head", True), ("neck", False)):
+        (found,) = auditing.write(tmp_path / "a.html", {"net": SimCLR(name)}, images[:20], GROUPS, layers=(), draws=1)
+        assert any(f"a part {name!r}, so the features may be a projection head's" in n for n in found.notes) is noted

@@ -8,7 +8,7 @@ import kornia.augmentation as K
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning_modules import PACKAGES, SPACES, Images, differences, fit, loader, module, state, trainer, views
+from lightning_modules import ADVICE, PACKAGES, SPACES, Images, differences, fit, loader, module, state, trainer, views
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
@@ -16,13 +16,7 @@ from torch.utils.data import DataLoader, default_collate
 from ssd_addon import JointEntropyLoss, NativeCrops, StructuredTransform, StructuredViews, ViewBatch
 from ssd_addon.lightning import StructuredTraining
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*"),
-    pytest.mark.filterwarnings("ignore:.*GPU available but not used.*"),
-    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval.*"),
-    pytest.mark.filterwarnings("ignore:The dirpath has changed.*"),
-]
+pytestmark = ADVICE
 
 
 def plain(epochs=1, accumulate=1, batch_size=4, equivariance=None):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning_modules import (
+    ADVICE,
     PACKAGES,
     SPACES,
     Backbone,
@@ -31,13 +32,7 @@ from ssd_addon.lightning import StructuredTraining
 from ssd_addon.losses import Terms
 from ssd_addon.losses.weights import Weights
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*"),
-    pytest.mark.filterwarnings("ignore:.*GPU available but not used.*"),
-    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval.*"),
-    pytest.mark.filterwarnings("ignore:The dirpath has changed.*"),
-]
+pytestmark = ADVICE
 
 
 # ---- ascent

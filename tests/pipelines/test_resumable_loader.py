@@ -7,18 +7,12 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning_modules import Images, differences, module, resumable, trained, trainer
+from lightning_modules import ADVICE, Images, differences, module, resumable, trained, trainer
 from torch.utils.data import IterableDataset
 
 from ssd_addon.runs import ResumableLoader, sampler
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*"),
-    pytest.mark.filterwarnings("ignore:.*GPU available but not used.*"),
-    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval.*"),
-    pytest.mark.filterwarnings("ignore:The dirpath has changed.*"),
-]
+pytestmark = ADVICE
 
 
 def orders(body=()):

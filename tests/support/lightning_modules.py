@@ -4,6 +4,7 @@ import importlib
 import warnings
 
 import kornia.augmentation as K
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -15,6 +16,14 @@ from ssd_addon.runs import ResumableLoader
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 SPACES = {"content": 6, "color": 3}
 SIZE = 12
+ADVICE = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*"),
+    pytest.mark.filterwarnings("ignore:.*GPU available but not used.*"),
+    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval.*"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed.*"),
+]
+"""Marks of tests, for the advice of Lightning that does not matter here."""
 
 
 class Images(Dataset):
